@@ -1,0 +1,48 @@
+"""Which weights to keep, given one score per weight: exact counts, one tie rule.
+
+Tie rule, here and everywhere: of equal scores the lowest index is kept. Ties are common in weights that were
+once quantised (15% of the 2:4 groups of one such model), so a rule left to the sort makes masks irreproducible.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_prune.methods.target import pruned_count
+
+
+def select_nm(score: Tensor, n: int, m: int) -> Tensor:
+    """Keep the ``n`` highest of every ``m`` consecutive scores of a row: [rows, in] -> bool [rows, in].
+
+    Every score is ranked by the comparisons it loses inside its group; a sort of many tiny groups is slower.
+    """
+    group = score.reshape(-1, m).t().contiguous()
+    losses = torch.zeros(group.shape, dtype=torch.int8, device=score.device)
+    for low in range(m):
+        for high in range(low + 1, m):
+            beaten = group[high] > group[low]
+            losses[low] += beaten
+            losses[high] += ~beaten
+    return (losses < n).t().reshape(score.shape)
+
+
+def select_rows(score: Tensor, sparsity: float) -> Tensor:
+    """Remove the lowest ``sparsity`` of each row, rounded down: [rows, in] -> bool [rows, in]."""
+    return keep_largest(score, score.shape[1] - pruned_count(score.shape[1], sparsity))
+
+
+def select_matrix(score: Tensor, sparsity: float) -> Tensor:
+    """Remove the lowest ``sparsity`` of the whole matrix, rounded down: [rows, in] -> bool [rows, in]."""
+    kept = score.numel() - pruned_count(score.numel(), sparsity)
+    return keep_largest(score.reshape(1, -1), kept).reshape(score.shape)
+
+
+def keep_largest(score: Tensor, kept: int) -> Tensor:
+    """Mark exactly ``kept`` scores of each row, the highest, ties by lowest index: [rows, k] -> bool [rows, k]."""
+    if kept <= 0 or kept >= score.shape[1]:
+        return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
+    cut = torch.kthvalue(score, score.shape[1] - kept + 1, dim=1, keepdim=True).values
+    above, equal = score > cut, score == cut
+    room = kept - above.sum(dim=1, keepdim=True)
+    return above | (equal & (equal.cumsum(dim=1) <= room))

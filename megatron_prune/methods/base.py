@@ -1,0 +1,204 @@
+"""What every pruning method is: a frozen dataclass of hyper-parameters with one ``prune``, found by its name.
+
+A method sees the model through a runner (this file's protocols) and returns what the runner collected. Its scores
+and solvers are pure functions of tensors, so that they can be tested, and read, without a model or a process group.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
+from megatron_prune.methods.target import Target
+
+if TYPE_CHECKING:
+    from megatron_prune.apply.decision import Masks
+
+__all__ = ["HyperParameter", "Linear", "MethodInfo", "PruningMethod", "Runner", "Statistic", "finite", "get_method",
+           "hyperparameter", "keep_largest", "methods", "register", "select_blocks", "select_matrix", "select_nm",
+           "select_rows"]
+
+
+class Statistic(Protocol):
+    """Something accumulated over the calibration tokens that enter one linear layer."""
+
+    tokens: Tensor
+    """Calibration tokens seen, a float64 scalar that is one of ``tensors()``."""
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None: ...
+
+    def update(self, x: Tensor) -> None:
+        """Add one calibration window x [tokens, in]."""
+
+    def value(self) -> Tensor:
+        """The statistic of everything seen, float32."""
+
+    def tensors(self) -> list[Tensor]:
+        """The float64 accumulators: summed elementwise over ranks, they are the statistic of all ranks' windows."""
+
+
+class Linear(Protocol):
+    """One linear layer while it is being pruned; this rank holds a contiguous share of its complete rows."""
+
+    name: str
+    statistic: Any
+    """What ``layerwise`` was asked for, already summed over all ranks; None without calibration."""
+    blocks: Mapping[str, Tensor]
+    """Hugging Face matrix name -> its rows in the unsharded layer, in that matrix's row order (LongTensor)."""
+
+    def weight(self) -> Tensor:
+        """float32 [rows_here, in]."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[rows_here, k] of every rank -> [out, k] in row order. Collective."""
+
+    def local(self, x: Tensor) -> Tensor:
+        """[out, k] -> this rank's [rows_here, k]."""
+
+    def keep(self, mask: Tensor, weight: Tensor | None = None) -> None:
+        """Apply mask [rows_here, in] (True = kept), after replacing the weights when ``weight`` is given."""
+
+
+class Runner(Protocol):
+    """Passes over the model, whatever its layout."""
+
+    def layerwise(self, statistic: type[Statistic] | None) -> Iterator[Linear]:
+        """Prunable layers in model order; the statistics of later ones see the earlier ones pruned."""
+
+    def masks(self) -> Masks:
+        """Everything kept so far."""
+
+
+@dataclass(frozen=True)
+class PruningMethod:
+    """Base of all methods: subclass as a frozen dataclass whose fields are the paper's hyper-parameters."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    """Authors, year and arXiv number."""
+    targets: ClassVar[Mapping[type, str]]
+    """Supported target type -> how this method counts it, in a few words."""
+
+    def prune(self, model: Any, runner: Runner, target: Target) -> Masks:
+        """Decide every prunable weight of ``model``; UserError when target or data do not allow it."""
+        raise NotImplementedError
+
+    def accept(self, target: Target) -> None:
+        """Raise UserError when this method cannot produce ``target``."""
+        if type(target) not in self.targets:
+            allowed = "; ".join(self.targets.values())
+            raise UserError(f"method {self.name} cannot prune to {target}; it supports {allowed}")
+
+
+@dataclass(frozen=True)
+class HyperParameter:
+    """One knob of a method, for listings and help."""
+
+    name: str
+    type: str
+    default: object
+    help: str
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What ``methods`` lists."""
+
+    name: str
+    paper: str
+    targets: tuple[str, ...]
+    hyperparameters: tuple[HyperParameter, ...]
+
+
+_registry: dict[str, type[PruningMethod]] = {}
+_Method = TypeVar("_Method", bound=type[PruningMethod])
+
+
+def register(name: str) -> Callable[[_Method], _Method]:
+    """Class decorator that makes a method known under ``name``."""
+
+    def decorate(cls: _Method) -> _Method:
+        assert name not in _registry, f"two methods are called {name}"
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return decorate
+
+
+def hyperparameter(default: Any, help: str) -> Any:
+    """A dataclass field with the one-line help that listings show."""
+    return field(default=default, metadata={"help": help})
+
+
+def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
+    """The method called ``name`` with these hyper-parameters; UserError names the nearest known one."""
+    known = _discovered()
+    if name not in known:
+        raise UserError(f"unknown method {name!r}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}")
+    allowed = [entry.name for entry in fields(known[name])]
+    for given in hyperparameters:
+        if given not in allowed:
+            raise UserError(f"method {name} has no hyper-parameter {given!r}{_nearest(given, allowed)}; "
+                            f"it has: {', '.join(allowed) or 'none'}")
+    return known[name](**hyperparameters)
+
+
+def methods() -> list[MethodInfo]:
+    """Every known method, by name."""
+    return [_describe(cls) for _, cls in sorted(_discovered().items())]
+
+
+def _discovered() -> dict[str, type[PruningMethod]]:
+    """The registry after importing every module of this package: a method is known once its file exists."""
+    package = importlib.import_module("megatron_prune.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return _registry
+
+
+def _describe(cls: type[PruningMethod]) -> MethodInfo:
+    return MethodInfo(cls.name, cls.paper, tuple(cls.targets.values()), tuple(_knob(entry) for entry in fields(cls)))
+
+
+def _knob(entry: Field[Any]) -> HyperParameter:
+    default = None if entry.default is MISSING else entry.default
+    return HyperParameter(entry.name, str(entry.type), default, entry.metadata.get("help", ""))
+
+
+def _nearest(given: str, known: Any) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def finite(name: str, x: Tensor, what: str) -> Tensor:
+    """``x`` itself, after checking that the ``what`` of layer ``name`` holds no NaN or infinity (UserError)."""
+    if not torch.isfinite(x).all():
+        raise UserError(f"the {what} of {name} hold NaN or infinity; "
+                        "check the checkpoint, and that the calibration runs in a dtype that does not overflow")
+    return x
+
+
+def select_blocks(score: Tensor, blocks: Mapping[str, Tensor], kept: Callable[[int], int]) -> Tensor:
+    """Keep the ``kept(rows)`` highest scores of each Hugging Face matrix: [out, k] -> bool [out, k].
+
+    Megatron fuses q, k, v and gate, up into one weight; counting per original matrix makes the result comparable with
+    tools that prune those separately, and equal whatever the interleaving. ``rows`` is the matrix's number of rows.
+    """
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    for rows in blocks.values():
+        rows = rows.to(score.device)
+        flat = score[rows].reshape(1, -1)
+        mask[rows] = keep_largest(flat, kept(len(rows))).reshape(len(rows), -1)
+    return mask
+
+

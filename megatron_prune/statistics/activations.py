@@ -1,0 +1,31 @@
+"""The L2 norm of every input of a linear layer over the calibration tokens (what Wanda weighs magnitudes with)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InputNorm:
+    """Accumulates the sum of squares of each input; the norm is over all tokens of all windows.
+
+    Squares are taken in float32 (exact for bf16 activations) and summed in float64, so that the order of tokens,
+    windows and ranks, and how inputs are sharded, does not reach the rounded float32 result.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add one calibration window x [tokens, in], any floating dtype."""
+        self.tokens += x.shape[0]
+        self._squares += x.float().square().sum(dim=0, dtype=torch.float64)
+
+    def value(self) -> Tensor:
+        """L2 norm of each input, float32 [in]."""
+        return self._squares.sqrt().float()
+
+    def tensors(self) -> list[Tensor]:
+        """The float64 accumulators to sum over ranks, in place."""
+        return [self._squares, self.tokens]
