@@ -1,0 +1,352 @@
+"""Device, process groups, seeds; and the one place that adapts megatron-core to a machine without CUDA.
+
+Megatron-core names CUDA in many places (`torch.cuda.current_device()`, `device='cuda'`, `param.type() == 'torch.cuda...'`).
+Instead of patching torch for everybody, every loaded `megatron.core` module gets its own look-alike of the `torch` module
+in which those names mean the CPU; torch as the user's code sees it stays untouched. Modules that megatron-core imports
+later are adapted by an import hook. With CUDA present nothing is changed at all.
+
+`import megatron_prune.backend` must come before any `import megatron.core`; the package's own modules do so. It has to
+happen at import time: helper processes of asynchronous checkpoints import the main module again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.util
+import logging
+import os
+import random
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_prune.errors import UserError
+
+SUPPORTED_CORE = ("0.16", "0.17")
+"""megatron-core >= first and < second; the touch points below were read from these versions."""
+
+_FACTORIES = (
+    "tensor zeros ones empty full zeros_like ones_like empty_like full_like as_tensor arange rand randn randint "
+    "randperm linspace"
+).split()
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def _is_cuda_device(value: Any) -> bool:
+    return (isinstance(value, torch.device) and value.type == "cuda") or (
+        isinstance(value, str) and value.startswith("cuda")
+    )
+
+
+def _on_cpu(factory: Any) -> Any:
+    """`factory`, with `device='cuda'` read as the CPU and pinned memory left out."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda_device(kwargs.get("device")):
+            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _LookAlike(types.ModuleType):
+    """A module that answers like `original` except for the names in `replaced`."""
+
+    def __init__(self, original: types.ModuleType, replaced: dict[str, Any]) -> None:
+        super().__init__(original.__name__, original.__doc__)
+        self.__dict__.update(replaced)
+        self.__dict__["_original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_original"], name)
+
+
+def _cpu_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _look_alike_torch() -> _LookAlike:
+    cuda = _LookAlike(
+        torch.cuda,
+        {
+            "current_device": lambda: torch.device("cpu"),
+            "set_device": _nothing,
+            "device_count": lambda: 1,
+            "synchronize": _nothing,
+            "get_rng_state": _cpu_rng_state,
+            "set_rng_state": _set_cpu_rng_state,
+            "manual_seed": torch.manual_seed,
+        },
+    )
+    replaced = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return _LookAlike(torch, {"cuda": cuda, **replaced})
+
+
+_look_alike = _look_alike_torch()
+
+
+def _adapt(module: types.ModuleType) -> None:
+    """Point `module`'s name `torch` at the look-alike, and its CUDA generator functions at the CPU's."""
+    if module.__dict__.get("torch") is torch:
+        module.__dict__["torch"] = _look_alike
+    if module.__name__ == "megatron.core.tensor_parallel.random":
+        module.__dict__["_get_cuda_rng_state"] = _cpu_rng_state
+        module.__dict__["_set_cuda_rng_state"] = _set_cpu_rng_state
+
+
+class _AdaptingLoader(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: Any) -> Any:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        self.loader.exec_module(module)
+        _adapt(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+class _AdaptingFinder(importlib.abc.MetaPathFinder):
+    """Adapts `megatron.core` modules right after they are executed, however late they are imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if not (name == "megatron.core" or name.startswith("megatron.core.")):
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if finder is self or find is None:
+                continue
+            spec = find(name, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _AdaptingLoader(spec.loader)
+                return spec
+        return None
+
+
+def _called_by_megatron(depth: int = 2) -> bool:
+    return sys._getframe(depth).f_globals.get("__name__", "").startswith("megatron.core")
+
+
+_tensor_type = torch.Tensor.type
+_tensor_cuda = torch.Tensor.cuda
+
+
+def _type_as_megatron_expects(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`Tensor.type()`; megatron-core compares the name with 'torch.cuda.FloatTensor' and so is told that name."""
+    answer = _tensor_type(self, *args, **kwargs)
+    if not args and not kwargs and isinstance(answer, str) and _called_by_megatron():
+        return answer.replace("torch.", "torch.cuda.", 1)
+    return answer
+
+
+def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return self if _called_by_megatron() else _tensor_cuda(self, *args, **kwargs)
+
+
+class _NotGpuNoise(logging.Filter):
+    """Drops a warning that only makes sense with a GPU: on the CPU both generators are one and the same."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+
+
+_installed = False
+
+
+def install() -> None:
+    """Adapt megatron-core to this machine; does nothing with CUDA present or when called again."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if has_cuda():
+        return
+    for module, message in (
+        (r"megatron\.core", r".*(Transformer Engine|Apex|apex).*"),
+        (r"megatron\.core", r".*full scope is deprecated.*"),
+    ):
+        warnings.filterwarnings("ignore", message=message, module=module)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NotGpuNoise())
+    sys.meta_path.insert(0, _AdaptingFinder())
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core"):
+            _adapt(module)
+    setattr(torch.Tensor, "type", _type_as_megatron_expects)
+    setattr(torch.Tensor, "cuda", _stay)
+
+
+install()
+
+import megatron.core  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+
+def _check_core_version() -> None:
+    version = tuple(int(x) for x in megatron.core.__version__.split(".")[:2])
+    low, high = (tuple(int(x) for x in v.split(".")) for v in SUPPORTED_CORE)
+    if not low <= version < high:
+        raise UserError(
+            f"megatron-core {megatron.core.__version__} is installed; megatron_prune works with >={SUPPORTED_CORE[0]},"
+            f"<{SUPPORTED_CORE[1]}: pip install 'megatron-core>={SUPPORTED_CORE[0]},<{SUPPORTED_CORE[1]}'"
+        )
+
+
+_check_core_version()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model is spread over the processes, and where this process stands in it."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    virtual_pipeline: int | None = None
+
+    @property
+    def data(self) -> int:
+        """Number of data-parallel replicas."""
+        return dist.get_world_size() // (self.tensor * self.pipeline * self.context)
+
+    def describe(self) -> str:
+        """`tp2 pp1 cp1 dp4 sp`, for logs."""
+        sequence = " sp" if self.sequence_parallel else ""
+        return f"tp{self.tensor} pp{self.pipeline} cp{self.context} dp{self.data}{sequence}"
+
+
+def rank() -> int:
+    """Global rank; 0 before the process groups exist and no launcher said otherwise."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_layout(layout: Layout, world: int) -> None:
+    """Refuse layouts that cannot exist on `world` processes, before any of them waits for another."""
+    product = layout.tensor * layout.pipeline * layout.context
+    if world % product:
+        raise UserError(
+            f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} parallel needs a multiple "
+            f"of {product} processes and {world} run: start with torchrun --nproc-per-node {product}"
+        )
+    if layout.context > 1:
+        raise UserError(
+            f"context-parallel-size {layout.context} was given; allowed here is 1: use tensor or pipeline parallelism"
+        )
+    if layout.sequence_parallel and layout.tensor == 1:
+        raise UserError(
+            "sequence-parallel was given with tensor-model-parallel-size 1; it needs 2 or more: drop the flag"
+        )
+
+
+def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 30.0) -> None:
+    """Create torch.distributed and megatron-core process groups and seed every generator.
+
+    One process needs no launcher: a process group of one is made in memory. Safe to call again with the same layout.
+    """
+    check_layout(layout, world_size())
+    if not dist.is_initialized():
+        _initialize_distributed(timedelta(minutes=timeout_minutes))
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            context_parallel_size=layout.context,
+        )
+    seed_everything(seed)
+
+
+def _initialize_distributed(timeout: timedelta) -> None:
+    kind = "nccl" if has_cuda() else "gloo"
+    if has_cuda():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(kind, timeout=timeout)
+    else:
+        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy, torch and megatron-core's tensor-parallel generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Destroy the process groups; the process may initialize another layout afterwards."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    global _alone
+    _alone = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_alone: ProcessGroupCollection | None = None
+
+
+def alone() -> ProcessGroupCollection:
+    """Process groups in which this rank is by itself: what a whole, unsharded layer on one rank is built with.
+
+    Collective on its first call: every rank must call it.
+    """
+    global _alone
+    if _alone is None:
+        mine = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
+        groups = ProcessGroupCollection()
+        for name in "tp pp mp embd pos_embd cp tp_cp ep expt_tp tp_ep tp_ep_pp dp dp_cp expt_dp".split():
+            setattr(groups, name, mine)
+        groups.hcp = [mine]
+        _alone = groups
+    return _alone
+
+
+@contextlib.contextmanager
+def running(layout: Layout, seed: int = 0) -> Iterator[None]:
+    """Process groups for the duration of a verb; torn down also on error unless they existed before."""
+    existed = dist.is_initialized()
+    initialize(layout, seed)
+    try:
+        yield
+    finally:
+        if not existed:
+            shutdown()

@@ -1,0 +1,262 @@
+"""A megatron-core GPTModel from a `ModelConfig` and a parallel layout.
+
+Without Transformer Engine the norms are torch's RMSNorm and attention is torch's scaled_dot_product_attention; with it
+(on a GPU) both are Transformer Engine's. The linears are ours in both cases, so checkpoints and masks have the same
+names everywhere. Vocabulary rows are padded only to a multiple of the tensor-parallel size, and padded logits are
+minus infinity, so the loss is the same in every layout.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.masked_linear import (
+    MaskedColumnParallelLinear,
+    MaskedGatedLinear,
+    MaskedRowParallelLinear,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Compute and parameter types a model may have here."""
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, marked for the gradient all-reduce of sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=backend.device())
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Causal attention of this rank's heads by torch's fused kernel; `[s, b, heads, d]` in, `[s, b, heads * d]` out."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        if config.context_parallel_size != 1:
+            raise UserError(
+                f"context-parallel-size {config.context_parallel_size} was given; without Transformer Engine attention "
+                "sees only its own part of the sequence: use 1"
+            )
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention over the whole (causal) sequence; any mask argument must be None."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.softmax_scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def _te_modules() -> tuple[Any, Any] | None:
+    """Transformer Engine's norm and attention when it is installed and a GPU is there."""
+    if not backend.has_cuda():
+        return None
+    try:
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+    except ImportError:
+        return None
+    return TENorm, TEDotProductAttention
+
+
+def layer_spec() -> ModuleSpec:
+    """One decoder layer: unfused norms, masked linears, the machine's best attention."""
+    norm, attention = _te_modules() or (RMSNorm, SDPACoreAttention)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=MaskedColumnParallelLinear,
+                    core_attention=attention,
+                    linear_proj=MaskedRowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=MaskedGatedLinear, linear_fc2=MaskedRowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm."""
+    norm = (_te_modules() or (RMSNorm, SDPACoreAttention))[0]
+    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers_here(config), layer_norm=norm)
+
+
+def layers_here(config: TransformerConfig) -> int:
+    """Number of decoder layers this pipeline rank holds."""
+    return config.num_layers // config.pipeline_model_parallel_size
+
+
+def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
+    """Refuse a layout that the model's shape does not allow, naming both."""
+    for what, count, parts, flag in (
+        ("attention heads", config.num_attention_heads, layout.tensor, "tensor-model-parallel-size"),
+        ("query groups", config.num_query_groups, layout.tensor, "tensor-model-parallel-size"),
+        ("ffn channels", config.ffn_hidden_size, layout.tensor, "tensor-model-parallel-size"),
+        ("layers", config.num_layers, layout.pipeline, "pipeline-model-parallel-size"),
+    ):
+        if count % parts:
+            allowed = [p for p in range(1, count + 1) if count % p == 0]
+            raise UserError(
+                f"{flag} {parts} was given and the model has {count} {what}; allowed are the divisors of {count}: "
+                f"{', '.join(map(str, allowed[:12]))}"
+            )
+
+
+def transformer_config(config: ModelConfig, layout: backend.Layout, dtype: torch.dtype, **extra: Any) -> TransformerConfig:
+    """Megatron-core's configuration of `config` in `layout`; `extra` overrides single fields."""
+    fields: dict[str, Any] = dict(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not backend.has_cuda(),
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=backend.has_cuda(),
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        cuda_graph_scope=[],
+        deallocate_pipeline_outputs=backend.has_cuda(),
+    )
+    return TransformerConfig(**{**fields, **extra})
+
+
+def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """RoPE frequencies `[kv_channels / 2]` (float32), with LLaMA-3.1's scaling by wavelength where the config asks.
+
+    Wavelengths longer than `original / low_freq_factor` are slowed by `factor`, those shorter than
+    `original / high_freq_factor` are kept, and between the two the change is linear in `original / wavelength`.
+    """
+    exponent = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
+    frequencies = 1.0 / (config.rotary_base**exponent)
+    scaling = config.rope_scaling
+    if not scaling:
+        return frequencies.to(device)
+    original = float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    slowed = frequencies / float(scaling["factor"])
+    blend = (original * frequencies / (2 * math.pi) - low) / (high - low)
+    smooth = (1 - blend) * slowed + blend * frequencies
+    wavelength = 2 * math.pi / frequencies
+    scaled = torch.where(wavelength > original / low, slowed, smooth)
+    return torch.where(wavelength < original / high, frequencies, scaled).to(device)
+
+
+def rotary(config: ModelConfig, cp_group: Any) -> RotaryEmbedding:
+    """The rotary embedding module of `config`, for layers run outside a GPTModel."""
+    module = RotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=1.0,
+        rotary_base=config.rotary_base,
+        use_cpu_initialization=not backend.has_cuda(),
+        cp_group=cp_group,
+    )
+    module.inv_freq = inverse_frequencies(config, backend.device())
+    return module
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
+    """The vocabulary rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor_parallel) * tensor_parallel
+
+
+def _hide_padding(model: GPTModel, vocab_size: int, layout: backend.Layout) -> None:
+    """Make the logits of padded vocabulary rows minus infinity: they take no probability in any layout."""
+    width = padded_vocab_size(vocab_size, layout.tensor) // layout.tensor
+    start = parallel_state.get_tensor_model_parallel_rank() * width
+    valid = max(0, min(width, vocab_size - start))
+    if valid == width or not model.post_process:
+        return
+    padding = torch.arange(width, device=backend.device()) >= valid
+
+    def hook(_module: Any, _inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
+
+    model.output_layer.register_forward_hook(hook)
+
+
+def build_model(
+    config: ModelConfig, layout: backend.Layout, dtype: torch.dtype, max_sequence_length: int | None = None, **extra: Any
+) -> GPTModel:
+    """This rank's part of the model, weights not initialised (load them next). Process groups must exist."""
+    check_divisible(config, layout)
+    core = transformer_config(config, layout, dtype, **extra)
+    model = GPTModel(
+        config=core,
+        transformer_layer_spec=block_spec(core),
+        vocab_size=padded_vocab_size(config.vocab_size, layout.tensor),
+        max_sequence_length=max_sequence_length or config.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        parallel_output=True,
+    )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(config, backend.device())
+    _hide_padding(model, config.vocab_size, layout)
+    return model.to(backend.device())
+
+
+def whole_layer(config: ModelConfig, dtype: torch.dtype) -> TransformerLayer:
+    """One decoder layer, unsharded on this rank by itself, whatever the model's layout. Collective on first use."""
+    core = transformer_config(config, backend.Layout(), dtype)
+    layer = TransformerLayer(core, layer_spec().submodules, layer_number=1, pg_collection=backend.alone())
+    return layer.to(backend.device()).eval()

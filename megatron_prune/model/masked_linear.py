@@ -1,0 +1,146 @@
+"""Column- and row-parallel linears that can multiply their weight by a learned N:M mask.
+
+One mixin serves both: megatron-core's `_forward_impl` is handed `mask * weight` instead of `weight`, so collectives,
+sequence parallelism and biases stay megatron-core's own. The mask logits are `[out, in / M, patterns]`, sharded exactly
+like the weight they belong to:
+
+    weight        [out, in]          row 0:  w w w w | w w w w | ...      M = 4: a group is 4 consecutive inputs of a row
+    mask_logits   [out, in/4, 6]     row 0:   o(6)   |   o(6)  | ...      one logit for each of the C(4, 2) patterns
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from megatron_prune.kernels.gumbel import Draw, Position, masked_weight, patterns
+
+
+@dataclass
+class MaskDraw:
+    """What one forward pass of a mask-learning model draws; shared by all its linears and moved on by the trainer."""
+
+    n: int
+    m: int
+    seed: int
+    scale: float = 1.0
+    temperature: float = 1.0
+    regularization: float = 0.0
+    """Weight of -sum((W * mask)^2) in the loss of one micro-batch."""
+    hard: bool = False
+    step: int = 0
+    microbatch: int = 0
+    """Global number of the micro-batch inside its step, over all data-parallel ranks."""
+    noise: bool = True
+
+    def draw(self, tensor_id: int) -> Draw | None:
+        """The noise key of one linear in this pass; None for the noiseless mask."""
+        return Draw(self.seed, self.step, self.microbatch, tensor_id) if self.noise else None
+
+
+class MaskedLinear(torch.nn.Module):
+    """Mixin over megatron-core's parallel linears; without `learn_mask` it behaves exactly like them."""
+
+    shard_axis = 0
+    """Axis of weight and mask logits that tensor parallelism splits: 0 column-parallel, 1 row-parallel."""
+    weight: torch.nn.Parameter
+    tp_group: Any
+
+    mask_draw: MaskDraw | None = None
+    position: Position | None = None
+    tensor_id: int = -1
+
+    def learn_mask(self, mask_draw: MaskDraw, position: Position, tensor_id: int) -> None:
+        """Add zero mask logits for `mask_draw`'s pattern; `position` places this shard in the unsharded weight."""
+        out, inputs = self.weight.shape
+        count = patterns(mask_draw.n, mask_draw.m).shape[0]
+        logits = torch.nn.Parameter(
+            torch.zeros(out, inputs // mask_draw.m, count, dtype=torch.float32, device=self.weight.device)
+        )
+        set_tensor_model_parallel_attributes(logits, True, self.shard_axis, 1)
+        logits.allreduce = True  # type: ignore[attr-defined]
+        self.mask_logits = logits
+        self.mask_draw, self.position, self.tensor_id = mask_draw, position, tensor_id
+        self.gradient_accumulation_fusion = False
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.mask_draw is not None:
+            weight = self._masked(weight, self.mask_draw)
+        return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
+
+    def _masked(self, weight: Tensor, draw: MaskDraw) -> Tensor:
+        assert self.position is not None
+        return masked_weight(
+            weight,
+            self.mask_logits,
+            n=draw.n,
+            m=draw.m,
+            scale=draw.scale,
+            temperature=draw.temperature,
+            draw=draw.draw(self.tensor_id),
+            position=self.position,
+            hard=draw.hard,
+            regularization=draw.regularization if self.training else 0.0,
+            accumulate_into=getattr(self.mask_logits, "main_grad", None),
+        )
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Weight and mask logits split along the same axis, so that any layout loads what another saved."""
+        axes = {"weight": self.shard_axis, "mask_logits": self.shard_axis}
+        if self.shard_axis == 0:
+            axes["bias"] = 0
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class MaskedColumnParallelLinear(MaskedLinear, ColumnParallelLinear):
+    """`[out / tp, in]`: every rank holds whole rows."""
+
+    shard_axis = 0
+
+
+class MaskedGatedLinear(MaskedColumnParallelLinear):
+    """`linear_fc1` of a gated MLP: this rank's rows are `[gate_r; up_r]`, not a contiguous slice of `[gate; up]`.
+
+    MLP.sharded_state_dict knows that only for the weight; without the same treatment mask logits saved under one
+    tensor-parallel size load permuted, and silently, under another.
+    """
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """As the base class, with the mask logits split into their gate and up halves."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        key = f"{prefix}mask_logits"
+        if key in state:
+            single = (metadata or {}).get("singleton_local_shards", False)
+            state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets, single)
+        return state
+
+
+class MaskedRowParallelLinear(MaskedLinear, RowParallelLinear):
+    """`[out, in / tp]`: every rank holds a slice of all rows."""
+
+    shard_axis = 1
+
+
+__all__ = [
+    "MaskDraw",
+    "MaskedColumnParallelLinear",
+    "MaskedGatedLinear",
+    "MaskedLinear",
+    "MaskedRowParallelLinear",
+    "backend",
+]
