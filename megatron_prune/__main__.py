@@ -1,0 +1,129 @@
+"""`megatron-prune VERB` and `python -m megatron_prune VERB`: the table of verbs, and how a run ends.
+
+A verb's module is imported only when the verb runs, so `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+from megatron_prune import config
+from megatron_prune.command_line import parse
+from megatron_prune.errors import UserError
+from megatron_prune.options import Options
+
+PROGRAM = "megatron-prune"
+
+
+class Verb(NamedTuple):
+    """One command: what configures it, `module:function` that does it, and a line of help."""
+
+    config: type[Options]
+    function: str
+    help: str
+
+
+VERBS = {
+    "import": Verb(
+        config.ImportConfig,
+        "megatron_prune.model.import_hf:run",
+        "Hugging Face checkpoint -> Megatron checkpoint",
+    ),
+    "prune": Verb(
+        config.PruneConfig, "megatron_prune.prune:run", "decide which weights stay, by a method from a paper"
+    ),
+    "trim": Verb(
+        config.TrimConfig, "megatron_prune.apply.trim:run", "apply a decision: a checkpoint with true zeros"
+    ),
+    "export": Verb(
+        config.ExportConfig,
+        "megatron_prune.export.export:run",
+        "Megatron checkpoint -> Hugging Face directory or masks",
+    ),
+    "evaluate": Verb(
+        config.EvaluateConfig,
+        "megatron_prune.evaluation.perplexity:run",
+        "perplexity of a checkpoint on a text",
+    ),
+    "verify": Verb(
+        config.VerifyConfig,
+        "megatron_prune.evaluation.verify:run",
+        "prove pattern, zeros, density and equal logits",
+    ),
+    "inspect": Verb(
+        config.InspectConfig,
+        "megatron_prune.inspect_run:run",
+        "show what a checkpoint, run or decision holds",
+    ),
+    "methods": Verb(
+        config.MethodsConfig,
+        "megatron_prune.methods.listing:run",
+        "list the pruning methods and their options",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; the exit status: 0 done, 1 a check that the verb makes failed, 2 the user's mistake, 130 Ctrl-C."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        _report(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(PROGRAM, _version())
+        return 0
+    if argv[0] not in VERBS:
+        near = difflib.get_close_matches(argv[0], VERBS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(VERBS)}"
+        raise UserError(f"unknown verb {argv[0]!r}; {hint}")
+    verb = VERBS[argv[0]]
+    settings = parse(verb.config, argv[1:], prog=f"{PROGRAM} {argv[0]}")
+    module, _, function = verb.function.partition(":")
+    return getattr(importlib.import_module(module), function)(settings) or 0
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [f"usage: {PROGRAM} VERB [--config FILE.yaml] [--flag VALUE ...]", "", "verbs:", *lines, ""]
+        + [f"{PROGRAM} VERB --help lists the options of a verb. On several processes:"]
+        + ["  torchrun --nproc-per-node N -m megatron_prune VERB ..."]
+    )
+
+
+def _version() -> str:
+    try:
+        return version("megatron-prune")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _report(message: str) -> None:
+    """One line on stderr. A mistake seen by every process is told once: the others wait a moment before they speak,
+    and the launcher ends them in that moment when process 0 has failed too."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(5)
+        message = f"[process {rank}] {message}"
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

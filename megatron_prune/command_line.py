@@ -1,0 +1,296 @@
+"""Flags and YAML -> a verb's configuration. Later beats earlier: defaults, `--config FILE.yaml`, flags.
+
+A YAML value is read as the text that stands there and then parsed exactly like a flag's, so `target: 2:4` is no
+number in base sixty and `lr: 1e-4` is no string. Types, nested keys and the help text are jsonargparse's work; this
+module adds what it lacks: both spellings of a flag, bare and negated switches, the nearest key for a misspelt one,
+and one-line errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from argparse import SUPPRESS, ArgumentError, HelpFormatter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from megatron_prune.errors import UserError
+from megatron_prune.options import Entry, Options, entries, flag
+
+C = TypeVar("C", bound=Options)
+METHOD_OPTIONS = "method_options"
+
+
+def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
+    """The configuration that `argv` (flags, no verb) describes. Mistakes are `UserError`s; `--help` exits with 0."""
+    known = {entry.key: entry for entry in entries(config)}
+    argv, files = _take_config_files(list(argv))
+    given = [pair for file in files for pair in _read_yaml(file)] + _read_flags(
+        argv, _switches(known.values())
+    )
+    hyper = _method_fields(given) if METHOD_OPTIONS in known else {}
+    parser = _parser(config, known, hyper, prog)
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    kinds = {entry.key: entry.kind for entry in known.values()}
+    kinds |= {f"{METHOD_OPTIONS}.{name}": field.type for name, field in hyper.items()}
+    tokens = []
+    for key, values in given:
+        name = _resolve(key, known, hyper)
+        tokens += _tokens(name, values, kinds[name])
+    return _build(config, known, _parse_tokens(parser, kinds, tokens))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+Pair = tuple[str, list[str]]
+"""A key as the user wrote it, with underscores, and its values as text."""
+
+
+def _take_config_files(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """Splits off every `--config FILE`."""
+    rest, files = [], []
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name != "--config":
+            rest.append(token)
+            continue
+        value = value if equals else next(tokens, "")
+        if not value:
+            raise UserError("--config: no file given; allowed: --config FILE.yaml")
+        files.append(Path(value))
+    return rest, files
+
+
+def _read_yaml(file: Path) -> list[Pair]:
+    """Keys and values of one YAML file; values stay text, nested mappings become dotted keys."""
+    if not file.is_file():
+        raise UserError(f"--config: {file} is not a file")
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {file} is not YAML: {error}") from error
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--config: {file} holds a {type(content).__name__}; allowed: a mapping of keys to values"
+        )
+    return [pair for key, value in content.items() for pair in _yaml_pairs(file, str(key), value)]
+
+
+def _yaml_pairs(file: Path, key: str, value: Any) -> list[Pair]:
+    key = key.replace("-", "_")
+    if isinstance(value, dict):
+        return [pair for name, item in value.items() for pair in _yaml_pairs(file, f"{key}.{name}", item)]
+    values = value if isinstance(value, list) else [value]
+    if value == "" or any(not isinstance(item, str) for item in values):
+        raise UserError(
+            f"--config: {file}: {key}: {value!r} given; allowed: a value or a flat list of values"
+        )
+    return [(key, values)]
+
+
+def _switches(known: Iterable[Entry]) -> set[str]:
+    """Keys of type bool: `--key` alone means true and `--no-key` means false."""
+    return {entry.key for entry in known if entry.kind is bool}
+
+
+def _read_flags(argv: list[str], switches: set[str]) -> list[Pair]:
+    """`--key value...`, `--key=value`, and for switches `--key` and `--no-key`; hyphens or underscores."""
+    pairs: list[Pair] = []
+    for token in argv:
+        if token in ("-h", "--help"):
+            continue
+        if not token.startswith("--"):
+            if not pairs:
+                raise UserError(f"{token!r} given; allowed here: flags such as --input VALUE")
+            pairs[-1][1].append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        key = name.replace("-", "_")
+        if key.startswith("no_") and key[3:] in switches and not equals:
+            key, equals, value = key[3:], "=", "false"
+        pairs.append((key, [value] if equals else []))
+    return [(key, values or (["true"] if key in switches else [])) for key, values in pairs]
+
+
+# --- keys --------------------------------------------------------------------------------------------------------
+
+
+def _method_fields(given: list[Pair]) -> dict[str, dataclasses.Field[Any]]:
+    """Hyper-parameters of the method that the user names, with resolved types; {} as long as none is named."""
+    names = [values[0] for key, values in given if key == "method" and values]
+    if not names:
+        return {}
+    from megatron_prune.methods.base import get_method
+
+    kind = type(get_method(names[-1]))
+    hints = get_type_hints(kind)
+    hyper = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    for name, field in hyper.items():
+        field.type = hints[name]
+    return hyper
+
+
+def _resolve(key: str, known: Mapping[str, Entry], hyper: Mapping[str, dataclasses.Field[Any]]) -> str:
+    """The full key: a verb's own, or `method_options.NAME` for the method's; unknown keys are an error."""
+    if key in known and key != METHOD_OPTIONS:
+        return key
+    head, dot, name = key.partition(".")
+    name = name.replace("-", "_") if dot and head == METHOD_OPTIONS else key
+    if name in hyper:
+        return f"{METHOD_OPTIONS}.{name}"
+    allowed = [name for name in known if name != METHOD_OPTIONS] + list(hyper)
+    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {flag(near[0])}?" if near else "--help lists the allowed ones"
+    raise UserError(f"unknown option {flag(key)} ({key} in YAML); {hint}")
+
+
+def _tokens(key: str, values: list[str], kind: Any) -> list[str]:
+    """The option as jsonargparse reads it; one value is tied to its flag, so that it may begin with a hyphen."""
+    many = get_origin(kind) is tuple
+    if not values or (len(values) > 1 and not many):
+        given = " ".join(values) or "nothing"
+        raise UserError(f"{flag(key)}: {given} given; allowed: {_allowed(kind)}")
+    return [flag(key), *values] if many else [f"{flag(key)}={values[0]}"]
+
+
+# --- types -------------------------------------------------------------------------------------------------------
+
+
+def _parser(
+    config: type[Options], known: Mapping[str, Entry], hyper: Mapping[str, dataclasses.Field[Any]], prog: str
+) -> ArgumentParser:
+    """A jsonargparse parser with one option per key, grouped as the dataclasses are."""
+    needed = " ".join(
+        f"{flag(entry.key)} {_metavar(entry.kind)}" for entry in known.values() if entry.required
+    )
+    parser = ArgumentParser(
+        usage=f"{prog} [--config FILE.yaml] {needed} [options]",
+        description=_title(config),
+        formatter_class=HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    help = "options in YAML, keys as below with underscores; flags override it"
+    parser.add_argument("--config", default=SUPPRESS, metavar="FILE.yaml", help=help)
+    groups: dict[type, Any] = {config: parser}
+    for entry in known.values():
+        if entry.key == METHOD_OPTIONS:
+            continue
+        if entry.group not in groups:
+            groups[entry.group] = parser.add_argument_group(_title(entry.group))
+        _add(groups[entry.group], entry)
+    if hyper:
+        methods = parser.add_argument_group("Hyper-parameters of the method")
+        for name, field in hyper.items():
+            text = f"{field.metadata.get('help', '')} (default: {_show(field.default)})".replace("%", "%%")
+            key = f"{METHOD_OPTIONS}.{name}"
+            methods.add_argument(
+                flag(key), type=field.type, default=SUPPRESS, help=text, metavar=_metavar(field.type)
+            )
+    return parser
+
+
+def _title(config: type[Options]) -> str:
+    return (config.__doc__ or config.__name__).strip().splitlines()[0]
+
+
+def _add(parser: Any, entry: Entry) -> None:
+    """One option; "required" and defaults are settled by the dataclass, so that YAML and flags are treated alike."""
+    note = "required" if entry.required else f"default: {_show(entry.field.default)}"
+    text = f"{entry.field.metadata['help']} ({note})".replace("%", "%%")
+    many = get_origin(entry.kind) is tuple
+    kind = get_args(entry.kind)[0] if many else entry.kind
+    more: dict[str, Any] = {"nargs": "+"} if many else {}
+    parser.add_argument(
+        flag(entry.key), type=kind, default=SUPPRESS, help=text, metavar=_metavar(kind), **more
+    )
+
+
+def _show(value: Any) -> str:
+    return (
+        "none"
+        if value is None or value == ()
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _metavar(kind: Any) -> str:
+    choices = _choices(kind)
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    words = {"int": "N", "float": "X", "bool": "{true,false}", "Path": "PATH"}
+    return words.get(getattr(next(iter(get_args(kind)), kind), "__name__", ""), "VALUE")
+
+
+def _choices(kind: Any) -> list[str]:
+    """Allowed words of a `Literal`, also inside an optional."""
+    if get_origin(kind) is Literal:
+        return [str(word) for word in get_args(kind)]
+    return [word for part in get_args(kind) for word in _choices(part)]
+
+
+def _parse_tokens(parser: ArgumentParser, kinds: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
+    try:
+        return parser.parse_args(tokens).as_dict()
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), kinds)) from error
+
+
+def _one_line(message: str, kinds: Mapping[str, Any]) -> str:
+    """jsonargparse's error -> flag, what was given, what is allowed."""
+    key = re.search(r'Parser key "([^"]+)"|argument --([\w.-]+)', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if not key:
+        return message
+    name = (key[1] or key[2]).replace("-", "_")
+    given = f"{value[1]} given" if value else message.split(": ", 1)[-1]
+    return f"{flag(name)}: {given}; allowed: {_allowed(kinds.get(name))}"
+
+
+def _allowed(kind: Any) -> str:
+    if _choices(kind):
+        return " or ".join(_choices(kind))
+    if get_origin(kind) is tuple:
+        return "one or more files"
+    words = {"int": "one whole number", "float": "one number", "bool": "true or false", "Path": "one path"}
+    return words.get(getattr(kind, "__name__", ""), "one value")
+
+
+# --- building ----------------------------------------------------------------------------------------------------
+
+
+def _build(config: type[C], known: Mapping[str, Entry], values: Mapping[str, Any]) -> C:
+    missing = [entry for entry in known.values() if entry.required and entry.key not in values]
+    if missing:
+        wanted = ", ".join(f"{flag(entry.key)} ({entry.field.metadata['help']})" for entry in missing)
+        raise UserError(f"missing: {wanted}")
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, name = known[key].path
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = tuple(value) if isinstance(value, list) else value
+    return _make(config, tree)
+
+
+def _make(config: type[C], tree: Mapping[str, Any]) -> C:
+    """Instantiates groups before their owner; range checks run here."""
+    kinds = get_type_hints(config)
+    made = {}
+    for name, value in tree.items():
+        nested = isinstance(kinds[name], type) and issubclass(kinds[name], Options)
+        made[name] = _make(kinds[name], value) if nested else value
+    return config(**made)

@@ -1,0 +1,238 @@
+"""The configuration of each verb. A field here is a flag on the command line and a key in a YAML file.
+
+`config.parallelism.tensor_model_parallel_size` in code, `--tensor-model-parallel-size` as a flag and
+`tensor_model_parallel_size:` in YAML are the same thing; every verb's dataclass composes the groups it needs. Ranges
+are checked when an object is made; whether files exist and fit together is checked by the code that opens them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_prune.errors import UserError
+from megatron_prune.options import REQUIRED, Options, group, option, parse_documents
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallelism(Options):
+    """Layout over processes"""
+
+    tensor_model_parallel_size: int = option(1, "processes that share each layer", at_least=1)
+    pipeline_model_parallel_size: int = option(1, "processes that share the stack of layers", at_least=1)
+    sequence_parallel: bool = option(False, "shard norms and dropouts over the tensor-parallel processes too")
+    context_parallel_size: int = option(1, "processes that share each sequence", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise UserError("--sequence-parallel: true given; it needs --tensor-model-parallel-size above 1")
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model among `world_size` processes; a world that the layout does not divide is an error."""
+        model = (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+        if world_size % model:
+            raise UserError(
+                f"{world_size} processes given; tensor x pipeline x context parallel sizes need a multiple of {model}"
+            )
+        return world_size // model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Options):
+    """Calibration text of one-shot methods"""
+
+    text: tuple[Path, ...] = option(
+        (), "files of documents: .txt, .jsonl, .jsonl.gz, .json.gz", key="calibration"
+    )
+    samples: int = option(128, "windows drawn, over all processes", at_least=1, key="calibration_samples")
+    seq_length: int = option(
+        2048,
+        "tokens in a window; at most what the model was made for",
+        at_least=2,
+        key="calibration_seq_length",
+    )
+    seed: int = option(0, "of the draw", at_least=0, key="calibration_seed")
+    documents: str | None = option(
+        None, "documents drawn from: K (the first K) or START:STOP", key="calibration_documents"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_documents("calibration_documents", self.documents)
+
+    @property
+    def document_range(self) -> slice:
+        """`documents` as a slice of the list of documents."""
+        return parse_documents("calibration_documents", self.documents)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Options):
+    """Training of learned methods"""
+
+    data: tuple[Path, ...] = option((), "files of training documents: .txt, .jsonl, .jsonl.gz, .json.gz")
+    data_documents: str | None = option(None, "documents trained on: K (the first K) or START:STOP")
+    eval_data: tuple[Path, ...] = option(
+        (), "files of held-out documents, for the loss every --eval-interval steps"
+    )
+    eval_documents: str | None = option(None, "held-out documents used: K (the first K) or START:STOP")
+    eval_windows: int = option(32, "held-out windows of --seq-length tokens", at_least=1)
+    seq_length: int = option(2048, "tokens in a training window", at_least=2)
+    micro_batch_size: int = option(1, "windows in one forward pass of one model replica", at_least=1)
+    global_batch_size: int = option(256, "windows in one optimizer step, over all replicas", at_least=1)
+    train_iters: int = option(2000, "optimizer steps", at_least=1)
+    lr: float = option(5e-5, "peak learning rate", above=0)
+    min_lr: float = option(5e-6, "learning rate at the last step", at_least=0)
+    lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "shape from --lr to --min-lr")
+    lr_warmup_iters: int = option(0, "optimizer steps of linear warm-up", at_least=0)
+    clip_grad: float = option(1.0, "largest norm of all gradients together; 0 = no limit", at_least=0)
+    adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, at_most=1)
+    adam_beta2: float = option(0.95, "decay of Adam's variance", at_least=0, at_most=1)
+    adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
+    use_distributed_optimizer: bool = option(
+        False, "shard the optimizer's state over the data-parallel processes"
+    )
+    recompute: bool = option(
+        False, "recompute each layer in the backward pass: less memory, a third more time"
+    )
+    seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)
+    log_interval: int = option(1, "optimizer steps between lines of metrics", at_least=1)
+    save_interval: int = option(
+        100, "optimizer steps between checkpoints; the last step is always saved", at_least=1
+    )
+    eval_interval: int = option(100, "optimizer steps between held-out evaluations", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_documents("data_documents", self.data_documents)
+        parse_documents("eval_documents", self.eval_documents)
+        if self.min_lr > self.lr:
+            raise UserError(f"--min-lr: {self.min_lr} given; allowed: at most --lr ({self.lr})")
+        if self.lr_warmup_iters >= self.train_iters:
+            raise UserError(
+                f"--lr-warmup-iters: {self.lr_warmup_iters} given; allowed: below {self.train_iters}"
+            )
+
+    @property
+    def data_range(self) -> slice:
+        """`data_documents` as a slice of the list of documents."""
+        return parse_documents("data_documents", self.data_documents)
+
+    @property
+    def eval_range(self) -> slice:
+        """`eval_documents` as a slice of the list of documents."""
+        return parse_documents("eval_documents", self.eval_documents)
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Forward passes of one replica in one optimizer step; a batch that does not divide is an error."""
+        width = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % width:
+            raise UserError(
+                f"--global-batch-size: {self.global_batch_size} given; allowed: a multiple of micro batch"
+                f" {self.micro_batch_size} x {data_parallel_size} data-parallel replicas = {width}"
+            )
+        return self.global_batch_size // width
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(Options):
+    """A Hugging Face checkpoint -> a Megatron checkpoint"""
+
+    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors)")
+    output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
+    dtype: Dtype | None = option(None, "type of the weights; left out: the source's own")
+    mask: Path | None = option(None, "mask .npz (Hugging Face weight names) applied to the weights")
+    parallelism: Parallelism = group(Parallelism)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(Options):
+    """A Megatron checkpoint -> a decision: which weights stay"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`")
+    output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume")
+    method: str = option(REQUIRED, "pruning method; `megatron-prune methods` lists them")
+    target: str = option(REQUIRED, "what to reach: N:M (N KEPT of M, e.g. 2:4) or a sparsity such as 0.5")
+    prior: str | None = option(
+        None, "mask that a learned method starts from: a run, a decision, a mask .npz or a method"
+    )
+    initial_logits: Path | None = option(None, "earlier run whose learned logits are the start (transfer)")
+    resume: bool = option(False, "go on from the last checkpoint in --output")
+    method_options: dict[str, Any] = option({}, "the method's own hyper-parameters")
+    calibration: Calibration = group(Calibration)
+    training: Training = group(Training)
+    parallelism: Parallelism = group(Parallelism)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior is not None and self.initial_logits is not None:
+            raise UserError(
+                "--prior and --initial-logits given; allowed: one of them, both say where learning starts"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrimConfig(Options):
+    """A pruning run -> a released checkpoint: removed weights zero, training state gone"""
+
+    input: Path = option(REQUIRED, "run folder of `prune`")
+    output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
+    parallelism: Parallelism = group(Parallelism)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Options):
+    """A checkpoint or a run -> files that other software reads"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint (hf) or run folder (mask-npz)")
+    output: Path = option(REQUIRED, "directory (hf) or file (mask-npz) to write; must not exist")
+    format: Literal["hf", "mask-npz"] = option(
+        "hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight"
+    )
+    parallelism: Parallelism = group(Parallelism)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Options):
+    """Perplexity of a Megatron checkpoint or a Hugging Face directory"""
+
+    input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory or hub id")
+    text: Path = option(REQUIRED, "text file, tokenised whole, without a beginning-of-text token")
+    output: Path | None = option(None, "JSON file for the result; left out: printed only")
+    window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2)
+    windows: int = option(32, "windows evaluated, from the start of the text; 0 = all", at_least=0)
+    dtype: Dtype | None = option(None, "type of the weights while evaluating; left out: the checkpoint's own")
+    micro_batch_size: int = option(1, "windows in one forward pass", at_least=1)
+    parallelism: Parallelism = group(Parallelism)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(Options):
+    """Proof of what changed: pattern, true zeros, density per layer, logits"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint, run folder or exported Hugging Face directory")
+    against: str | None = option(None, "Hugging Face directory, hub id or checkpoint to compare with")
+    target: str | None = option(None, "pattern every pruned weight must satisfy; left out: the one recorded")
+    output: Path | None = option(None, "JSON file for the result; left out: printed only")
+    tolerance: float = option(1e-4, "largest absolute difference of logits, computed in float32", at_least=0)
+    seq_length: int = option(64, "tokens of the random input that the logits are compared on", at_least=2)
+    seed: int = option(0, "of the random input", at_least=0)
+    parallelism: Parallelism = group(Parallelism)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Options):
+    """What is in a checkpoint, a run folder or a decision"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint, run folder or decision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsConfig(Options):
+    """The pruning methods, each with its paper, targets and hyper-parameters"""

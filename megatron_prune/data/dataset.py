@@ -1,0 +1,197 @@
+"""Training windows and evaluation windows.
+
+`TokenWindows.sample(index)` is a pure function of (text, tokenizer, seed, index): no worker, process or resume changes
+what step 17 trains on, in any layout. The text is tokenised once, as one flat array that is cached on disk under the
+hash of all that went into it and memory-mapped, so that the processes of a node share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from megatron_prune.data.text import hash_files, read_documents, tokenize
+from megatron_prune.errors import UserError
+
+BATCH = 512
+"""Documents handed at once to the tokenizer, which spreads them over threads."""
+CACHE_VERSION = 1
+
+
+class TokenWindows:
+    """Windows of seq_length + 1 tokens over a text, in a seeded order that is drawn anew for each epoch."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path | str],
+        tokenizer: PreTrainedTokenizerBase,
+        seq_length: int,
+        seed: int,
+        append_eod: bool = True,
+        documents: slice = slice(None),
+        cache: Path | None = None,
+    ) -> None:
+        """`documents` limits the text to a range; `cache` is the folder of token arrays (default: `cache_folder()`).
+
+        With `append_eod` each document ends with the tokenizer's end-of-text token. The text must hold one window.
+        """
+        self.source = tuple(Path(path).name for path in paths)
+        self.seq_length = seq_length
+        self.seed = seed
+        self.key = _cache_key(paths, tokenizer, append_eod, documents)
+        self.tokens = _cached_tokens(
+            paths, tokenizer, append_eod, documents, cache or cache_folder(), self.key
+        )
+        self.num_windows = (len(self.tokens) - 1) // seq_length
+        if self.num_windows < 1:
+            raise UserError(
+                f"{', '.join(map(str, paths))}: {len(self.tokens)} tokens do not fill one window of {seq_length} + 1;"
+                " give more text or a smaller --seq-length"
+            )
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def sample(self, index: int) -> torch.Tensor:
+        """Window number `index`, counted over all epochs: int64 [seq_length + 1], inputs and shifted labels in one."""
+        epoch, position = divmod(index, self.num_windows)
+        start = int(self._order(epoch)[position]) * self.seq_length
+        return torch.from_numpy(self.tokens[start : start + self.seq_length + 1].astype(np.int64))
+
+    def batch(self, indices: Sequence[int]) -> torch.Tensor:
+        """int64 [len(indices), seq_length + 1]"""
+        return torch.stack([self.sample(index) for index in indices])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """Order of the windows in one epoch. RandomState: the one numpy stream that is promised never to change."""
+        return np.random.RandomState([self.seed % 2**32, self.seed >> 32, epoch]).permutation(
+            self.num_windows
+        )
+
+    def info(self) -> dict[str, Any]:
+        """Provenance, for the log."""
+        return {
+            "source": list(self.source),
+            "tokens": len(self.tokens),
+            "windows": self.num_windows,
+            "seq_length": self.seq_length,
+            "seed": self.seed,
+            "sha256": self.key,
+        }
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/megatron_prune`, by default in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_prune"
+
+
+def _cache_key(
+    paths: Sequence[Path | str], tokenizer: PreTrainedTokenizerBase, append_eod: bool, documents: slice
+) -> str:
+    """SHA-256 of everything that the token array depends on."""
+    chosen = [documents.start, documents.stop, documents.step]
+    parts = [CACHE_VERSION, hash_files(paths), _tokenizer_state(tokenizer), append_eod, chosen]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = tokenizer.get_vocab() if backend is None else backend.to_str()
+    return [type(tokenizer).__name__, state, tokenizer.eos_token_id]
+
+
+def _cached_tokens(
+    paths: Sequence[Path | str],
+    tokenizer: PreTrainedTokenizerBase,
+    append_eod: bool,
+    documents: slice,
+    cache: Path,
+    key: str,
+) -> np.ndarray:
+    """The flat token array [tokens], memory-mapped; the first process of a node makes it, the others wait for it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    file = cache / f"tokens-{key[:32]}.npy"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            tokens = flat_tokens(read_documents(paths, documents), tokenizer, append_eod)
+            partial = file.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as handle:
+                np.save(handle, tokens)
+            partial.replace(file)
+    return np.load(file, mmap_mode="r")
+
+
+def flat_tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eod: bool) -> np.ndarray:
+    """All documents one after the other: int32 [tokens]. The tokenizer adds its own special tokens to each."""
+    end = _end_of_document(tokenizer) if append_eod else None
+    pieces = []
+    for first in range(0, len(documents), BATCH):
+        for ids in tokenize(tokenizer, documents[first : first + BATCH]):
+            if end is not None and ids[-1:] != [end]:
+                ids = [*ids, end]
+            pieces.append(np.asarray(ids, dtype=np.int32))
+    return np.concatenate(pieces)
+
+
+def _end_of_document(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token to put between documents; set its eos_token")
+    return int(tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text cut for perplexity, with what a result must say about it."""
+
+    tokens: torch.Tensor
+    """int64 [windows, window], not overlapping, from the start; the remainder of the text is dropped."""
+    num_tokens: int
+    """In the whole text."""
+    window: int
+    """Tokens in a window; also the stride."""
+    sha256: str
+    """Of the text, UTF-8."""
+    source: str
+    """Name of the file, without folders."""
+
+    def info(self) -> dict[str, Any]:
+        """Window, stride, token count and text hash: without them a perplexity is no result."""
+        return {
+            "source": self.source,
+            "sha256": self.sha256,
+            "text_tokens": self.num_tokens,
+            "window": self.window,
+            "stride": self.window,
+            "windows": len(self.tokens),
+            "special_tokens": False,
+        }
+
+
+def evaluation_windows(
+    path: Path | str, tokenizer: PreTrainedTokenizerBase, window: int, windows: int = 0
+) -> EvaluationText:
+    """The text of a file, tokenised whole without special tokens, as the first `windows` windows (0 = all).
+
+    The documents of a `.jsonl` file are joined by blank lines.
+    """
+    text = "\n\n".join(read_documents([path]))
+    (ids,) = tokenize(tokenizer, [text], add_special_tokens=False)
+    available = len(ids) // window
+    if available < max(windows, 1):
+        raise UserError(
+            f"{path}: {len(ids)} tokens hold {available} windows of {window}; {max(windows, 1)} wanted: give more text,"
+            " fewer --windows or a smaller --window"
+        )
+    count = windows or available
+    tokens = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
+    digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return EvaluationText(tokens, len(ids), window, digest, Path(path).name)

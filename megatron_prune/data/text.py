@@ -1,0 +1,133 @@
+"""Files -> documents (strings), and the tokenizer that a checkpoint brings along.
+
+A `.txt` file is one document; `.jsonl`, `.jsonl.gz` and `.json.gz` (the form in which C4 is published) hold one JSON
+object a line with the document under a key. Everything wrong with a file is a `UserError` with its name and line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_prune.errors import UserError
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
+
+
+def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), key: str = "text") -> list[str]:
+    """All documents of all files, in order, cut to `chosen`; at least one, or a `UserError`."""
+    documents = [document for path in paths for document in iterate_documents(Path(path), key)][chosen]
+    if not documents:
+        names = ", ".join(map(str, paths)) or "no file"
+        raise UserError(
+            f"{names}: no document found; give text in {', '.join(SUFFIXES)}, and a range that holds some"
+        )
+    return documents
+
+
+def iterate_documents(path: Path, key: str = "text") -> Iterator[str]:
+    """Documents of one file, one at a time."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give text in {', '.join(SUFFIXES)}")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"{path}: unknown kind of text; allowed: {', '.join(SUFFIXES)}")
+    if path.suffix == ".txt":
+        yield _decode(path.read_bytes(), str(path))
+        return
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield _document(line, key, f"{path}:{number}")
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            yield from file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+
+
+def _document(line: bytes, key: str, place: str) -> str:
+    try:
+        record = json.loads(_decode(line, place))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON ({error}); expected one object a line") from error
+    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+        raise UserError(
+            f"{place}: no text under the key {key!r}; expected an object such as {{{key!r}: '...'}}"
+        )
+    return record[key]
+
+
+def _decode(data: bytes, place: str) -> str:
+    """Byte-exact: line ends stay as they are."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 text ({error})") from error
+
+
+def hash_files(paths: Sequence[Path | str]) -> str:
+    """SHA-256 over the contents of the files, in order; a missing file is a `UserError`."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give text in {', '.join(SUFFIXES)}")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in `directory`. Never reaches the network, never runs code from the directory.
+
+    With `vocab_size` it is checked against the model: `check_tokenizer`.
+    """
+    directory = Path(directory)
+    if not any(
+        (directory / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    ):
+        raise UserError(f"{directory}: no tokenizer found; expected tokenizer.json or tokenizer.model there")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _check_json(directory / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: the tokenizer does not load: {error}") from error
+    if vocab_size is not None:
+        check_tokenizer(tokenizer, vocab_size, str(directory))
+    return tokenizer
+
+
+def _check_json(path: Path) -> None:
+    try:
+        if path.is_file():
+            json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged ({error}); copy it again from the model's source") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str = "tokenizer") -> None:
+    """A `UserError` when the tokenizer can produce an id that the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{name}: the tokenizer does not fit the model: its ids reach {largest}, the model's vocabulary has"
+            f" {vocab_size} rows; give the tokenizer that belongs to the model"
+        )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], **more: Any) -> list[list[int]]:
+    """Token ids of each document, no length limit; the tokenizer adds its own special tokens unless told otherwise."""
+    encoded = tokenizer(list(documents), return_attention_mask=False, verbose=False, truncation=False, **more)
+    return encoded["input_ids"]

@@ -1,0 +1,140 @@
+"""What a configuration field is: a default, a sentence of help, a range and a flag, declared in one place.
+
+Every verb's configuration is a frozen dataclass made of such fields and of groups of them. A field's *key* is its
+YAML name (`calibration_samples`) and, with hyphens, its flag (`--calibration-samples`); keys are flat and unique
+inside a verb, groups only order the help text and the code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from megatron_prune.errors import UserError
+
+REQUIRED = dataclasses.MISSING
+"""Default of a field that the user must give."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    key: str | None = None,
+) -> Any:
+    """A dataclass field: `help` says what it is, with its unit and scope; the bounds are checked when it is set."""
+    metadata = {"help": help, "at_least": at_least, "above": above, "at_most": at_most, "key": key}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def group(kind: type) -> Any:
+    """A dataclass field that holds a group of options, all at their defaults unless given."""
+    return dataclasses.field(default_factory=kind)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of every configuration: checks the range of each field; a value outside is a `UserError`."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if "help" in field.metadata:
+                check_range(field_key(field), getattr(self, field.name), field.metadata)
+
+
+def check_range(key: str, value: Any, bounds: Any) -> None:
+    """Raises a `UserError` naming the flag when a number is outside the bounds declared with `option`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low, above, high = bounds["at_least"], bounds["above"], bounds["at_most"]
+    fits = (
+        (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+    )
+    if not fits or value != value:
+        words = [("at least", low), ("above", above), ("at most", high)]
+        allowed = " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
+        raise UserError(f"{flag(key)}: {value} given; allowed: {allowed or 'a number'}")
+
+
+def field_key(field: dataclasses.Field[Any]) -> str:
+    """YAML name of a field."""
+    return field.metadata.get("key") or field.name
+
+
+def flag(key: str) -> str:
+    """Command-line spelling of a key: `train_iters` -> `--train-iters`."""
+    return "--" + key.replace("_", "-")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One option of a verb: where it sits in the configuration and how it is called."""
+
+    key: str
+    kind: Any
+    field: dataclasses.Field[Any]
+    path: tuple[str, ...]
+    group: type[Options]
+
+    @property
+    def required(self) -> bool:
+        return self.field.default is REQUIRED and self.field.default_factory is REQUIRED
+
+
+def entries(config: type[Options], path: tuple[str, ...] = ()) -> Iterator[Entry]:
+    """All options of a configuration class, groups flattened, in the order of declaration."""
+    kinds = get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = kinds[field.name]
+        if isinstance(kind, type) and issubclass(kind, Options):
+            yield from entries(kind, (*path, field.name))
+        else:
+            yield Entry(field_key(field), kind, field, (*path, field.name), config)
+
+
+def flatten(config: Options) -> dict[str, Any]:
+    """Key -> plain value (str, number, bool, None, list, dict) of every option: what `config.yaml` holds."""
+    values = {}
+    for entry in entries(type(config)):
+        value: Any = config
+        for name in entry.path:
+            value = getattr(value, name)
+        values[entry.key] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, dict) else value
+
+
+def save_yaml(config: Options, path: Path) -> None:
+    """Writes the merged configuration so that `--config PATH` repeats the run."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def parse_documents(key: str, text: str | None) -> slice:
+    """`None` = all documents, `"K"` = the first K, `"START:STOP"` = that range, either side may be left out."""
+    if text is None:
+        return slice(None)
+    match = re.fullmatch(r"(\d*):(\d*)|(\d+)", text.strip())
+    if match is None:
+        raise UserError(f"{flag(key)}: {text!r} given; allowed: K (the first K documents) or START:STOP")
+    start, stop, first = (int(part) if part else None for part in match.groups())
+    chosen = slice(start, first if first is not None else stop)
+    if chosen.stop is not None and chosen.stop <= (chosen.start or 0):
+        raise UserError(f"{flag(key)}: {text!r} given; that range holds no document")
+    return chosen
