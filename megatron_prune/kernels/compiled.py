@@ -1,7 +1,7 @@
-"""Builds the project's small C kernels on first use and loads them with ctypes. No build step at installation:
-the C file is compiled by whatever compiler the machine has, tuned to its processor, and kept in a cache whose
-file name is a hash of everything the result depends on. Where no compiler works the caller gets None after one
-loud warning, and takes its slower PyTorch path."""
+"""Builds the project's small C kernels on first use and loads them with ctypes. No build step at
+installation: the C file is compiled by whatever compiler the machine has, tuned to its processor, and kept in
+a cache whose file name is a hash of everything the result depends on. Where no compiler works the caller gets
+None after one loud warning, and takes its slower PyTorch path."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def enabled() -> bool:
 def load_library(source: Path) -> ctypes.CDLL | None:
     """The shared library built from the C file `source`, or None.
 
-    None means: disabled by MEGATRON_PRUNE_COMPILED=0 (no warning), or no compiler worked (one RuntimeWarning in
-    the process). Calls into the library release the GIL. The result is remembered for the life of the process.
-    Raises FileNotFoundError when `source` is missing.
+    None means: disabled by MEGATRON_PRUNE_COMPILED=0 (no warning), or no compiler worked (one RuntimeWarning
+    in the process). Calls into the library release the GIL. The result is remembered for the life of the
+    process. Raises FileNotFoundError when `source` is missing.
     """
     return _load(source.resolve()) if enabled() else None
 

@@ -1,0 +1,457 @@
+"""Learnable N:M masks (MaskLLM, Fang et al. 2024, arXiv 2409.17481, section 3.2): Gumbel-softmax over the
+patterns of every group, and the masked weight, differentiable in the logits. Forward and backward are one
+pass each; the backward draws the same counter-based noise again, so that nothing of the size of the logits is
+kept between them. Two implementations with one meaning: PyTorch on any device, row chunk by row chunk, and C
+on the CPU (csrc/gumbel.c), 20 times faster than the formula spelt out in PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_prune.kernels.compiled import load_library
+from megatron_prune.kernels.philox import gumbel_noise, hash_key
+
+Implementation = Literal["auto", "eager", "cpu"]
+
+MAX_M = 8
+CHUNK_LOGITS = 2**22
+"""Logits the PyTorch path works on at a time: bounds its temporaries to a few times 16 MiB (noise: 64
+MiB)."""
+
+SOURCE = Path(__file__).parent / "csrc" / "gumbel.c"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Names one draw of noise: equal draws are equal noise, on any machine and under any sharding."""
+
+    seed: int
+    step: int
+    """Optimiser step."""
+    microbatch: int
+    """Index within the step, counted over all data-parallel ranks when each rank should draw its own
+    noise."""
+    tensor_id: int
+    """Index of the unsharded weight in the model."""
+
+    def key(self) -> tuple[int, int]:
+        """Philox key: two 32-bit words (see `hash_key`)."""
+        return hash_key(self.seed, self.step, self.microbatch, self.tensor_id)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a shard of a weight lies in the unsharded weight."""
+
+    row_ids: Tensor
+    """int64 [rows]: row of the unsharded weight for each row here."""
+    first_group: int
+    """Index in its unsharded row of the first group here."""
+    groups_per_row: int
+    """Groups in an unsharded row: inputs / M."""
+
+    @classmethod
+    def whole(cls, rows: int, groups: int, device: torch.device | str = "cpu") -> Position:
+        """The position of a weight that is not sharded."""
+        return cls(torch.arange(rows, device=device), 0, groups)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one evaluation needs besides weight and logits."""
+
+    n: int
+    m: int
+    scale: float
+    temperature: float
+    key: tuple[int, int] | None
+    position: Position
+    hard: bool
+    regularization: float
+    compiled: bool
+    accumulate_into: Tensor | None = None
+
+
+def patterns(n: int, m: int) -> Tensor:
+    """All ways to keep n of m, bool [C(m, n), m], in lexicographic order of the kept indices. 2:4 gives
+
+    0: 1 1 0 0    1: 1 0 1 0    2: 1 0 0 1    3: 0 1 1 0    4: 0 1 0 1    5: 0 0 1 1
+
+    Raises ValueError unless 1 <= n <= m <= 8.
+    """
+    if not 1 <= n <= m <= MAX_M:
+        raise ValueError(f"pattern {n}:{m} is not supported: allowed are 1 <= N <= M <= {MAX_M}")
+    table = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
+    for index, kept in enumerate(itertools.combinations(range(m), n)):
+        table[index, list(kept)] = True
+    return table
+
+
+def masked_weight(
+    weight: Tensor,
+    logits: Tensor,
+    *,
+    n: int,
+    m: int,
+    scale: float,
+    temperature: float,
+    draw: Draw | None,
+    position: Position,
+    hard: bool = False,
+    regularization: float = 0.0,
+    accumulate_into: Tensor | None = None,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """weight * mask, [out, in] in the weight's dtype; mask = softmax((scale * logits + g) / temperature) @
+    patterns.
+
+    weight [out, in] and logits [out, in / m, C(m, n)] are contiguous, fp32 or bf16 (PyTorch path: any float);
+    arithmetic is fp32 (fp64 when either is). g is the standard Gumbel noise of `draw`; None means g = 0.
+    hard=True: straight-through. Forward and weight gradient use the likeliest pattern, the logits see the
+    soft one.
+
+    regularization r adds the gradient of -r * sum((weight * mask)^2) to the logits' gradient (not to the
+    weight's), independent of the incoming gradient: scale it yourself when the loss is scaled.
+
+    accumulate_into, fp32 like logits: backward adds the logits' gradient there and autograd gets None for
+    them (the main_grad of Megatron's buckets, without a second copy of the gradient). logits must still
+    require grad.
+
+    Differentiable once, in logits and, if it requires grad, in weight. Saved for backward: the two inputs
+    only. Raises ValueError on shapes, dtypes or an `implementation` that do not fit.
+    """
+    _check(weight, logits, n, m, temperature, position)
+    if accumulate_into is not None:
+        _check_accumulator(accumulate_into, logits)
+    compiled = _use_compiled(implementation, weight, logits)
+    key = draw.key() if draw is not None else None
+    call = _Call(n, m, scale, temperature, key, position, hard, regularization, compiled, accumulate_into)
+    result: Tensor = _MaskedWeight.apply(weight, logits, call)  # type: ignore[no-untyped-call]
+    return result
+
+
+def statistics(
+    logits: Tensor,
+    weight: Tensor,
+    *,
+    n: int,
+    m: int,
+    scale: float,
+    temperature: float,
+    draw: Draw | None,
+    position: Position,
+    hard: bool = False,
+    implementation: Implementation = "auto",
+) -> dict[str, float]:
+    """Sums for logging, arguments as in `masked_weight`; sums over shards add up to those of the whole.
+
+    sum_max_probability over groups (divide by groups: 1 / patterns undecided, 1 decided), groups, and
+    sum_masked_square, the sum of (weight * mask)^2.
+    """
+    _check(weight, logits, n, m, temperature, position)
+    compiled = _use_compiled(implementation, weight, logits)
+    call = _Call(n, m, scale, temperature, draw.key() if draw else None, position, hard, 0.0, compiled)
+    with torch.no_grad():
+        sums = (_compiled_statistics if compiled else _eager_statistics)(weight, logits, call)
+    groups = logits.shape[0] * logits.shape[1]
+    return {"sum_max_probability": sums[0], "groups": groups, "sum_masked_square": sums[1]}
+
+
+def winners(logits: Tensor, implementation: Implementation = "auto") -> Tensor:
+    """Index of the largest logit of each group, the lowest where several are equal: uint8 [out, in / M]."""
+    if logits.dim() != 3:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [out, groups, patterns]")
+    if _use_compiled(implementation, logits) and logits.is_contiguous():
+        return _compiled_winners(logits)
+    return logits.argmax(dim=-1).to(torch.uint8)
+
+
+def decode(logits: Tensor, n: int, m: int) -> Tensor:
+    """The mask the logits stand for, without noise: bool [out, in]."""
+    table = patterns(n, m).to(logits.device)
+    if logits.shape[-1] != len(table):
+        raise ValueError(f"logits have {logits.shape[-1]} patterns; {n}:{m} has {len(table)}")
+    return table[winners(logits).long()].flatten(1)
+
+
+def pattern_index(mask: Tensor, n: int, m: int) -> Tensor:
+    """Inverse of `decode`: the pattern of each group of a bool mask [out, in], as uint8 [out, in / m].
+
+    Raises ValueError when a group does not keep exactly n, or in is not a multiple of m.
+    """
+    table = patterns(n, m)
+    if mask.shape[-1] % m:
+        raise ValueError(f"mask has {mask.shape[-1]} inputs, not a multiple of {m}")
+    bits = 2 ** torch.arange(m)
+    lookup = torch.full((2**m,), 255, dtype=torch.uint8)
+    lookup[(table * bits).sum(-1)] = torch.arange(len(table), dtype=torch.uint8)
+    codes = (mask.reshape(*mask.shape[:-1], -1, m) * bits.to(mask.device, torch.uint8)).sum(-1)
+    index = lookup.to(mask.device)[codes]
+    wrong = int((index == 255).sum())
+    if wrong:
+        raise ValueError(f"mask is not {n}:{m}: {wrong} of {index.numel()} groups do not keep exactly {n}")
+    return index
+
+
+class _MaskedWeight(torch.autograd.Function):
+    """The differentiable core of `masked_weight`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, logits: Tensor, call: _Call) -> Tensor:
+        ctx.save_for_backward(weight, logits)
+        ctx.call = call
+        return (_compiled_forward if call.compiled else _eager_forward)(weight, logits, call)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, logits = ctx.saved_tensors
+        call: _Call = ctx.call
+        needs_weight, needs_logits = ctx.needs_input_grad[:2]
+        add = call.accumulate_into is not None and needs_logits
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        grad_logits = call.accumulate_into if add else torch.empty_like(logits) if needs_logits else None
+        step = _compiled_backward if call.compiled else _eager_backward
+        step(weight, logits, grad_output.contiguous(), grad_weight, grad_logits, add, call)
+        return grad_weight, None if add else grad_logits, None
+
+
+# ---- PyTorch -------------------------------------------------------------------------------------------
+
+
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Row ranges of at most CHUNK_LOGITS logits each (one row at least)."""
+    step = max(1, CHUNK_LOGITS // max(1, logits[0].numel())) if len(logits) else 1
+    return (slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step))
+
+
+def _compute_dtype(weight: Tensor, logits: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (weight.dtype, logits.dtype) else torch.float32
+
+
+def _noisy(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -> Tensor:
+    """scale * logits + g of the given rows, [rows, groups, patterns]."""
+    noisy = logits[rows].to(dtype) * call.scale
+    if call.key is None:
+        return noisy
+    where = call.position
+    columns = where.first_group + torch.arange(logits.shape[1], device=logits.device)
+    groups = where.row_ids[rows].to(logits.device).unsqueeze(-1) * where.groups_per_row + columns
+    return noisy.add_(gumbel_noise(groups, logits.shape[-1], call.key))
+
+
+def _eager_masks(
+    logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(probabilities [rows, groups, patterns], mask of the forward pass [rows, groups, m], table [patterns,
+    m])."""
+    table = patterns(call.n, call.m).to(logits.device, dtype)
+    noisy = _noisy(logits, rows, call, dtype)
+    largest = noisy.amax(dim=-1, keepdim=True)
+    # The difference first: dividing large logits by a small temperature would round away what tells them
+    # apart.
+    probabilities = ((noisy - largest) / call.temperature).softmax(dim=-1)
+    mask = table[noisy.argmax(dim=-1)] if call.hard else probabilities @ table
+    return probabilities, mask, table
+
+
+def _eager_forward(weight: Tensor, logits: Tensor, call: _Call) -> Tensor:
+    dtype = _compute_dtype(weight, logits)
+    output = torch.empty_like(weight)
+    for rows in _chunks(logits):
+        _, mask, _ = _eager_masks(logits, rows, call, dtype)
+        output[rows] = weight[rows].to(dtype) * mask.flatten(1)
+    return output
+
+
+def _eager_backward(
+    weight: Tensor,
+    logits: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor | None,
+    grad_logits: Tensor | None,
+    add: bool,
+    call: _Call,
+) -> None:
+    """Fills grad_weight and fills or adds to grad_logits, where they are wanted."""
+    dtype = _compute_dtype(weight, logits)
+    for rows in _chunks(logits):
+        probabilities, mask, table = _eager_masks(logits, rows, call, dtype)
+        w = weight[rows].to(dtype).view(mask.shape)
+        dy = grad_output[rows].to(dtype).view(mask.shape)
+        if grad_weight is not None:
+            grad_weight[rows] = (mask * dy).flatten(1).to(grad_weight.dtype)
+        if grad_logits is None:
+            continue
+        grad_mask = w * (dy - 2.0 * call.regularization * w * mask)
+        grad_probabilities = grad_mask @ table.T
+        mean = (probabilities * grad_probabilities).sum(dim=-1, keepdim=True)
+        grad = grad_probabilities.sub_(mean).mul_(probabilities).mul_(call.scale / call.temperature)
+        if add:
+            grad_logits[rows] += grad
+        else:
+            grad_logits[rows] = grad.to(grad_logits.dtype)
+
+
+def _eager_statistics(weight: Tensor, logits: Tensor, call: _Call) -> tuple[float, float]:
+    dtype = _compute_dtype(weight, logits)
+    sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
+    for rows in _chunks(logits):
+        probabilities, mask, _ = _eager_masks(logits, rows, call, dtype)
+        masked = weight[rows].to(dtype) * mask.flatten(1)
+        sums[0] += probabilities.amax(dim=-1).sum(dtype=torch.float64)
+        sums[1] += masked.square().sum(dtype=torch.float64)
+    return float(sums[0]), float(sums[1])
+
+
+# ---- compiled C ----------------------------------------------------------------------------------------
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of csrc/gumbel.c: same order, same widths."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "groups", "first_group", "groups_per_row")),
+        *((name, ctypes.c_void_p) for name in ("row_ids", "pattern_bits", "weight", "logits", "grad_output")),
+        *((name, ctypes.c_void_p) for name in ("masked_weight", "grad_weight", "grad_logits")),
+        *((name, ctypes.c_int32) for name in ("m", "patterns", "weight_bf16", "logits_bf16")),
+        *((name, ctypes.c_int32) for name in ("grad_logits_bf16", "noise", "hard", "accumulate", "threads")),
+        ("key", ctypes.c_uint32 * 2),
+        *((name, ctypes.c_float) for name in ("scale", "inverse_temperature", "regularization")),
+    ]
+
+
+@functools.cache
+def _pattern_bits(n: int, m: int) -> Tensor:
+    """uint8 [patterns]: bit i is set where the pattern keeps input i."""
+    return (patterns(n, m) * 2 ** torch.arange(m)).sum(-1).to(torch.uint8)
+
+
+def _run(function: str, call: _Call, logits: Tensor, *extra: Tensor, **tensors: Tensor | None) -> None:
+    """Call one entry point of the library. `tensors` fill the fields of the same name; `extra` follow as
+    pointers."""
+    library = load_library(SOURCE)
+    assert library is not None
+    bits = _pattern_bits(call.n, call.m)
+    row_ids = call.position.row_ids.to("cpu", torch.int64).contiguous()
+    grad_logits, weight = tensors.get("grad_logits"), tensors.get("weight")
+    arguments = _Arguments(
+        rows=logits.shape[0],
+        groups=logits.shape[1],
+        first_group=call.position.first_group,
+        groups_per_row=call.position.groups_per_row,
+        row_ids=row_ids.data_ptr(),
+        pattern_bits=bits.data_ptr(),
+        logits=logits.data_ptr(),
+        m=call.m,
+        patterns=logits.shape[2],
+        weight_bf16=weight is not None and weight.dtype == torch.bfloat16,
+        logits_bf16=logits.dtype == torch.bfloat16,
+        grad_logits_bf16=grad_logits is not None and grad_logits.dtype == torch.bfloat16,
+        noise=call.key is not None,
+        hard=call.hard,
+        threads=torch.get_num_threads(),
+        key=call.key or (0, 0),
+        scale=call.scale,
+        inverse_temperature=1.0 / call.temperature,
+        regularization=call.regularization,
+    )
+    arguments.accumulate = grad_logits is not None and grad_logits is call.accumulate_into
+    for name, tensor in tensors.items():
+        setattr(arguments, name, tensor.data_ptr() if tensor is not None else None)
+    if logits.numel():
+        getattr(library, function)(ctypes.byref(arguments), *(ctypes.c_void_p(t.data_ptr()) for t in extra))
+
+
+def _compiled_forward(weight: Tensor, logits: Tensor, call: _Call) -> Tensor:
+    output = torch.empty_like(weight)
+    _run("gumbel_forward", call, logits, weight=weight, masked_weight=output)
+    return output
+
+
+def _compiled_backward(
+    weight: Tensor,
+    logits: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor | None,
+    grad_logits: Tensor | None,
+    add: bool,
+    call: _Call,
+) -> None:
+    """As `_eager_backward`."""
+    gradients = {"grad_output": grad_output, "grad_weight": grad_weight, "grad_logits": grad_logits}
+    _run("gumbel_backward", call, logits, weight=weight, **gradients)
+
+
+def _compiled_statistics(weight: Tensor, logits: Tensor, call: _Call) -> tuple[float, float]:
+    sums = torch.zeros(2, dtype=torch.float64)
+    _run("gumbel_statistics", call, logits, sums, weight=weight)
+    return float(sums[0]), float(sums[1])
+
+
+def _compiled_winners(logits: Tensor) -> Tensor:
+    index = torch.empty(logits.shape[:2], dtype=torch.uint8)
+    call = _Call(1, 1, 1.0, 1.0, None, Position.whole(*logits.shape[:2]), False, 0.0, True)
+    _run("gumbel_winners", call, logits, index)
+    return index
+
+
+# ---- checks --------------------------------------------------------------------------------------------
+
+
+def _use_compiled(implementation: Implementation, *tensors: Tensor) -> bool:
+    """Whether to take the C path: asked for, or possible under "auto" (fp32 or bf16 on the CPU, and it
+    builds)."""
+    if implementation not in ("auto", "eager", "cpu"):
+        raise ValueError(f"implementation {implementation!r} is unknown; allowed are auto, eager, cpu")
+    fits = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
+    if implementation == "eager" or (implementation == "auto" and not fits):
+        return False
+    if not fits:
+        raise ValueError("implementation 'cpu' takes fp32 or bf16 tensors in CPU memory; use 'auto'")
+    library = load_library(SOURCE)
+    if library is None and implementation == "cpu":
+        raise ValueError("implementation 'cpu' needs a working C compiler and MEGATRON_PRUNE_COMPILED not 0")
+    return library is not None
+
+
+def _check(weight: Tensor, logits: Tensor, n: int, m: int, temperature: float, position: Position) -> None:
+    expected = (weight.shape[0], weight.shape[-1] // m, len(patterns(n, m)))
+    if weight.dim() != 2 or weight.shape[1] % m or tuple(logits.shape) != expected:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} and logits {tuple(logits.shape)} do not fit {n}:{m}: "
+            f"expected [out, in] with in a multiple of {m}, and [out, in / {m}, {expected[2]}]"
+        )
+    if not (weight.is_contiguous() and logits.is_contiguous()):
+        raise ValueError("weight and logits must be contiguous")
+    if weight.device != logits.device:
+        raise ValueError(f"weight is on {weight.device}, logits on {logits.device}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    if position.row_ids.shape != (weight.shape[0],):
+        raise ValueError(f"position has {tuple(position.row_ids.shape)} row ids for {weight.shape[0]} rows")
+    if position.first_group < 0 or position.first_group + expected[1] > position.groups_per_row:
+        raise ValueError(
+            f"groups {position.first_group} to {position.first_group + expected[1]} are outside a row of "
+            f"{position.groups_per_row}"
+        )
+
+
+def _check_accumulator(accumulator: Tensor, logits: Tensor) -> None:
+    same = accumulator.shape == logits.shape and accumulator.device == logits.device
+    if not same or accumulator.dtype != torch.float32 or not accumulator.is_contiguous():
+        raise ValueError(
+            f"accumulate_into is {accumulator.dtype} {tuple(accumulator.shape)} on {accumulator.device}; "
+            f"it must be contiguous fp32 {tuple(logits.shape)} on {logits.device}"
+        )
