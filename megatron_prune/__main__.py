@@ -71,7 +71,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; the exit status: 0 done, 1 a check that the verb makes failed, 2 the user's mistake, 130 Ctrl-C."""
+    """Runs one verb; exit status: 0 done, 1 a check of the verb failed, 2 the user's mistake, 130 Ctrl-C."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -116,8 +116,11 @@ def _version() -> str:
 
 
 def _report(message: str) -> None:
-    """One line on stderr. A mistake seen by every process is told once: the others wait a moment before they speak,
-    and the launcher ends them in that moment when process 0 has failed too."""
+    """One line on stderr.
+
+    A mistake that every process sees is told once: the others wait a moment before they speak, and the
+    launcher ends them in that moment when process 0 has failed too.
+    """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(5)

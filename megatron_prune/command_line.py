@@ -1,9 +1,9 @@
 """Flags and YAML -> a verb's configuration. Later beats earlier: defaults, `--config FILE.yaml`, flags.
 
-A YAML value is read as the text that stands there and then parsed exactly like a flag's, so `target: 2:4` is no
-number in base sixty and `lr: 1e-4` is no string. Types, nested keys and the help text are jsonargparse's work; this
-module adds what it lacks: both spellings of a flag, bare and negated switches, the nearest key for a misspelt one,
-and one-line errors.
+A YAML value is read as the text that stands there and then parsed exactly like a flag's, so `target: 2:4` is
+no number in base sixty and `lr: 1e-4` is no string. Types, nested keys and the help text are jsonargparse's
+work; this module adds what it lacks: both spellings of a flag, bare and negated switches, the nearest key for
+a misspelt one, and one-line errors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ METHOD_OPTIONS = "method_options"
 
 
 def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
-    """The configuration that `argv` (flags, no verb) describes. Mistakes are `UserError`s; `--help` exits with 0."""
+    """The configuration that `argv` (no verb) describes; mistakes are `UserError`s, `--help` exits with 0."""
     known = {entry.key: entry for entry in entries(config)}
     argv, files = _take_config_files(list(argv))
     given = [pair for file in files for pair in _read_yaml(file)] + _read_flags(
@@ -47,7 +47,7 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     return _build(config, known, _parse_tokens(parser, kinds, tokens))
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading ---
 
 Pair = tuple[str, list[str]]
 """A key as the user wrote it, with underscores, and its values as text."""
@@ -122,11 +122,11 @@ def _read_flags(argv: list[str], switches: set[str]) -> list[Pair]:
     return [(key, values or (["true"] if key in switches else [])) for key, values in pairs]
 
 
-# --- keys --------------------------------------------------------------------------------------------------------
+# --- keys ---
 
 
 def _method_fields(given: list[Pair]) -> dict[str, dataclasses.Field[Any]]:
-    """Hyper-parameters of the method that the user names, with resolved types; {} as long as none is named."""
+    """Hyper-parameters of the method that the user names, with resolved types; {} when none is named."""
     names = [values[0] for key, values in given if key == "method" and values]
     if not names:
         return {}
@@ -155,7 +155,7 @@ def _resolve(key: str, known: Mapping[str, Entry], hyper: Mapping[str, dataclass
 
 
 def _tokens(key: str, values: list[str], kind: Any) -> list[str]:
-    """The option as jsonargparse reads it; one value is tied to its flag, so that it may begin with a hyphen."""
+    """The option as jsonargparse reads it; a single value is tied to its flag: it may begin with a hyphen."""
     many = get_origin(kind) is tuple
     if not values or (len(values) > 1 and not many):
         given = " ".join(values) or "nothing"
@@ -163,7 +163,7 @@ def _tokens(key: str, values: list[str], kind: Any) -> list[str]:
     return [flag(key), *values] if many else [f"{flag(key)}={values[0]}"]
 
 
-# --- types -------------------------------------------------------------------------------------------------------
+# --- types ---
 
 
 def _parser(
@@ -205,7 +205,7 @@ def _title(config: type[Options]) -> str:
 
 
 def _add(parser: Any, entry: Entry) -> None:
-    """One option; "required" and defaults are settled by the dataclass, so that YAML and flags are treated alike."""
+    """One option; the dataclass settles defaults and what is required, so that YAML and flags are alike."""
     note = "required" if entry.required else f"default: {_show(entry.field.default)}"
     text = f"{entry.field.metadata['help']} ({note})".replace("%", "%%")
     many = get_origin(entry.kind) is tuple
@@ -268,7 +268,7 @@ def _allowed(kind: Any) -> str:
     return words.get(getattr(kind, "__name__", ""), "one value")
 
 
-# --- building ----------------------------------------------------------------------------------------------------
+# --- building ---
 
 
 def _build(config: type[C], known: Mapping[str, Entry], values: Mapping[str, Any]) -> C:

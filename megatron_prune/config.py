@@ -1,8 +1,9 @@
 """The configuration of each verb. A field here is a flag on the command line and a key in a YAML file.
 
 `config.parallelism.tensor_model_parallel_size` in code, `--tensor-model-parallel-size` as a flag and
-`tensor_model_parallel_size:` in YAML are the same thing; every verb's dataclass composes the groups it needs. Ranges
-are checked when an object is made; whether files exist and fit together is checked by the code that opens them.
+`tensor_model_parallel_size:` in YAML are the same thing; every verb's dataclass composes the groups it needs.
+Ranges are checked when an object is made; whether files exist and fit together is checked by the code that
+opens them.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class Parallelism(Options):
             raise UserError("--sequence-parallel: true given; it needs --tensor-model-parallel-size above 1")
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model among `world_size` processes; a world that the layout does not divide is an error."""
+        """Replicas of the model among `world_size` processes; a world that does not divide is an error."""
         model = (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
         if world_size % model:
             raise UserError(
-                f"{world_size} processes given; tensor x pipeline x context parallel sizes need a multiple of {model}"
+                f"{world_size} processes given; tensor x pipeline x context parallel sizes need a multiple"
+                f" of {model}"
             )
         return world_size // model
 

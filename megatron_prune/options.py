@@ -1,8 +1,8 @@
 """What a configuration field is: a default, a sentence of help, a range and a flag, declared in one place.
 
-Every verb's configuration is a frozen dataclass made of such fields and of groups of them. A field's *key* is its
-YAML name (`calibration_samples`) and, with hyphens, its flag (`--calibration-samples`); keys are flat and unique
-inside a verb, groups only order the help text and the code.
+Every verb's configuration is a frozen dataclass made of such fields and of groups of them. A field's *key* is
+its YAML name (`calibration_samples`) and, with hyphens, its flag (`--calibration-samples`); keys are flat and
+unique inside a verb, groups only order the help text and the code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def option(
     at_most: float | None = None,
     key: str | None = None,
 ) -> Any:
-    """A dataclass field: `help` says what it is, with its unit and scope; the bounds are checked when it is set."""
+    """A dataclass field: `help` says what it is, with unit and scope; bounds are checked when it is set."""
     metadata = {"help": help, "at_least": at_least, "above": above, "at_most": at_most, "key": key}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -127,7 +127,7 @@ def save_yaml(config: Options, path: Path) -> None:
 
 
 def parse_documents(key: str, text: str | None) -> slice:
-    """`None` = all documents, `"K"` = the first K, `"START:STOP"` = that range, either side may be left out."""
+    """`None` = all documents, `"K"` = the first K, `"START:STOP"` = a range; a side may be left out."""
     if text is None:
         return slice(None)
     match = re.fullmatch(r"(\d*):(\d*)|(\d+)", text.strip())

@@ -1,8 +1,9 @@
 """N seeded windows of calibration text, with everything needed to draw them again.
 
-The draw is the one that published one-shot results share (SparseGPT, arXiv:2301.00774; Wanda, arXiv:2306.11695): pick
-a random document until it is longer than a window, then cut the window at a random place in it. The order of the calls
-to the generator is part of that definition: with the same text, tokenizer and seed the windows are equal to theirs.
+The draw is the one that published one-shot results share (SparseGPT, arXiv:2301.00774; Wanda,
+arXiv:2306.11695): pick a random document until it is longer than a window, then cut the window at a random
+place in it. The order of the calls to the generator is part of that definition: with the same text, tokenizer
+and seed the windows are equal to theirs.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def windows(
     seed: int,
     documents: slice = slice(None),
 ) -> CalibrationSet:
-    """`samples` windows of `seq_length` tokens from the `documents` of the files; the same on every process."""
+    """`samples` windows of `seq_length` tokens from `documents` of the files; the same on every process."""
     texts = read_documents(paths, documents)
     draw = _Draw(texts, tokenizer, seq_length, random.Random(seed))
     tokens = torch.tensor([draw.window() for _ in range(samples)], dtype=torch.int64)
@@ -89,8 +90,8 @@ class _Draw:
             misses += 1
             if misses == len(self.texts) and not any(map(self._is_long, range(len(self.texts)))):
                 raise UserError(
-                    f"calibration text: none of its {len(self.texts)} documents is longer than {self.seq_length} tokens;"
-                    " give longer documents or a smaller --calibration-seq-length"
+                    f"calibration: none of its {len(self.texts)} documents is longer than {self.seq_length}"
+                    " tokens; give longer documents or a smaller --calibration-seq-length"
                 )
 
     def _is_long(self, index: int) -> bool:

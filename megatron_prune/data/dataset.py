@@ -1,8 +1,9 @@
 """Training windows and evaluation windows.
 
-`TokenWindows.sample(index)` is a pure function of (text, tokenizer, seed, index): no worker, process or resume changes
-what step 17 trains on, in any layout. The text is tokenised once, as one flat array that is cached on disk under the
-hash of all that went into it and memory-mapped, so that the processes of a node share it.
+`TokenWindows.sample(index)` is a pure function of (text, tokenizer, seed, index): no worker, process or
+resume changes what step 17 trains on, in any layout. The text is tokenised once, as one flat array that is
+cached on disk under the hash of all that went into it and memory-mapped, so that the processes of a node
+share it.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class TokenWindows:
         documents: slice = slice(None),
         cache: Path | None = None,
     ) -> None:
-        """`documents` limits the text to a range; `cache` is the folder of token arrays (default: `cache_folder()`).
+        """`documents` is the range used; `cache` is the folder of token arrays (default: `cache_folder()`).
 
-        With `append_eod` each document ends with the tokenizer's end-of-text token. The text must hold one window.
+        With `append_eod` each document ends with the end-of-text token. The text must hold one window.
         """
         self.source = tuple(Path(path).name for path in paths)
         self.seq_length = seq_length
@@ -56,13 +57,13 @@ class TokenWindows:
         self.num_windows = (len(self.tokens) - 1) // seq_length
         if self.num_windows < 1:
             raise UserError(
-                f"{', '.join(map(str, paths))}: {len(self.tokens)} tokens do not fill one window of {seq_length} + 1;"
-                " give more text or a smaller --seq-length"
+                f"{', '.join(map(str, paths))}: {len(self.tokens)} tokens do not fill one window of"
+                f" {seq_length} + 1; give more text or a smaller --seq-length"
             )
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def sample(self, index: int) -> torch.Tensor:
-        """Window number `index`, counted over all epochs: int64 [seq_length + 1], inputs and shifted labels in one."""
+        """Window number `index` over all epochs: int64 [seq_length + 1], inputs and labels in one."""
         epoch, position = divmod(index, self.num_windows)
         start = int(self._order(epoch)[position]) * self.seq_length
         return torch.from_numpy(self.tokens[start : start + self.seq_length + 1].astype(np.int64))
@@ -72,7 +73,7 @@ class TokenWindows:
         return torch.stack([self.sample(index) for index in indices])
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        """Order of the windows in one epoch. RandomState: the one numpy stream that is promised never to change."""
+        """Order of the windows in one epoch. RandomState is numpy's one stream that never changes."""
         return np.random.RandomState([self.seed % 2**32, self.seed >> 32, epoch]).permutation(
             self.num_windows
         )
@@ -117,7 +118,7 @@ def _cached_tokens(
     cache: Path,
     key: str,
 ) -> np.ndarray:
-    """The flat token array [tokens], memory-mapped; the first process of a node makes it, the others wait for it."""
+    """The flat token array [tokens], memory-mapped; the first process of a node makes it, the others wait."""
     cache.mkdir(parents=True, exist_ok=True)
     file = cache / f"tokens-{key[:32]}.npy"
     with FileLock(f"{file}.lock"):
@@ -131,7 +132,7 @@ def _cached_tokens(
 
 
 def flat_tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eod: bool) -> np.ndarray:
-    """All documents one after the other: int32 [tokens]. The tokenizer adds its own special tokens to each."""
+    """All documents in a row: int32 [tokens]; the tokenizer adds its own special tokens to each."""
     end = _end_of_document(tokenizer) if append_eod else None
     pieces = []
     for first in range(0, len(documents), BATCH):
@@ -188,8 +189,8 @@ def evaluation_windows(
     available = len(ids) // window
     if available < max(windows, 1):
         raise UserError(
-            f"{path}: {len(ids)} tokens hold {available} windows of {window}; {max(windows, 1)} wanted: give more text,"
-            " fewer --windows or a smaller --window"
+            f"{path}: {len(ids)} tokens hold {available} windows of {window}; {max(windows, 1)} wanted:"
+            " give more text, fewer --windows or a smaller --window"
         )
     count = windows or available
     tokens = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)

@@ -1,7 +1,8 @@
 """Files -> documents (strings), and the tokenizer that a checkpoint brings along.
 
-A `.txt` file is one document; `.jsonl`, `.jsonl.gz` and `.json.gz` (the form in which C4 is published) hold one JSON
-object a line with the document under a key. Everything wrong with a file is a `UserError` with its name and line.
+A `.txt` file is one document; `.jsonl`, `.jsonl.gz` and `.json.gz` (the form in which C4 is published) hold
+one JSON object a line with the document under a key. Everything wrong with a file is a `UserError` with its
+name and line.
 """
 
 from __future__ import annotations
@@ -122,12 +123,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: s
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
         raise UserError(
-            f"{name}: the tokenizer does not fit the model: its ids reach {largest}, the model's vocabulary has"
-            f" {vocab_size} rows; give the tokenizer that belongs to the model"
+            f"{name}: the tokenizer does not fit the model: its ids reach {largest}, the model's vocabulary"
+            f" has {vocab_size} rows; give the tokenizer that belongs to the model"
         )
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], **more: Any) -> list[list[int]]:
-    """Token ids of each document, no length limit; the tokenizer adds its own special tokens unless told otherwise."""
+    """Token ids of each document, of any length, with the special tokens that the tokenizer adds."""
     encoded = tokenizer(list(documents), return_attention_mask=False, verbose=False, truncation=False, **more)
     return encoded["input_ids"]

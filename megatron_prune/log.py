@@ -1,0 +1,231 @@
+"""What a run tells: process 0's console, `metrics.jsonl`, TensorBoard events and `environment.json`.
+
+Every process may call everything here; only process 0 prints and writes. In a terminal long work shows a bar,
+elsewhere (log files, batch jobs) plain lines. Names of machines, users and folders are never recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PACKAGES = (
+    "megatron-prune",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "transformer-engine",
+)
+PLAIN_INTERVAL_S = 10.0
+"""Seconds between lines of progress outside a terminal."""
+
+
+def is_leader() -> bool:
+    """True on process 0, before and after the process group exists."""
+    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))) == 0
+
+
+@cache
+def console() -> Console:
+    """The one console of this process: standard output, silent on all processes but 0."""
+    return Console(highlight=False, soft_wrap=True, quiet=not is_leader())
+
+
+def say(message: str) -> None:
+    """One plain line from process 0."""
+    console().print(escape(message))
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(count)` for work of `total` pieces."""
+    screen = console()
+    if screen.is_terminal and not screen.quiet:
+        with _bar(screen) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    plain = _PlainProgress(title, total)
+    yield plain.advance
+
+
+def _bar(screen: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen)
+
+
+class _PlainProgress:
+    """Progress as lines, one every `PLAIN_INTERVAL_S` seconds and one at the end."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title = title
+        self.total = total
+        self.done = 0
+        self.began = self.told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.told >= PLAIN_INTERVAL_S or self.done >= self.total:
+            self.told = now
+            say(f"{self.title} {self.done}/{self.total} ({now - self.began:.0f} s)")
+
+
+class MetricsLog:
+    """The metrics of one run folder: `metrics.jsonl` (append-only, flushed line by line) and TensorBoard events."""
+
+    def __init__(self, folder: Path, name: str = "step") -> None:
+        """`name` is what the console calls a step."""
+        self.path = folder / "metrics.jsonl"
+        self.name = name
+        self._folder = folder
+        self._file: TextIO | None = None
+        self._events: Any = None
+        self._began = time.monotonic()
+        self._first = 0
+        self._done = 0
+
+    def resume_at(self, done: int) -> None:
+        """Forget what was written about steps after `done` (a run that died behind its last checkpoint)."""
+        self._first = self._done = done
+        self._began = time.monotonic()
+        if not is_leader() or not self.path.exists():
+            return
+        self.close()
+        kept = [line for line in _complete_lines(self.path) if json.loads(line).get("step", 0) <= done]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
+
+    def write(self, record: dict[str, Any], total: int | None = None) -> None:
+        """One line; `step` counts finished steps. Numbers also go to TensorBoard, a summary to the console.
+
+        `total` is the run's number of steps, for the time left. Values that are no finite number are written as null.
+        """
+        if not is_leader():
+            return
+        if self._file is None:
+            self._file = self._open()
+        self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+        self._file.flush()
+        if "step" in record:
+            self._write_events(record)
+            self._done = record["step"]
+        say(self._line(record, total))
+
+    def close(self) -> None:
+        """Close the files; a later `write` opens them again."""
+        if self._file is not None:
+            self._file.close()
+            self._events.close()
+        self._file = self._events = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> TextIO:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first + 1)
+        return self.path.open("a", encoding="utf-8")
+
+    def _write_events(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._events.add_scalar(key, value, record["step"])
+        self._events.flush()
+
+    def _line(self, record: dict[str, Any], total: int | None) -> str:
+        words = [f"{key} {_short(value)}" for key, value in record.items() if key != "step"]
+        if "step" not in record:
+            return "  ".join(words)
+        head = f"{self.name} {record['step']}" + (f"/{total}" if total else "")
+        return "  ".join([head, *words, *self._time_left(total)])
+
+    def _time_left(self, total: int | None) -> list[str]:
+        steps = self._done - self._first
+        if not total or steps < 1 or self._done >= total:
+            return []
+        left = (time.monotonic() - self._began) / steps * (total - self._done)
+        return [f"left {left / 60:.0f} min" if left >= 90 else f"left {left:.0f} s"]
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a metrics file; a last line that a dying process left unfinished is dropped."""
+    text = path.read_text(encoding="utf-8")
+    return [line for line in text.split("\n")[:-1] if line]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def write_environment(folder: Path, **more: Any) -> None:
+    """`environment.json`: versions, devices and process count, plus what the caller adds."""
+    if not is_leader():
+        return
+    content = {
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
+        "devices": device_names(),
+        "cpu_threads": torch.get_num_threads(),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "platform": f"{sys.platform} {platform.machine()}",
+        **more,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def device_names() -> list[str]:
+    """Names of the GPUs, or of the processor when there is none."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return gpus or [_processor()]
+
+
+def _processor() -> str:
+    """The processor's product name where the system tells it, otherwise its architecture."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text(encoding="utf-8").splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
