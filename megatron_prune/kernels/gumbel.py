@@ -427,7 +427,8 @@ def _use_compiled(implementation: Implementation, *tensors: Tensor) -> bool:
 
 
 def _check(weight: Tensor, logits: Tensor, n: int, m: int, temperature: float, position: Position) -> None:
-    expected = (weight.shape[0], weight.shape[-1] // m, len(patterns(n, m)))
+    table = patterns(n, m)
+    expected = (weight.shape[0], weight.shape[-1] // m, len(table))
     if weight.dim() != 2 or weight.shape[1] % m or tuple(logits.shape) != expected:
         raise ValueError(
             f"weight {tuple(weight.shape)} and logits {tuple(logits.shape)} do not fit {n}:{m}: "

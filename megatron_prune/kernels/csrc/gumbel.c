@@ -26,8 +26,8 @@ typedef struct {
     const uint8_t *pattern_bits;         /* [patterns] bit i set: pattern keeps input i */
     const void *weight, *logits;         /* fp32, or bf16 where the flag says so */
     const void *grad_output;             /* as weight */
-    void *masked_weight, *grad_weight;   /* as weight; grad_weight may be NULL */
-    void *grad_logits;                   /* fp32 or bf16 */
+    void *masked_weight, *grad_weight;   /* as weight; grad_weight is NULL where not wanted */
+    void *grad_logits;                   /* fp32 or bf16; NULL where not wanted */
     int32_t m, patterns;
     int32_t weight_bf16, logits_bf16, grad_logits_bf16;
     int32_t noise, hard, accumulate, threads;
@@ -322,6 +322,7 @@ void gumbel_backward(const Arguments *a) {
             for (int j = 0; j < a->m; j++) LANES grad_weight[j][t] = s.mask[j][t] * s.grad[j][t];
             store_tile(a->grad_weight, grad_weight, a->weight_bf16, 0, first, count, a->m);
         }
+        if (!a->grad_logits) continue;
         mask_gradient(a, &s, mean);
         logit_gradient(a, &s, mean);
         store_tile(a->grad_logits, s.e, a->grad_logits_bf16, a->accumulate, first, count, a->patterns);

@@ -1,0 +1,338 @@
+"""Learnable N:M masks: maths against autograd, C against PyTorch, sharding, and decoding."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_prune.kernels import gumbel
+from megatron_prune.kernels.compiled import load_library
+from megatron_prune.kernels.gumbel import Draw, Position
+from megatron_prune.kernels.philox import gumbel_noise
+
+needs_compiled = pytest.mark.skipif(
+    load_library(gumbel.SOURCE) is None, reason="no C compiler on this machine"
+)
+TARGETS = [(2, 4), (1, 4), (4, 8), (1, 2), (3, 4), (2, 3)]
+DRAW = Draw(seed=1234, step=5, microbatch=6, tensor_id=7)
+SETTINGS: dict[str, Any] = {"scale": 2.0, "temperature": 0.7, "draw": DRAW}
+
+
+@pytest.fixture(params=["eager", pytest.param("cpu", marks=needs_compiled)])
+def implementation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def example(
+    n: int, m: int, rows: int = 5, groups: int = 37, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight [rows, groups * m], logits [rows, groups, patterns], gradient of the output)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, groups, len(gumbel.patterns(n, m)), generator=generator)
+    weight, grad = (torch.randn(rows, groups * m, generator=generator) for _ in range(2))
+    return weight.to(dtype), logits.to(dtype), grad.to(dtype)
+
+
+def evaluate(
+    weight: Tensor, logits: Tensor, grad: Tensor, n: int, m: int, learn_weight: bool = False, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(output, gradient of the logits, gradient of the weight or None) of one call at the whole position."""
+    weight, logits = weight.clone().requires_grad_(learn_weight), logits.clone().requires_grad_()
+    position = Position.whole(*logits.shape[:2])
+    output = gumbel.masked_weight(weight, logits, n=n, m=m, **{**SETTINGS, "position": position, **options})
+    output.backward(grad)
+    assert logits.grad is not None
+    return output.detach(), logits.grad, weight.grad
+
+
+def formula(
+    weight: Tensor,
+    logits: Tensor,
+    n: int,
+    m: int,
+    scale: float,
+    temperature: float,
+    draw: Draw | None,
+    hard: bool = False,
+) -> Tensor:
+    """The definition, in plain differentiable PyTorch."""
+    noisy = scale * logits
+    if draw is not None:
+        groups = torch.arange(logits[..., 0].numel()).view(logits.shape[:2])
+        noisy = noisy + gumbel_noise(groups, logits.shape[-1], draw.key())
+    table = gumbel.patterns(n, m).to(logits.dtype)
+    mask = (noisy / temperature).softmax(-1) @ table
+    if hard:
+        mask = table[noisy.argmax(-1)] + mask - mask.detach()
+    return weight * mask.flatten(1)
+
+
+@pytest.mark.parametrize(("n", "m"), TARGETS)
+def test_patterns_are_all_and_in_order(n: int, m: int) -> None:
+    kept = [tuple(row.nonzero().flatten().tolist()) for row in gumbel.patterns(n, m)]
+    assert kept == list(itertools.combinations(range(m), n))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(("n", "m"), TARGETS)
+def test_agrees_with_autograd_of_the_definition(n: int, m: int, hard: bool, implementation: str) -> None:
+    """Output and both gradients; hard: the logits' gradient is that of the soft mask."""
+    weight, logits, grad = example(n, m)
+    output, grad_logits, grad_weight = evaluate(
+        weight, logits, grad, n, m, learn_weight=True, hard=hard, implementation=implementation
+    )
+    weight.requires_grad_(), logits.requires_grad_()
+    expected = formula(weight, logits, n, m, hard=hard, **SETTINGS)
+    expected.backward(grad)
+    torch.testing.assert_close(output, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad_logits, logits.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad_weight, weight.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_regularizer_is_the_gradient_of_its_formula(hard: bool, implementation: str) -> None:
+    weight, logits, grad = example(2, 4)
+    _, grad_logits, _ = evaluate(
+        weight, logits, grad, 2, 4, regularization=0.3, hard=hard, implementation=implementation
+    )
+    logits.requires_grad_()
+    output = formula(weight, logits, 2, 4, hard=hard, **SETTINGS)
+    ((output * grad).sum() - 0.3 * output.square().sum()).backward()
+    torch.testing.assert_close(grad_logits, logits.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("draw", [None, DRAW])
+def test_gradcheck_in_double(draw: Draw | None) -> None:
+    weight, logits, _ = (tensor.double().requires_grad_() for tensor in example(2, 4, 2, 3))
+    position = Position.whole(2, 3)
+
+    def call(w: Tensor, o: Tensor) -> Tensor:
+        return gumbel.masked_weight(w, o, n=2, m=4, scale=1.5, temperature=0.9, draw=draw, position=position)
+
+    assert torch.autograd.gradcheck(call, (weight, logits))
+
+
+@needs_compiled
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize(("n", "m"), TARGETS)
+def test_compiled_equals_eager(n: int, m: int, hard: bool) -> None:
+    tensors = example(n, m)
+    options = {"hard": hard, "regularization": 0.1, "learn_weight": True}
+    eager = evaluate(*tensors, n, m, implementation="eager", **options)
+    compiled = evaluate(*tensors, n, m, implementation="cpu", **options)
+    torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiled
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
+def test_compiled_equals_eager_in_bf16(weight_dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
+    """Both compute in fp32 and round once: at most one bf16 step apart."""
+    weight, logits, grad = example(2, 4)
+    tensors = weight.to(weight_dtype), logits.to(logits_dtype), grad.to(weight_dtype)
+    eager = evaluate(*tensors, 2, 4, implementation="eager", learn_weight=True)
+    compiled = evaluate(*tensors, 2, 4, implementation="cpu", learn_weight=True)
+    assert [t.dtype for t in compiled if t is not None] == [weight_dtype, logits_dtype, weight_dtype]
+    for ours, reference in zip(compiled, eager, strict=True):
+        assert ours is not None and reference is not None
+        tolerance = 2.0**-7 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=tolerance)
+        assert (ours == reference).float().mean() > 0.99 or ours.dtype == torch.float32
+
+
+@needs_compiled
+def test_late_schedule_stays_finite_and_close() -> None:
+    """Scale 500 and temperature 0.05 (the end of training), where exponents reach 10^4."""
+    weight, logits, grad = example(2, 4)
+    options = {"scale": 500.0, "temperature": 0.05}
+    eager = evaluate(weight, 0.01 * logits, grad, 2, 4, implementation="eager", **options)
+    compiled = evaluate(weight, 0.01 * logits, grad, 2, 4, implementation="cpu", **options)
+    assert compiled[1].isfinite().all()
+    torch.testing.assert_close(compiled[0], eager[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_shard_draws_the_slice_of_the_whole(n: int, m: int, implementation: str) -> None:
+    """Permuted rows and a column range, as tensor parallelism cuts them: bit for bit the whole's values."""
+    weight, logits, grad = example(n, m, rows=11, groups=29)
+    whole = evaluate(weight, logits, grad, n, m, implementation=implementation)
+    rows, first, last = torch.tensor([7, 0, 3, 10]), 9, 23
+    inputs = slice(first * m, last * m)
+    shard = evaluate(
+        weight[rows, inputs].contiguous(),
+        logits[rows, first:last].contiguous(),
+        grad[rows, inputs].contiguous(),
+        n,
+        m,
+        position=Position(rows, first, 29),
+        implementation=implementation,
+    )
+    assert torch.equal(shard[0], whole[0][rows, inputs])
+    torch.testing.assert_close(shard[1], whole[1][rows, first:last], atol=1e-6, rtol=1e-6)
+
+
+def test_equal_draws_agree_and_others_differ(implementation: str) -> None:
+    tensors = example(2, 4)
+    first, again = (evaluate(*tensors, 2, 4, implementation=implementation)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    for field in ("seed", "step", "microbatch", "tensor_id"):
+        other = evaluate(*tensors, 2, 4, draw=replace(DRAW, **{field: 99}), implementation=implementation)[0]
+        assert not torch.equal(first, other), field
+
+
+def test_row_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = example(2, 4)
+    whole = evaluate(*tensors, 2, 4, implementation="eager", learn_weight=True)
+    monkeypatch.setattr(gumbel, "CHUNK_LOGITS", 500)
+    torch.testing.assert_close(evaluate(*tensors, 2, 4, implementation="eager", learn_weight=True), whole)
+
+
+@needs_compiled
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_number_of_threads_does_not_change_the_result(threads: int) -> None:
+    tensors, before = example(2, 4), torch.get_num_threads()
+    reference = evaluate(*tensors, 2, 4, implementation="cpu")
+    try:
+        torch.set_num_threads(threads)
+        result = evaluate(*tensors, 2, 4, implementation="cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(result[0], reference[0]) and torch.equal(result[1], reference[1])
+
+
+def test_saves_only_its_inputs(implementation: str) -> None:
+    weight, logits, _ = example(2, 4)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gumbel.masked_weight(
+            weight,
+            logits.requires_grad_(),
+            n=2,
+            m=4,
+            position=Position.whole(5, 37),
+            implementation=implementation,  # type: ignore[arg-type]
+            **SETTINGS,
+        )
+    assert sorted(saved) == sorted((weight.data_ptr(), logits.data_ptr()))
+
+
+def test_accumulate_into_adds_the_ordinary_gradient(implementation: str) -> None:
+    weight, logits, grad = example(2, 4)
+    _, expected, _ = evaluate(weight, logits, grad, 2, 4, regularization=0.1, implementation=implementation)
+    accumulator, leaf = torch.ones_like(logits), logits.clone().requires_grad_()
+    for _ in range(2):
+        gumbel.masked_weight(
+            weight,
+            leaf,
+            n=2,
+            m=4,
+            position=Position.whole(5, 37),
+            regularization=0.1,
+            accumulate_into=accumulator,
+            implementation=implementation,  # type: ignore[arg-type]
+            **SETTINGS,
+        ).backward(grad)
+    assert leaf.grad is None
+    torch.testing.assert_close(accumulator, 1 + 2 * expected, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_weight_gets_no_gradient_and_frozen_logits_none(implementation: str) -> None:
+    weight, logits, grad = example(2, 4)
+    assert evaluate(weight, logits, grad, 2, 4, implementation=implementation)[2] is None
+    weight.requires_grad_()
+    options = {"n": 2, "m": 4, "position": Position.whole(5, 37), "implementation": implementation}
+    gumbel.masked_weight(weight, logits, **options, **SETTINGS).backward(grad)
+    assert weight.grad is not None and logits.grad is None
+
+
+def test_without_noise_and_at_low_temperature_the_mask_is_the_decoded_one(implementation: str) -> None:
+    weight, logits, grad = example(2, 4)
+    options = {"draw": None, "scale": 1e3, "temperature": 1e-3, "implementation": implementation}
+    output, _, _ = evaluate(weight, logits, grad, 2, 4, **options)
+    torch.testing.assert_close(output, weight * gumbel.decode(logits, 2, 4))
+
+
+def test_statistics_are_sums_of_the_definition(implementation: str) -> None:
+    weight, logits, _ = example(2, 4)
+    options = {"n": 2, "m": 4, "scale": 2.0, "temperature": 0.7}
+    sums = gumbel.statistics(
+        logits,
+        weight,
+        draw=None,
+        position=Position.whole(5, 37),
+        implementation=implementation,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
+    )
+    probabilities = (2.0 * logits / 0.7).softmax(-1)
+    masked = formula(weight, logits, draw=None, **options)  # type: ignore[arg-type]
+    assert sums["groups"] == 5 * 37
+    assert sums["sum_max_probability"] == pytest.approx(probabilities.amax(-1).sum().item(), rel=1e-5)
+    assert sums["sum_masked_square"] == pytest.approx(masked.square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m"), TARGETS)
+def test_decode_and_pattern_index_round_trip(n: int, m: int) -> None:
+    _, logits, _ = example(n, m)
+    mask = gumbel.decode(logits, n, m)
+    assert mask.dtype == torch.bool and (mask.unflatten(1, (-1, m)).sum(-1) == n).all()
+    assert torch.equal(gumbel.pattern_index(mask, n, m), gumbel.winners(logits))
+
+
+def test_ties_go_to_the_lowest_pattern(implementation: str) -> None:
+    logits = torch.tensor([[[0.0, 0, 0, 0, 0, 0], [0, 3, 1, 3, 3, 0], [-1, -1, -1, -1, -1, 2]]])
+    assert gumbel.winners(logits, implementation).tolist() == [[0, 1, 5]]  # type: ignore[arg-type]
+    weight = torch.ones(1, 12)
+    hard = evaluate(weight, logits, weight, 2, 4, draw=None, hard=True, implementation=implementation)[0]
+    assert hard.tolist() == [[1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 1]]
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_winners_agree(dtype: torch.dtype) -> None:
+    _, logits, _ = example(4, 8, dtype=dtype)
+    assert torch.equal(gumbel.winners(logits, "cpu"), gumbel.winners(logits, "eager"))
+
+
+def test_pattern_index_refuses_other_masks() -> None:
+    mask = torch.tensor([[True, True, False, False, True, False, False, False]])
+    with pytest.raises(ValueError, match="not 2:4: 1 of 2 groups"):
+        gumbel.pattern_index(mask, 2, 4)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        gumbel.pattern_index(mask[:, :6], 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 1}, "expected \\[out, in\\]"),
+        ({"n": 5}, "allowed are 1 <= N <= M"),
+        ({"temperature": 0.0}, "must be positive"),
+        ({"position": Position.whole(4, 37)}, "row ids for 5 rows"),
+        ({"position": Position(torch.arange(5), 1, 37)}, "outside a row"),
+        ({"accumulate_into": torch.zeros(5, 37, 5)}, "contiguous fp32"),
+        ({"implementation": "gpu"}, "allowed are auto, eager, cpu"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    weight, logits, _ = example(2, 4)
+    arguments = {"n": 2, "m": 4, "position": Position.whole(5, 37), **SETTINGS, **change}
+    with pytest.raises(ValueError, match=message):
+        gumbel.masked_weight(weight, logits, **arguments)
+
+
+def test_noncontiguous_inputs_are_refused_and_outgoing_gradients_are_not() -> None:
+    weight, logits, _ = example(2, 4)
+    output, _, _ = evaluate(weight, logits, torch.ones(1, 1).expand(5, 148), 2, 4)
+    assert output.shape == (5, 148)
+    with pytest.raises(ValueError, match="contiguous"):
+        evaluate(weight.T.contiguous().T, logits, weight, 2, 4)
