@@ -87,6 +87,16 @@ class PruningMethod:
     """Authors, year and arXiv number."""
     targets: ClassVar[Mapping[type, str]]
     """Supported target type -> how this method counts it, in a few words."""
+    calibrated: ClassVar[bool] = True
+    """Whether it looks at calibration text (or, when it learns, at training text)."""
+    learned: ClassVar[bool] = False
+    """Whether it trains; its runner is then `training.learning.LearningRunner`."""
+    mask_only: ClassVar[Mapping[str, Any]] = {}
+    """Hyper-parameters under which it leaves the kept weights alone: what makes it a prior of mask learning."""
+
+    def options(self) -> dict[str, Any]:
+        """This method's hyper-parameters, for the record."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def prune(self, model: Any, runner: Runner, target: Target) -> Masks:
         """Decide every prunable weight of ``model``; UserError when target or data do not allow it."""

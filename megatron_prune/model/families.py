@@ -181,7 +181,7 @@ class Family:
                                 f"{' or '.join(repr(value) for value in allowed)} only")
 
     def _value(self, hf_config: Mapping[str, Any], key: str) -> Any:
-        value = hf_config.get(key, self.defaults.get(key))
+        value = self.defaults.get(key) if hf_config.get(key) is None else hf_config[key]
         if value is None and key not in self.defaults:
             raise UserError(f"config.json lacks {key}, which the {self.name} family needs; is the file complete?")
         return value

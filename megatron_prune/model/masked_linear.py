@@ -21,7 +21,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from megatron_prune.kernels.gumbel import Draw, Position, masked_weight, patterns
+from megatron_prune.kernels.gumbel import Draw, Position, decode, masked_weight, patterns
 
 
 @dataclass
@@ -40,6 +40,8 @@ class MaskDraw:
     microbatch: int = 0
     """Global number of the micro-batch inside its step, over all data-parallel ranks."""
     noise: bool = True
+    decoded: bool = False
+    """Use each group's best pattern instead of a sample: what the finished mask will do."""
 
     def draw(self, tensor_id: int) -> Draw | None:
         """The noise key of one linear in this pass; None for the noiseless mask."""
@@ -78,6 +80,8 @@ class MaskedLinear(torch.nn.Module):
 
     def _masked(self, weight: Tensor, draw: MaskDraw) -> Tensor:
         assert self.position is not None
+        if draw.decoded:
+            return weight * decode(self.mask_logits, draw.n, draw.m)
         return masked_weight(
             weight,
             self.mask_logits,

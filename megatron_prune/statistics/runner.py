@@ -82,18 +82,18 @@ class Runner:
         model: PrunableModel,
         tokens: Tensor | None,
         writer: MaskWriter | None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.model = model
         self.tokens = tokens
         self.writer = writer
-        self.progress = progress or (lambda done, total: None)
+        self.progress = progress or (lambda layers: None)
         self.weights_changed = False
         self.kept = 0
         self.size = 0
 
     @torch.no_grad()
-    def layerwise(self, statistic: Callable[[int], Any] | None) -> Iterator[WholeLinear]:
+    def layerwise(self, statistic: Callable[..., Any] | None) -> Iterator[WholeLinear]:
         """Every prunable linear in model order, with its statistic over all calibration windows.
 
         `statistic(in_features)` is updated with the inputs `[tokens, in]` of one window at a time; None asks for no
@@ -111,7 +111,7 @@ class Runner:
             self._settle(number, linears, whole)
             if walk:
                 walk.advance(whole, number)
-            self.progress(number + 1, layers)
+            self.progress(1)
 
     def masks(self) -> Runner:
         """What the method decided: kept and total weight counts; the masks themselves are in the writer's folder."""
@@ -171,10 +171,12 @@ class _LayerWalk:
     def _forward(self, hidden: Tensor) -> Tensor:
         return self.layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary)[0]
 
-    def collect(self, whole: dict[str, Tensor], number: int, statistic: Callable[[int], Any]) -> list[Any]:
+    def collect(self, whole: dict[str, Tensor], number: int, statistic: Callable[..., Any]) -> list[Any]:
         """Statistics of the layer's linears over the windows of all ranks, inputs from the layer as given."""
         self._load(whole, number)
-        found = {path: statistic(self.layer.get_submodule(path).weight.shape[1]) for path in LINEARS}
+        found = {
+            path: statistic(self.layer.get_submodule(path).weight.shape[1], self.device) for path in LINEARS
+        }
         for hidden in self.hidden:
             self._forward(hidden)
             for path in LINEARS:

@@ -1,0 +1,60 @@
+"""A pruning run on disk, and what later verbs need to know of it.
+
+    run.json           what was asked: checkpoint, method, target; `state` is "learning" until the decision is there
+    config.yaml        the merged configuration; environment.json versions and hardware
+    decision/          the masks
+    weights/           a Megatron checkpoint with the weights a method compensated (only where it did)
+    checkpoints/       resumable state of methods that learn; metrics.jsonl and TensorBoard events beside it
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_prune.errors import UserError
+from megatron_prune.files import read_json, write_json
+
+DESCRIPTION = "run.json"
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """What a run folder says about itself."""
+
+    input: str
+    """Megatron checkpoint that was pruned."""
+    method: str
+    target: str
+    state: str
+    """`learning` or `decided`."""
+
+
+def write_run(folder: Path, description: RunDescription) -> None:
+    """Record what a run is; atomic."""
+    write_json(folder / DESCRIPTION, asdict(description))
+
+
+def read_run(folder: Path) -> RunDescription:
+    """The description of a run; UserError when `folder` is none."""
+    if not folder.is_dir():
+        raise UserError(f"run {folder} does not exist; give a folder written by prune")
+    return RunDescription(**read_json(folder / DESCRIPTION, "a pruning run"))
+
+
+def decision_of(folder: Path) -> Path:
+    """The decision of a run (or the folder itself when it is a decision); UserError while there is none yet."""
+    if (folder / "decision.json").is_file():
+        return folder
+    description = read_run(folder)
+    if description.state != "decided":
+        raise UserError(
+            f"run {folder} has no decision yet (its {description.method} run has not finished): finish it with prune --resume"
+        )
+    return folder / "decision"
+
+
+def weights_of(folder: Path) -> Path:
+    """The Megatron checkpoint whose weights a run's masks apply to."""
+    weights = folder / "weights"
+    return weights if weights.is_dir() else Path(read_run(folder).input)

@@ -1,0 +1,47 @@
+"""The `trim` verb: a run's decision applied to its weights; a checkpoint without training state comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+
+from megatron_prune.apply.decision import Masks
+from megatron_prune.apply.run_folder import decision_of, read_run, weights_of
+from megatron_prune.config import TrimConfig
+from megatron_prune.files import refuse_existing
+from megatron_prune.model import convert
+from megatron_prune.model.checkpoint import load_model, read_description, save_model
+from megatron_prune.model.import_hf import layout_of
+from megatron_prune.model.prunable import PrunableModel
+
+
+@torch.no_grad()
+def apply_masks(model: PrunableModel, masks: Masks) -> None:
+    """Set every removed weight of this rank to +0.0."""
+    for linear in model.linears():
+        whole = convert.merge(linear.map, [masks.get(name) for name in linear.map.hf], model.config)
+        weight = linear.module.weight
+        weight.masked_fill_(~model.shard(linear.map, whole).to(weight.device), 0.0)
+
+
+def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> PrunableModel:
+    """The model of a run with its decision applied. Collective."""
+    decision = decision_of(run)
+    model = load_model(weights_of(run), layout, dtype)
+    apply_masks(model, Masks.load(decision))
+    return model
+
+
+def run(config: TrimConfig) -> None:
+    """Write the checkpoint `config.output` from the run `config.input`."""
+    refuse_existing(config.output)
+    about = read_run(config.input)
+    layout = layout_of(config.parallelism)
+    with backend.running(layout):
+        model = load_pruned(config.input, layout)
+        weights = weights_of(config.input)
+        source = {**read_description(weights).source, "method": about.method, "target": about.target}
+        tokenizer = sorted((weights / "tokenizer").iterdir())
+        save_model(config.output, model, source, tokenizer)

@@ -1,0 +1,108 @@
+"""The `evaluate` verb: perplexity of a Megatron checkpoint in any layout, or of a Hugging Face directory.
+
+Both are measured by the same protocol: the whole text tokenised without special tokens, non-overlapping windows,
+exp(mean negative log-likelihood over every predicted token), losses in float32 and their sum in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_prune.config import EvaluateConfig
+from megatron_prune.data.dataset import EvaluationText, evaluation_windows
+from megatron_prune.data.text import load_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.model.build import DTYPES
+from megatron_prune.model.checkpoint import DESCRIPTION, load_model
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.forward import window_losses
+from megatron_prune.model.import_hf import layout_of
+
+
+def is_megatron(path: Path) -> bool:
+    """Whether a folder is one of our checkpoints."""
+    return (path / DESCRIPTION).is_file()
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate `config.input`, print the result and write it where asked."""
+    if config.output is not None:
+        refuse_existing(config.output)
+    path = Path(config.input)
+    result = _megatron(config, path) if is_megatron(path) else _hugging_face(config)
+    if backend.rank() == 0:
+        print(f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})")
+        if config.output is not None:
+            write_json(config.output, result)
+
+
+def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> EvaluationText:
+    text = evaluation_windows(config.text, load_tokenizer(tokenizer, vocab_size), config.window, config.windows)
+    return text
+
+
+def _result(config: EvaluateConfig, text: EvaluationText, loss: float, tokens: int, about: dict[str, Any]) -> dict[str, Any]:
+    if not math.isfinite(loss):
+        raise UserError(f"the loss of {config.input} is {loss}: the model's weights are damaged or it overflows")
+    return {
+        "perplexity": math.exp(loss / tokens),
+        "loss": loss / tokens,
+        "predicted_tokens": tokens,
+        "protocol": f"windows of {config.window}, stride {config.window}, first {text.tokens.shape[0]}, no BOS",
+        "text": text.info(),
+        "input": str(config.input),
+        **about,
+    }
+
+
+def _megatron(config: EvaluateConfig, path: Path) -> dict[str, Any]:
+    layout = layout_of(config.parallelism)
+    with backend.running(layout):
+        model = load_model(path, layout, config.dtype)
+        text = _text(config, path / "tokenizer", model.config.vocab_size)
+        _check_length(config.window, model.config.max_position_embeddings)
+        loss, tokens = window_losses(model, text.tokens, config.micro_batch_size)
+        about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
+        return _result(config, text, loss, tokens, about)
+
+
+def _check_length(window: int, longest: int) -> None:
+    if window > longest:
+        raise UserError(f"--window {window} was given and the model reads at most {longest} tokens: use {longest} or less")
+
+
+def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+
+    if backend.world_size() > 1:
+        raise UserError(
+            f"{config.input} is a Hugging Face model and {backend.world_size()} processes were started: use one process, "
+            "or import it and evaluate the Megatron checkpoint"
+        )
+    reader = HFReader(config.input)
+    text = _text(config, reader.directory, reader.model_config.vocab_size)
+    _check_length(config.window, reader.model_config.max_position_embeddings)
+    dtype = config.dtype or reader.model_config.dtype
+    model = AutoModelForCausalLM.from_pretrained(reader.directory, dtype=DTYPES.get(dtype, torch.float16))
+    model = model.to(backend.device()).eval()
+    loss, tokens = 0.0, 0
+    torch.set_grad_enabled(False)
+    for batch in text.tokens.split(config.micro_batch_size):
+        losses = _next_token_losses(model(batch.to(backend.device())).logits, batch.to(backend.device()))
+        loss += float(losses.double().sum())
+        tokens += losses.numel()
+    return _result(config, text, loss, tokens, {"kind": "hugging face", "dtype": dtype})
+
+
+@torch.no_grad()
+def _next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """`[b * (s - 1)]` negative log-likelihoods in nats, float32."""
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

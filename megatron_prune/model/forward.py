@@ -1,0 +1,91 @@
+"""Forward passes of a sharded model: losses per token and whole logits, through megatron-core's pipeline schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_prune.model.prunable import PrunableModel
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    return output.new_zeros(()), {"output": output}
+
+
+def forward_only(model: PrunableModel, tokens: Tensor, labels: Tensor | None = None) -> Tensor | None:
+    """Logits `[b, s, vocab / tp]` of tokens `[b, s]`, or per-token losses `[b, s]` with labels; None off the last stage.
+
+    Sequence parallelism needs a length that the tensor-parallel size divides: tokens are padded at the end, where
+    causal attention cannot see them, and the outputs cut back.
+    """
+    length = tokens.shape[1]
+    padding = -length % model.layout.tensor if model.layout.sequence_parallel else 0
+    tokens = F.pad(tokens.to(backend.device()), (0, padding))
+    labels = F.pad(labels.to(backend.device()), (0, padding)) if labels is not None else None
+
+    def forward_step(_iterator: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return chunk(tokens, positions, None, labels=labels), _no_loss
+
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[model.model],
+            num_microbatches=1,
+            seq_length=tokens.shape[1],
+            micro_batch_size=tokens.shape[0],
+            forward_only=True,
+        )
+    return results[0]["output"][:, :length] if results else None
+
+
+def window_losses(model: PrunableModel, windows: Tensor, micro_batch_size: int = 1) -> tuple[float, int]:
+    """Summed next-token loss (nats) of windows `[n, s]` and the number of predicted tokens, on every rank.
+
+    Within a window each token but the first is predicted from those before it. Windows are spread over data-parallel
+    replicas; the loss is in float32, its sum in float64. Collective.
+    """
+    model.model.eval()
+    replicas = parallel_state.get_data_parallel_world_size()
+    mine = windows[parallel_state.get_data_parallel_rank() :: replicas]
+    totals = torch.zeros(2, dtype=torch.float64, device=backend.device())
+    for start in range(0, mine.shape[0], micro_batch_size):
+        batch = mine[start : start + micro_batch_size]
+        output = forward_only(model, batch, torch.roll(batch, -1, dims=1))
+        if output is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+            losses = output[:, :-1].double()
+            totals += torch.stack([losses.sum(), totals.new_tensor(float(losses.numel()))])
+    dist.all_reduce(totals)
+    return float(totals[0]), int(totals[1])
+
+
+def logits(model: PrunableModel, tokens: Tensor) -> Tensor:
+    """Logits `[b, s, vocab]` in float32 of tokens `[b, s]`, on every rank. Collective."""
+    model.model.eval()
+    output = forward_only(model, tokens)
+    shape = (*tokens.shape, model.config.vocab_size)
+    whole = torch.empty(shape, dtype=torch.float32, device=backend.device())
+    if output is not None:
+        whole = _whole_vocabulary(model, output).float().contiguous()
+    if model.layout.pipeline > 1:
+        last = (model.layout.pipeline - 1) * (dist.get_world_size() // model.layout.pipeline)
+        dist.broadcast(whole, src=last)
+    return whole
+
+
+def _whole_vocabulary(model: PrunableModel, local: Tensor) -> Tensor:
+    """Join the vocabulary shards `[b, s, vocab / tp]` of a tensor-parallel group and drop the padding."""
+    if model.layout.tensor == 1:
+        return local[..., : model.config.vocab_size]
+    parts = [torch.empty_like(local) for _ in range(model.layout.tensor)]
+    dist.all_gather(parts, local.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(parts, dim=-1)[..., : model.config.vocab_size]

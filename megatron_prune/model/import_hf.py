@@ -1,0 +1,69 @@
+"""The `import` verb: a Hugging Face checkpoint becomes a Megatron checkpoint, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from torch import Tensor
+
+from megatron_prune.config import ImportConfig, Parallelism
+from megatron_prune.export.mask_file import load_mask_npz
+from megatron_prune.files import refuse_existing
+from megatron_prune.model import convert
+from megatron_prune.model.build import build_model
+from megatron_prune.model.checkpoint import compute_dtype, save_model
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.families import WeightMap
+from megatron_prune.model.prunable import PrunableModel
+
+
+def layout_of(parallelism: Parallelism) -> backend.Layout:
+    """The layout that the parallel flags ask for."""
+    return backend.Layout(
+        tensor=parallelism.tensor_model_parallel_size,
+        pipeline=parallelism.pipeline_model_parallel_size,
+        context=parallelism.context_parallel_size,
+        sequence_parallel=parallelism.sequence_parallel,
+    )
+
+
+def read_hf(reader: HFReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None) -> PrunableModel:
+    """The model of a Hugging Face checkpoint in `layout`, weights in `dtype` (None: as stored), masked on request."""
+    config = replace(reader.model_config, dtype=dtype) if dtype else reader.model_config
+    masks = load_mask_npz(mask, dict(_prunable_shapes(reader))) if mask else {}
+    model = PrunableModel(config, layout, build_model(config, layout, compute_dtype(config.dtype)))
+
+    def tensors() -> Iterator[tuple[WeightMap, Tensor]]:
+        for map in model.maps:
+            if model.needed(map):
+                parts = [_masked(reader.read(name), masks.get(name)) for name in map.hf]
+                yield map, convert.merge(map, parts, config)
+
+    model.load(tensors())
+    return model
+
+
+def _prunable_shapes(reader: HFReader) -> Iterator[tuple[str, tuple[int, ...]]]:
+    from megatron_prune.model.families import get_family
+
+    for map in get_family(reader.model_config.family).weights(reader.model_config):
+        if map.prunable:
+            yield from zip(map.hf, map.shapes, strict=True)
+
+
+def _masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    return tensor if mask is None else tensor.masked_fill(~mask, 0.0)
+
+
+def run(config: ImportConfig) -> None:
+    """Import `config.input` and write `config.output`."""
+    refuse_existing(config.output)
+    reader = HFReader(config.input)
+    layout = layout_of(config.parallelism)
+    with backend.running(layout):
+        model = read_hf(reader, layout, config.dtype, config.mask)
+        source = {"import": str(config.input), "mask": str(config.mask) if config.mask else None}
+        save_model(config.output, model, source, reader.tokenizer_files())

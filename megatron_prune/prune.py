@@ -1,0 +1,197 @@
+"""The `prune` verb: a Megatron checkpoint and a method in, a run folder with a decision out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+from torch import Tensor
+
+from megatron_prune.apply.decision import Masks, MaskWriter
+from megatron_prune.apply.run_folder import RunDescription, decision_of, read_run, write_run
+from megatron_prune.config import PruneConfig
+from megatron_prune.data.calibration import CalibrationSet, windows
+from megatron_prune.data.dataset import TokenWindows
+from megatron_prune.data.text import load_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.export.mask_file import load_mask_npz
+from megatron_prune.files import new_folder, refuse_existing
+from megatron_prune.log import MetricsLog, progress, write_environment
+from megatron_prune.methods.base import PruningMethod, get_method, methods
+from megatron_prune.methods.target import Target, parse_target
+from megatron_prune.model.checkpoint import load_model, read_description, save_model
+from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.import_hf import layout_of
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.options import save_yaml
+from megatron_prune.statistics.runner import Runner
+from megatron_prune.training.learning import LearningRunner
+
+
+def run(config: PruneConfig) -> None:
+    """Prune `config.input` into the run folder `config.output`."""
+    method, target = get_method(config.method, **config.method_options), parse_target(config.target)
+    method.accept(target)
+    model_config = read_description(config.input).config
+    check_target(model_config, target)
+    if not config.resume:
+        refuse_existing(config.output)
+    layout = layout_of(config.parallelism)
+    with backend.running(layout, config.training.seed):
+        if method.learned:
+            _learn(config, method, target, layout)
+        else:
+            _one_shot(config, method, target, layout)
+
+
+def check_target(config: ModelConfig, target: Target) -> None:
+    """UserError when a prunable weight's width does not allow the target."""
+    for map in get_family(config.family).weights(config):
+        if map.prunable:
+            target.check(map.shape[1], map.megatron)
+
+
+def _calibration(config: PruneConfig, model_config: ModelConfig) -> CalibrationSet:
+    c = config.calibration
+    if not c.text:
+        raise UserError(
+            f"method {config.method} needs calibration text and none was given: --calibration FILE.jsonl (or .txt)"
+        )
+    length = min(c.seq_length, model_config.max_position_embeddings)
+    tokenizer = load_tokenizer(config.input / "tokenizer", model_config.vocab_size)
+    return windows(c.text, tokenizer, c.samples, length, c.seed, c.document_range)
+
+
+def decide(
+    model: PrunableModel, method: PruningMethod, target: Target, calibration: CalibrationSet | None, folder: Path
+) -> Runner:
+    """Run a one-shot method and write its masks to `folder`. Collective."""
+    about = {"method": method.name, "target": str(target), "hyperparameters": method.options(), "calibration": calibration.info() if calibration else None}
+    writer = mask_writer(folder, model.config, about) if backend.rank() == 0 else None
+    with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
+        runner = Runner(model, calibration.tokens if calibration else None, writer, advance)
+        method.prune(model, runner, target)
+    if writer is not None:
+        writer.close()
+    return runner
+
+
+def mask_writer(folder: Path, config: ModelConfig, about: dict[str, Any]) -> MaskWriter:
+    """A writer of the decision in `folder`, which says what made it."""
+    return MaskWriter(folder, {**about, "family": config.family, "model": config.fingerprint()})
+
+
+def _one_shot(config: PruneConfig, method: PruningMethod, target: Target, layout: backend.Layout) -> None:
+    model = load_model(config.input, layout)
+    calibration = _calibration(config, model.config) if method.calibrated else None
+    with new_folder(config.output) as folder:
+        runner = decide(model, method, target, calibration, folder / "decision")
+        if runner.weights_changed:
+            source = {**read_description(config.input).source, "weights": method.name}
+            save_model(folder / "weights", model, source, sorted((config.input / "tokenizer").iterdir()))
+        if backend.rank() == 0:
+            _describe(folder, config, "decided")
+    _say(config, runner.kept, runner.size)
+
+
+def _describe(folder: Path, config: PruneConfig, state: str) -> None:
+    write_run(folder, RunDescription(str(config.input.resolve()), config.method, str(config.target), state))
+    if not (folder / "config.yaml").exists():
+        save_yaml(config, folder / "config.yaml")
+        write_environment(folder)
+
+
+def _say(config: PruneConfig, kept: int, size: int) -> None:
+    if backend.rank() == 0:
+        print(f"{config.method} {config.target}: {kept} of {size} weights kept ({kept / size:.4f}), in {config.output}")
+
+
+def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: backend.Layout) -> None:
+    folder = config.output
+    if config.resume:
+        _check_resume(config)
+    t = config.training
+    if not t.data:
+        raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
+    model = load_model(config.input, layout)
+    tokenizer = load_tokenizer(config.input / "tokenizer", model.config.vocab_size)
+    data = TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)
+    held_out = TokenWindows(t.eval_data, tokenizer, t.seq_length, 0, documents=t.eval_range) if t.eval_data else None
+    if backend.rank() == 0 and not folder.exists():
+        folder.mkdir(parents=True)
+        _describe(folder, config, "learning")
+    runner = LearningRunner(
+        model,
+        t,
+        data,
+        folder,
+        writer=lambda: mask_writer(folder / "decision", model.config, _about(method, target, data))
+        if backend.rank() == 0
+        else None,
+        log=MetricsLog(folder),
+        prior=_prior(config, model, target, folder),
+        initial_logits=config.initial_logits,
+        eval_windows=_windows(held_out, t.eval_windows),
+        resume=config.resume,
+    )
+    kept, size = method.prune(model, runner, target)
+    if backend.rank() == 0:
+        _describe(folder, config, "decided")
+    _say(config, kept, size)
+
+
+def _windows(held_out: TokenWindows | None, count: int) -> Tensor | None:
+    """The first `count` held-out windows `[n, seq_length]`, fewer when the text has fewer."""
+    if held_out is None:
+        return None
+    count = min(count, held_out.num_windows)
+    return torch.stack([held_out.sample(i)[:-1] for i in range(count)])
+
+
+def _about(method: PruningMethod, target: Target, data: TokenWindows) -> dict[str, Any]:
+    return {"method": method.name, "target": str(target), "hyperparameters": method.options(), "data": data.info()}
+
+
+def _check_resume(config: PruneConfig) -> None:
+    """The run that is resumed must be the same one, unfinished."""
+    found = read_run(config.output)
+    given = (str(config.input.resolve()), config.method, str(config.target))
+    if (found.input, found.method, found.target) != given:
+        raise UserError(
+            f"--resume: {config.output} is a {found.method} {found.target} run of {found.input}; "
+            f"{config.method} {config.target} of {config.input} was given: give the same, or a new --output"
+        )
+    if found.state == "decided":
+        raise UserError(f"--resume: the run {config.output} is finished; trim or evaluate it, or give a new --output")
+
+
+def _prior(config: PruneConfig, model: PrunableModel, target: Target, folder: Path) -> Callable[[str], Tensor] | None:
+    """The mask that learning starts from, by Hugging Face weight name; made here when a one-shot method is named."""
+    if config.prior is None:
+        return None
+    names = {info.name for info in methods()}
+    if config.prior in names:
+        path = folder / "prior"
+        if not path.exists():
+            method = get_method(config.prior)
+            method = get_method(config.prior, **method.mask_only)
+            calibration = _calibration(config, model.config) if method.calibrated else None
+            decide(model, method, target, calibration, path)
+        return Masks.load(path).get
+    path = Path(config.prior)
+    if path.suffix == ".npz":
+        return load_mask_npz(path, prunable_shapes(model.config)).__getitem__
+    if not path.is_dir():
+        raise UserError(
+            f"--prior {config.prior} is neither a run, a decision folder, a mask .npz nor a method ({', '.join(sorted(names))})"
+        )
+    return Masks.load(decision_of(path)).get
+
+
+def prunable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name and shape of every prunable weight."""
+    maps = [map for map in get_family(config.family).weights(config) if map.prunable]
+    return {name: shape for map in maps for name, shape in zip(map.hf, map.shapes, strict=True)}

@@ -1,0 +1,239 @@
+"""One training loop for every method that learns: megatron-core's schedules, DDP, optimizer and checkpoints.
+
+The caller freezes what must not move, says what each micro-batch needs (`on_microbatch`) and pulls steps one by one.
+Data is a pure function of the step, so resuming needs nothing but the step's number, and the order of samples over
+micro-batches and replicas is the same in every layout:
+
+    sample of step t, local micro-batch i, replica d, row j:   t * global_batch + (i * replicas + d) * micro_batch + j
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_prune.config import Training
+from megatron_prune.errors import UserError
+from megatron_prune.model.checkpoint import metadata
+from megatron_prune.model.forward import window_losses
+from megatron_prune.model.prunable import PrunableModel
+
+
+class Samples(Protocol):
+    """Training data: sample `index` is a pure function of the index."""
+
+    def sample(self, index: int) -> Tensor:
+        """`[seq_length + 1]` int64 token ids."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean next-token loss of the global batch, in nats per token, before the step."""
+    grad_norm: float
+    learning_rates: dict[str, float]
+    tokens: int
+
+
+class Trainer:
+    """Trains the parameters of a model that require gradients.
+
+    `multipliers` gives parameters whose name matches a pattern a multiple of the base learning rate.
+    `on_microbatch(step, number)` is called before each forward pass with the micro-batch's global number in its step.
+    """
+
+    def __init__(
+        self,
+        model: PrunableModel,
+        training: Training,
+        data: Samples,
+        multipliers: dict[str, float] | None = None,
+        on_microbatch: Callable[[int, int], None] = lambda step, number: None,
+    ) -> None:
+        self.model = model
+        self.training = training
+        self.data = data
+        self.on_microbatch = on_microbatch
+        self.replicas = parallel_state.get_data_parallel_world_size()
+        self.replica = parallel_state.get_data_parallel_rank()
+        self.microbatches = training.num_microbatches(self.replicas)
+        self.ddp = self._wrap()
+        self.optimizer = self._make_optimizer(multipliers or {})
+        self.scheduler = self._make_scheduler()
+
+    def _wrap(self) -> DistributedDataParallel:
+        core = self.model.model.config
+        core.finalize_model_grads_func = finalize_model_grads
+        return DistributedDataParallel(
+            config=core,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+                use_distributed_optimizer=self.training.use_distributed_optimizer,
+            ),
+            module=self.model.model,
+        )
+
+    def _make_optimizer(self, multipliers: dict[str, float]) -> Any:
+        t = self.training
+        core = self.model.model.config
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=t.lr,
+            min_lr=t.min_lr,
+            weight_decay=0.0,
+            adam_beta1=t.adam_beta1,
+            adam_beta2=t.adam_beta2,
+            adam_eps=t.adam_eps,
+            clip_grad=t.clip_grad,
+            bf16=core.bf16,
+            params_dtype=core.params_dtype,
+            use_distributed_optimizer=t.use_distributed_optimizer,
+        )
+        overrides = dict(get_standard_config_overrides(config))
+        for pattern, factor in multipliers.items():
+            # lr_mult changes nothing by itself here; it keeps the group apart from others when a checkpoint is loaded.
+            overrides[ParamKey(name=pattern)] = dict(
+                max_lr=t.lr * factor, min_lr=t.min_lr * factor, wd_mult=0.0, lr_mult=factor
+            )
+        optimizer = get_megatron_optimizer(config, [self.ddp], config_overrides=overrides)
+        if not backend.has_cuda():
+            for group in optimizer.param_groups:
+                group["fused"] = True
+        return optimizer
+
+    def _make_scheduler(self) -> OptimizerParamScheduler:
+        t = self.training
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=t.lr,
+            min_lr=t.min_lr,
+            lr_warmup_steps=t.lr_warmup_iters,
+            lr_decay_steps=t.train_iters,
+            lr_decay_style=t.lr_decay_style,
+            start_wd=0.0,
+            end_wd=0.0,
+            wd_incr_steps=t.train_iters,
+            wd_incr_style="constant",
+        )
+
+    def step(self, step: int) -> StepResult:
+        """One optimizer step, number `step` from 0; UserError naming the step when the loss is not a number."""
+        self.model.model.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rates = self._learning_rates()
+        losses = self._pass(self._batches(step), step)
+        loss = self._mean_loss(losses)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {step} is {loss}; nothing was updated and the last checkpoint is kept: lower the "
+                "learning rate, or resume from that checkpoint with other settings"
+            )
+        ok, grad_norm, _zeros = self.optimizer.step()
+        if not ok or not math.isfinite(float(grad_norm or 0.0)):
+            raise UserError(
+                f"the gradient norm of step {step} is {grad_norm}; the last checkpoint is kept: lower the learning rate"
+            )
+        self.scheduler.step(increment=1)
+        tokens = self.training.global_batch_size * self.training.seq_length
+        return StepResult(loss, float(grad_norm or 0.0), rates, tokens)
+
+    def _learning_rates(self) -> dict[str, float]:
+        groups = self.optimizer.param_groups
+        return {"mask_logits" if g.get("lr_mult", 1.0) != 1.0 else "weights": float(g["lr"]) for g in groups}
+
+    def evaluate(self, windows: Tensor) -> float:
+        """Mean next-token loss over held-out windows `[n, seq_length]`, which are spread over the replicas."""
+        total, count = window_losses(self.model, windows)
+        return total / count
+
+    def _batches(self, step: int) -> Iterator[Tensor]:
+        """This replica's micro-batches of a step: `[micro_batch, seq_length + 1]`."""
+        t = self.training
+        for i in range(self.microbatches):
+            first = step * t.global_batch_size + (i * self.replicas + self.replica) * t.micro_batch_size
+            rows = [self.data.sample(first + j) for j in range(t.micro_batch_size)]
+            yield torch.stack(rows).to(backend.device())
+
+    def _pass(self, batches: Iterator[Tensor], step: int) -> list[dict[str, Tensor]]:
+        """A step's micro-batches forward and backward through the pipeline; losses on the last stage only."""
+        sent = 0
+
+        def forward_step(iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            nonlocal sent
+            self.on_microbatch(step, sent * self.replicas + self.replica)
+            sent += 1
+            batch = next(iterator)
+            tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            return model(tokens, positions, None, labels=labels), _mean
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches,
+            model=[self.ddp],
+            num_microbatches=self.microbatches,
+            seq_length=self.training.seq_length,
+            micro_batch_size=self.training.micro_batch_size,
+            forward_only=False,
+        )
+
+    def _mean_loss(self, losses: list[dict[str, Tensor]]) -> float:
+        """The global batch's mean loss on every rank."""
+        total = torch.zeros(2, dtype=torch.float64, device=backend.device())
+        if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
+            total[0] = sum(float(x["loss"]) for x in losses)
+            total[1] = len(losses)
+        dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def state(self, is_loading: bool) -> dict[str, Any]:
+        """The sharded state dict of what is trained: trainable parameters, optimizer and schedule."""
+        everything = self.model.model.sharded_state_dict(metadata=metadata())
+        trained = {name for name, p in self.model.model.named_parameters() if p.requires_grad}
+        parameters = {key: value for key, value in everything.items() if key in trained}
+        return {
+            "model": parameters,
+            "optimizer": self.optimizer.sharded_state_dict(parameters, is_loading=is_loading),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state(is_loading=True)` described and a checkpoint filled."""
+        self.model.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if not backend.has_cuda():
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
+
+
+def _mean(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a micro-batch from per-token losses `[b, s]`."""
+    loss = output.float().mean()
+    return loss, {"loss": loss.detach()}
