@@ -128,5 +128,10 @@ def _report(message: str) -> None:
     print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
+def entry() -> None:
+    """The console script."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

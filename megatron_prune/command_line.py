@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import re
 from argparse import SUPPRESS, ArgumentError, HelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -30,10 +30,12 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     """The configuration that `argv` (no verb) describes; mistakes are `UserError`s, `--help` exits with 0."""
     known = {entry.key: entry for entry in entries(config)}
     argv, files = _take_config_files(list(argv))
-    given = [pair for file in files for pair in _read_yaml(file)] + _read_flags(
-        argv, _switches(known.values())
-    )
+    from_yaml = [pair for file in files for pair in _read_yaml(file)]
+    switches = {entry.key for entry in known.values() if entry.kind is bool}
+    given = from_yaml + _read_flags(argv, switches)
     hyper = _method_fields(given) if METHOD_OPTIONS in known else {}
+    switches |= {name for name, field in hyper.items() if field.type is bool}
+    given = from_yaml + _read_flags(argv, switches)
     parser = _parser(config, known, hyper, prog)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
@@ -96,11 +98,6 @@ def _yaml_pairs(file: Path, key: str, value: Any) -> list[Pair]:
             f"--config: {file}: {key}: {value!r} given; allowed: a value or a flat list of values"
         )
     return [(key, values)]
-
-
-def _switches(known: Iterable[Entry]) -> set[str]:
-    """Keys of type bool: `--key` alone means true and `--no-key` means false."""
-    return {entry.key for entry in known if entry.kind is bool}
 
 
 def _read_flags(argv: list[str], switches: set[str]) -> list[Pair]:

@@ -97,7 +97,7 @@ class _PlainProgress:
 
 
 class MetricsLog:
-    """The metrics of one run folder: `metrics.jsonl` (append-only, flushed line by line) and TensorBoard events."""
+    """The metrics of one run folder: `metrics.jsonl` (append-only, flushed) and TensorBoard events."""
 
     def __init__(self, folder: Path, name: str = "step") -> None:
         """`name` is what the console calls a step."""
@@ -125,7 +125,7 @@ class MetricsLog:
     def write(self, record: dict[str, Any], total: int | None = None) -> None:
         """One line; `step` counts finished steps. Numbers also go to TensorBoard, a summary to the console.
 
-        `total` is the run's number of steps, for the time left. Values that are no finite number are written as null.
+        `total` is the run's number of steps, for the time left. Values that are not finite are written as null.
         """
         if not is_leader():
             return

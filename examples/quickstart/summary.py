@@ -1,0 +1,44 @@
+"""Prints the quickstart's table; exits with 1 when the learned mask does not beat its prior on held-out text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROWS = {
+    "dense": "dense, Megatron",
+    "prior": "2:4 by SparseGPT, mask only (the prior)",
+    "learned": "2:4 by learned masks, Megatron",
+    "exported": "2:4 by learned masks, exported to Hugging Face",
+}
+
+
+def perplexities(results: Path) -> dict[str, float]:
+    """Row -> perplexity on the held-out text."""
+    return {row: json.loads((results / f"{row}.json").read_text())["perplexity"] for row in ROWS}
+
+
+def table(values: dict[str, float]) -> Table:
+    """Perplexity of each model, and how much of the prior's loss the learning won back."""
+    made = Table("SmolLM2-135M", "perplexity", "of the prior's gap")
+    for row, title in ROWS.items():
+        share = (values[row] - values["dense"]) / (values["prior"] - values["dense"])
+        made.add_row(title, f"{values[row]:.2f}", f"{share:.0%}")
+    return made
+
+
+def main(results: Path) -> int:
+    values = perplexities(results)
+    Console().print(table(values))
+    if values["learned"] >= values["prior"]:
+        print("the learned mask does not beat its prior", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

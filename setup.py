@@ -1,0 +1,58 @@
+"""megatron-prune: packaging. Settings of the tools (ruff, mypy, pytest) are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-prune",
+    version="0.1.0",
+    description="Make large language models smaller or sparser at Megatron scale: Hugging Face in, Hugging Face out",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
+    package_data={"megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.17",
+        "transformers>=5.0,<6",
+        "tokenizers>=0.22",
+        "sentencepiece>=0.2",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "datasets>=4.0",
+        "numpy>=1.26",
+        "tensorboard>=2.16",
+        "rich>=13.7",
+        "jsonargparse>=4.40,<5",
+        "pyyaml>=6.0",
+        "filelock>=3.12",
+        "psutil>=5.9",
+    ],
+    extras_require={
+        # On NVIDIA GPUs. Apex has no wheel: build it from source, or start from NVIDIA's PyTorch image, which has both.
+        "gpu": ["transformer-engine[pytorch]>=2.4"],
+        "modelopt": ["nvidia-modelopt>=0.37"],
+        "eval": ["lm-eval>=0.4.9"],
+        "quickstart": ["gguf>=0.17", "accelerate>=1.0"],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.14",
+            "mypy>=1.18",
+            "types-PyYAML>=6.0",
+            "pre-commit>=4.0",
+        ],
+    },
+    entry_points={"console_scripts": ["megatron-prune=megatron_prune.__main__:entry"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+    ],
+)
