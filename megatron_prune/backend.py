@@ -195,6 +195,8 @@ def install() -> None:
     for module, message in (
         (r"megatron\.core", r".*(Transformer Engine|Apex|apex).*"),
         (r"megatron\.core", r".*full scope is deprecated.*"),
+        (r"megatron\.core", r".*load_state_dict.* is deprecated.*"),
+        (r"torch\.distributed\.checkpoint", r".*we are deprecating ShardedTensor.*"),
     ):
         warnings.filterwarnings("ignore", message=message, module=module)
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NotGpuNoise())
@@ -278,18 +280,18 @@ def check_layout(layout: Layout, world: int) -> None:
 def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 30.0) -> None:
     """Create torch.distributed and megatron-core process groups and seed every generator.
 
-    One process needs no launcher: a process group of one is made in memory. Safe to call again with the same layout.
+    One process needs no launcher: a process group of one is made in memory. A layout that is there already is replaced.
     """
     check_layout(layout, world_size())
     if not dist.is_initialized():
         _initialize_distributed(timedelta(minutes=timeout_minutes))
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
-            context_parallel_size=layout.context,
-        )
+    release()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+        context_parallel_size=layout.context,
+    )
     seed_everything(seed)
 
 
@@ -311,10 +313,15 @@ def seed_everything(seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def shutdown() -> None:
-    """Destroy the process groups; the process may initialize another layout afterwards."""
+def release() -> None:
+    """Forget the layout; the processes stay connected."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+def shutdown() -> None:
+    """Forget the layout and disconnect the processes."""
+    release()
     global _alone
     _alone = None
     if dist.is_initialized():
@@ -342,11 +349,12 @@ def alone() -> ProcessGroupCollection:
 
 @contextlib.contextmanager
 def running(layout: Layout, seed: int = 0) -> Iterator[None]:
-    """Process groups for the duration of a verb; torn down also on error unless they existed before."""
-    existed = dist.is_initialized()
+    """Process groups for the duration of a verb, also torn down on error; processes connected before stay connected."""
+    connected = dist.is_initialized()
     initialize(layout, seed)
     try:
         yield
     finally:
-        if not existed:
+        release()
+        if not connected:
             shutdown()

@@ -10,21 +10,20 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
-from megatron_prune.apply.decision import Masks, MaskWriter
+from megatron_prune.apply.decision import MaskInfo, Masks, MaskWriter
 from megatron_prune.apply.run_folder import RunDescription, decision_of, read_run, write_run
 from megatron_prune.config import PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.dataset import TokenWindows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.export.mask_file import load_mask_npz
 from megatron_prune.files import new_folder, refuse_existing
 from megatron_prune.log import MetricsLog, progress, write_environment
 from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.target import Target, parse_target
 from megatron_prune.model.checkpoint import load_model, read_description, save_model
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.model.import_hf import layout_of
+from megatron_prune.model.import_hf import layout_of, packed_masks
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.options import save_yaml
 from megatron_prune.statistics.runner import Runner
@@ -69,8 +68,9 @@ def decide(
     model: PrunableModel, method: PruningMethod, target: Target, calibration: CalibrationSet | None, folder: Path
 ) -> Runner:
     """Run a one-shot method and write its masks to `folder`. Collective."""
-    about = {"method": method.name, "target": str(target), "hyperparameters": method.options(), "calibration": calibration.info() if calibration else None}
-    writer = mask_writer(folder, model.config, about) if backend.rank() == 0 else None
+    about = calibration.info() if calibration else None
+    info = mask_info(method, target, model.config, seed=calibration.seed if calibration else None, calibration=about)
+    writer = MaskWriter(folder, info) if backend.rank() == 0 else None
     with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
         runner = Runner(model, calibration.tokens if calibration else None, writer, advance)
         method.prune(model, runner, target)
@@ -79,9 +79,9 @@ def decide(
     return runner
 
 
-def mask_writer(folder: Path, config: ModelConfig, about: dict[str, Any]) -> MaskWriter:
-    """A writer of the decision in `folder`, which says what made it."""
-    return MaskWriter(folder, {**about, "family": config.family, "model": config.fingerprint()})
+def mask_info(method: PruningMethod, target: Target, config: ModelConfig, **more: Any) -> MaskInfo:
+    """What a decision says about where it comes from."""
+    return MaskInfo(method.name, str(target), method.options(), config.family, config.fingerprint(), **more)
 
 
 def _one_shot(config: PruneConfig, method: PruningMethod, target: Target, layout: backend.Layout) -> None:
@@ -123,14 +123,13 @@ def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: b
     if backend.rank() == 0 and not folder.exists():
         folder.mkdir(parents=True)
         _describe(folder, config, "learning")
+    info = mask_info(method, target, model.config, seed=t.seed, notes={"data": data.info()})
     runner = LearningRunner(
         model,
         t,
         data,
         folder,
-        writer=lambda: mask_writer(folder / "decision", model.config, _about(method, target, data))
-        if backend.rank() == 0
-        else None,
+        writer=lambda: MaskWriter(folder / "decision", info) if backend.rank() == 0 else None,
         log=MetricsLog(folder),
         prior=_prior(config, model, target, folder),
         initial_logits=config.initial_logits,
@@ -149,10 +148,6 @@ def _windows(held_out: TokenWindows | None, count: int) -> Tensor | None:
         return None
     count = min(count, held_out.num_windows)
     return torch.stack([held_out.sample(i)[:-1] for i in range(count)])
-
-
-def _about(method: PruningMethod, target: Target, data: TokenWindows) -> dict[str, Any]:
-    return {"method": method.name, "target": str(target), "hyperparameters": method.options(), "data": data.info()}
 
 
 def _check_resume(config: PruneConfig) -> None:
@@ -183,15 +178,11 @@ def _prior(config: PruneConfig, model: PrunableModel, target: Target, folder: Pa
         return Masks.load(path).get
     path = Path(config.prior)
     if path.suffix == ".npz":
-        return load_mask_npz(path, prunable_shapes(model.config)).__getitem__
+        return packed_masks(path, model.config)
     if not path.is_dir():
         raise UserError(
             f"--prior {config.prior} is neither a run, a decision folder, a mask .npz nor a method ({', '.join(sorted(names))})"
         )
-    return Masks.load(decision_of(path)).get
-
-
-def prunable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name and shape of every prunable weight."""
-    maps = [map for map in get_family(config.family).weights(config) if map.prunable]
-    return {name: shape for map in maps for name, shape in zip(map.hf, map.shapes, strict=True)}
+    masks = Masks.load(decision_of(path))
+    masks.check_model(model.config)
+    return masks.get

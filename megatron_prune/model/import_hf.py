@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from torch import Tensor
 
+from megatron_prune.apply.decision import pack_mask, prunable_shapes, unpack_mask
 from megatron_prune.config import ImportConfig, Parallelism
 from megatron_prune.export.mask_file import load_mask_npz
 from megatron_prune.files import refuse_existing
@@ -16,7 +17,7 @@ from megatron_prune.model import convert
 from megatron_prune.model.build import build_model
 from megatron_prune.model.checkpoint import compute_dtype, save_model
 from megatron_prune.model.convert import HFReader
-from megatron_prune.model.families import WeightMap
+from megatron_prune.model.families import ModelConfig, WeightMap
 from megatron_prune.model.prunable import PrunableModel
 
 
@@ -33,29 +34,27 @@ def layout_of(parallelism: Parallelism) -> backend.Layout:
 def read_hf(reader: HFReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None) -> PrunableModel:
     """The model of a Hugging Face checkpoint in `layout`, weights in `dtype` (None: as stored), masked on request."""
     config = replace(reader.model_config, dtype=dtype) if dtype else reader.model_config
-    masks = load_mask_npz(mask, dict(_prunable_shapes(reader))) if mask else {}
+    masks = packed_masks(mask, config) if mask else None
     model = PrunableModel(config, layout, build_model(config, layout, compute_dtype(config.dtype)))
 
     def tensors() -> Iterator[tuple[WeightMap, Tensor]]:
         for map in model.maps:
             if model.needed(map):
-                parts = [_masked(reader.read(name), masks.get(name)) for name in map.hf]
+                parts = [reader.read(name) for name in map.hf]
+                if masks and map.prunable:
+                    keep = [masks(name) for name in map.hf]
+                    parts = [part.masked_fill(~k, 0.0) for part, k in zip(parts, keep, strict=True)]
                 yield map, convert.merge(map, parts, config)
 
     model.load(tensors())
     return model
 
 
-def _prunable_shapes(reader: HFReader) -> Iterator[tuple[str, tuple[int, ...]]]:
-    from megatron_prune.model.families import get_family
-
-    for map in get_family(reader.model_config.family).weights(reader.model_config):
-        if map.prunable:
-            yield from zip(map.hf, map.shapes, strict=True)
-
-
-def _masked(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    return tensor if mask is None else tensor.masked_fill(~mask, 0.0)
+def packed_masks(path: Path, config: ModelConfig) -> Callable[[str], Tensor]:
+    """Bool mask `[out, in]` by Hugging Face weight name, from a mask .npz; held in memory as bits."""
+    shapes = prunable_shapes(config)
+    packed = {name: pack_mask(mask) for name, mask in load_mask_npz(path, config)}
+    return lambda name: unpack_mask(packed[name], shapes[name])
 
 
 def run(config: ImportConfig) -> None:

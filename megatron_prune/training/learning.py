@@ -173,6 +173,8 @@ class LearningRunner:
                 m=self.draw.m,
                 scale=self.draw.scale,
                 temperature=self.draw.temperature,
+                draw=None,
+                position=linear.module.position,
             )["sum_max_probability"]
             sums += torch.tensor(
                 [

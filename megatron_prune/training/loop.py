@@ -236,4 +236,4 @@ class Trainer:
 def _mean(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of a micro-batch from per-token losses `[b, s]`."""
     loss = output.float().mean()
-    return loss, {"loss": loss.detach()}
+    return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss in place

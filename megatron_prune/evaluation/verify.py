@@ -1,0 +1,190 @@
+"""The `verify` verb: proof of what a pruned model is, read from its weights alone.
+
+Four checks, each with its figures: the pattern holds in every group, every zero is +0.0, the density of each layer, and
+the logits equal those of another form of the same model (`--against`). Exit status 1 when one of them fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+from torch import Tensor
+
+from megatron_prune.apply import run_folder
+from megatron_prune.apply.decision import prunable_shapes
+from megatron_prune.apply.trim import load_pruned
+from megatron_prune.config import VerifyConfig
+from megatron_prune.errors import UserError
+from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.log import say
+from megatron_prune.methods.target import NM, Target, parse_target
+from megatron_prune.model.checkpoint import DESCRIPTION, load_model, read_description
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.forward import logits
+from megatron_prune.model.import_hf import layout_of
+
+
+@dataclass
+class ZeroCount:
+    """Zeros of one prunable weight."""
+
+    size: int
+    zeros: int
+    negative_zeros: int
+    broken_groups: int
+    """Groups with more weights than the pattern keeps."""
+
+
+@dataclass
+class Source:
+    """A model in any of its three forms."""
+
+    path: Path
+    kind: str
+    """`checkpoint`, `run` or `hugging face`."""
+    config: ModelConfig
+    target: str | None
+    """The pattern recorded with it."""
+    reader: HFReader | None = field(default=None, repr=False)
+
+
+def open_source(given: str | Path) -> Source:
+    """Find out what a path (or hub id) is; UserError when it is no model."""
+    path = Path(given)
+    if (path / DESCRIPTION).is_file():
+        about = read_description(path)
+        return Source(path, "checkpoint", about.config, about.source.get("target"))
+    if (path / run_folder.DESCRIPTION).is_file():
+        config = read_description(run_folder.weights_of(path)).config
+        return Source(path, "run", config, run_folder.read_run(path).target)
+    reader = HFReader(str(given))
+    return Source(path, "hugging face", reader.model_config, None, reader)
+
+
+def count_zeros(weight: Tensor, target: Target | None) -> ZeroCount:
+    """Zeros, negative zeros and broken groups of a weight `[out, in]`."""
+    zero = weight == 0
+    broken = 0
+    if isinstance(target, NM):
+        kept = (~zero).unflatten(1, (-1, target.m)).sum(2)
+        broken = int((kept > target.n).sum())
+    return ZeroCount(weight.numel(), int(zero.sum()), int((zero & torch.signbit(weight)).sum()), broken)
+
+
+def projections(weights: Iterator[tuple[str, Tensor]], config: ModelConfig, target: Target | None) -> dict[str, ZeroCount]:
+    """The counts of every prunable weight, by Hugging Face name."""
+    wanted = prunable_shapes(config)
+    return {name: count_zeros(weight, target) for name, weight in weights if name in wanted}
+
+
+def _weights(source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:
+    if source.reader is not None:
+        return ((name, source.reader.read(name)) for name in source.reader.names())
+    return model.hf_weights()
+
+
+def _load(source: Source, layout: backend.Layout, dtype: str | None) -> Any:
+    if source.kind == "checkpoint":
+        return load_model(source.path, layout, dtype)
+    if source.kind == "run":
+        return load_pruned(source.path, layout, dtype)
+    return None
+
+
+def _logits(source: Source, layout: backend.Layout, tokens: Tensor) -> Tensor:
+    """Logits `[b, s, vocab]` in float32 of a source's own software: megatron-core or transformers."""
+    if source.reader is None:
+        return logits(_load(source, layout, "float32"), tokens).cpu()
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.reader.directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(tokens).logits.float()
+
+
+def run(config: VerifyConfig) -> int:
+    """Check `config.input`, print and write the result; 0 when every check holds."""
+    if config.output is not None:
+        refuse_existing(config.output)
+    source = open_source(config.input)
+    recorded = config.target or source.target
+    target = parse_target(recorded) if recorded else None
+    layout = layout_of(config.parallelism)
+    with backend.running(layout):
+        counts = projections(_weights(source, _load(source, layout, None)), source.config, target)
+        result = _zero_checks(source, target, counts)
+        if config.against is not None:
+            result["logits"] = _compare(source, open_source(config.against), layout, config)
+    result["holds"] = all(check["holds"] for check in result.values() if isinstance(check, dict) and "holds" in check)
+    if backend.rank() == 0:
+        _print(result)
+        if config.output is not None:
+            write_json(config.output, result)
+    return 0 if result["holds"] else 1
+
+
+def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCount]) -> dict[str, Any]:
+    size = sum(c.size for c in counts.values())
+    zeros = sum(c.zeros for c in counts.values())
+    negative = sum(c.negative_zeros for c in counts.values())
+    broken = {name: c.broken_groups for name, c in counts.items() if c.broken_groups}
+    density = 1 - zeros / size
+    result: dict[str, Any] = {"input": str(source.path), "kind": source.kind}
+    if target is not None:
+        # a kept weight may itself be zero, so the density may lie below the target's but not above it
+        result["pattern"] = {
+            "target": str(target),
+            "broken_groups": broken,
+            "holds": not broken and density <= target.density + len(counts) * 1e-6,
+        }
+    result["zeros"] = {"zeros": zeros, "negative_zeros": negative, "holds": negative == 0}
+    result["density"] = {"weights": size, "density": density, "per_weight": _densities(counts)}
+    return result
+
+
+def _densities(counts: dict[str, ZeroCount]) -> dict[str, float]:
+    return {name: round(1 - c.zeros / c.size, 6) for name, c in counts.items()}
+
+
+def _compare(source: Source, other: Source, layout: backend.Layout, config: VerifyConfig) -> dict[str, Any]:
+    if source.config.vocab_size != other.config.vocab_size:
+        raise UserError(
+            f"--against {other.path} has a vocabulary of {other.config.vocab_size} and {source.path} one of "
+            f"{source.config.vocab_size}: they are different models"
+        )
+    generator = torch.Generator().manual_seed(config.seed)
+    tokens = torch.randint(0, source.config.vocab_size, (2, config.seq_length), generator=generator)
+    a, b = _logits(source, layout, tokens), _logits(other, layout, tokens)
+    difference = float((a - b).abs().max())
+    return {
+        "against": str(other.path),
+        "max_absolute_difference": difference,
+        "largest_logit": float(b.abs().max()),
+        "same_argmax": float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+        "tolerance": config.tolerance,
+        "holds": difference <= config.tolerance,
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    pattern, zeros, density = result.get("pattern"), result["zeros"], result["density"]
+    if pattern:
+        broken = sum(pattern["broken_groups"].values())
+        say(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else f'BROKEN in {broken} groups'}")
+    else:
+        say("pattern: none recorded and no --target given, not checked")
+    say(f"zeros: {zeros['zeros']} of {density['weights']}, {zeros['negative_zeros']} of them stored as -0.0")
+    say(f"density: {density['density']:.6f} over {len(density['per_weight'])} weights")
+    if "logits" in result:
+        x = result["logits"]
+        say(
+            f"logits against {x['against']}: largest difference {x['max_absolute_difference']:.3g} (largest logit "
+            f"{x['largest_logit']:.3g}), same argmax {x['same_argmax']:.4f}: {'equal' if x['holds'] else 'DIFFERENT'}"
+        )
+    say("verified" if result["holds"] else "NOT verified")

@@ -1,0 +1,64 @@
+"""The `inspect` verb: what a checkpoint, a run folder, a decision or a mask file holds, without loading a model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.apply import run_folder
+from megatron_prune.apply.decision import Masks
+from megatron_prune.config import InspectConfig
+from megatron_prune.errors import UserError
+from megatron_prune.export.mask_file import mask_npz_pattern
+from megatron_prune.files import read_json
+from megatron_prune.log import say
+
+CHECKPOINT = "megatron_prune.json"
+
+
+def run(config: InspectConfig) -> None:
+    """Print what `config.input` is."""
+    path = config.input
+    if (path / CHECKPOINT).is_file():
+        _checkpoint(path)
+    elif (path / run_folder.DESCRIPTION).is_file():
+        _run(path)
+    elif (path / "decision.json").is_file():
+        _decision(path)
+    elif path.suffix == ".npz" and path.is_file():
+        say(f"{path}: mask file, pattern {mask_npz_pattern(path) or 'not stated'}")
+    else:
+        raise UserError(f"{path} is neither a Megatron checkpoint, a run folder, a decision nor a mask .npz")
+
+
+def _checkpoint(path: Path) -> None:
+    about = read_json(path / CHECKPOINT, "a checkpoint")
+    model: dict[str, Any] = about["model"]
+    say(f"{path}: Megatron checkpoint of a {model['family']} model, {model['dtype']}")
+    sizes = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size".split()
+    say("  " + ", ".join(f"{name} {model[name]}" for name in sizes))
+    for key, value in about["source"].items():
+        if value is not None:
+            say(f"  {key}: {value}")
+
+
+def _run(path: Path) -> None:
+    about = run_folder.read_run(path)
+    say(f"{path}: {about.method} {about.target} run of {about.input}, {about.state}")
+    latest = path / "checkpoints" / "latest.json"
+    if latest.is_file():
+        say(f"  newest checkpoint: step {read_json(latest, 'a run')['step']}")
+    if about.state == "decided":
+        _decision(path / "decision")
+
+
+def _decision(path: Path) -> None:
+    masks = Masks.load(path)
+    say(f"{path}: {masks.info.method} {masks.info.target}, density {masks.density:.6f}")
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for row in masks.summary():
+        sums[row.projection][0] += row.kept
+        sums[row.projection][1] += row.size
+    for name, (kept, size) in sums.items():
+        say(f"  {name:<10} {kept} of {size} kept ({kept / size:.6f})")

@@ -1,0 +1,56 @@
+"""Start verbs as a user does, on one process or on several through torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+WORKER = Path(__file__).with_name("worker.py")
+TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of the test matrix, as flags."""
+
+    name: str
+    processes: int
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+
+    def flags(self) -> list[str]:
+        """Command-line flags of the layout."""
+        flags = ["--tensor-model-parallel-size", str(self.tensor), "--pipeline-model-parallel-size", str(self.pipeline)]
+        return flags + (["--sequence-parallel"] if self.sequence_parallel else [])
+
+
+ONE = Layout("one", 1)
+TP2 = Layout("tp2", 2, tensor=2)
+TP2_SP = Layout("tp2sp", 2, tensor=2, sequence_parallel=True)
+TP3 = Layout("tp3", 3, tensor=3)
+PP2 = Layout("pp2", 2, pipeline=2)
+DP2 = Layout("dp2", 2)
+TP2_PP2_SP = Layout("tp2pp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True)
+
+
+def launch(processes: int, commands: Sequence[Sequence[str]], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the verbs on `processes` processes, one start-up for all of them; stdout and stderr are captured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    task = folder / f"commands-{processes}-{len(list(folder.iterdir()))}.json"
+    task.write_text(json.dumps([[str(word) for word in command] for command in commands]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*torchrun, str(WORKER), str(task)], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False
+    )
+
+
+def must_pass(result: subprocess.CompletedProcess[str]) -> None:
+    """Fail the test with the run's own output when it failed."""
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]

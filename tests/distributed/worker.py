@@ -1,0 +1,29 @@
+"""Runs several verbs, one after the other, in the processes of one torchrun: `worker.py COMMANDS.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import megatron_prune.backend as backend  # isort: skip
+import torch.distributed as dist
+
+from megatron_prune.__main__ import main
+
+
+def run(commands: list[list[str]]) -> int:
+    """Exit status of the first verb that failed, else 0."""
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    for command in commands:
+        status = main(command)
+        if status:
+            return status
+        dist.barrier()
+    backend.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(json.loads(Path(sys.argv[1]).read_text())))
