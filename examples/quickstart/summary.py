@@ -1,4 +1,4 @@
-"""Prints the quickstart's table; exits with 1 when the learned mask does not beat its prior on held-out text."""
+"""Prints the quickstart's table; status 1 when the learned mask does not beat its prior."""
 
 from __future__ import annotations
 

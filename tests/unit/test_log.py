@@ -1,0 +1,67 @@
+"""metrics.jsonl survives a crash and a resume; environment.json names no machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+
+from megatron_prune import log
+
+
+def steps(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    with log.MetricsLog(tmp_path) as metrics:
+        metrics.resume_at(0)
+        for step in (1, 2, 3):
+            metrics.write({"step": step, "loss": 1.0 / step}, total=4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    with log.MetricsLog(tmp_path) as metrics:
+        metrics.resume_at(2)
+        metrics.write({"step": 3, "loss": 0.5}, total=4)
+    assert steps(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_values_that_are_not_finite_stay_json(tmp_path: Path) -> None:
+    with log.MetricsLog(tmp_path) as metrics:
+        metrics.write({"step": 1, "loss": float("nan")})
+    assert steps(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with log.MetricsLog(tmp_path) as metrics:
+        metrics.resume_at(0)
+        metrics.write({"step": 1})
+    log.write_environment(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.console.cache_clear()
+    with log.MetricsLog(tmp_path, name="step") as metrics:
+        metrics.write({"step": 2, "loss": 1 / 3}, total=2)
+    assert capsys.readouterr().out == "step 2/2  loss 0.33333\n"
+
+
+def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    log.console.cache_clear()
+    with log.progress("wanda 2:4", 3, "layers") as advance:
+        for _ in range(3):
+            advance(1)
+    assert capsys.readouterr().out.startswith("wanda 2:4: 3/3 layers (")
+
+
+def test_environment_names_no_machine(tmp_path: Path) -> None:
+    log.write_environment(tmp_path, seed=3)
+    text = (tmp_path / "environment.json").read_text()
+    content = json.loads(text)
+    assert content["seed"] == 3 and content["packages"]["torch"] and content["devices"]
+    assert platform.node() not in text and str(Path.home()) not in text
