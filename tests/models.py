@@ -1,7 +1,9 @@
-"""Small Hugging Face models for tests: random LLaMAs of any shape, and the trained stories260K with its tokenizer.
+"""Small Hugging Face models for tests: random LLaMAs of any shape, and the trained stories260K with its
+tokenizer.
 
-stories260K is the 260-thousand-parameter model that llama2.c's author trained on TinyStories (MIT licence). Its files
-are looked for beside the repository, in ``../shared/models/stories260K``; tests that need it are skipped without them.
+stories260K is the 260-thousand-parameter model that llama2.c's author trained on TinyStories (MIT licence).
+Its files are looked for beside the repository, in ``../shared/models/stories260K``; tests that need it are
+skipped without them.
 """
 
 from __future__ import annotations
@@ -20,21 +22,43 @@ from torch import Tensor
 STORIES_DIRECTORY = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 STORIES_TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 
-LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
-def tiny_llama(path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, rope_llama3: bool = False,
-               max_shard_size: str = "5GB", **overrides: Any) -> Path:
+def tiny_llama(
+    path: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    rope_llama3: bool = False,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Path:
     """Write a random LlamaForCausalLM to ``path`` and return it.
 
     ``overrides`` are LlamaConfig fields: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
-    num_attention_heads, num_key_value_heads, head_dim, tie_word_embeddings, ... (default: 2 layers, 4 heads, 2 groups,
-    hidden 32, untied). Norm weights are random too, so that a lost or swapped norm shows.
+    num_attention_heads, num_key_value_heads, head_dim, tie_word_embeddings, ... (default: 2 layers, 4 heads,
+    2 groups, hidden 32, untied). Norm weights are random too, so that a lost or swapped norm shows.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
-    sizes = dict(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False) | overrides
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    } | overrides
     if rope_llama3:
         sizes["rope_parameters"] = LLAMA3_ROPE
     torch.manual_seed(seed)
@@ -64,16 +88,28 @@ class _Header:
 
 
 def stories260k(path: Path) -> Path:
-    """Write stories260K as a Hugging Face directory with a working tokenizer; skips the test when it is not there."""
+    """Write stories260K as a Hugging Face directory with a working tokenizer; skips the test when it is not
+    there.
+    """
     if not (STORIES_DIRECTORY / "stories260K.bin").is_file():
         pytest.skip("the stories260K model is not beside the repository (../shared/models/stories260K)")
     from transformers import LlamaConfig, LlamaForCausalLM
+
     header, weights = _read_llama2c(STORIES_DIRECTORY / "stories260K.bin")
     config = LlamaConfig(
-        vocab_size=header.vocab, hidden_size=header.hidden, intermediate_size=header.ffn,
-        num_hidden_layers=header.layers, num_attention_heads=header.heads, num_key_value_heads=header.groups,
-        max_position_embeddings=header.positions, rms_norm_eps=1e-5, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=1, eos_token_id=2)
+        vocab_size=header.vocab,
+        hidden_size=header.hidden,
+        intermediate_size=header.ffn,
+        num_hidden_layers=header.layers,
+        num_attention_heads=header.heads,
+        num_key_value_heads=header.groups,
+        max_position_embeddings=header.positions,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     model = LlamaForCausalLM(config)
     left_out = model.load_state_dict(weights, strict=False)
     assert left_out.missing_keys in ([], ["lm_head.weight"]) and not left_out.unexpected_keys, left_out
@@ -84,7 +120,9 @@ def stories260k(path: Path) -> Path:
 
 
 def _read_llama2c(file: Path) -> tuple[_Header, dict[str, Tensor]]:
-    """A llama2.c model file (header, then float32 tensors stacked over layers) -> Hugging Face names and tensors."""
+    """A llama2.c model file (header, then float32 tensors stacked over layers) -> Hugging Face names and
+    tensors.
+    """
     data = file.read_bytes()
     header = _Header(*struct.unpack("<7i", data[:28]))
     assert header.vocab > 0, "an output layer of its own is not handled"
@@ -92,21 +130,31 @@ def _read_llama2c(file: Path) -> tuple[_Header, dict[str, Tensor]]:
     head = header.hidden // header.heads
     kv = header.groups * head
     layers, hidden, ffn = header.layers, header.hidden, header.ffn
-    shapes = {"embed_tokens": (header.vocab, hidden), "input_layernorm": (layers, hidden),
-              "self_attn.q_proj": (layers, hidden, hidden), "self_attn.k_proj": (layers, kv, hidden),
-              "self_attn.v_proj": (layers, kv, hidden), "self_attn.o_proj": (layers, hidden, hidden),
-              "post_attention_layernorm": (layers, hidden), "mlp.gate_proj": (layers, ffn, hidden),
-              "mlp.down_proj": (layers, hidden, ffn), "mlp.up_proj": (layers, ffn, hidden), "norm": (hidden,)}
+    shapes = {
+        "embed_tokens": (header.vocab, hidden),
+        "input_layernorm": (layers, hidden),
+        "self_attn.q_proj": (layers, hidden, hidden),
+        "self_attn.k_proj": (layers, kv, hidden),
+        "self_attn.v_proj": (layers, kv, hidden),
+        "self_attn.o_proj": (layers, hidden, hidden),
+        "post_attention_layernorm": (layers, hidden),
+        "mlp.gate_proj": (layers, ffn, hidden),
+        "mlp.down_proj": (layers, hidden, ffn),
+        "mlp.up_proj": (layers, ffn, hidden),
+        "norm": (hidden,),
+    }
     weights: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         size = int(np.prod(shape))
-        tensor, start = values[start:start + size].view(shape), start + size
+        tensor, start = values[start : start + size].view(shape), start + size
         if name in ("embed_tokens", "norm"):
             weights[f"model.{name}.weight"] = tensor
             continue
         for layer in range(layers):
             rotary = name in ("self_attn.q_proj", "self_attn.k_proj")
-            weights[f"model.layers.{layer}.{name}.weight"] = _rotate_half(tensor[layer], head) if rotary else tensor[layer]
+            weights[f"model.layers.{layer}.{name}.weight"] = (
+                _rotate_half(tensor[layer], head) if rotary else tensor[layer]
+            )
     assert start + header.positions * head == len(values), "only the rotary tables may follow"
     return header, weights
 
@@ -121,35 +169,48 @@ def _read_pieces(file: Path) -> list[tuple[bytes, float]]:
     data, pieces, at = file.read_bytes(), [], 4
     while at < len(data):
         score, length = struct.unpack_from("<fi", data, at)
-        pieces.append((data[at + 8:at + 8 + length], score))
+        pieces.append((data[at + 8 : at + 8 + length], score))
         at += 8 + length
     return pieces
 
 
 def _stories_tokenizer() -> Any:
-    """The sentencepiece BPE of stories260K as a fast tokenizer: byte fallback, a leading space, <s> in front."""
+    """The sentencepiece BPE of stories260K as a fast tokenizer: byte fallback, leading space, <s> in front."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
+
     special = ["<unk>", "<s>", "</s>"]
-    pieces = [(text.decode().replace(" ", "▁"), score) for text, score in _read_pieces(STORIES_DIRECTORY / "tok512.bin")]
+    pieces = [
+        (text.decode().replace(" ", "▁"), score)
+        for text, score in _read_pieces(STORIES_DIRECTORY / "tok512.bin")
+    ]
     names = special + [text for text, _ in pieces[3:]]
     ids = {name: number for number, name in enumerate(names)}
     score = {name: pieces[number][1] for name, number in ids.items()}
     pairs = [(name[:cut], name[cut:]) for name in names for cut in range(1, len(name))]
-    merges = [pair for pair in pairs if pair[0] in ids and pair[1] in ids and not pair[0] + pair[1] in special]
+    merges = [
+        pair for pair in pairs if pair[0] in ids and pair[1] in ids and pair[0] + pair[1] not in special
+    ]
     merges.sort(key=lambda pair: (-score[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]]))
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B",
-                                                             special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def hf_loss(directory: Path, text: str) -> float:
-    """Mean negative log likelihood per token of ``text`` under a Hugging Face directory, fp32, natural log."""
+    """Mean negative log likelihood per token of ``text`` under a Hugging Face directory, fp32, in nats."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     tokens = AutoTokenizer.from_pretrained(directory)(text, return_tensors="pt").input_ids
     with torch.no_grad():

@@ -1,5 +1,6 @@
-"""Hugging Face tensors <-> Megatron tensors: pure functions driven by a ``WeightMap``, and a reader of safetensors
-checkpoints that holds one tensor at a time. Every function works on weights, on bool masks and on 1-D row numbers.
+"""Hugging Face tensors <-> Megatron tensors: pure functions driven by a ``WeightMap``, and a reader of
+safetensors checkpoints that holds one tensor at a time. Every function works on weights, on bool masks and on
+1-D row numbers.
 
     linear_qkv (2 query groups, 2 heads each)        linear_fc1, TP = 2
     unsharded rows: q0 q1 k0 v0 | q2 q3 k1 v1        unsharded: gate0 gate1 up0 up1
@@ -25,9 +26,18 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.model.families import ModelConfig, WeightMap, family_of, get_family
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-                    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-                    "generation_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
@@ -46,7 +56,9 @@ def merge(map: WeightMap, tensors: Sequence[Tensor], config: ModelConfig) -> Ten
 
 
 def split(map: WeightMap, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
-    """The unsharded Megatron tensor -> its Hugging Face tensors in the order of ``map.hf``; inverse of ``merge``."""
+    """The unsharded Megatron tensor -> its Hugging Face tensors in the order of ``map.hf``; inverse of
+    ``merge``.
+    """
     rows = [shape[0] for shape in map.shapes]
     if tensor.shape[0] != sum(rows):
         raise ValueError(f"{map.megatron} has {sum(rows)} rows, a tensor with {tensor.shape[0]} was given")
@@ -88,7 +100,7 @@ def unshard(map: WeightMap, shards: Sequence[Tensor], config: ModelConfig) -> Te
         halves = [shard.chunk(len(map.hf)) for shard in shards]
         return torch.cat([half[part] for part in range(len(map.hf)) for half in halves])
     whole = torch.cat(list(shards), dim=map.shard_dim)
-    return whole[:config.vocab_size] if map.pad_rows else whole
+    return whole[: config.vocab_size] if map.pad_rows else whole
 
 
 def row_ids(map: WeightMap, config: ModelConfig, tp_rank: int, tp_size: int) -> Tensor:
@@ -117,8 +129,10 @@ def _pad_rows(tensor: Tensor, count: int) -> Tensor:
 def _check_divisible(map: WeightMap, size: int, tp_size: int) -> None:
     units = size // map.shard_unit if not map.pad_rows else size
     if units % tp_size:
-        raise UserError(f"tensor-model-parallel-size {tp_size} does not divide {map.megatron} into equal parts: it has "
-                        f"{units} {'query groups' if map.shard_unit > 1 else 'channels'}; choose a divisor of {units}")
+        raise UserError(
+            f"tensor-model-parallel-size {tp_size} does not divide {map.megatron} into equal parts: it has "
+            f"{units} {'query groups' if map.shard_unit > 1 else 'channels'}; choose a divisor of {units}"
+        )
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,9 @@ class _Entry:
 class HFReader:
     """A Hugging Face checkpoint (directory or hub id), checked when opened, read one tensor at a time.
 
-    Only safetensors is read. Opening reads the file headers alone and raises UserError for a missing directory,
-    file or tensor, a shape that contradicts config.json, an unknown tensor, and a truncated or corrupt file.
+    Only safetensors is read. Opening reads the file headers alone and raises UserError for a missing
+    directory, file or tensor, a shape that contradicts config.json, an unknown tensor, and a truncated or
+    corrupt file.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -170,8 +185,10 @@ class HFReader:
             return config
         stored = {entry.dtype for entry in self._entries.values()} & set(_FLOATS)
         if len(stored) != 1:
-            raise UserError(f"{self.directory}/config.json has no dtype and the tensors are {sorted(stored)}; "
-                            f"add \"dtype\" ({', '.join(sorted(_FLOATS.values()))})")
+            raise UserError(
+                f"{self.directory}/config.json has no dtype and the tensors are {sorted(stored)}; "
+                f'add "dtype" ({", ".join(sorted(_FLOATS.values()))})'
+            )
         return replace(config, dtype=_FLOATS[stored.pop()])
 
     def _check_tensors(self) -> None:
@@ -183,28 +200,39 @@ class HFReader:
         needed = {*self.names(), *tied}
         for name in sorted(set(self._entries) - needed):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored):
-                raise UserError(f"{self._entries[name].file} holds {name}, which a {family.name} model does not have"
-                                f"{_nearest(name, needed)}; it would be lost")
+                raise UserError(
+                    f"{self._entries[name].file} holds {name}, which a {family.name} model does not have"
+                    f"{_nearest(name, needed)}; it would be lost"
+                )
         for name in set(tied) & set(self._entries):
             self._check_tied(name, self._maps[0].hf[0])
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._entries:
-            raise UserError(f"{self.directory} has no tensor {name}, which config.json asks for; "
-                            "is the checkpoint complete?")
+            raise UserError(
+                f"{self.directory} has no tensor {name}, which config.json asks for; "
+                "is the checkpoint complete?"
+            )
         entry = self._entries[name]
         if entry.shape != shape:
-            raise UserError(f"{name} in {entry.file} has shape {list(entry.shape)}; config.json asks for {list(shape)}")
+            raise UserError(
+                f"{name} in {entry.file} has shape {list(entry.shape)}; config.json asks for {list(shape)}"
+            )
         if entry.dtype not in _FLOATS:
-            raise UserError(f"{name} in {entry.file} has dtype {entry.dtype}; supported: {', '.join(_FLOATS)} "
-                            "(a quantised checkpoint must be converted first)")
+            raise UserError(
+                f"{name} in {entry.file} has dtype {entry.dtype}; supported: {', '.join(_FLOATS)} "
+                "(a quantised checkpoint must be converted first)"
+            )
 
     def _check_tied(self, name: str, embedding: str) -> None:
         """config.json ties the output layer to the embedding: a stored copy must repeat it."""
-        if self._entries[name].shape != self._entries[embedding].shape or \
-                not torch.equal(self.read(name), self.read(embedding)):
-            raise UserError(f"{self._entries[name].file}: config.json has tie_word_embeddings true, but {name} differs "
-                            f"from {embedding}; set tie_word_embeddings to false or remove {name}")
+        if self._entries[name].shape != self._entries[embedding].shape or not torch.equal(
+            self.read(name), self.read(embedding)
+        ):
+            raise UserError(
+                f"{self._entries[name].file}: config.json has tie_word_embeddings true, but {name} differs "
+                f"from {embedding}; set tie_word_embeddings to false or remove {name}"
+            )
 
 
 def _local_directory(source: str | Path) -> Path:
@@ -215,7 +243,9 @@ def _local_directory(source: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise UserError(f"{source} does not exist; give a directory or a hub id such as HuggingFaceTB/SmolLM2-135M")
+        raise UserError(
+            f"{source} does not exist; give a directory or a hub id such as HuggingFaceTB/SmolLM2-135M"
+        )
     return _download(source)
 
 
@@ -227,21 +257,40 @@ def _download(hub_id: str) -> Path:
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
     )
+
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json",
-                                                              *_TOKENIZER_FILES]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=[
+                    "*.safetensors",
+                    "*.safetensors.index.json",
+                    "config.json",
+                    *_TOKENIZER_FILES,
+                ],
+            )
+        )
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{hub_id} is neither a local directory nor a repository that could be fetched from the hub "
-                        f"({type(error).__name__}: {reason})") from error
+        raise UserError(
+            f"{hub_id} is neither a local directory nor a repository that could be fetched from the hub "
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist; a Hugging Face checkpoint directory holds config.json and "
-                        "*.safetensors") from None
+        raise UserError(
+            f"{file} does not exist; a Hugging Face checkpoint directory holds config.json and *.safetensors"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -256,11 +305,15 @@ def _read_entries(directory: Path) -> dict[str, _Entry]:
         return _indexed_entries(directory, index)
     if (directory / "model.safetensors").is_file():
         return _file_entries(directory / "model.safetensors")
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
+    )
     if pickles:
-        raise UserError(f"{directory} holds {pickles[0]} but no safetensors; pickle files are not read because opening "
-                        "one can run code. Convert: AutoModelForCausalLM.from_pretrained(DIR)"
-                        ".save_pretrained(NEW_DIR, safe_serialization=True)")
+        raise UserError(
+            f"{directory} holds {pickles[0]} but no safetensors; pickle files are not read because opening "
+            "one can run code. Convert: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW_DIR)"
+        )
     raise UserError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
 
 
@@ -282,25 +335,33 @@ def _file_entries(file: Path) -> dict[str, _Entry]:
     header, data_bytes = _read_header(file)
     try:
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        entries = {name: _Entry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+        entries = {
+            name: _Entry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()
+        }
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{file} is not a valid safetensors file: its header is malformed ({error!r})") from error
+        raise UserError(
+            f"{file} is not a valid safetensors file: its header is malformed ({error!r})"
+        ) from error
     if end != data_bytes:
-        raise UserError(f"{file} is truncated or damaged: its header describes {end} bytes of tensors, "
-                        f"the file holds {data_bytes}; fetch it again")
+        raise UserError(
+            f"{file} is truncated or damaged: its header describes {end} bytes of tensors, "
+            f"the file holds {data_bytes}; fetch it again"
+        )
     return entries
 
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """JSON header of a safetensors file (8 bytes length, JSON, data) and the number of data bytes after it."""
+    """JSON header of a safetensors file (8 bytes length, JSON, data) and the number of data bytes."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = struct.unpack("<Q", opened.read(8))[0] if size >= 8 else 0
             header = json.loads(opened.read(length)) if 0 < length <= min(_HEADER_LIMIT, size - 8) else None
     except FileNotFoundError:
-        raise UserError(f"{file} does not exist, but the index names it; is the checkpoint complete?") from None
+        raise UserError(
+            f"{file} does not exist, but the index names it; is the checkpoint complete?"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a valid safetensors file: {error}") from error
     if not isinstance(header, dict):

@@ -1,10 +1,11 @@
-"""Model families as data: how a Hugging Face config.json maps to sizes, and which Hugging Face tensors make up which
-Megatron tensor. One table per family serves both directions and every parallel layout; adding a family means adding an
-entry to ``FAMILIES``. Nothing here knows a device or a process group.
+"""Model families as data: how a Hugging Face config.json maps to sizes, and which Hugging Face tensors make
+up which Megatron tensor. One table per family serves both directions and every parallel layout; adding a
+family means adding an entry to ``FAMILIES``. Nothing here knows a device or a process group.
 
 Symbolic sizes of the tables (``dimensions`` gives the numbers):
 ``vocab``, ``hidden``, ``ffn``, ``query`` = heads * kv_channels, ``key_value`` = groups * kv_channels,
-``group_rows`` = rows of one query group in linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj.
+``group_rows`` = rows of one query group in linear_qkv, ``group_inputs`` = inputs of one query group in
+linear_proj.
 """
 
 from __future__ import annotations
@@ -62,12 +63,16 @@ class ModelConfig:
         """The config that ``to_dict`` wrote; UserError names missing and unknown fields."""
         names = {item.name for item in fields(cls)}
         if set(values) != names:
-            raise UserError(f"model config has unknown fields {sorted(set(values) - names)} and lacks "
-                            f"{sorted(names - set(values))}; was it written by another version?")
+            raise UserError(
+                f"model config has unknown fields {sorted(set(values) - names)} and lacks "
+                f"{sorted(names - set(values))}; was it written by another version?"
+            )
         return cls(**copy.deepcopy(dict(values)))
 
     def fingerprint(self) -> str:
-        """sha256 of the sizes and constants (not of hf_config): equal for models whose tensors are interchangeable."""
+        """sha256 of the sizes and constants (not of hf_config): equal for models whose tensors are
+        interchangeable.
+        """
         values = {key: value for key, value in self.to_dict().items() if key != "hf_config"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -132,7 +137,9 @@ class Family:
     """Hugging Face name patterns (fnmatch) that carry no weights and may be in a file."""
 
     def from_hf(self, hf_config: Mapping[str, Any]) -> ModelConfig:
-        """Sizes from a config.json in the style of transformers 4 or 5; UserError for what cannot be represented."""
+        """Sizes from a config.json in the style of transformers 4 or 5; UserError for what cannot be
+        represented.
+        """
         self._check_supported(hf_config)
         values = {name: self._value(hf_config, key) for name, key in self.keys.items()}
         if values["num_query_groups"] is None:
@@ -140,18 +147,26 @@ class Family:
         if values["kv_channels"] is None:
             values["kv_channels"] = _implied_kv_channels(values["hidden_size"], values["num_attention_heads"])
         base, scaling = _rope(hf_config)
-        config = ModelConfig(**values, family=self.name, rotary_base=base, rope_scaling=scaling,
-                             dtype=_dtype(hf_config), hf_config=copy.deepcopy(dict(hf_config)))
+        config = ModelConfig(
+            **values,
+            family=self.name,
+            rotary_base=base,
+            rope_scaling=scaling,
+            dtype=_dtype(hf_config),
+            hf_config=copy.deepcopy(dict(hf_config)),
+        )
         _check_sizes(config)
         return config
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
-        """config.json of ``config``: the original one, verbatim, with every key written whose value changed."""
+        """The original config.json with the sizes of ``config``; verbatim when nothing changed."""
         written = copy.deepcopy(config.hf_config)
         original = self.from_hf(config.hf_config)
         if (original.rotary_base, original.rope_scaling) != (config.rotary_base, config.rope_scaling):
-            raise UserError("the rotary position embedding differs from the one in the original config.json; "
-                            "only sizes and dtype may change")
+            raise UserError(
+                "the rotary position embedding differs from the one in the original config.json; "
+                "only sizes and dtype may change"
+            )
         changed = [name for name in self.keys if getattr(original, name) != getattr(config, name)]
         if changed:  # all of them: a head_dim left out would follow a changed hidden_size
             written |= {key: getattr(config, name) for name, key in self.keys.items()}
@@ -166,8 +181,11 @@ class Family:
         before, after = self.table[:first], [row for row in self.table[first:] if row not in layers]
         maps = [_weight_map(row, config, None) for row in before]
         maps += [_weight_map(row, config, layer) for layer in range(config.num_layers) for row in layers]
-        return maps + [_weight_map(row, config, None) for row in after
-                       if not (row.untied_only and config.tie_word_embeddings)]
+        return maps + [
+            _weight_map(row, config, None)
+            for row in after
+            if not (row.untied_only and config.tie_word_embeddings)
+        ]
 
     def tied_names(self, config: ModelConfig) -> tuple[str, ...]:
         """Hugging Face names that a tied model may store although they repeat the embedding."""
@@ -177,13 +195,17 @@ class Family:
     def _check_supported(self, hf_config: Mapping[str, Any]) -> None:
         for key, allowed in self.supported.items():
             if hf_config.get(key, allowed[0]) not in allowed:
-                raise UserError(f"config.json has {key}: {hf_config[key]!r}; the {self.name} family supports "
-                                f"{' or '.join(repr(value) for value in allowed)} only")
+                raise UserError(
+                    f"config.json has {key}: {hf_config[key]!r}; the {self.name} family supports "
+                    f"{' or '.join(repr(value) for value in allowed)} only"
+                )
 
     def _value(self, hf_config: Mapping[str, Any], key: str) -> Any:
         value = self.defaults.get(key) if hf_config.get(key) is None else hf_config[key]
         if value is None and key not in self.defaults:
-            raise UserError(f"config.json lacks {key}, which the {self.name} family needs; is the file complete?")
+            raise UserError(
+                f"config.json lacks {key}, which the {self.name} family needs; is the file complete?"
+            )
         return value
 
 
@@ -227,23 +249,34 @@ def _weight_map(row: WeightPattern, config: ModelConfig, layer: int | None) -> W
         megatron=row.megatron.format(layer=layer),
         hf=tuple(name.format(layer=layer) for name in row.hf),
         shapes=tuple(tuple(size[symbol] for symbol in shape) for shape in row.hf.values()),
-        transform=row.transform, shard_dim=row.shard_dim, shard_unit=size[row.shard_unit],
-        pad_rows=row.pad_rows, prunable=row.prunable, layer=layer)
+        transform=row.transform,
+        shard_dim=row.shard_dim,
+        shard_unit=size[row.shard_unit],
+        pad_rows=row.pad_rows,
+        prunable=row.prunable,
+        layer=layer,
+    )
 
 
 def _implied_kv_channels(hidden_size: int, heads: int) -> int:
     if hidden_size % heads:
-        raise UserError(f"config.json has hidden_size {hidden_size} and {heads} attention heads but no head_dim; "
-                        "without head_dim the heads must divide hidden_size")
+        raise UserError(
+            f"config.json has hidden_size {hidden_size} and {heads} attention heads but no head_dim; "
+            "without head_dim the heads must divide hidden_size"
+        )
     return hidden_size // heads
 
 
 def _rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Rotary base and llama3 scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
+    """Rotary base and llama3 scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` +
+    ``rope_scaling``.
+    """
     given = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
     base = float(given.get("rope_theta", hf_config.get("rope_theta", 10000.0)))
     if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"config.json has partial_rotary_factor {given['partial_rotary_factor']}; supported: 1.0 only")
+        raise UserError(
+            f"config.json has partial_rotary_factor {given['partial_rotary_factor']}; supported: 1.0 only"
+        )
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return base, None
@@ -264,45 +297,90 @@ def _dtype(hf_config: Mapping[str, Any]) -> str:
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-                 "kv_channels", "vocab_size", "max_position_embeddings"):
+    for name in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "vocab_size",
+        "max_position_embeddings",
+    ):
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"config.json gives {name} = {value!r}; it must be a whole number of at least 1")
     if config.num_attention_heads % config.num_query_groups:
-        raise UserError(f"config.json has {config.num_attention_heads} attention heads and {config.num_query_groups} "
-                        "key/value heads; the second must divide the first")
+        raise UserError(
+            f"config.json has {config.num_attention_heads} attention heads and {config.num_query_groups} "
+            "key/value heads; the second must divide the first"
+        )
     if config.kv_channels % 2:
-        raise UserError(f"config.json gives a head width of {config.kv_channels}; rotary embeddings need an even one")
+        raise UserError(
+            f"config.json gives a head width of {config.kv_channels}; rotary embeddings need an even one"
+        )
 
 
 _LLAMA_LAYER = "model.layers.{layer}."
 _MEGATRON_LAYER = "decoder.layers.{layer}."
 
 _LLAMA_TABLE = (
-    WeightPattern("embedding.word_embeddings.weight", {"model.embed_tokens.weight": ("vocab", "hidden")},
-                  shard_dim=0, pad_rows=True),
-    WeightPattern(_MEGATRON_LAYER + "input_layernorm.weight",
-                  {_LLAMA_LAYER + "input_layernorm.weight": ("hidden",)}),
-    WeightPattern(_MEGATRON_LAYER + "self_attention.linear_qkv.weight",
-                  {_LLAMA_LAYER + "self_attn.q_proj.weight": ("query", "hidden"),
-                   _LLAMA_LAYER + "self_attn.k_proj.weight": ("key_value", "hidden"),
-                   _LLAMA_LAYER + "self_attn.v_proj.weight": ("key_value", "hidden")},
-                  transform="qkv", shard_dim=0, shard_unit="group_rows", prunable=True),
-    WeightPattern(_MEGATRON_LAYER + "self_attention.linear_proj.weight",
-                  {_LLAMA_LAYER + "self_attn.o_proj.weight": ("hidden", "query")},
-                  shard_dim=1, shard_unit="group_inputs", prunable=True),
-    WeightPattern(_MEGATRON_LAYER + "pre_mlp_layernorm.weight",
-                  {_LLAMA_LAYER + "post_attention_layernorm.weight": ("hidden",)}),
-    WeightPattern(_MEGATRON_LAYER + "mlp.linear_fc1.weight",
-                  {_LLAMA_LAYER + "mlp.gate_proj.weight": ("ffn", "hidden"),
-                   _LLAMA_LAYER + "mlp.up_proj.weight": ("ffn", "hidden")},
-                  transform="gated", shard_dim=0, prunable=True),
-    WeightPattern(_MEGATRON_LAYER + "mlp.linear_fc2.weight",
-                  {_LLAMA_LAYER + "mlp.down_proj.weight": ("hidden", "ffn")}, shard_dim=1, prunable=True),
+    WeightPattern(
+        "embedding.word_embeddings.weight",
+        {"model.embed_tokens.weight": ("vocab", "hidden")},
+        shard_dim=0,
+        pad_rows=True,
+    ),
+    WeightPattern(
+        _MEGATRON_LAYER + "input_layernorm.weight", {_LLAMA_LAYER + "input_layernorm.weight": ("hidden",)}
+    ),
+    WeightPattern(
+        _MEGATRON_LAYER + "self_attention.linear_qkv.weight",
+        {
+            _LLAMA_LAYER + "self_attn.q_proj.weight": ("query", "hidden"),
+            _LLAMA_LAYER + "self_attn.k_proj.weight": ("key_value", "hidden"),
+            _LLAMA_LAYER + "self_attn.v_proj.weight": ("key_value", "hidden"),
+        },
+        transform="qkv",
+        shard_dim=0,
+        shard_unit="group_rows",
+        prunable=True,
+    ),
+    WeightPattern(
+        _MEGATRON_LAYER + "self_attention.linear_proj.weight",
+        {_LLAMA_LAYER + "self_attn.o_proj.weight": ("hidden", "query")},
+        shard_dim=1,
+        shard_unit="group_inputs",
+        prunable=True,
+    ),
+    WeightPattern(
+        _MEGATRON_LAYER + "pre_mlp_layernorm.weight",
+        {_LLAMA_LAYER + "post_attention_layernorm.weight": ("hidden",)},
+    ),
+    WeightPattern(
+        _MEGATRON_LAYER + "mlp.linear_fc1.weight",
+        {
+            _LLAMA_LAYER + "mlp.gate_proj.weight": ("ffn", "hidden"),
+            _LLAMA_LAYER + "mlp.up_proj.weight": ("ffn", "hidden"),
+        },
+        transform="gated",
+        shard_dim=0,
+        prunable=True,
+    ),
+    WeightPattern(
+        _MEGATRON_LAYER + "mlp.linear_fc2.weight",
+        {_LLAMA_LAYER + "mlp.down_proj.weight": ("hidden", "ffn")},
+        shard_dim=1,
+        prunable=True,
+    ),
     WeightPattern("decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)}),
-    WeightPattern("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")},
-                  shard_dim=0, pad_rows=True, untied_only=True),
+    WeightPattern(
+        "output_layer.weight",
+        {"lm_head.weight": ("vocab", "hidden")},
+        shard_dim=0,
+        pad_rows=True,
+        untied_only=True,
+    ),
 )
 
 _LLAMA = Family(
@@ -320,10 +398,19 @@ _LLAMA = Family(
         "layernorm_epsilon": "rms_norm_eps",
         "tie_word_embeddings": "tie_word_embeddings",
     },
-    defaults={"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6,
-              "tie_word_embeddings": False},
-    supported={"hidden_act": ("silu",), "attention_bias": (False, None), "mlp_bias": (False, None),
-               "quantization_config": (None,)},
+    defaults={
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    },
+    supported={
+        "hidden_act": ("silu",),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "quantization_config": (None,),
+    },
     table=_LLAMA_TABLE,
     ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
 )

@@ -1,0 +1,137 @@
+"""Masks as one portable .npz: readable with numpy alone, without pickle.
+
+    "model.layers.0.self_attn.q_proj.weight"        uint8 [ceil(out * in / 8)]: numpy.packbits of the mask
+    "model.layers.0.self_attn.q_proj.weight.shape"  int64 [2]: out, in
+    "__pattern__"                                   text: "2:4" (2 kept of 4) or a sparsity such as "0.5"
+
+``numpy.unpackbits(bits, count=out * in).reshape(out, in)`` gives 1 = kept. Reading also takes plain bool or
+0/1 arrays in the weight's shape, and packed bits whose shape entry is left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_prune.apply.decision import Masks, check_mask, pack_mask, prunable_shapes, unpack_mask
+from megatron_prune.errors import UserError
+from megatron_prune.files import PARTIAL, refuse_existing
+from megatron_prune.methods.target import Target, parse_target
+from megatron_prune.model.families import ModelConfig
+
+_PATTERN = "__pattern__"
+_SHAPE = ".shape"
+
+
+def save_mask_npz(path: Path, masks: Masks) -> None:
+    """Write a decision as one .npz, one mask in memory at a time; refuses an existing file, atomic."""
+    refuse_existing(path, "mask file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            _write_array(archive, _PATTERN, np.array(masks.info.target))
+            for name in masks.names():
+                mask = masks.get(name)
+                _write_array(archive, name, pack_mask(mask))
+                _write_array(archive, name + _SHAPE, np.array(mask.shape, dtype=np.int64))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_mask_npz(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Name and bool mask [out, in] of every prunable weight of the model, in model order, one at a time.
+
+    UserError at once for a file that is none, or that names unknown weights or lacks some; and while reading
+    for a wrong shape or type, damage, and a mask that breaks the pattern the file claims.
+    """
+    shapes = prunable_shapes(config)
+    archive = _open(path)
+    _check_names(path, set(archive.files), shapes)
+    target = None if _PATTERN not in archive.files else parse_target(str(_array(path, archive, _PATTERN)))
+    return _masks(path, archive, shapes, target)
+
+
+def mask_npz_pattern(path: Path) -> str | None:
+    """The pattern the file claims, such as ``2:4``; None when it does not say."""
+    archive = _open(path)
+    with archive:
+        return str(_array(path, archive, _PATTERN)) if _PATTERN in archive.files else None
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with archive.open(name + ".npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array(entry, array, allow_pickle=False)
+
+
+def _open(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        opened = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a mask .npz") from None
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a mask .npz, or is damaged: {error}") from error
+    if not isinstance(opened, np.lib.npyio.NpzFile):
+        raise UserError(f"{path} is not a mask .npz: it holds a single array")
+    return opened
+
+
+def _check_names(path: Path, names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    known = {_PATTERN, *shapes, *(name + _SHAPE for name in shapes)}
+    for name in sorted(names - known):
+        near = difflib.get_close_matches(name, shapes, n=1)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise UserError(f"{path} holds {name!r}, which is not a prunable weight of this model{hint}")
+    missing = [name for name in shapes if name not in names]
+    if missing:
+        raise UserError(
+            f"{path} lacks the masks of {len(missing)} weights of this model, the first is {missing[0]}"
+        )
+
+
+def _masks(
+    path: Path, archive: np.lib.npyio.NpzFile, shapes: Mapping[str, tuple[int, ...]], target: Target | None
+) -> Iterator[tuple[str, Tensor]]:
+    with archive:
+        for name, shape in shapes.items():
+            stated = _array(path, archive, name + _SHAPE) if name + _SHAPE in archive.files else None
+            mask = _mask(f"{path}: {name}", _array(path, archive, name), stated, shape)
+            if target is not None:
+                check_mask(mask, target, name)
+            yield name, mask
+
+
+def _mask(where: str, array: np.ndarray, stated: np.ndarray | None, shape: tuple[int, ...]) -> Tensor:
+    """An array of the file -> bool ``shape``: packed bits, or one element for each weight."""
+    if stated is not None and tuple(stated.reshape(-1).tolist()) != shape:
+        raise UserError(
+            f"{where} is a mask of shape {stated.reshape(-1).tolist()}; the weight is {list(shape)}"
+        )
+    if array.dtype not in (np.bool_, np.uint8, np.int8):
+        raise UserError(f"{where} has dtype {array.dtype}; masks are bool, 0/1 bytes or packed bits (uint8)")
+    if array.shape == shape:
+        if array.max(initial=0) > 1 or array.min(initial=0) < 0:
+            raise UserError(f"{where} holds values other than 0 and 1")
+        return torch.from_numpy(array.astype(np.bool_))
+    packed_bytes = -(-int(np.prod(shape)) // 8)
+    if array.dtype == np.uint8 and array.size == packed_bytes:
+        return unpack_mask(array, shape)
+    raise UserError(
+        f"{where} has shape {list(array.shape)}; expected {list(shape)} or {packed_bytes} packed bytes"
+    )
+
+
+def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        return archive[name]
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: {name} cannot be read: {error}") from error
