@@ -1,0 +1,78 @@
+"""Fills the tables of README.md from committed result files, so that no number in it is typed by hand.
+
+    python tools/readme_table.py            rewrites README.md
+    python tools/readme_table.py --check    exit status 1 when README.md is not what the result files say
+
+A table stands between two comments; the pattern may match several dated files, the last by name counts:
+
+    <!-- table: benchmarks/results/quality_*.json -->
+    <!-- end of table -->
+
+A result file that has a table is JSON with `columns` (list of str) and `rows` (list of lists), and `hardware`,
+`date` and `protocol`, which are printed below the table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+NOTHING = "*No result file is committed yet.*"
+
+
+def fill(text: str, root: Path) -> str:
+    """`text` with each marked table made anew from the files under `root`."""
+    return BLOCK.sub(lambda block: block[1] + newest_table(root, block[2]) + "\n" + block[3], text)
+
+
+def newest_table(root: Path, pattern: str) -> str:
+    """The table of the last file, by name, that matches."""
+    files = sorted(root.glob(pattern))
+    return (
+        table(json.loads(files[-1].read_text(encoding="utf-8")), files[-1].relative_to(root))
+        if files
+        else NOTHING
+    )
+
+
+def table(result: dict[str, Any], source: Path) -> str:
+    """Markdown of one result file."""
+    lines = [result["columns"], ["---"] * len(result["columns"]), *result["rows"]]
+    if any(len(line) != len(result["columns"]) for line in lines):
+        raise ValueError(f"{source}: a row has not as many cells as there are columns")
+    made = ["| " + " | ".join(cell(value) for value in line) + " |" for line in lines]
+    below = (
+        f"{result['protocol']} {result['hardware']}, {result['date']}; [{source.name}]({source.as_posix()})."
+    )
+    return "\n".join(["", *made, "", below, ""])
+
+
+def cell(value: Any) -> str:
+    """Numbers to four figures, nothing for None, text as it is."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def main(arguments: list[str]) -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    filled = fill(text, ROOT)
+    if arguments == ["--check"]:
+        if filled != text:
+            print(
+                "README.md is not what the result files say; run python tools/readme_table.py",
+                file=sys.stderr,
+            )
+        return int(filled != text)
+    readme.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
