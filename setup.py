@@ -50,7 +50,6 @@ setup(
     },
     entry_points={"console_scripts": ["megatron-prune=megatron_prune.__main__:entry"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Operating System :: POSIX :: Linux",

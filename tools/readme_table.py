@@ -8,7 +8,7 @@ A table stands between two comments; the pattern may match several dated files, 
     <!-- table: benchmarks/results/quality_*.json -->
     <!-- end of table -->
 
-A result file that has a table is JSON with `columns` (list of str) and `rows` (list of lists), and `hardware`,
+A result file that has a table is JSON with `columns` (list of str) and `rows` (list of lists), `hardware`,
 `date` and `protocol`, which are printed below the table.
 """
 

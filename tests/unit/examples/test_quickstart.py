@@ -21,7 +21,7 @@ def helper(name: str) -> ModuleType:
 
 
 MARKUP = """{{Infobox|a={{b|c}}}}<!-- hidden -->
-'''Anarchism''' is a [[political philosophy|philosophy]] of [[state|states]],<ref name="x">Cite</ref> in ''use''.
+'''Anarchism''' is a [[political philosophy|philosophy]] of [[state|states]],<ref name="x">C</ref> in ''use''.
 
 [[File:a.jpg|thumb|A [[caption]]]]
 == History ==
