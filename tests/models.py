@@ -175,7 +175,7 @@ def _read_pieces(file: Path) -> list[tuple[bytes, float]]:
 
 
 def _stories_tokenizer() -> Any:
-    """The sentencepiece BPE of stories260K as a fast tokenizer: byte fallback, leading space, <s> in front."""
+    """The sentencepiece BPE of stories260K, as a fast tokenizer: byte fallback, leading space, <s> first."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
     from transformers import PreTrainedTokenizerFast
 

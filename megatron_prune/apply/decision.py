@@ -106,7 +106,8 @@ def _check_groups(mask: Tensor, target: NM, name: str) -> None:
         row, group = wrong[0].tolist()
         raise UserError(
             f"the mask of {name} keeps {int(kept[row, group])} of the {target.m} inputs from "
-            f"{group * target.m} on in row {row}; {target} keeps exactly {target.n} (wrong groups: {len(wrong)})"
+            f"{group * target.m} on in row {row}; {target} keeps exactly {target.n} "
+            f"(wrong groups: {len(wrong)})"
         )
 
 

@@ -319,7 +319,8 @@ def _read_entries(directory: Path) -> dict[str, _Entry]:
 
 def _indexed_entries(directory: Path, index: Path) -> dict[str, _Entry]:
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not named or not weight_map:
         raise UserError(f"{index} has no weight_map (tensor name -> file name)")
     entries: dict[str, _Entry] = {}
     for file_name in sorted(set(weight_map.values())):

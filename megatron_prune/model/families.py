@@ -142,6 +142,7 @@ class Family:
         """
         self._check_supported(hf_config)
         values = {name: self._value(hf_config, key) for name, key in self.keys.items()}
+        _check_values(values)
         if values["num_query_groups"] is None:
             values["num_query_groups"] = values["num_attention_heads"]
         if values["kv_channels"] is None:
@@ -155,7 +156,7 @@ class Family:
             dtype=_dtype(hf_config),
             hf_config=copy.deepcopy(dict(hf_config)),
         )
-        _check_sizes(config)
+        _check_heads(config)
         return config
 
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
@@ -169,6 +170,7 @@ class Family:
             )
         changed = [name for name in self.keys if getattr(original, name) != getattr(config, name)]
         if changed:  # all of them: a head_dim left out would follow a changed hidden_size
+            _check_loadable(config)
             written |= {key: getattr(config, name) for name, key in self.keys.items()}
         if original.dtype != config.dtype:
             written["torch_dtype" if "torch_dtype" in written else "dtype"] = config.dtype
@@ -271,8 +273,10 @@ def _rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """Rotary base and llama3 scaling, from ``rope_parameters`` (transformers 5) or ``rope_theta`` +
     ``rope_scaling``.
     """
-    given = dict(hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {})
-    base = float(given.get("rope_theta", hf_config.get("rope_theta", 10000.0)))
+    given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json gives {given!r} as rope parameters; they must be an object")
+    base = float(_number("rope_theta", given.get("rope_theta", hf_config.get("rope_theta", 10000.0))))
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(
             f"config.json has partial_rotary_factor {given['partial_rotary_factor']}; supported: 1.0 only"
@@ -285,7 +289,7 @@ def _rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     missing = [key for key in _LLAMA3_KEYS if given.get(key) is None]
     if missing:
         raise UserError(f"config.json has rope type 'llama3' without {', '.join(missing)}")
-    return base, {"rope_type": "llama3", **{key: given[key] for key in _LLAMA3_KEYS}}
+    return base, {"rope_type": "llama3", **{key: _number(key, given[key]) for key in _LLAMA3_KEYS}}
 
 
 def _dtype(hf_config: Mapping[str, Any]) -> str:
@@ -296,20 +300,25 @@ def _dtype(hf_config: Mapping[str, Any]) -> str:
     return given
 
 
-def _check_sizes(config: ModelConfig) -> None:
-    for name in (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "vocab_size",
-        "max_position_embeddings",
-    ):
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise UserError(f"config.json gives {name} = {value!r}; it must be a number above 0")
+    return value
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Types of what config.json gives for ModelConfig fields; None is a size that follows from others."""
+    for name, value in values.items():
+        if name == "layernorm_epsilon":
+            _number(name, value)
+        elif name == "tie_word_embeddings":
+            if not isinstance(value, bool):
+                raise UserError(f"config.json gives {name} = {value!r}; it must be true or false")
+        elif value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f"config.json gives {name} = {value!r}; it must be a whole number of at least 1")
+
+
+def _check_heads(config: ModelConfig) -> None:
     if config.num_attention_heads % config.num_query_groups:
         raise UserError(
             f"config.json has {config.num_attention_heads} attention heads and {config.num_query_groups} "
@@ -318,6 +327,15 @@ def _check_sizes(config: ModelConfig) -> None:
     if config.kv_channels % 2:
         raise UserError(
             f"config.json gives a head width of {config.kv_channels}; rotary embeddings need an even one"
+        )
+
+
+def _check_loadable(config: ModelConfig) -> None:
+    """Transformers 5 refuses a hidden_size that the heads do not divide, even when head_dim is given."""
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"hidden_size {config.hidden_size} is not a multiple of the {config.num_attention_heads} "
+            "attention heads; transformers opens no such model: choose a multiple"
         )
 
 

@@ -127,6 +127,12 @@ def test_pruned_hidden_size_keeps_the_head_width() -> None:
     assert LLAMA.from_hf(LLAMA.to_hf(small)).kv_channels == 128
 
 
+def test_sizes_that_transformers_would_not_open_are_refused() -> None:
+    config = replace(LLAMA.from_hf(LLAMA2_7B), hidden_size=2050)
+    with pytest.raises(UserError, match="hidden_size 2050 is not a multiple of the 32 attention heads"):
+        LLAMA.to_hf(config)
+
+
 def test_changed_rotary_base_is_refused() -> None:
     config = LLAMA.from_hf(LLAMA2_7B)
     with pytest.raises(UserError, match="rotary"):
@@ -148,6 +154,12 @@ def test_changed_rotary_base_is_refused() -> None:
         ({"hidden_size": 4100}, "4100 and 32 attention heads but no head_dim"),
         ({"num_hidden_layers": 0}, "num_layers = 0"),
         ({"vocab_size": "32000"}, "vocab_size = '32000'"),
+        ({"hidden_size": "4096"}, "hidden_size = '4096'"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"rms_norm_eps": "1e-5"}, "layernorm_epsilon = '1e-5'; it must be a number above 0"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000'"),
+        ({"rope_scaling": "llama3"}, "'llama3' as rope parameters"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'; it must be true or false"),
         ({"head_dim": 127}, "head width of 127"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'.*bfloat16"),
         ({"intermediate_size": None}, "lacks intermediate_size"),
