@@ -9,6 +9,7 @@ skipped without them.
 from __future__ import annotations
 
 import json
+import random
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,3 +223,26 @@ def edit_config(directory: Path, **changes: Any) -> None:
     file = directory / "config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def byte_tokenizer(path: Path) -> Path:
+    """Save a byte-level tokenizer of 257 tokens (one per byte, and an end-of-text) into ``path``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<end>": len(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
+    return path
+
+
+def words(path: Path, documents: int = 64, seed: int = 0) -> Path:
+    """Write a .jsonl of documents made of words in a seeded order: text without any file beside the project."""
+    stock = "the a model weight mask layer keeps removes learns row column group pattern of in and with every".split()
+    generator = random.Random(seed)
+    lines = [" ".join(generator.choices(stock, k=120)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path

@@ -2,7 +2,7 @@
 
 `layerwise` visits the decoder layers in order. Every rank rebuilds the *whole* layer and runs it, unsharded, on its own
 share of the calibration windows: weights travel between ranks, activations never do. A window is therefore computed by
-the same arithmetic in every layout, statistics are sums of per-window parts kept in float64, and the decision drawn from
+the same arithmetic in every layout, statistics are sums over fixed units of windows kept in float64, and the decision drawn from
 them is the same on one process and on many. It also uses all ranks, also those of other pipeline stages, and needs no
 tensor-parallel communication inside a layer; it costs one layer's weights and one rank's share of the activations.
 """
@@ -23,6 +23,16 @@ from megatron_prune.model import convert
 from megatron_prune.model.build import rotary, whole_layer
 from megatron_prune.model.families import WeightMap
 from megatron_prune.model.prunable import LINEARS, PrunableModel
+
+
+UNIT_TOKENS = 2048
+"""Calibration windows are run and accumulated in units of about so many tokens, the same units in every layout."""
+
+
+def units(windows: int, length: int) -> list[slice]:
+    """Fixed groups of consecutive windows: what is computed together never depends on who computes it."""
+    width = max(1, UNIT_TOKENS // length)
+    return [slice(start, start + width) for start in range(0, windows, width)]
 
 
 def row_span(rows: int, part: int, parts: int) -> tuple[int, int]:
@@ -96,7 +106,7 @@ class Runner:
     def layerwise(self, statistic: Callable[..., Any] | None) -> Iterator[WholeLinear]:
         """Every prunable linear in model order, with its statistic over all calibration windows.
 
-        `statistic(in_features)` is updated with the inputs `[tokens, in]` of one window at a time; None asks for no
+        `statistic(in_features, device)` is updated with the inputs `[tokens, in]` of one unit of windows at a time; None asks for no
         data at all. Each linear must be given a decision with `keep` before the next one is taken; the inputs of later
         layers come from the pruned earlier ones.
         """
@@ -150,8 +160,8 @@ class _LayerWalk:
         self.device = backend.device()
         self.layer = whole_layer(model.config, next(model.model.parameters()).dtype)
         embedding = model.whole(model.by_name["embedding.word_embeddings.weight"])
-        mine = range(dist.get_rank(), tokens.shape[0], dist.get_world_size())
-        self.hidden = [F.embedding(tokens[i].to(self.device), embedding)[:, None] for i in mine]
+        mine = units(*tokens.shape)[dist.get_rank() :: dist.get_world_size()]
+        self.hidden = [F.embedding(tokens[unit].t().to(self.device), embedding) for unit in mine]
         self.rotary = rotary(model.config, backend.alone().cp)(tokens.shape[1])
         self.inputs: dict[str, Tensor] = {}
         for path in LINEARS:

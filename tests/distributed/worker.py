@@ -1,4 +1,7 @@
-"""Runs several verbs, one after the other, in the processes of one torchrun: `worker.py COMMANDS.json`."""
+"""Runs several verbs, one after the other, in the processes of one torchrun: `worker.py COMMANDS.json`.
+
+The command ["control"] makes mask noise depend on the layout from then on.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,17 @@ import torch.distributed as dist
 
 from megatron_prune.__main__ import main
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.distributed.controls import draw_noise_by_local_position
+
 
 def run(commands: list[list[str]]) -> int:
     """Exit status of the first verb that failed, else 0."""
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     for command in commands:
+        if command == ["control"]:
+            draw_noise_by_local_position()
+            continue
         status = main(command)
         if status:
             return status

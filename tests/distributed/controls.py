@@ -1,0 +1,44 @@
+"""Deliberately layout-dependent behaviour: what the layout tests must be able to tell from the real thing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_prune.kernels.gumbel import Position
+from megatron_prune.methods.base import PruningMethod, register, select_nm
+from megatron_prune.methods.target import NM, Target
+from megatron_prune.model.prunable import LocalLinear, PrunableModel
+
+
+@register("layout_dependent")
+@dataclass(frozen=True)
+class LayoutDependent(PruningMethod):
+    """Scores drawn from each rank's own generator: right on one process, wrong on any other number."""
+
+    paper: ClassVar[str] = "none: a negative control"
+    targets: ClassVar[Mapping[type, str]] = {NM: "N:M"}
+    calibrated: ClassVar[bool] = False
+
+    def prune(self, model: Any, runner: Any, target: Target) -> Any:
+        """Random masks."""
+        assert isinstance(target, NM)
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        for linear in runner.layerwise(None):
+            score = torch.rand(linear.weight().shape, generator=generator)
+            linear.keep(select_nm(score, target.n, target.m))
+        return runner.masks()
+
+
+def draw_noise_by_local_position() -> None:
+    """Number the groups of a shard as if it were the whole weight: the mistake that counter-based noise prevents."""
+
+    def position(self: PrunableModel, linear: LocalLinear, m: int) -> Position:
+        rows, inputs = linear.module.weight.shape
+        return Position(row_ids=torch.arange(rows), first_group=0, groups_per_row=inputs // m)
+
+    PrunableModel.position = position  # type: ignore[method-assign]

@@ -1,0 +1,182 @@
+"""The promise of the package: one decision in every parallel layout. Every method and target against every layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_prune.apply.decision import Masks
+from tests.distributed.launch import DP2, ONE, PP2, TP2_PP2_SP, TP2_SP, TP3, Layout, launch, must_pass
+from tests.models import byte_tokenizer, tiny_llama, words
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method, its options and a target."""
+
+    method: str
+    target: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return "_".join([self.method, self.target.replace(":", "-"), *(o.strip("-") for o in self.options)])
+
+
+CASES = [
+    Case("magnitude", "2:4"),
+    Case("magnitude", "1:4"),
+    Case("magnitude", "0.5"),
+    Case("wanda", "2:4"),
+    Case("wanda", "4:8"),
+    Case("wanda", "0.5"),
+    Case("sparsegpt", "2:4"),
+    Case("sparsegpt", "2:4", ("--no-update-weights",)),
+    Case("sparsegpt", "1:4", ("--no-update-weights",)),
+    Case("sparsegpt", "0.5"),
+]
+CONTROL = Case("layout_dependent", "2:4")
+LAYOUTS = [TP2_SP, PP2, DP2, TP3, TP2_PP2_SP]
+MODELS = {
+    # 4 heads in 2 groups, untied: everything but TP=3
+    "even": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=257),
+    # SmolLM2's shape in small: 9 heads in 3 groups, tied embeddings, a vocabulary that 3 does not divide
+    "nine": dict(
+        hidden_size=144,
+        intermediate_size=192,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        vocab_size=257,
+    ),
+}
+STEPS = 10
+
+
+def model_of(layout: Layout) -> str:
+    """Which of the models a layout fits."""
+    return "nine" if layout.tensor == 3 else "even"
+
+
+def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[str]:
+    """The `prune` verb of a one-shot case."""
+    output = root / "runs" / model / layout.name / case.name
+    calibration = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "7"]
+    return [
+        *["prune", "--input", str(root / model), "--output", str(output), "--method", case.method],
+        *["--target", case.target, *calibration, "--calibration-seq-length", "32", *case.options, *layout.flags()],
+    ]
+
+
+def learn_command(root: Path, model: str, layout: Layout, name: str = "learned") -> list[str]:
+    """The `prune` verb of a mask-learning run: two windows a step, on one replica accumulated, on two in parallel."""
+    output = root / "runs" / model / layout.name / name
+    options = {
+        "--seq-length": "32",
+        "--global-batch-size": "2",
+        "--train-iters": str(STEPS),
+        "--lr": "1e-3",
+        "--temperature-start": "1",
+        "--save-interval": "1000",
+        "--eval-interval": "1000",
+        "--prior": str(root / "runs" / model / ONE.name / CASES[3].name),
+    }
+    words_of_options = [word for pair in options.items() for word in pair]
+    inputs = ["--input", str(root / model), "--output", str(output), "--data", str(root / "words.jsonl")]
+    return ["prune", "--method", "maskllm", "--target", "2:4", *inputs, *words_of_options, *layout.flags()]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both models imported and every case run in every layout: one start-up per number of processes."""
+    root = tmp_path_factory.mktemp("layouts")
+    words(root / "words.jsonl")
+    one: list[list[str]] = []
+    for model, sizes in MODELS.items():
+        byte_tokenizer(tiny_llama(root / f"{model}_hf", **sizes))
+        one.append(["import", "--input", str(root / f"{model}_hf"), "--output", str(root / model)])
+        one += [prune_command(root, model, case, ONE) for case in [*CASES, CONTROL]]
+        one.append(learn_command(root, model, ONE))
+    must_pass(launch(1, one, root / "commands"))
+    for processes in (2, 3, 4):
+        commands: list[list[str]] = []
+        layouts = [layout for layout in LAYOUTS if layout.processes == processes]
+        for layout in layouts:
+            commands += [prune_command(root, model_of(layout), case, layout) for case in [*CASES, CONTROL]]
+            commands.append(learn_command(root, model_of(layout), layout))
+        if processes == 2:
+            commands += [["control"], learn_command(root, "even", TP2_SP, "local_noise")]
+        must_pass(launch(processes, commands, root / "commands"))
+    return root
+
+
+def masks(root: Path, layout: Layout, model: str, name: str) -> Masks:
+    """The decision of a run."""
+    return Masks.load(root / "runs" / model / layout.name / name / "decision")
+
+
+def differing(a: Masks, b: Masks) -> float:
+    """Share of the weights on which two decisions differ."""
+    assert a.names() == b.names()
+    pairs = [(a.get(name), b.get(name)) for name in a.names()]
+    return sum(int((x != y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
+
+
+def losses(root: Path, layout: Layout, model: str, name: str = "learned") -> list[float]:
+    """Training loss of every step of a run."""
+    lines = (root / "runs" / model / layout.name / name / "metrics.jsonl").read_text().splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_shot_decision_is_the_same(root: Path, case: Case, layout: Layout) -> None:
+    model = model_of(layout)
+    assert differing(masks(root, ONE, model, case.name), masks(root, layout, model, case.name)) == 0.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_the_comparison_can_fail(root: Path, layout: Layout) -> None:
+    """Negative control: a method that draws from each rank's own generator is told from a layout-free one."""
+    model = model_of(layout)
+    share = differing(masks(root, ONE, model, CONTROL.name), masks(root, layout, model, CONTROL.name))
+    assert share > 0.1
+
+
+@pytest.mark.parametrize("layout", [TP2_SP, PP2, DP2], ids=lambda layout: layout.name)
+def test_compensated_weights_are_the_same(root: Path, layout: Layout) -> None:
+    import megatron_prune.backend as backend
+    from megatron_prune.model.checkpoint import load_model
+
+    with backend.running(backend.Layout()):
+        name = Case("sparsegpt", "2:4").name
+        a, b = (load_model(root / "runs" / "even" / x.name / name / "weights", backend.Layout()) for x in (ONE, layout))
+        for parameter, other in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_mask_learning_follows_one_process(root: Path, layout: Layout) -> None:
+    """Loss within 1e-5 for ten steps, and almost the same mask: sums over ranks are rounded in another order."""
+    model = model_of(layout)
+    expected, found = losses(root, ONE, model), losses(root, layout, model)
+    assert len(expected) == STEPS
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert differing(masks(root, ONE, model, "learned"), masks(root, layout, model, "learned")) < 1e-3
+
+
+def test_mask_learning_learns(root: Path) -> None:
+    assert differing(masks(root, ONE, "even", "learned"), masks(root, ONE, "even", CASES[3].name)) > 0.001
+
+
+def test_layout_dependent_noise_is_noticed(root: Path) -> None:
+    """Negative control: noise numbered by local position makes another run at TP=2."""
+    found = losses(root, TP2_SP, "even", "local_noise")
+    assert max(abs(a - b) for a, b in zip(found, losses(root, ONE, "even"), strict=True)) > 1e-4
