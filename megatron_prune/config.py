@@ -97,9 +97,6 @@ class Training(Options):
     adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, at_most=1)
     adam_beta2: float = option(0.95, "decay of Adam's variance", at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
-    use_distributed_optimizer: bool = option(
-        False, "shard the optimizer's state over the data-parallel processes"
-    )
     recompute: bool = option(
         False, "recompute each layer in the backward pass: less memory, a third more time"
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.apply.decision import MaskInfo, Masks, MaskWriter
 from megatron_prune.apply.run_folder import RunDescription, decision_of, read_run, write_run
-from megatron_prune.config import PruneConfig
+from megatron_prune.config import PruneConfig, Training
 from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.dataset import TokenWindows
 from megatron_prune.data.text import load_tokenizer
@@ -28,6 +30,10 @@ from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.options import save_yaml
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.training.learning import LearningRunner
+
+
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+"""Megatron-core's settings for recomputing every layer in the backward pass."""
 
 
 def run(config: PruneConfig) -> None:
@@ -90,8 +96,7 @@ def _one_shot(config: PruneConfig, method: PruningMethod, target: Target, layout
     with new_folder(config.output) as folder:
         runner = decide(model, method, target, calibration, folder / "decision")
         if runner.weights_changed:
-            source = {**read_description(config.input).source, "weights": method.name}
-            save_model(folder / "weights", model, source, sorted((config.input / "tokenizer").iterdir()))
+            _save_weights(config, model, folder / "weights", method)
         if backend.rank() == 0:
             _describe(folder, config, "decided")
     _say(config, runner.kept, runner.size)
@@ -113,10 +118,12 @@ def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: b
     folder = config.output
     if config.resume:
         _check_resume(config)
+        _forget_unfinished_decision(folder)
     t = config.training
     if not t.data:
         raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
-    model = load_model(config.input, layout)
+    _check_learning(t, layout)
+    model = load_model(config.input, layout, **(RECOMPUTE if t.recompute else {}))
     tokenizer = load_tokenizer(config.input / "tokenizer", model.config.vocab_size)
     data = TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)
     held_out = TokenWindows(t.eval_data, tokenizer, t.seq_length, 0, documents=t.eval_range) if t.eval_data else None
@@ -137,9 +144,39 @@ def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: b
         resume=config.resume,
     )
     kept, size = method.prune(model, runner, target)
+    if runner.weights_trained:
+        _save_weights(config, model, folder / "weights", method)
     if backend.rank() == 0:
         _describe(folder, config, "decided")
     _say(config, kept, size)
+
+
+def _save_weights(config: PruneConfig, model: PrunableModel, path: Path, method: PruningMethod) -> None:
+    """Write the model whose weights a method changed. Collective."""
+    source = {**read_description(config.input).source, "weights": method.name}
+    save_model(path, model, source, sorted((config.input / "tokenizer").iterdir()))
+
+
+def _forget_unfinished_decision(folder: Path) -> None:
+    """A run that died while it wrote its decision writes it again: it follows from the last checkpoint."""
+    if backend.rank() == 0:
+        for name in ("decision", "weights"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    dist.barrier()
+
+
+def _check_learning(training: Training, layout: backend.Layout) -> None:
+    """Refuse what cannot be trained, before anything is loaded."""
+    if training.recompute and layout.pipeline > 1:
+        raise UserError(
+            f"--recompute was given with --pipeline-model-parallel-size {layout.pipeline}: the masks of several "
+            "micro-batches in flight cannot be drawn again; drop one of the two"
+        )
+    if layout.sequence_parallel and training.seq_length % layout.tensor:
+        raise UserError(
+            f"--seq-length {training.seq_length} was given; with --sequence-parallel it must be a multiple of "
+            f"--tensor-model-parallel-size {layout.tensor}"
+        )
 
 
 def _windows(held_out: TokenWindows | None, count: int) -> Tensor | None:

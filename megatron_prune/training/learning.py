@@ -69,6 +69,7 @@ class LearningRunner:
         self.resume = resume
         self.draw: MaskDraw | None = None
         self.microbatches = 1
+        self.weights_trained = False
         self.start: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
 
@@ -83,6 +84,7 @@ class LearningRunner:
                 )
         for parameter in self.model.model.parameters():
             parameter.requires_grad_(False)
+        self.weights_trained = train_weights
         self.draw = MaskDraw(n, m, seed=self.training.seed, hard=hard)
         self.model.learn_masks(self.draw)
         for linear in self.model.linears():

@@ -80,6 +80,8 @@ class Trainer:
         self.replicas = parallel_state.get_data_parallel_world_size()
         self.replica = parallel_state.get_data_parallel_rank()
         self.microbatches = training.num_microbatches(self.replicas)
+        if model.model.config.recompute_granularity == "full":
+            _let_gradients_reach_frozen_layers(model.model)
         self.ddp = self._wrap()
         self.optimizer = self._make_optimizer(multipliers or {})
         self.scheduler = self._make_scheduler()
@@ -92,7 +94,6 @@ class Trainer:
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=False,
-                use_distributed_optimizer=self.training.use_distributed_optimizer,
             ),
             module=self.model.model,
         )
@@ -111,7 +112,6 @@ class Trainer:
             clip_grad=t.clip_grad,
             bf16=core.bf16,
             params_dtype=core.params_dtype,
-            use_distributed_optimizer=t.use_distributed_optimizer,
         )
         overrides = dict(get_standard_config_overrides(config))
         for pattern, factor in multipliers.items():
@@ -231,6 +231,16 @@ class Trainer:
         if not backend.has_cuda():
             for group in self.optimizer.param_groups:
                 group["fused"] = True
+
+
+def _let_gradients_reach_frozen_layers(model: Any) -> None:
+    """Make the embedding's output require a gradient.
+
+    Recomputation runs a layer's backward only when one of its inputs asks for a gradient; with a frozen embedding the
+    first layer's does not, and its mask logits would silently get none.
+    """
+    if model.pre_process:
+        model.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
 
 
 def _mean(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
