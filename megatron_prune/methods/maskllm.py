@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 def linear_schedule(start: float, end: float, step: int, steps: int) -> float:
     """Value at `step` (from 0) of a straight line from `start` to `end` over `steps` steps (paper, section 3.2)."""
-    return start if steps <= 1 else start + (end - start) * min(step, steps - 1) / (steps - 1)
+    done = 0.0 if steps <= 1 else min(step, steps - 1) / (steps - 1)
+    return (1.0 - done) * start + done * end
 
 
 def prior_logits(mask: Tensor, n: int, m: int, strength: float, std: float) -> Tensor:
