@@ -25,9 +25,8 @@ from megatron_prune.kernels.philox import gumbel_noise, hash_key
 Implementation = Literal["auto", "eager", "cpu"]
 
 MAX_M = 8
-CHUNK_LOGITS = 2**22
-"""Logits the PyTorch path works on at a time: bounds its temporaries to a few times 16 MiB (noise: 64
-MiB)."""
+CHUNK_LOGITS = {"cpu": 2**20, "accelerator": 2**22}
+"""Logits the PyTorch path takes at a time, to bound its temporaries (about 100 bytes a logit)."""
 
 SOURCE = Path(__file__).parent / "csrc" / "gumbel.c"
 
@@ -40,8 +39,7 @@ class Draw:
     step: int
     """Optimiser step."""
     microbatch: int
-    """Index within the step, counted over all data-parallel ranks when each rank should draw its own
-    noise."""
+    """Index within the step; counted over all data-parallel ranks, each rank draws its own noise."""
     tensor_id: int
     """Index of the unsharded weight in the model."""
 
@@ -113,8 +111,9 @@ def masked_weight(
     accumulate_into: Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """weight * mask, [out, in] in the weight's dtype; mask = softmax((scale * logits + g) / temperature) @
-    patterns.
+    """The masked weight, [out, in] in the weight's dtype, differentiable in the logits.
+
+        weight * mask    with    mask = softmax((scale * logits + g) / temperature) @ patterns
 
     weight [out, in] and logits [out, in / m, C(m, n)] are contiguous, fp32 or bf16 (PyTorch path: any float);
     arithmetic is fp32 (fp64 when either is). g is the standard Gumbel noise of `draw`; None means g = 0.
@@ -232,7 +231,8 @@ class _MaskedWeight(torch.autograd.Function):
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
     """Row ranges of at most CHUNK_LOGITS logits each (one row at least)."""
-    step = max(1, CHUNK_LOGITS // max(1, logits[0].numel())) if len(logits) else 1
+    limit = CHUNK_LOGITS["cpu" if logits.device.type == "cpu" else "accelerator"]
+    step = max(1, limit // max(1, logits.shape[1] * logits.shape[2]))
     return (slice(start, min(start + step, len(logits))) for start in range(0, len(logits), step))
 
 
@@ -254,8 +254,7 @@ def _noisy(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -> Tens
 def _eager_masks(
     logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(probabilities [rows, groups, patterns], mask of the forward pass [rows, groups, m], table [patterns,
-    m])."""
+    """Probabilities [rows, groups, patterns], forward mask [rows, groups, m] and table [patterns, m]."""
     table = patterns(call.n, call.m).to(logits.device, dtype)
     noisy = _noisy(logits, rows, call, dtype)
     largest = noisy.amax(dim=-1, keepdim=True)
@@ -339,8 +338,7 @@ def _pattern_bits(n: int, m: int) -> Tensor:
 
 
 def _run(function: str, call: _Call, logits: Tensor, *extra: Tensor, **tensors: Tensor | None) -> None:
-    """Call one entry point of the library. `tensors` fill the fields of the same name; `extra` follow as
-    pointers."""
+    """Call a function of the library: `tensors` fill the fields of their names, `extra` follow as pointers."""
     library = load_library(SOURCE)
     assert library is not None
     bits = _pattern_bits(call.n, call.m)
@@ -411,8 +409,7 @@ def _compiled_winners(logits: Tensor) -> Tensor:
 
 
 def _use_compiled(implementation: Implementation, *tensors: Tensor) -> bool:
-    """Whether to take the C path: asked for, or possible under "auto" (fp32 or bf16 on the CPU, and it
-    builds)."""
+    """Whether to take the C path: asked for, or "auto" with fp32 or bf16 tensors on the CPU and a compiler."""
     if implementation not in ("auto", "eager", "cpu"):
         raise ValueError(f"implementation {implementation!r} is unknown; allowed are auto, eager, cpu")
     fits = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)

@@ -17,8 +17,7 @@ MASK_64 = 0xFFFFFFFFFFFFFFFF
 
 
 def splitmix64(value: int) -> int:
-    """Bijective mixing of 64 bits: one output of SplitMix64 (Steele, Lea and Flood 2014) from state
-    `value`."""
+    """One output of SplitMix64 (Steele, Lea and Flood 2014) from state `value`: a bijection of 64 bits."""
     z = (value + 0x9E3779B97F4A7C15) & MASK_64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
@@ -26,10 +25,9 @@ def splitmix64(value: int) -> int:
 
 
 def hash_key(*values: int) -> tuple[int, int]:
-    """Philox key (low, high 32-bit word) of a tuple of integers: h = 0, then h = splitmix64(h XOR value) for
-    each.
+    """Philox key (low, high 32-bit word) of a tuple of integers.
 
-    Values count modulo 2^64. Their order matters.
+    h = 0, then h = splitmix64(h XOR value) for each value. Values count modulo 2^64. Their order matters.
     """
     state = 0
     for value in values:
@@ -38,8 +36,7 @@ def hash_key(*values: int) -> tuple[int, int]:
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Ten rounds of Philox4x32. counter: int64 [..., 4], each in [0, 2^32). Returns int64 [..., 4], same
-    range."""
+    """Philox4x32-10: counter int64 [..., 4] in [0, 2^32) to random int64 [..., 4] in the same range."""
     c0, c1, c2, c3 = counter.unbind(-1)
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -52,10 +49,9 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def gumbel_from_bits(bits: Tensor) -> Tensor:
-    """Standard Gumbel variates, fp32, from 32-bit words held in int64: -log(-log(u)), u = ((bits >> 8) + 0.5)
-    / 2^24.
+    """Standard Gumbel variates, fp32, from 32-bit words held in int64.
 
-    u has 25 significant bits, one more than fp32 holds, and would round to 1 at the top; above one half the
+    -log(-log(u)) with u = ((bits >> 8) + 0.5) / 2^24. u has 25 significant bits, one more than fp32 holds, and would round to 1 at the top; above one half the
     distance to 1 is exact instead, and log1p keeps it.
     """
     top = bits >> 8

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,9 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def evaluate(implementation: str = "auto") -> torch.Tensor:
+def evaluate(implementation: Any = "auto") -> torch.Tensor:
     weight, logits = torch.ones(2, 8), torch.zeros(2, 2, 6)
-    arguments = {"n": 2, "m": 4, "scale": 1.0, "temperature": 1.0, "draw": None}
+    arguments: dict[str, Any] = {"n": 2, "m": 4, "scale": 1.0, "temperature": 1.0, "draw": None}
     return masked_weight(
         weight, logits, position=Position.whole(2, 2), implementation=implementation, **arguments
     )
