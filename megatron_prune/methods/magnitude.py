@@ -1,0 +1,48 @@
+"""Magnitude pruning (Han et al. 2015, arXiv:1506.02626): the smallest weights go; no data is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_blocks, select_nm
+from megatron_prune.methods.target import NM, Target, Unstructured, pruned_count
+
+
+def magnitude_score(weight: Tensor) -> Tensor:
+    """|W|: importance of weight `[rows, in]`."""
+    return weight.abs()
+
+
+def kept_of(columns: int, sparsity: float) -> Callable[[int], int]:
+    """How many weights of a matrix with so many columns stay, by its number of rows."""
+    return lambda rows: rows * columns - pruned_count(rows * columns, sparsity)
+
+
+@register("magnitude")
+@dataclass(frozen=True)
+class Magnitude(PruningMethod):
+    """Keep the largest |W|: per group for N:M, per Hugging Face matrix for unstructured sparsity."""
+
+    paper: ClassVar[str] = "Han et al. 2015, arXiv:1506.02626"
+    targets: ClassVar[Mapping[type, str]] = {
+        NM: "N:M",
+        Unstructured: "unstructured sparsity, counted in each matrix",
+    }
+    calibrated: ClassVar[bool] = False
+
+    def prune(self, model: Any, runner: Runner, target: Target) -> Any:
+        """Decide every prunable weight."""
+        self.accept(target)
+        for linear in runner.layerwise(None):
+            score = magnitude_score(finite(linear.name, linear.weight(), "weights"))
+            if isinstance(target, NM):
+                mask = select_nm(score, target.n, target.m)
+            else:
+                whole = select_blocks(linear.gather(score), linear.blocks, kept_of(score.shape[1], target.sparsity))
+                mask = linear.local(whole)
+            linear.keep(mask)
+        return runner.masks()

@@ -1,0 +1,75 @@
+"""SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774): prune column by column and let the rest make up for it.
+
+The solver is in `kernels/second_order.py`; here it meets the model. With `update_weights=False` only the mask is taken
+and the weights that stay keep their dense values: another method, with other numbers, and the prior of mask learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.kernels.second_order import Factor, SingularHessian, factorise, solve_nm, solve_unstructured
+from megatron_prune.methods.base import Linear, PruningMethod, Runner, finite, hyperparameter, register, select_blocks
+from megatron_prune.methods.magnitude import kept_of
+from megatron_prune.methods.target import NM, Target, Unstructured
+from megatron_prune.statistics.hessian import Hessian
+
+
+@register("sparsegpt")
+@dataclass(frozen=True)
+class SparseGPT(PruningMethod):
+    """Second-order pruning with compensation; defaults are the paper's."""
+
+    paper: ClassVar[str] = "Frantar and Alistarh 2023, arXiv:2301.00774"
+    targets: ClassVar[Mapping[type, str]] = {
+        NM: "N:M",
+        Unstructured: "unstructured sparsity, counted in each block of columns over all rows of a matrix",
+    }
+    mask_only: ClassVar[Mapping[str, Any]] = {"update_weights": False}
+
+    update_weights: bool = hyperparameter(True, "change the weights that stay, to make up for those removed")
+    percdamp: float = hyperparameter(0.01, "damping, as a share of the mean diagonal of the Hessian")
+    block_size: int = hyperparameter(128, "columns between updates of the columns to their right")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percdamp < float("inf"):
+            raise UserError(f"sparsegpt: percdamp {self.percdamp} was given; allowed: above 0")
+        if self.block_size < 1:
+            raise UserError(f"sparsegpt: block_size {self.block_size} was given; allowed: 1 or more")
+
+    def prune(self, model: Any, runner: Runner, target: Target) -> Any:
+        """Decide every prunable weight, layer by layer; later layers see the pruned (and compensated) ones."""
+        self.accept(target)
+        for linear in runner.layerwise(Hessian):
+            weight = finite(linear.name, linear.weight(), "weights")
+            mask, compensated = self._solve(weight, self._factor(linear), linear, target)
+            linear.keep(mask, compensated if self.update_weights else None)
+        return runner.masks()
+
+    def _factor(self, linear: Linear) -> Factor:
+        hessian = finite(linear.name, linear.statistic.value(), "inputs")
+        try:
+            return factorise(hessian, self.percdamp)
+        except SingularHessian:
+            raise UserError(
+                f"sparsegpt: the inputs of {linear.name} are linearly dependent over the {int(linear.statistic.tokens)} "
+                f"calibration tokens seen, and percdamp {self.percdamp} does not mend it: give more calibration text "
+                "(--calibration-samples) or a larger --percdamp"
+            ) from None
+
+    def _solve(self, weight: Tensor, factor: Factor, linear: Linear, target: Target) -> tuple[Tensor, Tensor]:
+        if isinstance(target, NM):
+            return solve_nm(weight, factor, target.n, target.m, self.block_size)
+
+        def select(scores: Tensor, first: int) -> Tensor:
+            kept = kept_of(scores.shape[1], target.sparsity)
+            return linear.local(select_blocks(linear.gather(scores), linear.blocks, kept))
+
+        return solve_unstructured(weight, factor, select, self.block_size)
+
+

@@ -1,0 +1,39 @@
+"""Wanda (Sun et al. 2023, arXiv:2306.11695): a weight matters as much as its size times the size of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_nm, select_rows
+from megatron_prune.methods.target import NM, Target, Unstructured
+from megatron_prune.statistics.activations import InputNorm
+
+
+def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:
+    """|W_ij| * ||X_j||_2 (paper, equation 1): weight `[rows, in]`, L2 norm of each input `[in]` over all tokens."""
+    return weight.abs() * input_norm
+
+
+@register("wanda")
+@dataclass(frozen=True)
+class Wanda(PruningMethod):
+    """Compare |W| * ||X||_2 within each output row (or each N:M group); later layers see the pruned ones."""
+
+    paper: ClassVar[str] = "Sun et al. 2023, arXiv:2306.11695"
+    targets: ClassVar[Mapping[type, str]] = {NM: "N:M", Unstructured: "unstructured sparsity, counted in each output row"}
+
+    def prune(self, model: Any, runner: Runner, target: Target) -> Any:
+        """Decide every prunable weight, layer by layer; the weights that stay are not changed."""
+        self.accept(target)
+        for linear in runner.layerwise(InputNorm):
+            norm = finite(linear.name, linear.statistic.value(), "inputs")
+            score = wanda_score(finite(linear.name, linear.weight(), "weights"), norm)
+            if isinstance(target, NM):
+                linear.keep(select_nm(score, target.n, target.m))
+            else:
+                linear.keep(select_rows(score, target.sparsity))
+        return runner.masks()

@@ -1,0 +1,87 @@
+"""Megatron's logits against transformers', in fp32, in every layout; and the road back to Hugging Face."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import ONE, PP2, TP2_PP2_SP, TP2_SP, TP3, Layout, launch, must_pass
+from tests.models import byte_tokenizer, stories260k, tiny_llama
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+TOLERANCE = 1e-4
+MODELS = {
+    "untied": dict(num_hidden_layers=4, vocab_size=257),
+    "tied": dict(num_hidden_layers=4, vocab_size=257, tie_word_embeddings=True),
+    "llama3_rope": dict(num_hidden_layers=4, vocab_size=257, rope_llama3=True),
+    "wide_heads": dict(num_hidden_layers=4, vocab_size=258, head_dim=16),
+    "nine_heads": dict(
+        hidden_size=144,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=96,
+        vocab_size=257,
+        tie_word_embeddings=True,
+    ),
+}
+CASES = [(name, layout) for name in MODELS for layout in (ONE, TP2_SP, PP2, TP2_PP2_SP) if name != "nine_heads"]
+CASES += [("nine_heads", ONE), ("nine_heads", TP3)]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every model imported once, verified against transformers and exported again in every layout."""
+    root = tmp_path_factory.mktemp("parity")
+    for name, sizes in MODELS.items():
+        byte_tokenizer(tiny_llama(root / f"{name}_hf", **sizes))
+    imports = [["import", "--input", str(root / f"{n}_hf"), "--output", str(root / n)] for n in MODELS]
+    for processes in (1, 2, 3, 4):
+        commands = imports if processes == 1 else []
+        for name, layout in CASES:
+            if layout.processes == processes:
+                result = str(root / f"{name}_{layout.name}.json")
+                model, original = str(root / name), str(root / f"{name}_hf")
+                verify = ["verify", "--input", model, "--against", original, "--output", result]
+                export = ["export", "--input", model, "--output", str(root / f"{name}_{layout.name}_back")]
+                commands += [[*verify, *layout.flags()], [*export, *layout.flags()]]
+        must_pass(launch(processes, commands, root / "commands"))
+    return root
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_logits_equal_transformers(root: Path, name: str, layout: Layout) -> None:
+    logits = json.loads((root / f"{name}_{layout.name}.json").read_text())["logits"]
+    assert logits["max_absolute_difference"] <= TOLERANCE
+    assert logits["same_argmax"] == 1.0
+    assert logits["largest_logit"] > 0.1  # not a model of zeros
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_round_trip_is_bit_equal(root: Path, name: str, layout: Layout) -> None:
+    from safetensors.torch import load_file
+
+    before = load_file(root / f"{name}_hf" / "model.safetensors")
+    after = load_file(root / f"{name}_{layout.name}_back" / "model.safetensors")
+    assert before.keys() == after.keys()
+    for key in before:
+        assert before[key].equal(after[key]), key
+    configs = [json.loads((root / f / "config.json").read_text()) for f in (f"{name}_hf", f"{name}_{layout.name}_back")]
+    assert configs[0] == configs[1]
+
+
+def test_another_model_is_not_equal(root: Path, tmp_path: Path) -> None:
+    """Negative control: logits of a model with other weights are reported as different, with exit status 1."""
+    from megatron_prune.__main__ import main
+
+    other = byte_tokenizer(tiny_llama(tmp_path / "other", seed=1, **MODELS["untied"]))
+    assert main(["verify", "--input", str(root / "untied"), "--against", str(other)]) == 1
+
+
+def test_a_real_trained_model(tmp_path: Path) -> None:
+    from megatron_prune.__main__ import main
+
+    original = stories260k(tmp_path / "stories")
+    assert main(["import", "--input", str(original), "--output", str(tmp_path / "megatron")]) == 0
+    assert main(["verify", "--input", str(tmp_path / "megatron"), "--against", str(original)]) == 0
