@@ -338,7 +338,7 @@ def _pattern_bits(n: int, m: int) -> Tensor:
 
 
 def _run(function: str, call: _Call, logits: Tensor, *extra: Tensor, **tensors: Tensor | None) -> None:
-    """Call a function of the library: `tensors` fill the fields of their names, `extra` follow as pointers."""
+    """Call a function of the library: `tensors` fill the fields so named, `extra` follow as pointers."""
     library = load_library(SOURCE)
     assert library is not None
     bits = _pattern_bits(call.n, call.m)
@@ -409,7 +409,7 @@ def _compiled_winners(logits: Tensor) -> Tensor:
 
 
 def _use_compiled(implementation: Implementation, *tensors: Tensor) -> bool:
-    """Whether to take the C path: asked for, or "auto" with fp32 or bf16 tensors on the CPU and a compiler."""
+    """Whether to take the C path: asked for, or "auto", fp32 or bf16 tensors on the CPU and a compiler."""
     if implementation not in ("auto", "eager", "cpu"):
         raise ValueError(f"implementation {implementation!r} is unknown; allowed are auto, eager, cpu")
     fits = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)

@@ -51,8 +51,8 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 def gumbel_from_bits(bits: Tensor) -> Tensor:
     """Standard Gumbel variates, fp32, from 32-bit words held in int64.
 
-    -log(-log(u)) with u = ((bits >> 8) + 0.5) / 2^24. u has 25 significant bits, one more than fp32 holds, and would round to 1 at the top; above one half the
-    distance to 1 is exact instead, and log1p keeps it.
+    -log(-log(u)) with u = ((bits >> 8) + 0.5) / 2^24. u has 25 significant bits, one more than fp32 holds,
+    and would round to 1 at the top; above one half the distance to 1 is exact instead, and log1p keeps it.
     """
     top = bits >> 8
     below = (top.to(torch.float32) + 0.5) * 2.0**-24

@@ -310,16 +310,18 @@ static void expect_writes(void *data, int64_t elements, int bf16) {
 
 /* ---- entry points ------------------------------------------------------------------------------------------- */
 
-#define FOR_TILES(EXTRA) \
+/* Dynamic schedules where threads only write, since a core may be shared with others; a static one where they add, so
+ * that equal calls give equal sums. */
+#define FOR_TILES(PRAGMA) \
     int64_t total = a->rows * a->groups, tiles = (total + TILE - 1) / TILE; \
-    _Pragma(EXTRA) for (int64_t i = 0; i < tiles; i++)
+    _Pragma(PRAGMA) for (int64_t i = 0; i < tiles; i++)
 #define TILE_RANGE \
     int64_t first = i * TILE; \
     int count = total - first < TILE ? (int)(total - first) : TILE
 
 void gumbel_forward(const Arguments *a) {
     expect_writes(a->masked_weight, a->rows * a->groups * a->m, a->weight_bf16);
-    FOR_TILES("omp parallel for schedule(static) num_threads(a->threads)") {
+    FOR_TILES("omp parallel for schedule(dynamic, 32) num_threads(a->threads)") {
         TILE_RANGE;
         Tile s;
         compute_mask(a, first, count, &s);
@@ -331,7 +333,7 @@ void gumbel_forward(const Arguments *a) {
 void gumbel_backward(const Arguments *a) {
     expect_writes(a->grad_weight, a->rows * a->groups * a->m, a->weight_bf16);
     if (!a->accumulate) expect_writes(a->grad_logits, a->rows * a->groups * a->patterns, a->grad_logits_bf16);
-    FOR_TILES("omp parallel for schedule(static) num_threads(a->threads)") {
+    FOR_TILES("omp parallel for schedule(dynamic, 32) num_threads(a->threads)") {
         TILE_RANGE;
         Tile s;
         float mean[TILE] = {0};
@@ -369,7 +371,7 @@ void gumbel_statistics(const Arguments *a, double *sums) {
 
 /* winners[g]: pattern with the largest logit, the lowest where several are equal. */
 void gumbel_winners(const Arguments *a, uint8_t *winners) {
-    FOR_TILES("omp parallel for schedule(static) num_threads(a->threads)") {
+    FOR_TILES("omp parallel for schedule(dynamic, 32) num_threads(a->threads)") {
         TILE_RANGE;
         Tile s;
         float largest[TILE];
