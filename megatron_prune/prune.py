@@ -22,7 +22,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, refuse_existing
 from megatron_prune.log import MetricsLog, progress, write_environment
 from megatron_prune.methods.base import PruningMethod, get_method, methods
-from megatron_prune.methods.target import Target, parse_target
+from megatron_prune.methods.target import NM, Target, parse_target
 from megatron_prune.model.checkpoint import load_model, read_description, save_model
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.import_hf import layout_of, packed_masks
@@ -122,7 +122,8 @@ def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: b
     t = config.training
     if not t.data:
         raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
-    _check_learning(t, layout)
+    check_learning(t, layout)
+    check_shards(read_description(config.input).config, target, layout)
     model = load_model(config.input, layout, **(RECOMPUTE if t.recompute else {}))
     tokenizer = load_tokenizer(config.input / "tokenizer", model.config.vocab_size)
     data = TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)
@@ -165,7 +166,19 @@ def _forget_unfinished_decision(folder: Path) -> None:
     dist.barrier()
 
 
-def _check_learning(training: Training, layout: backend.Layout) -> None:
+def check_shards(config: ModelConfig, target: Target, layout: backend.Layout) -> None:
+    """UserError when a group of M inputs would lie across tensor-parallel ranks, where no rank could learn it."""
+    for map in get_family(config.family).weights(config):
+        if map.prunable and map.shard_dim == 1 and isinstance(target, NM):
+            width, rest = divmod(map.shape[1], layout.tensor)
+            if rest or width % target.m:
+                raise UserError(
+                    f"--tensor-model-parallel-size {layout.tensor} gives each rank {map.shape[1] / layout.tensor:g} inputs "
+                    f"of {map.megatron}, not a multiple of {target.m} as {target} needs: use a smaller size or another pattern"
+                )
+
+
+def check_learning(training: Training, layout: backend.Layout) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     if training.recompute and layout.pipeline > 1:
         raise UserError(

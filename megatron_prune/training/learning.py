@@ -75,13 +75,6 @@ class LearningRunner:
 
     def learn_masks(self, n: int, m: int, hard: bool, train_weights: bool) -> MaskDraw:
         """Give every prunable linear mask logits and freeze everything else (but the weights, on request)."""
-        for linear in self.model.linears():
-            width = linear.module.weight.shape[1]
-            if width % m:
-                raise UserError(
-                    f"{linear.name} has {width} inputs on each tensor-parallel rank, not a multiple of {m}: use a smaller "
-                    "--tensor-model-parallel-size or another pattern"
-                )
         for parameter in self.model.model.parameters():
             parameter.requires_grad_(False)
         self.weights_trained = train_weights

@@ -82,7 +82,7 @@ def learn_command(root: Path, model: str, layout: Layout, name: str = "learned")
         "--seq-length": "32",
         "--global-batch-size": "2",
         "--train-iters": str(STEPS),
-        "--lr": "1e-3",
+        "--lr": "4e-4",
         "--temperature-start": "1",
         "--save-interval": "1000",
         "--eval-interval": "1000",

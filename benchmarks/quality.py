@@ -1,0 +1,169 @@
+"""Perplexity of SmolLM2-135M after every method, through the verbs a user would type. One command:
+
+    python benchmarks/quality.py --model HF_DIRECTORY --shared ../shared --work runs/quality
+
+Protocol P1: WikiText-2 test, tokenised whole without BOS, non-overlapping windows of 1024 tokens, the first 32, bf16.
+Calibration C1: the first 1,624 documents of the C4 sample, 64 windows of 512 tokens, seed 0. Stages that are already in
+the work folder are not done again. Writes benchmarks/results/quality_DATE.json, from which README's table is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    method: str
+    target: str
+    options: tuple[str, ...] = ()
+    peer: str = ""
+    """The same row by the best other tool on this model, text and protocol."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the run folder."""
+        return "_".join([self.method, self.target.replace(":", "-"), *(o.strip("-") for o in self.options)])
+
+
+ONE_SHOT = [
+    Row("magnitude", "magnitude", "2:4", peer="1730 (locuslab/wanda)"),
+    Row("Wanda", "wanda", "2:4", peer="173.9 (locuslab/wanda)"),
+    Row("Wanda", "wanda", "1:4"),
+    Row("Wanda", "wanda", "4:8", peer="91.0 (locuslab/wanda)"),
+    Row("Wanda", "wanda", "0.5", peer="53.0 (locuslab/wanda)"),
+    Row("SparseGPT, weights updated", "sparsegpt", "2:4", peer="95.5 (llm-compressor)"),
+    Row("SparseGPT, weights updated", "sparsegpt", "4:8", peer="69.7 (locuslab/wanda)"),
+    Row("SparseGPT, weights updated", "sparsegpt", "0.5", peer="50.0 (locuslab/wanda)"),
+    Row("SparseGPT, mask only", "sparsegpt", "2:4", ("--no-update-weights",), peer="175.4 (locuslab/wanda's mask)"),
+]
+LEARNED = [
+    ("learned masks, 60 steps of 512 tokens", "maskllm_60_steps.yaml", "124.7 (published formulation)"),
+    ("learned masks, long run", "maskllm_long.yaml", ""),
+]
+
+
+class Bench:
+    """Runs verbs in subprocesses and remembers what they took."""
+
+    def __init__(self, model: Path, shared: Path, work: Path) -> None:
+        self.model, self.shared, self.work = model, shared, work
+        self.c4 = shared / "data" / "c4" / "c4_en_sample.jsonl"
+        self.text = shared / "data" / "wikitext2" / "wiki.test.joined_nn.txt"
+        self.dense = work / "dense"
+
+    def verb(self, *words: object, output: Path) -> dict[str, float]:
+        """Run a verb unless its output exists; wall and CPU seconds and peak memory, kept beside the output."""
+        record = output.with_name(output.name + ".cost.json")
+        if output.exists() and record.exists():
+            return json.loads(record.read_text())
+        command = [sys.executable, "-m", "megatron_prune", *map(str, words), "--output", str(output)]
+        began = time.perf_counter()
+        process = subprocess.Popen(command)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{' '.join(command)} failed with status {os.waitstatus_to_exitcode(status)}")
+        cost = {
+            "wall_s": time.perf_counter() - began,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_gib": usage.ru_maxrss / 2**20,
+        }
+        record.write_text(json.dumps(cost))
+        return cost
+
+    def perplexity(self, checkpoint: Path) -> dict[str, Any]:
+        """P1 of a checkpoint."""
+        result = checkpoint.with_name(checkpoint.name + ".p1.json")
+        self.verb("evaluate", "--input", checkpoint, "--text", self.text, output=result)
+        return json.loads(result.read_text())
+
+    def one_shot(self, row: Row) -> list[Any]:
+        """Prune, trim and evaluate."""
+        run = self.work / row.folder
+        calibration = ["--calibration", self.c4, "--calibration-documents", 1624]
+        calibration += ["--calibration-samples", 64, "--calibration-seq-length", 512]
+        words = ["prune", "--input", self.dense, "--method", row.method, "--target", row.target, *row.options]
+        cost = self.verb(*words, *calibration, output=run)
+        sparse = run.with_name(run.name + "_sparse")
+        self.verb("trim", "--input", run, output=sparse)
+        return self._cells(row.name, row.target, sparse, cost, row.peer)
+
+    def learned(self, name: str, recipe: str, peer: str) -> list[Any]:
+        """Learn from the mask-only SparseGPT prior, trim and evaluate."""
+        run = self.work / Path(recipe).stem
+        words = ["prune", "--config", HERE / recipe, "--input", self.dense, "--prior", self.work / ONE_SHOT[-1].folder]
+        data = [self.c4] if "60" in recipe else [self.shared / "data" / "train" / "train_mix.jsonl.gz", self.c4]
+        documents = ["--data-documents", 1624] if "60" in recipe else []
+        words += [word for path in data for word in ("--data", path)] if len(data) == 1 else ["--data", json.dumps([str(p) for p in data])]
+        held_out = ["--eval-data", self.c4, "--eval-documents", "1624:2030"]
+        cost = self.verb(*words, *documents, *held_out, output=run)
+        sparse = run.with_name(run.name + "_sparse")
+        self.verb("trim", "--input", run, output=sparse)
+        return self._cells(name, "2:4", sparse, cost, peer)
+
+    def _cells(self, name: str, target: str, checkpoint: Path, cost: dict[str, float], peer: str) -> list[Any]:
+        p1 = self.perplexity(checkpoint)["perplexity"]
+        return [name, target, p1, peer, round(cost["wall_s"]), round(cost["cpu_s"]), round(cost["peak_gib"], 1)]
+
+
+def hardware() -> str:
+    """Processor and cores, as the operating system names them."""
+    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Run everything and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--without-learning", action="store_true")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    bench = Bench(given.model, given.shared, given.work)
+    cost = bench.verb("import", "--input", given.model, output=bench.dense)
+    rows = [bench._cells("dense", "", bench.dense, cost, "24.195 (transformers)")]
+    rows += [bench.one_shot(row) for row in ONE_SHOT]
+    if not given.without_learning:
+        rows += [bench.learned(*item) for item in LEARNED]
+    today = datetime.date.today().isoformat()
+    result = {
+        "columns": ["method", "kept", "perplexity", "other tools", "wall s", "CPU s", "peak GiB"],
+        "rows": rows,
+        "protocol": "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16; calibration C1: 64 x 512 tokens of C4. "
+        "Other tools: same model, text and protocol, measured earlier on a machine of the same kind.",
+        "hardware": hardware(),
+        "date": today,
+        "versions": versions(),
+    }
+    path = HERE / "results" / f"quality_{today}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "megatron-core", "transformers", "numpy")}
+
+
+if __name__ == "__main__":
+    main()

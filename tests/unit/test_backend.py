@@ -1,0 +1,164 @@
+"""The adaptation to a machine without CUDA, and the guards against megatron-core's silent traps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import megatron_prune.backend as backend  # isort: skip
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.build import RMSNorm, transformer_config
+from megatron_prune.model.families import ModelConfig, family_of
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptation is only there without a GPU")
+
+HF_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "torch_dtype": "float32",
+}
+
+
+def config() -> ModelConfig:
+    """A small LLaMA."""
+    return family_of(HF_CONFIG).from_hf(HF_CONFIG)
+
+
+@no_gpu
+def test_the_users_torch_is_untouched() -> None:
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(1, device="cuda")
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.cuda.current_device()
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(1).cuda()
+
+
+@no_gpu
+def test_megatron_sees_a_cpu_where_it_names_cuda() -> None:
+    from megatron.core.optimizer import clip_grads
+
+    assert clip_grads.torch is not torch
+    assert clip_grads.torch.zeros(1, device="cuda").device.type == "cpu"
+    assert clip_grads.torch.cuda.current_device() == torch.device("cpu")
+    assert clip_grads.torch.Tensor is torch.Tensor
+
+
+@no_gpu
+def test_modules_imported_late_are_adapted_too() -> None:
+    program = (
+        "import megatron_prune.backend, sys, torch\n"
+        "assert 'megatron.core.dist_checkpointing.strategies.fully_parallel' not in sys.modules\n"
+        "import megatron.core.dist_checkpointing.strategies.fully_parallel as late\n"
+        "assert late.torch is not torch and late.torch.cuda.synchronize() is None\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@no_gpu
+def test_import_is_silent_about_missing_gpu_libraries_but_not_about_others() -> None:
+    program = "import warnings; warnings.simplefilter('default')\nimport megatron_prune.backend\n"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Apex" not in found.stderr and "Transformer Engine" not in found.stderr
+    with pytest.warns(UserWarning, match="Apex is bad"):
+        warnings.warn("Apex is bad", UserWarning, stacklevel=1)
+
+
+def test_one_process_needs_no_launcher_and_layouts_may_follow_one_another() -> None:
+    for _ in range(2):
+        with backend.running(backend.Layout()):
+            assert dist.get_world_size() == 1
+            assert parallel_state.get_tensor_model_parallel_world_size() == 1
+        assert not dist.is_initialized()
+
+
+def test_process_groups_are_torn_down_after_an_error() -> None:
+    with pytest.raises(RuntimeError, match="inside"), backend.running(backend.Layout()):
+        raise RuntimeError("inside")
+    assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "message"),
+    [
+        (backend.Layout(tensor=2), 3, "needs a multiple of 2 processes and 3 run"),
+        (backend.Layout(tensor=2, pipeline=2), 2, "multiple of 4"),
+        (backend.Layout(context=2), 2, "context-parallel-size 2 was given"),
+        (backend.Layout(sequence_parallel=True), 1, "sequence-parallel was given"),
+    ],
+)
+def test_impossible_layouts_are_refused(layout: backend.Layout, world: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        backend.check_layout(layout, world)
+
+
+def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core
+
+    monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
+    with pytest.raises(UserError, match=r"megatron-core 0\.17\.0 is installed"):
+        backend._check_core_version()
+
+
+def test_norms_are_marked_for_sequence_parallel_gradients() -> None:
+    """megatron-core's own torch norm refuses sequence parallelism; ours must carry the mark its optimizer looks for."""
+    with backend.running(backend.Layout()):
+        core = transformer_config(config(), backend.Layout(), torch.float32)
+        core.sequence_parallel = True
+        assert RMSNorm(core, 32).weight.sequence_parallel is True
+
+
+@no_gpu
+def test_pipeline_outputs_are_not_freed_under_gloo() -> None:
+    """Freeing them while gloo still reads them gives wrong and changing numbers."""
+    core = transformer_config(config(), backend.Layout(), torch.float32)
+    assert core.deallocate_pipeline_outputs is False
+
+
+def test_masked_linears_do_not_use_fused_weight_gradients() -> None:
+    """A masked weight is no leaf and has no main_grad: with the fusion its gradient would be lost."""
+    from megatron_prune.model.build import build_model
+    from megatron_prune.model.masked_linear import MaskDraw
+    from megatron_prune.model.prunable import PrunableModel
+
+    with backend.running(backend.Layout()):
+        model = PrunableModel(config(), backend.Layout(), build_model(config(), backend.Layout(), torch.float32))
+        model.learn_masks(MaskDraw(2, 4, 0))
+        for linear in model.linears():
+            assert linear.module.gradient_accumulation_fusion is False
+            logits = linear.module.mask_logits
+            assert logits.tensor_model_parallel and logits.partition_dim == linear.module.shard_axis
+
+
+def test_mask_logits_are_a_parameter_group_of_their_own() -> None:
+    """megatron-core tells groups apart by weight-decay and learning-rate multipliers when it loads a checkpoint."""
+    from megatron_prune.config import Training
+    from megatron_prune.model.build import build_model
+    from megatron_prune.model.masked_linear import MaskDraw
+    from megatron_prune.model.prunable import PrunableModel
+    from megatron_prune.training.loop import Trainer
+
+    with backend.running(backend.Layout()):
+        model = PrunableModel(config(), backend.Layout(), build_model(config(), backend.Layout(), torch.float32))
+        model.learn_masks(MaskDraw(2, 4, 0))
+        training = Training(lr=1e-3, min_lr=0.0, train_iters=3, global_batch_size=1)
+        trainer = Trainer(model, training, data=None, multipliers={"*mask_logits": 10.0})  # type: ignore[arg-type]
+        groups = trainer.optimizer.param_groups
+        identities = [(g["wd_mult"], g["lr_mult"]) for g in groups]
+        assert len(set(identities)) == len(identities) >= 2
+        assert sorted(g["max_lr"] for g in groups)[-1] == pytest.approx(1e-2)

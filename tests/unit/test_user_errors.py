@@ -1,0 +1,182 @@
+"""Mistakes of a user: one line on stderr, exit status 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.__main__ import main
+from megatron_prune.errors import UserError
+from megatron_prune.methods.target import parse_target
+from megatron_prune.model.families import get_family
+from tests.models import byte_tokenizer, edit_config, tiny_llama, words
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small imported model and some text."""
+    root = tmp_path_factory.mktemp("errors")
+    words(root / "words.jsonl")
+    byte_tokenizer(tiny_llama(root / "hf", vocab_size=257, intermediate_size=88))
+    assert main(["import", "--input", str(root / "hf"), "--output", str(root / "model")]) == 0
+    return root
+
+
+def prune(root: Path, output: str, *more: str) -> list[str]:
+    """A prune command that would work but for what the test adds."""
+    calibration = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "2"]
+    words = ["prune", "--input", str(root / "model"), "--output", str(root / output), *calibration]
+    return [*words, "--calibration-seq-length", "16", *more]
+
+
+def learn(root: Path, output: str, *more: str) -> list[str]:
+    """A mask-learning command of three steps."""
+    inputs = ["--input", str(root / "model"), "--output", str(root / output), "--data", str(root / "words.jsonl")]
+    steps = ["--seq-length", "16", "--global-batch-size", "2", "--train-iters", "3", "--save-interval", "1"]
+    return ["prune", "--method", "maskllm", "--target", "2:4", *inputs, *steps, *more]
+
+
+def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must be refused; the message."""
+    capsys.readouterr()
+    assert main(command) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("megatron-prune: error: "), lines
+    return lines[0]
+
+
+def untouched(root: Path, *names: str) -> bool:
+    """Neither the outputs nor parts of them are there."""
+    return not any((root / (name + suffix)).exists() for name in names for suffix in ("", ".partial"))
+
+
+CASES = {
+    "missing_checkpoint": (["trim", "--input", "ROOT/nowhere", "--output", "ROOT/x"], "does not exist"),
+    "not_a_checkpoint": (["export", "--input", "ROOT/hf", "--output", "ROOT/x"], "import makes one"),
+    "missing_model": (["import", "--input", "ROOT/nowhere", "--output", "ROOT/x"], "does not exist"),
+    "missing_text": (["evaluate", "--input", "ROOT/model", "--text", "ROOT/nowhere.txt"], "nowhere.txt"),
+    "existing_output": (["import", "--input", "ROOT/hf", "--output", "ROOT/model"], "already exists"),
+    "misspelt_flag": (["import", "--inptu", "ROOT/hf", "--output", "ROOT/x"], "input"),
+    "misspelt_verb": (["improt"], "did you mean import"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mistakes_are_one_line(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, message = CASES[name]
+    assert message in refused([word.replace("ROOT", str(root)) for word in command], capsys)
+    assert untouched(root, "x")
+
+
+PRUNE_CASES = {
+    "pattern_does_not_divide": (["--method", "wanda", "--target", "2:16"], "not a multiple of 16"),
+    "impossible_pattern": (["--method", "wanda", "--target", "4:2"], "0 < N < M"),
+    "unknown_method": (["--method", "wadna", "--target", "2:4"], "did you mean 'wanda'"),
+    "unknown_option": (["--method", "sparsegpt", "--target", "2:4", "--precdamp", "0.1"], "percdamp"),
+    "unreachable_target": (["--method", "maskllm", "--target", "0.5"], "N:M"),
+    "no_training_text": (["--method", "maskllm", "--target", "2:4"], "--data"),
+    "calibration_too_long": (["--method", "wanda", "--target", "2:4", "--calibration-seq-length", "512"], "512"),
+}
+
+
+@pytest.mark.parametrize("name", PRUNE_CASES)
+def test_pruning_mistakes_leave_no_run(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more, message = PRUNE_CASES[name]
+    words = prune(root, "x")
+    if "--calibration-seq-length" in more:
+        words = words[:-2]
+    text = root / "words.jsonl"
+    if name == "calibration_too_long":
+        text = words_too_short(root)
+        words = [str(text) if word == str(root / "words.jsonl") else word for word in words]
+    assert message in refused([*words, *more], capsys)
+    assert untouched(root, "x")
+
+
+def words_too_short(root: Path) -> Path:
+    """Text whose documents do not hold a window."""
+    path = root / "short.jsonl"
+    path.write_text('{"text": "too short"}\n')
+    return path
+
+
+def test_layouts_the_model_does_not_allow() -> None:
+    import megatron_prune.backend as backend
+    from megatron_prune.model.build import check_divisible
+    from tests.unit.test_backend import config
+
+    with pytest.raises(UserError, match="tensor-model-parallel-size 3 was given and the model has 4 attention heads"):
+        check_divisible(config(), backend.Layout(tensor=3))
+    with pytest.raises(UserError, match="pipeline-model-parallel-size 4 was given and the model has 2 layers"):
+        check_divisible(config(), backend.Layout(pipeline=4))
+
+
+def test_a_shard_that_cuts_groups_is_refused(root: Path) -> None:
+    import megatron_prune.backend as backend
+    from megatron_prune.model.checkpoint import read_description
+    from megatron_prune.prune import check_shards
+
+    model = read_description(root / "model").config  # ffn 88: 44 on each of two ranks is no multiple of 8
+    assert get_family(model.family)
+    check_shards(model, parse_target("2:4"), backend.Layout(tensor=2))
+    with pytest.raises(UserError, match="gives each rank 44 inputs of .*linear_fc2.*not a multiple of 8"):
+        check_shards(model, parse_target("4:8"), backend.Layout(tensor=2))
+
+
+def test_a_tokenizer_that_does_not_fit(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    byte_tokenizer(tiny_llama(root / "small_hf", vocab_size=128))
+    assert main(["import", "--input", str(root / "small_hf"), "--output", str(root / "small")]) == 0
+    words = prune(root, "x", "--method", "wanda", "--target", "2:4")
+    words[2] = str(root / "small")
+    assert "tokenizer" in refused(words, capsys)
+    assert untouched(root, "x")
+
+
+def test_a_truncated_safetensors_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = byte_tokenizer(tiny_llama(root / "broken_hf", vocab_size=257))
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "truncated" in refused(["import", "--input", str(broken), "--output", str(root / "x")], capsys)
+    assert untouched(root, "x")
+
+
+def test_an_unsupported_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tiny_llama(root / "other_hf")
+    edit_config(other, model_type="mamba")
+    assert "supported: llama" in refused(["import", "--input", str(other), "--output", str(root / "x")], capsys)
+
+
+def test_a_damaged_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", "--input", str(root / "hf"), "--output", str(root / "damaged")]) == 0
+    file = sorted((root / "damaged" / "weights").glob("*.distcp"))[0]
+    file.write_bytes(file.read_bytes()[:-10])
+    message = refused(["export", "--input", str(root / "damaged"), "--output", str(root / "x")], capsys)
+    assert "is damaged" in message and file.name in message
+    assert untouched(root, "x")
+
+
+def test_a_loss_that_is_no_number(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The step is named, and the checkpoint of the step before it is kept."""
+    more = ["--lr", "1e38", "--min-lr", "1e38", "--lr-multiplier", "1e3"]
+    message = refused(learn(root, "exploded", *more), capsys)
+    assert "step 1" in message and "last checkpoint is kept" in message
+    assert json.loads((root / "exploded" / "checkpoints" / "latest.json").read_text()) == {"step": 1}
+    assert json.loads((root / "exploded" / "run.json").read_text())["state"] == "learning"
+    assert "has no decision yet" in refused(["trim", "--input", str(root / "exploded"), "--output", str(root / "x")], capsys)
+    assert untouched(root, "x")
+
+
+def test_resuming_something_else(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(learn(root, "finished")) == 0
+    assert "already exists" in refused(learn(root, "finished"), capsys)
+    assert "is finished" in refused(learn(root, "finished", "--resume"), capsys)
+    assert "does not exist" in refused(learn(root, "unknown", "--resume"), capsys)
+
+
+def test_an_uneven_batch(root: Path) -> None:
+    from megatron_prune.config import Training
+
+    with pytest.raises(UserError, match="multiple of micro batch 2 x 4"):
+        Training(global_batch_size=12, micro_batch_size=2).num_microbatches(4)
