@@ -1,7 +1,7 @@
 """Which weights to keep, given one score per weight: exact counts, one tie rule.
 
-Tie rule, here and everywhere: of equal scores the lowest index is kept. Ties are common in weights that were
-once quantised (15% of the 2:4 groups of one such model), so a rule left to the sort makes masks irreproducible.
+Tie rule, here and everywhere: of equal scores the lowest index is kept. Ties are common in weights that
+were once quantised (15% of the 2:4 groups of one such model): left to the sort, masks are irreproducible.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def select_matrix(score: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_largest(score: Tensor, kept: int) -> Tensor:
-    """Mark exactly ``kept`` scores of each row, the highest, ties by lowest index: [rows, k] -> bool [rows, k]."""
+    """Mark the ``kept`` highest scores of each row, ties by lowest index: [rows, k] -> bool [rows, k]."""
     if kept <= 0 or kept >= score.shape[1]:
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
     cut = torch.kthvalue(score, score.shape[1] - kept + 1, dim=1, keepdim=True).values

@@ -1,7 +1,7 @@
 """What every pruning method is: a frozen dataclass of hyper-parameters with one ``prune``, found by its name.
 
-A method sees the model through a runner (this file's protocols) and returns what the runner collected. Its scores
-and solvers are pure functions of tensors, so that they can be tested, and read, without a model or a process group.
+A method sees the model through a runner (this file's protocols) and returns what the runner collected. Its
+scores and solvers are pure functions of tensors, to be tested, and read, without a model or a process group.
 """
 
 from __future__ import annotations
@@ -23,9 +23,24 @@ from megatron_prune.methods.target import Target
 if TYPE_CHECKING:
     from megatron_prune.apply.decision import Masks
 
-__all__ = ["HyperParameter", "Linear", "MethodInfo", "PruningMethod", "Runner", "Statistic", "finite", "get_method",
-           "hyperparameter", "keep_largest", "methods", "register", "select_blocks", "select_matrix", "select_nm",
-           "select_rows"]
+__all__ = [
+    "HyperParameter",
+    "Linear",
+    "MethodInfo",
+    "PruningMethod",
+    "Runner",
+    "Statistic",
+    "finite",
+    "get_method",
+    "hyperparameter",
+    "keep_largest",
+    "methods",
+    "register",
+    "select_blocks",
+    "select_matrix",
+    "select_nm",
+    "select_rows",
+]
 
 
 class Statistic(Protocol):
@@ -43,7 +58,7 @@ class Statistic(Protocol):
         """The statistic of everything seen, float32."""
 
     def tensors(self) -> list[Tensor]:
-        """The float64 accumulators: summed elementwise over ranks, they are the statistic of all ranks' windows."""
+        """The float64 accumulators: summed over ranks, they are the statistic of all ranks' windows."""
 
 
 class Linear(Protocol):
@@ -53,7 +68,7 @@ class Linear(Protocol):
     statistic: Any
     """What ``layerwise`` was asked for, already summed over all ranks; None without calibration."""
     blocks: Mapping[str, Tensor]
-    """Hugging Face matrix name -> its rows in the unsharded layer, in that matrix's row order (LongTensor)."""
+    """Hugging Face matrix name -> its rows in the unsharded layer, in that matrix's order (LongTensor)."""
 
     def weight(self) -> Tensor:
         """float32 [rows_here, in]."""
@@ -92,7 +107,7 @@ class PruningMethod:
     learned: ClassVar[bool] = False
     """Whether it trains; its runner is then `training.learning.LearningRunner`."""
     mask_only: ClassVar[Mapping[str, Any]] = {}
-    """Hyper-parameters under which it leaves the kept weights alone: what makes it a prior of mask learning."""
+    """Hyper-parameters under which it leaves the kept weights alone, as a prior of mask learning."""
 
     def options(self) -> dict[str, Any]:
         """This method's hyper-parameters, for the record."""
@@ -154,12 +169,16 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
     """The method called ``name`` with these hyper-parameters; UserError names the nearest known one."""
     known = _discovered()
     if name not in known:
-        raise UserError(f"unknown method {name!r}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}")
+        raise UserError(
+            f"unknown method {name!r}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}"
+        )
     allowed = [entry.name for entry in fields(known[name])]
     for given in hyperparameters:
         if given not in allowed:
-            raise UserError(f"method {name} has no hyper-parameter {given!r}{_nearest(given, allowed)}; "
-                            f"it has: {', '.join(allowed) or 'none'}")
+            raise UserError(
+                f"method {name} has no hyper-parameter {given!r}{_nearest(given, allowed)}; "
+                f"it has: {', '.join(allowed) or 'none'}"
+            )
     return known[name](**hyperparameters)
 
 
@@ -177,7 +196,9 @@ def _discovered() -> dict[str, type[PruningMethod]]:
 
 
 def _describe(cls: type[PruningMethod]) -> MethodInfo:
-    return MethodInfo(cls.name, cls.paper, tuple(cls.targets.values()), tuple(_knob(entry) for entry in fields(cls)))
+    return MethodInfo(
+        cls.name, cls.paper, tuple(cls.targets.values()), tuple(_knob(entry) for entry in fields(cls))
+    )
 
 
 def _knob(entry: Field[Any]) -> HyperParameter:
@@ -191,18 +212,21 @@ def _nearest(given: str, known: Any) -> str:
 
 
 def finite(name: str, x: Tensor, what: str) -> Tensor:
-    """``x`` itself, after checking that the ``what`` of layer ``name`` holds no NaN or infinity (UserError)."""
+    """``x`` itself, after checking that the ``what`` of layer ``name`` are all finite (UserError)."""
     if not torch.isfinite(x).all():
-        raise UserError(f"the {what} of {name} hold NaN or infinity; "
-                        "check the checkpoint, and that the calibration runs in a dtype that does not overflow")
+        raise UserError(
+            f"the {what} of {name} hold NaN or infinity; "
+            "check the checkpoint, and that the calibration runs in a dtype that does not overflow"
+        )
     return x
 
 
 def select_blocks(score: Tensor, blocks: Mapping[str, Tensor], kept: Callable[[int], int]) -> Tensor:
     """Keep the ``kept(rows)`` highest scores of each Hugging Face matrix: [out, k] -> bool [out, k].
 
-    Megatron fuses q, k, v and gate, up into one weight; counting per original matrix makes the result comparable with
-    tools that prune those separately, and equal whatever the interleaving. ``rows`` is the matrix's number of rows.
+    Megatron fuses q, k, v and gate, up into one weight; counting per original matrix makes the result
+    comparable with tools that prune those separately, and equal whatever the interleaving. ``rows`` is a
+    matrix's height.
     """
     mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     for rows in blocks.values():
@@ -210,5 +234,3 @@ def select_blocks(score: Tensor, blocks: Mapping[str, Tensor], kept: Callable[[i
         flat = score[rows].reshape(1, -1)
         mask[rows] = keep_largest(flat, kept(len(rows))).reshape(len(rows), -1)
     return mask
-
-

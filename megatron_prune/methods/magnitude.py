@@ -42,7 +42,9 @@ class Magnitude(PruningMethod):
             if isinstance(target, NM):
                 mask = select_nm(score, target.n, target.m)
             else:
-                whole = select_blocks(linear.gather(score), linear.blocks, kept_of(score.shape[1], target.sparsity))
+                whole = select_blocks(
+                    linear.gather(score), linear.blocks, kept_of(score.shape[1], target.sparsity)
+                )
                 mask = linear.local(whole)
             linear.keep(mask)
         return runner.masks()

@@ -1,7 +1,8 @@
-"""SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774): prune column by column and let the rest make up for it.
+"""SparseGPT (Frantar and Alistarh 2023, arXiv:2301.00774): prune by columns; the rest makes up for it.
 
-The solver is in `kernels/second_order.py`; here it meets the model. With `update_weights=False` only the mask is taken
-and the weights that stay keep their dense values: another method, with other numbers, and the prior of mask learning.
+The solver is in `kernels/second_order.py`; here it meets the model. With `update_weights=False` only the mask
+is taken and the weights that stay keep their dense values: another method, with other numbers, and the prior
+of mask learning.
 """
 
 from __future__ import annotations
@@ -13,8 +14,23 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.kernels.second_order import Factor, SingularHessian, factorise, solve_nm, solve_unstructured
-from megatron_prune.methods.base import Linear, PruningMethod, Runner, finite, hyperparameter, register, select_blocks
+from megatron_prune.kernels.second_order import (
+    Factor,
+    SelectBlock,
+    SingularHessian,
+    factorise,
+    solve_nm,
+    solve_unstructured,
+)
+from megatron_prune.methods.base import (
+    Linear,
+    PruningMethod,
+    Runner,
+    finite,
+    hyperparameter,
+    register,
+    select_blocks,
+)
 from megatron_prune.methods.magnitude import kept_of
 from megatron_prune.methods.target import NM, Target, Unstructured
 from megatron_prune.statistics.hessian import Hessian
@@ -43,7 +59,7 @@ class SparseGPT(PruningMethod):
             raise UserError(f"sparsegpt: block_size {self.block_size} was given; allowed: 1 or more")
 
     def prune(self, model: Any, runner: Runner, target: Target) -> Any:
-        """Decide every prunable weight, layer by layer; later layers see the pruned (and compensated) ones."""
+        """Decide every prunable weight, layer by layer; later layers see the pruned ones."""
         self.accept(target)
         for linear in runner.layerwise(Hessian):
             weight = finite(linear.name, linear.weight(), "weights")
@@ -57,19 +73,28 @@ class SparseGPT(PruningMethod):
             return factorise(hessian, self.percdamp)
         except SingularHessian:
             raise UserError(
-                f"sparsegpt: the inputs of {linear.name} are linearly dependent over the {int(linear.statistic.tokens)} "
-                f"calibration tokens seen, and percdamp {self.percdamp} does not mend it: give more calibration text "
-                "(--calibration-samples) or a larger --percdamp"
+                f"sparsegpt: the Hessian of {linear.name} is singular: its inputs are linearly dependent over "
+                f"the {int(linear.statistic.tokens)} calibration tokens seen and percdamp {self.percdamp} does "
+                "not mend it: give more calibration text (--calibration-samples) or a larger --percdamp"
             ) from None
 
     def _solve(self, weight: Tensor, factor: Factor, linear: Linear, target: Target) -> tuple[Tensor, Tensor]:
         if isinstance(target, NM):
             return solve_nm(weight, factor, target.n, target.m, self.block_size)
 
-        def select(scores: Tensor, first: int) -> Tensor:
-            kept = kept_of(scores.shape[1], target.sparsity)
-            return linear.local(select_blocks(linear.gather(scores), linear.blocks, kept))
-
-        return solve_unstructured(weight, factor, select, self.block_size)
+        return solve_unstructured(weight, factor, block_selection(linear, target.sparsity), self.block_size)
 
 
+def block_selection(linear: Linear, sparsity: float) -> SelectBlock:
+    """Selects in one block of columns over all rows of each Hugging Face matrix, on whichever ranks they are.
+
+    The weights removed up to the end of a block are counted exactly, so the whole matrix is exact too.
+    """
+
+    def select(scores: Tensor, first: int) -> Tensor:
+        last = first + scores.shape[1]
+        to_first, to_last = kept_of(first, sparsity), kept_of(last, sparsity)
+        whole = linear.gather(scores)
+        return linear.local(select_blocks(whole, linear.blocks, lambda rows: to_last(rows) - to_first(rows)))
+
+    return select

@@ -15,20 +15,22 @@ from fractions import Fraction
 from megatron_prune.errors import UserError
 
 MAX_M = 16
-_ALLOWED = "N:M such as 2:4 (N kept of every M inputs) or a sparsity between 0 and 1 such as 0.5 (share removed)"
+_ALLOWED = (
+    "N:M such as 2:4 (N kept of every M inputs) or a sparsity between 0 and 1 such as 0.5 (share removed)"
+)
 
 
 def pruned_count(size: int, sparsity: float) -> int:
     """Number of the ``size`` weights that ``sparsity`` removes, rounded down.
 
-    The sparsity is read as the decimal that was written, so 0.29 of 100 is 29 although ``100 * 0.29 < 29`` in binary.
+    The sparsity is read as the decimal that was written: 0.29 of 100 is 29, though ``100 * 0.29 < 29``.
     """
     return math.floor(Fraction(repr(float(sparsity))) * size)
 
 
 @dataclass(frozen=True)
 class NM:
-    """Keep ``n`` of every ``m`` consecutive inputs of each output row; groups start at input 0 of the unsharded row."""
+    """Keep ``n`` of every ``m`` consecutive inputs of each output row, groups starting at its first input."""
 
     n: int
     """Weights kept in a group."""
@@ -38,8 +40,10 @@ class NM:
     def __post_init__(self) -> None:
         whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.n, self.m))
         if not whole or not 0 < self.n < self.m <= MAX_M:
-            raise UserError(f"pattern {self.n}:{self.m} is not possible; N:M keeps N of every M inputs, "
-                            f"with whole numbers 0 < N < M <= {MAX_M}")
+            raise UserError(
+                f"pattern {self.n}:{self.m} is not possible; N:M keeps N of every M inputs, "
+                f"with whole numbers 0 < N < M <= {MAX_M}"
+            )
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -52,21 +56,29 @@ class NM:
     def check(self, in_features: int, name: str = "a linear layer") -> None:
         """Raise UserError when rows of ``in_features`` inputs do not divide into groups."""
         if in_features % self.m:
-            raise UserError(f"{self} does not fit {name}: its {in_features} inputs are not a multiple of {self.m}; "
-                            "choose an M that divides them")
+            raise UserError(
+                f"{self} does not fit {name}: its {in_features} inputs are not a multiple of {self.m}; "
+                "choose an M that divides them"
+            )
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Remove a share of the weights, anywhere; the method says whether it counts per matrix or per output row."""
+    """Remove a share of the weights, anywhere; the method says whether it counts per matrix or per row."""
 
     sparsity: float
     """Share of the weights removed, between 0 and 1, both excluded."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1:
-            raise UserError(f"sparsity {self.sparsity} is not possible; it is the share of weights removed, "
-                            "between 0 and 1 (both excluded)")
+        if (
+            isinstance(self.sparsity, bool)
+            or not isinstance(self.sparsity, (int, float))
+            or not 0 < self.sparsity < 1
+        ):
+            raise UserError(
+                f"sparsity {self.sparsity} is not possible; it is the share of weights removed, "
+                "between 0 and 1 (both excluded)"
+            )
 
     def __str__(self) -> str:
         return repr(float(self.sparsity))

@@ -1,4 +1,4 @@
-"""Wanda (Sun et al. 2023, arXiv:2306.11695): a weight matters as much as its size times the size of its input."""
+"""Wanda (Sun et al. 2023, arXiv:2306.11695): a weight counts by its size times that of its input."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_prune.statistics.activations import InputNorm
 
 
 def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_2 (paper, equation 1): weight `[rows, in]`, L2 norm of each input `[in]` over all tokens."""
+    """|W_ij| * ||X_j||_2 (paper, equation 1): weight `[rows, in]`, norm over all tokens `[in]`."""
     return weight.abs() * input_norm
 
 
@@ -24,7 +24,10 @@ class Wanda(PruningMethod):
     """Compare |W| * ||X||_2 within each output row (or each N:M group); later layers see the pruned ones."""
 
     paper: ClassVar[str] = "Sun et al. 2023, arXiv:2306.11695"
-    targets: ClassVar[Mapping[type, str]] = {NM: "N:M", Unstructured: "unstructured sparsity, counted in each output row"}
+    targets: ClassVar[Mapping[type, str]] = {
+        NM: "N:M",
+        Unstructured: "unstructured sparsity, counted in each output row",
+    }
 
     def prune(self, model: Any, runner: Runner, target: Target) -> Any:
         """Decide every prunable weight, layer by layer; the weights that stay are not changed."""

@@ -1,4 +1,4 @@
-"""The L2 norm of every input of a linear layer over the calibration tokens (what Wanda weighs magnitudes with)."""
+"""The L2 norm of every input of a linear layer over the calibration tokens (what Wanda weighs by)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class InputNorm:
     """Accumulates the sum of squares of each input; the norm is over all tokens of all windows.
 
-    Squares are taken in float32 (exact for bf16 activations) and summed in float64, so that the order of tokens,
-    windows and ranks, and how inputs are sharded, does not reach the rounded float32 result.
+    Squares are taken in float32 (exact for bf16 activations) and summed in float64, so that the order of
+    tokens, windows and ranks, and how inputs are sharded, does not reach the rounded float32 result.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:

@@ -1,0 +1,159 @@
+"""The second-order pruning solver of SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774, section 3).
+
+Removing weight j of a row w costs (w_j / U_jj)^2 in squared output error, U being the upper Cholesky factor
+of the inverse Hessian (H^-1 = U^T U), and the best correction of the columns on its right is - w_j / U_jj *
+U_j. Columns go left to right, in blocks; the columns behind a block are updated once a block.
+
+Two paths, one result up to rounding: eager PyTorch (any device, the reference) and a compiled one for the
+CPU. In the compiled path a row's result is the same bit for bit whichever rows are solved with it; in the
+eager path the update behind a block is a matrix product, whose rounding may depend on the number of rows.
+All layers of a 135M model (30 layers of width 576) take 1.1 s on two cores compiled, 7 s eager, and 3.5 s
+for the factors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_prune.kernels.compiled import load_library
+from megatron_prune.kernels.selection import select_nm
+
+SelectBlock = Callable[[Tensor, int], Tensor]
+"""(scores [rows, b], first column) -> bool mask [rows, b] of one block."""
+
+
+class SingularHessian(ArithmeticError):
+    """Some input is, up to float32 rounding, a combination of others: H has no usable inverse."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What the solver needs of a Hessian."""
+
+    upper: Tensor
+    """U, float32 [in, in], upper triangular, U^T U = (H + damping)^-1."""
+    live: Tensor
+    """bool [in]: False for inputs that were zero in every calibration token."""
+
+
+def factorise(hessian: Tensor, percdamp: float) -> Factor:
+    """Factor of ``hessian`` [in, in] after adding ``percdamp`` times the mean diagonal of live inputs.
+
+    H^-1 = U^T U holds for U = R^-1 where H = R R^T with R upper: one Cholesky in reverse order and one
+    triangular solve, in float64, instead of Cholesky, inverse, Cholesky. Dead inputs get a diagonal of one,
+    which changes nothing else since they correlate with no other input. Raises SingularHessian.
+    """
+    diagonal = hessian.diagonal().double()
+    live = diagonal > 0
+    if not live.any():
+        raise SingularHessian
+    damped = hessian.to(torch.float64, copy=True)
+    damped.diagonal().add_(torch.where(live, percdamp * diagonal[live].mean(), 1.0))
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    reverse = lower.flip(0, 1)
+    # R_jj^2 is the part of input j that the inputs after it leave unexplained; below float32 rounding: noise.
+    noise = torch.finfo(torch.float32).eps * damped.diagonal()
+    if failed or not (reverse.diagonal().square() > noise).all():
+        raise SingularHessian
+    eye = torch.eye(len(live), dtype=torch.float64, device=hessian.device)
+    return Factor(torch.linalg.solve_triangular(reverse, eye, upper=True).float().contiguous(), live)
+
+
+def solve_nm(weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Keep ``n`` of every ``m``, chosen on the updated weights when a group's first column is reached.
+
+    weight [rows, in] float32 -> (mask bool [rows, in], corrected weights [rows, in], zero where mask is
+    False). Blocks are rounded up to whole groups.
+    """
+    weight, mask = _start(weight, factor)
+    for first, last in _blocks(weight.shape[1], -(-block_size // m) * m):
+        sweep(weight, mask, factor, first, last, n, m)
+    return mask, weight
+
+
+def solve_unstructured(
+    weight: Tensor, factor: Factor, select: SelectBlock, block_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Let ``select`` choose each block's mask from the scores of its weights updated so far.
+
+    weight [rows, in] float32 -> (mask bool [rows, in], corrected weights [rows, in], zero where mask is
+    False). ``select`` is called once a block, whatever the number of rows, so it may communicate.
+    """
+    weight, mask = _start(weight, factor)
+    for first, last in _blocks(weight.shape[1], block_size):
+        mask[:, first:last] = select(scores(weight, factor, first, last), first)
+        sweep(weight, mask, factor, first, last)
+    return mask, weight
+
+
+def scores(weight: Tensor, factor: Factor, first: int, last: int) -> Tensor:
+    """(w_j / U_jj)^2 of the columns first to last, [rows, last - first]; -1 at dead inputs: they go first."""
+    diagonal = factor.upper.diagonal()[first:last]
+    return (weight[:, first:last] / diagonal).square().masked_fill(~factor.live[first:last], -1.0)
+
+
+def sweep(
+    weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n: int = 0, m: int = 0
+) -> None:
+    """Remove weights of the columns first to last and correct all columns on their right, in place.
+
+    With ``m`` the mask is chosen here, N:M, and written; with ``m = 0`` it is given.
+    """
+    compiled = _compiled() if weight.device.type == "cpu" else None
+    if compiled is None:
+        sweep_eager(weight, mask, factor, first, last, n, m)
+    else:
+        sweep_compiled(compiled, weight, mask, factor, first, last, n, m)
+
+
+def sweep_eager(weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n: int, m: int) -> None:
+    """``sweep`` in PyTorch: the reference."""
+    upper = factor.upper
+    errors = torch.zeros_like(weight[:, first:last])
+    for j in range(first, last):
+        if m and j % m == 0:
+            mask[:, j : j + m] = select_nm(scores(weight, factor, j, j + m), n, m)
+        error = torch.where(mask[:, j], 0.0, weight[:, j] / upper[j, j])
+        errors[:, j - first] = error
+        weight[:, j] = torch.where(mask[:, j], weight[:, j], 0.0)
+        weight[:, j + 1 : last] -= torch.outer(error, upper[j, j + 1 : last])
+    weight[:, last:] -= errors @ upper[first:last, last:]
+
+
+def sweep_compiled(
+    library: ctypes.CDLL, weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n: int, m: int
+) -> None:
+    """``sweep`` in C; weight, mask and factor are contiguous CPU tensors."""
+    diagonal = factor.upper.diagonal().contiguous()
+    pointers = [x.data_ptr() for x in (weight, mask, factor.upper, diagonal, factor.live)]
+    rows, columns = weight.shape
+    library.second_order_sweep(*pointers, rows, columns, first, last, n, m, torch.get_num_threads())
+
+
+@functools.cache
+def _signed(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.second_order_sweep.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int]
+    library.second_order_sweep.restype = None
+    return library
+
+
+def _compiled() -> ctypes.CDLL | None:
+    library = load_library(Path(__file__).parent / "csrc" / "second_order.c")
+    return None if library is None else _signed(library)
+
+
+def _start(weight: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
+    """A working copy of the weights, zero at dead inputs, and a mask that keeps everything."""
+    weight = torch.where(factor.live, weight.float(), 0.0).contiguous()
+    return weight, torch.ones_like(weight, dtype=torch.bool)
+
+
+def _blocks(columns: int, size: int) -> list[tuple[int, int]]:
+    return [(first, min(first + size, columns)) for first in range(0, columns, size)]
