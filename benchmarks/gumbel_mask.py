@@ -120,10 +120,12 @@ def measured_memory(size: int, dtype: str) -> dict[str, int]:
 def hardware() -> dict[str, Any]:
     models = [x for x in compiled.processor().splitlines() if x.startswith("model name")]
     model = models[0].split(":")[1].strip() if models else platform.machine()
-    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    load = os.getloadavg()[0]  # other work on the machine; trust times only near or below the number of threads
+    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_before": load}
 
 
 def report(size: int, dtype: str, repeats: int) -> dict[str, Any]:
+    machine = hardware()
     times = timings(size, getattr(torch, dtype), repeats)
     memory = measured_memory(size, dtype)
     base = times["published"]["total_s"]
@@ -131,7 +133,7 @@ def report(size: int, dtype: str, repeats: int) -> dict[str, Any]:
     return {
         "benchmark": "learnable 2:4 mask, forward and backward, noise on",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware(),
+        "hardware": machine,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -109,7 +109,11 @@ class Bench:
         words = ["prune", "--config", HERE / recipe, "--input", self.dense, "--prior", self.work / ONE_SHOT[-1].folder]
         data = [self.c4] if "60" in recipe else [self.shared / "data" / "train" / "train_mix.jsonl.gz", self.c4]
         documents = ["--data-documents", 1624] if "60" in recipe else []
-        words += [word for path in data for word in ("--data", path)] if len(data) == 1 else ["--data", json.dumps([str(p) for p in data])]
+        words += (
+            [word for path in data for word in ("--data", path)]
+            if len(data) == 1
+            else ["--data", json.dumps([str(p) for p in data])]
+        )
         held_out = ["--eval-data", self.c4, "--eval-documents", "1624:2030"]
         cost = self.verb(*words, *documents, *held_out, output=run)
         sparse = run.with_name(run.name + "_sparse")
@@ -123,7 +127,9 @@ class Bench:
 
 def hardware() -> str:
     """Processor and cores, as the operating system names them."""
-    names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
@@ -146,8 +152,8 @@ def main() -> None:
     result = {
         "columns": ["method", "kept", "perplexity", "other tools", "wall s", "CPU s", "peak GiB"],
         "rows": rows,
-        "protocol": "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16; calibration C1: 64 x 512 tokens of C4. "
-        "Other tools: same model, text and protocol, measured earlier on a machine of the same kind.",
+        "protocol": "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16; calibration C1: 64 x 512 tokens of "
+        "C4. Other tools: same model, text and protocol, measured earlier on a machine of the same kind.",
         "hardware": hardware(),
         "date": today,
         "versions": versions(),

@@ -39,9 +39,7 @@ VERBS = {
     "prune": Verb(
         config.PruneConfig, "megatron_prune.prune:run", "decide which weights stay, by a method from a paper"
     ),
-    "trim": Verb(
-        config.TrimConfig, "megatron_prune.apply.trim:run", "apply a decision: a checkpoint with true zeros"
-    ),
+    "trim": Verb(config.TrimConfig, "megatron_prune.apply.trim:run", "apply a decision: a checkpoint with true zeros"),
     "export": Verb(
         config.ExportConfig,
         "megatron_prune.export.export:run",

@@ -1,9 +1,9 @@
 """Device, process groups, seeds; and the one place that adapts megatron-core to a machine without CUDA.
 
-Megatron-core names CUDA in many places (`torch.cuda.current_device()`, `device='cuda'`, `param.type() == 'torch.cuda...'`).
-Instead of patching torch for everybody, every loaded `megatron.core` module gets its own look-alike of the `torch` module
-in which those names mean the CPU; torch as the user's code sees it stays untouched. Modules that megatron-core imports
-later are adapted by an import hook. With CUDA present nothing is changed at all.
+Megatron-core names CUDA in many places (`torch.cuda.current_device()`, `device='cuda'`, `param.type()` compared with
+'torch.cuda...'). Instead of patching torch for everybody, every loaded `megatron.core` module gets its own look-alike
+of the `torch` module in which those names mean the CPU; torch as the user's code sees it stays untouched. Modules that
+megatron-core imports later are adapted by an import hook. With CUDA present nothing is changed at all.
 
 `import megatron_prune.backend` must come before any `import megatron.core`; the package's own modules do so. It has to
 happen at import time: helper processes of asynchronous checkpoints import the main module again.
@@ -192,13 +192,13 @@ def install() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if has_cuda():
         return
-    for module, message in (
+    for source, message in (
         (r"megatron\.core", r".*(Transformer Engine|Apex|apex).*"),
         (r"megatron\.core", r".*full scope is deprecated.*"),
         (r"megatron\.core", r".*load_state_dict.* is deprecated.*"),
         (r"torch\.distributed\.checkpoint", r".*we are deprecating ShardedTensor.*"),
     ):
-        warnings.filterwarnings("ignore", message=message, module=module)
+        warnings.filterwarnings("ignore", message=message, module=source)
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NotGpuNoise())
     sys.meta_path.insert(0, _AdaptingFinder())
     for name, module in list(sys.modules.items()):
@@ -308,7 +308,7 @@ def _initialize_distributed(timeout: timedelta) -> None:
 def seed_everything(seed: int) -> None:
     """Seed python, numpy, torch and megatron-core's tensor-parallel generators."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (the generator that libraries use)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

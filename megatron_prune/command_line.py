@@ -82,9 +82,7 @@ def _read_yaml(file: Path) -> list[Pair]:
     if content is None:
         return []
     if not isinstance(content, dict):
-        raise UserError(
-            f"--config: {file} holds a {type(content).__name__}; allowed: a mapping of keys to values"
-        )
+        raise UserError(f"--config: {file} holds a {type(content).__name__}; allowed: a mapping of keys to values")
     return [pair for key, value in content.items() for pair in _yaml_pairs(file, str(key), value)]
 
 
@@ -94,9 +92,7 @@ def _yaml_pairs(file: Path, key: str, value: Any) -> list[Pair]:
         return [pair for name, item in value.items() for pair in _yaml_pairs(file, f"{key}.{name}", item)]
     values = value if isinstance(value, list) else [value]
     if value == "" or any(not isinstance(item, str) for item in values):
-        raise UserError(
-            f"--config: {file}: {key}: {value!r} given; allowed: a value or a flat list of values"
-        )
+        raise UserError(f"--config: {file}: {key}: {value!r} given; allowed: a value or a flat list of values")
     return [(key, values)]
 
 
@@ -167,9 +163,7 @@ def _parser(
     config: type[Options], known: Mapping[str, Entry], hyper: Mapping[str, dataclasses.Field[Any]], prog: str
 ) -> ArgumentParser:
     """A jsonargparse parser with one option per key, grouped as the dataclasses are."""
-    needed = " ".join(
-        f"{flag(entry.key)} {_metavar(entry.kind)}" for entry in known.values() if entry.required
-    )
+    needed = " ".join(f"{flag(entry.key)} {_metavar(entry.kind)}" for entry in known.values() if entry.required)
     parser = ArgumentParser(
         usage=f"{prog} [--config FILE.yaml] {needed} [options]",
         description=_title(config),
@@ -191,9 +185,7 @@ def _parser(
         for name, field in hyper.items():
             text = f"{field.metadata.get('help', '')} (default: {_show(field.default)})".replace("%", "%%")
             key = f"{METHOD_OPTIONS}.{name}"
-            methods.add_argument(
-                flag(key), type=field.type, default=SUPPRESS, help=text, metavar=_metavar(field.type)
-            )
+            methods.add_argument(flag(key), type=field.type, default=SUPPRESS, help=text, metavar=_metavar(field.type))
     return parser
 
 
@@ -208,19 +200,11 @@ def _add(parser: Any, entry: Entry) -> None:
     many = get_origin(entry.kind) is tuple
     kind = get_args(entry.kind)[0] if many else entry.kind
     more: dict[str, Any] = {"nargs": "*"} if many else {}
-    parser.add_argument(
-        flag(entry.key), type=kind, default=SUPPRESS, help=text, metavar=_metavar(kind), **more
-    )
+    parser.add_argument(flag(entry.key), type=kind, default=SUPPRESS, help=text, metavar=_metavar(kind), **more)
 
 
 def _show(value: Any) -> str:
-    return (
-        "none"
-        if value is None or value == ()
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    return "none" if value is None or value == () else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _metavar(kind: Any) -> str:

@@ -34,13 +34,10 @@ class Parallelism(Options):
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` processes; a world that does not divide is an error."""
-        model = (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        model = self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         if world_size % model:
             raise UserError(
-                f"{world_size} processes given; tensor x pipeline x context parallel sizes need a multiple"
-                f" of {model}"
+                f"{world_size} processes given; tensor x pipeline x context parallel sizes need a multiple of {model}"
             )
         return world_size // model
 
@@ -49,9 +46,7 @@ class Parallelism(Options):
 class Calibration(Options):
     """Calibration text of one-shot methods"""
 
-    text: tuple[Path, ...] = option(
-        (), "files of documents: .txt, .jsonl, .jsonl.gz, .json.gz", key="calibration"
-    )
+    text: tuple[Path, ...] = option((), "files of documents: .txt, .jsonl, .jsonl.gz, .json.gz", key="calibration")
     samples: int = option(128, "windows drawn, over all processes", at_least=1, key="calibration_samples")
     seq_length: int = option(
         2048,
@@ -80,9 +75,7 @@ class Training(Options):
 
     data: tuple[Path, ...] = option((), "files of training documents: .txt, .jsonl, .jsonl.gz, .json.gz")
     data_documents: str | None = option(None, "documents trained on: K (the first K) or START:STOP")
-    eval_data: tuple[Path, ...] = option(
-        (), "files of held-out documents, for the loss every --eval-interval steps"
-    )
+    eval_data: tuple[Path, ...] = option((), "files of held-out documents, for the loss every --eval-interval steps")
     eval_documents: str | None = option(None, "held-out documents used: K (the first K) or START:STOP")
     eval_windows: int = option(32, "held-out windows of --seq-length tokens", at_least=1)
     seq_length: int = option(2048, "tokens in a training window", at_least=2)
@@ -97,14 +90,10 @@ class Training(Options):
     adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, at_most=1)
     adam_beta2: float = option(0.95, "decay of Adam's variance", at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
-    recompute: bool = option(
-        False, "recompute each layer in the backward pass: less memory, a third more time"
-    )
+    recompute: bool = option(False, "recompute each layer in the backward pass: less memory, a third more time")
     seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)
     log_interval: int = option(1, "optimizer steps between lines of metrics", at_least=1)
-    save_interval: int = option(
-        100, "optimizer steps between checkpoints; the last step is always saved", at_least=1
-    )
+    save_interval: int = option(100, "optimizer steps between checkpoints; the last step is always saved", at_least=1)
     eval_interval: int = option(100, "optimizer steps between held-out evaluations", at_least=1)
 
     def __post_init__(self) -> None:
@@ -114,9 +103,7 @@ class Training(Options):
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr: {self.min_lr} given; allowed: at most --lr ({self.lr})")
         if self.lr_warmup_iters >= self.train_iters:
-            raise UserError(
-                f"--lr-warmup-iters: {self.lr_warmup_iters} given; allowed: below {self.train_iters}"
-            )
+            raise UserError(f"--lr-warmup-iters: {self.lr_warmup_iters} given; allowed: below {self.train_iters}")
 
     @property
     def data_range(self) -> slice:
@@ -171,9 +158,7 @@ class PruneConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prior is not None and self.initial_logits is not None:
-            raise UserError(
-                "--prior and --initial-logits given; allowed: one of them, both say where learning starts"
-            )
+            raise UserError("--prior and --initial-logits given; allowed: one of them, both say where learning starts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +176,7 @@ class ExportConfig(Options):
 
     input: Path = option(REQUIRED, "Megatron checkpoint (hf) or run folder (mask-npz)")
     output: Path = option(REQUIRED, "directory (hf) or file (mask-npz) to write; must not exist")
-    format: Literal["hf", "mask-npz"] = option(
-        "hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight"
-    )
+    format: Literal["hf", "mask-npz"] = option("hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight")
     parallelism: Parallelism = group(Parallelism)
 
 

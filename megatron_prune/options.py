@@ -55,9 +55,7 @@ def check_range(key: str, value: Any, bounds: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     low, above, high = bounds["at_least"], bounds["above"], bounds["at_most"]
-    fits = (
-        (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-    )
+    fits = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
     if not fits or value != value:
         words = [("at least", low), ("above", above), ("at most", high)]
         allowed = " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)

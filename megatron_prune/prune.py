@@ -31,8 +31,7 @@ from megatron_prune.options import save_yaml
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.training.learning import LearningRunner
 
-
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+RECOMPUTE: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 """Megatron-core's settings for recomputing every layer in the backward pass."""
 
 
@@ -173,8 +172,9 @@ def check_shards(config: ModelConfig, target: Target, layout: backend.Layout) ->
             width, rest = divmod(map.shape[1], layout.tensor)
             if rest or width % target.m:
                 raise UserError(
-                    f"--tensor-model-parallel-size {layout.tensor} gives each rank {map.shape[1] / layout.tensor:g} inputs "
-                    f"of {map.megatron}, not a multiple of {target.m} as {target} needs: use a smaller size or another pattern"
+                    f"--tensor-model-parallel-size {layout.tensor} gives each rank {map.shape[1] / layout.tensor:g} "
+                    f"inputs of {map.megatron}, not a multiple of {target.m} as {target} needs: use a smaller size or "
+                    "another pattern"
                 )
 
 
@@ -231,7 +231,8 @@ def _prior(config: PruneConfig, model: PrunableModel, target: Target, folder: Pa
         return packed_masks(path, model.config)
     if not path.is_dir():
         raise UserError(
-            f"--prior {config.prior} is neither a run, a decision folder, a mask .npz nor a method ({', '.join(sorted(names))})"
+            f"--prior {config.prior} is neither a run, a decision folder, a mask .npz nor a method "
+            f"({', '.join(sorted(names))})"
         )
     masks = Masks.load(decision_of(path))
     masks.check_model(model.config)

@@ -182,20 +182,15 @@ def _stories_tokenizer() -> Any:
 
     special = ["<unk>", "<s>", "</s>"]
     pieces = [
-        (text.decode().replace(" ", "▁"), score)
-        for text, score in _read_pieces(STORIES_DIRECTORY / "tok512.bin")
+        (text.decode().replace(" ", "▁"), score) for text, score in _read_pieces(STORIES_DIRECTORY / "tok512.bin")
     ]
     names = special + [text for text, _ in pieces[3:]]
     ids = {name: number for number, name in enumerate(names)}
     score = {name: pieces[number][1] for name, number in ids.items()}
     pairs = [(name[:cut], name[cut:]) for name in names for cut in range(1, len(name))]
-    merges = [
-        pair for pair in pairs if pair[0] in ids and pair[1] in ids and pair[0] + pair[1] not in special
-    ]
+    merges = [pair for pair in pairs if pair[0] in ids and pair[1] in ids and pair[0] + pair[1] not in special]
     merges.sort(key=lambda pair: (-score[pair[0] + pair[1]], ids[pair[0]], ids[pair[1]]))
-    tokenizer = Tokenizer(
-        models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -203,9 +198,7 @@ def _stories_tokenizer() -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def hf_loss(directory: Path, text: str) -> float:

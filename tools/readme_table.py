@@ -33,11 +33,7 @@ def fill(text: str, root: Path) -> str:
 def newest_table(root: Path, pattern: str) -> str:
     """The table of the last file, by name, that matches."""
     files = sorted(root.glob(pattern))
-    return (
-        table(json.loads(files[-1].read_text(encoding="utf-8")), files[-1].relative_to(root))
-        if files
-        else NOTHING
-    )
+    return table(json.loads(files[-1].read_text(encoding="utf-8")), files[-1].relative_to(root)) if files else NOTHING
 
 
 def table(result: dict[str, Any], source: Path) -> str:
@@ -46,9 +42,7 @@ def table(result: dict[str, Any], source: Path) -> str:
     if any(len(line) != len(result["columns"]) for line in lines):
         raise ValueError(f"{source}: a row has not as many cells as there are columns")
     made = ["| " + " | ".join(cell(value) for value in line) + " |" for line in lines]
-    below = (
-        f"{result['protocol']} {result['hardware']}, {result['date']}; [{source.name}]({source.as_posix()})."
-    )
+    below = f"{result['protocol']} {result['hardware']}, {result['date']}; [{source.name}]({source.as_posix()})."
     return "\n".join(["", *made, "", below, ""])
 
 

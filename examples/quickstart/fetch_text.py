@@ -25,9 +25,7 @@ MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000
 HELD_OUT_EVERY = 8
 SHORTEST = 2000
 """Characters of plain text below which a page is no article."""
-CLOSING_SECTIONS = (
-    "See also|References|Notes|Footnotes|Further reading|External links|Bibliography|Citations|Sources"
-)
+CLOSING_SECTIONS = "See also|References|Notes|Footnotes|Further reading|External links|Bibliography|Citations|Sources"
 NO_TEXT = "ref|math|gallery|table|timeline|code|pre|syntaxhighlight"
 """Elements whose content is no prose."""
 

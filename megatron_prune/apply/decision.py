@@ -175,9 +175,7 @@ class MaskWriter:
 
     def _describe(self, name: str, mask: Tensor, layer: int) -> dict[str, Any]:
         if mask.dtype != torch.bool or mask.dim() != 2:
-            raise ValueError(
-                f"the mask of {name} is {mask.dtype} {list(mask.shape)}; expected bool [out, in]"
-            )
+            raise ValueError(f"the mask of {name} is {mask.dtype} {list(mask.shape)}; expected bool [out, in]")
         check_mask(mask, self._target, name)
         return {"layer": layer, "shape": list(mask.shape), "kept": int(mask.sum()), "size": mask.numel()}
 
@@ -199,8 +197,7 @@ class Masks:
             "masks",
         ):
             raise UserError(
-                f"{directory / _FILE} is not a mask decision of format {_FORMAT}; "
-                "was it written by another version?"
+                f"{directory / _FILE} is not a mask decision of format {_FORMAT}; was it written by another version?"
             )
         try:
             info = MaskInfo(**{item.name: content[item.name] for item in fields(MaskInfo)})
@@ -212,9 +209,7 @@ class Masks:
         return cls(directory, info, weights)
 
     @classmethod
-    def save(
-        cls, directory: Path, info: MaskInfo, layers: Iterable[tuple[int, Mapping[str, Tensor]]]
-    ) -> Masks:
+    def save(cls, directory: Path, info: MaskInfo, layers: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Masks:
         """Write a whole decision (layer number, its masks) and open it."""
         with MaskWriter(directory, info) as writer:
             for layer, masks in layers:
@@ -243,9 +238,7 @@ class Masks:
         """Bool [out, in], True = kept."""
         if name not in self._weights:
             near = difflib.get_close_matches(name, self._weights, n=1)
-            raise UserError(
-                f"{self.directory} has no mask for {name}" + (f"; nearest: {near[0]}" if near else "")
-            )
+            raise UserError(f"{self.directory} has no mask for {name}" + (f"; nearest: {near[0]}" if near else ""))
         weight = self._weights[name]
         file = self.directory / f"layer_{weight['layer']:05d}.safetensors"
         try:
@@ -299,9 +292,7 @@ class Masks:
 def prunable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape [out, in] of every weight that masks apply to, in model order."""
     maps = get_family(config.family).weights(config)
-    return {
-        name: shape for map in maps if map.prunable for name, shape in zip(map.hf, map.shapes, strict=True)
-    }
+    return {name: shape for map in maps if map.prunable for name, shape in zip(map.hf, map.shapes, strict=True)}
 
 
 def _sha256(file: Path) -> str:

@@ -1,10 +1,10 @@
 """A pruning run on disk, and what later verbs need to know of it.
 
-    run.json           what was asked: checkpoint, method, target; `state` is "learning" until the decision is there
-    config.yaml        the merged configuration; environment.json versions and hardware
-    decision/          the masks
-    weights/           a Megatron checkpoint with the weights a method compensated (only where it did)
-    checkpoints/       resumable state of methods that learn; metrics.jsonl and TensorBoard events beside it
+run.json           what was asked: checkpoint, method, target; `state` is "learning" until the decision is there
+config.yaml        the merged configuration; environment.json versions and hardware
+decision/          the masks
+weights/           a Megatron checkpoint with the weights a method compensated (only where it did)
+checkpoints/       resumable state of methods that learn; metrics.jsonl and TensorBoard events beside it
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def decision_of(folder: Path) -> Path:
     description = read_run(folder)
     if description.state != "decided":
         raise UserError(
-            f"run {folder} has no decision yet (its {description.method} run has not finished): finish it with prune --resume"
+            f"run {folder} has no decision yet (its {description.method} run has not finished): finish it with "
+            "prune --resume"
         )
     return folder / "decision"
 

@@ -51,9 +51,7 @@ class TokenWindows:
         self.seq_length = seq_length
         self.seed = seed
         self.key = _cache_key(paths, tokenizer, append_eod, documents)
-        self.tokens = _cached_tokens(
-            paths, tokenizer, append_eod, documents, cache or cache_folder(), self.key
-        )
+        self.tokens = _cached_tokens(paths, tokenizer, append_eod, documents, cache or cache_folder(), self.key)
         self.num_windows = (len(self.tokens) - 1) // seq_length
         if self.num_windows < 1:
             raise UserError(
@@ -74,9 +72,7 @@ class TokenWindows:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         """Order of the windows in one epoch. RandomState is numpy's one stream that never changes."""
-        return np.random.RandomState([self.seed % 2**32, self.seed >> 32, epoch]).permutation(
-            self.num_windows
-        )
+        return np.random.RandomState([self.seed % 2**32, self.seed >> 32, epoch]).permutation(self.num_windows)
 
     def info(self) -> dict[str, Any]:
         """Provenance, for the log."""

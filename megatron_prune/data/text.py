@@ -27,9 +27,7 @@ def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), key
     documents = [document for path in paths for document in iterate_documents(Path(path), key)][chosen]
     if not documents:
         names = ", ".join(map(str, paths)) or "no file"
-        raise UserError(
-            f"{names}: no document found; give text in {', '.join(SUFFIXES)}, and a range that holds some"
-        )
+        raise UserError(f"{names}: no document found; give text in {', '.join(SUFFIXES)}, and a range that holds some")
     return documents
 
 
@@ -61,9 +59,7 @@ def _document(line: bytes, key: str, place: str) -> str:
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: not JSON ({error}); expected one object a line") from error
     if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise UserError(
-            f"{place}: no text under the key {key!r}; expected an object such as {{{key!r}: '...'}}"
-        )
+        raise UserError(f"{place}: no text under the key {key!r}; expected an object such as {{{key!r}: '...'}}")
     return record[key]
 
 
@@ -92,17 +88,12 @@ def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreT
     With `vocab_size` it is checked against the model: `check_tokenizer`.
     """
     directory = Path(directory)
-    if not any(
-        (directory / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    ):
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise UserError(f"{directory}: no tokenizer found; expected tokenizer.json or tokenizer.model there")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _check_json(directory / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: the tokenizer does not load: {error}") from error
     if vocab_size is not None:

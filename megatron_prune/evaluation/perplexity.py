@@ -45,11 +45,12 @@ def run(config: EvaluateConfig) -> None:
 
 
 def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> EvaluationText:
-    text = evaluation_windows(config.text, load_tokenizer(tokenizer, vocab_size), config.window, config.windows)
-    return text
+    return evaluation_windows(config.text, load_tokenizer(tokenizer, vocab_size), config.window, config.windows)
 
 
-def _result(config: EvaluateConfig, text: EvaluationText, loss: float, tokens: int, about: dict[str, Any]) -> dict[str, Any]:
+def _result(
+    config: EvaluateConfig, text: EvaluationText, loss: float, tokens: int, about: dict[str, Any]
+) -> dict[str, Any]:
     if not math.isfinite(loss):
         raise UserError(f"the loss of {config.input} is {loss}: the model's weights are damaged or it overflows")
     return {
@@ -76,7 +77,9 @@ def _megatron(config: EvaluateConfig, path: Path) -> dict[str, Any]:
 
 def _check_length(window: int, longest: int) -> None:
     if window > longest:
-        raise UserError(f"--window {window} was given and the model reads at most {longest} tokens: use {longest} or less")
+        raise UserError(
+            f"--window {window} was given and the model reads at most {longest} tokens: use {longest} or less"
+        )
 
 
 def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
@@ -84,15 +87,15 @@ def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
 
     if backend.world_size() > 1:
         raise UserError(
-            f"{config.input} is a Hugging Face model and {backend.world_size()} processes were started: use one process, "
-            "or import it and evaluate the Megatron checkpoint"
+            f"{config.input} is a Hugging Face model and {backend.world_size()} processes were started: use one "
+            "process, or import it and evaluate the Megatron checkpoint"
         )
     reader = HFReader(config.input)
     text = _text(config, reader.directory, reader.model_config.vocab_size)
     _check_length(config.window, reader.model_config.max_position_embeddings)
     dtype = config.dtype or reader.model_config.dtype
     model = AutoModelForCausalLM.from_pretrained(reader.directory, dtype=DTYPES.get(dtype, torch.float16))
-    model = model.to(backend.device()).eval()
+    torch.nn.Module.to(model, backend.device()).eval()
     loss, tokens = 0.0, 0
     torch.set_grad_enabled(False)
     for batch in text.tokens.split(config.micro_batch_size):

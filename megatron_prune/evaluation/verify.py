@@ -77,7 +77,9 @@ def count_zeros(weight: Tensor, target: Target | None) -> ZeroCount:
     return ZeroCount(weight.numel(), int(zero.sum()), int((zero & torch.signbit(weight)).sum()), broken)
 
 
-def projections(weights: Iterator[tuple[str, Tensor]], config: ModelConfig, target: Target | None) -> dict[str, ZeroCount]:
+def projections(
+    weights: Iterator[tuple[str, Tensor]], config: ModelConfig, target: Target | None
+) -> dict[str, ZeroCount]:
     """The counts of every prunable weight, by Hugging Face name."""
     wanted = prunable_shapes(config)
     return {name: count_zeros(weight, target) for name, weight in weights if name in wanted}

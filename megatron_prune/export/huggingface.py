@@ -68,9 +68,7 @@ def _write_weights(
     directory: Path, config: ModelConfig, weights: Iterator[tuple[str, Tensor]], max_shard_bytes: int
 ) -> None:
     family = get_family(config.family)
-    missing = {
-        name: shape for map in family.weights(config) for name, shape in zip(map.hf, map.shapes, strict=True)
-    }
+    missing = {name: shape for map in family.weights(config) for name, shape in zip(map.hf, map.shapes, strict=True)}
     room = sum(len(name) + _ENTRY_BYTES for name in missing)
     tied = family.tied_names(config)
     shards: list[_Shard] = []
@@ -85,9 +83,7 @@ def _write_weights(
             shards.append(_Shard(directory / f"shard-{len(shards)}", room))
         shards[-1].add(name, tensor)
     if missing:
-        raise ValueError(
-            f"{len(missing)} tensors of the model were not given, the first is {next(iter(missing))}"
-        )
+        raise ValueError(f"{len(missing)} tensors of the model were not given, the first is {next(iter(missing))}")
     shards[-1].close()
     _name_shards(directory, shards)
 
@@ -138,9 +134,7 @@ class _Shard:
 
     def close(self) -> None:
         """Fill in the header."""
-        header = json.dumps(
-            {"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")
-        ).encode()
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self.entries}, separators=(",", ":")).encode()
         assert len(header) <= self._header, "the reserved header is too small"
         self._file.seek(0)
         self._file.write(self._header.to_bytes(8, "little") + header.ljust(self._header))

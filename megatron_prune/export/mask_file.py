@@ -93,9 +93,7 @@ def _check_names(path: Path, names: set[str], shapes: Mapping[str, tuple[int, ..
         raise UserError(f"{path} holds {name!r}, which is not a prunable weight of this model{hint}")
     missing = [name for name in shapes if name not in names]
     if missing:
-        raise UserError(
-            f"{path} lacks the masks of {len(missing)} weights of this model, the first is {missing[0]}"
-        )
+        raise UserError(f"{path} lacks the masks of {len(missing)} weights of this model, the first is {missing[0]}")
 
 
 def _masks(
@@ -113,9 +111,7 @@ def _masks(
 def _mask(where: str, array: np.ndarray, stated: np.ndarray | None, shape: tuple[int, ...]) -> Tensor:
     """An array of the file -> bool ``shape``: packed bits, or one element for each weight."""
     if stated is not None and tuple(stated.reshape(-1).tolist()) != shape:
-        raise UserError(
-            f"{where} is a mask of shape {stated.reshape(-1).tolist()}; the weight is {list(shape)}"
-        )
+        raise UserError(f"{where} is a mask of shape {stated.reshape(-1).tolist()}; the weight is {list(shape)}")
     if array.dtype not in (np.bool_, np.uint8, np.int8):
         raise UserError(f"{where} has dtype {array.dtype}; masks are bool, 0/1 bytes or packed bits (uint8)")
     if array.shape == shape:
@@ -125,9 +121,7 @@ def _mask(where: str, array: np.ndarray, stated: np.ndarray | None, shape: tuple
     packed_bytes = -(-int(np.prod(shape)) // 8)
     if array.dtype == np.uint8 and array.size == packed_bytes:
         return unpack_mask(array, shape)
-    raise UserError(
-        f"{where} has shape {list(array.shape)}; expected {list(shape)} or {packed_bytes} packed bytes"
-    )
+    raise UserError(f"{where} has shape {list(array.shape)}; expected {list(shape)} or {packed_bytes} packed bytes")
 
 
 def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:

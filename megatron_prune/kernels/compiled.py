@@ -61,9 +61,7 @@ def load_library(source: Path) -> ctypes.CDLL | None:
 def _load(source: Path) -> ctypes.CDLL | None:
     text = source.read_bytes()
     commands = compilers()
-    reasons = (
-        [] if commands else ["no C compiler found (looked for $CC, cc, gcc, clang and the ziglang wheel)"]
-    )
+    reasons = [] if commands else ["no C compiler found (looked for $CC, cc, gcc, clang and the ziglang wheel)"]
     for flags, loss in VARIANTS:
         for command in commands:
             try:
@@ -139,9 +137,7 @@ def cache_directory() -> Path:
         reason = "not writable"
     except OSError as error:
         reason = str(error)
-    logger.warning(
-        "kernel cache %s cannot be used (%s): kernels are compiled again in every process", root, reason
-    )
+    logger.warning("kernel cache %s cannot be used (%s): kernels are compiled again in every process", root, reason)
     return Path(tempfile.mkdtemp(prefix="megatron_prune_"))
 
 
@@ -155,9 +151,7 @@ def _build_and_open(source: Path, text: bytes, command: list[str], flags: tuple[
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        library.unlink(
-            missing_ok=True
-        )  # damaged, or its OpenMP runtime has gone: the next process builds anew
+        library.unlink(missing_ok=True)  # damaged, or its OpenMP runtime has gone: the next process builds anew
         raise BuildError(f"{library.name} from {command[0]} does not load: {error}") from error
 
 

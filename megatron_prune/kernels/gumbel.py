@@ -251,9 +251,7 @@ def _noisy(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -> Tens
     return noisy.add_(gumbel_noise(groups, logits.shape[-1], call.key))
 
 
-def _eager_masks(
-    logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _eager_masks(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities [rows, groups, patterns], forward mask [rows, groups, m] and table [patterns, m]."""
     table = patterns(call.n, call.m).to(logits.device, dtype)
     noisy = _noisy(logits, rows, call, dtype)

@@ -99,9 +99,7 @@ def scores(weight: Tensor, factor: Factor, first: int, last: int) -> Tensor:
     return (weight[:, first:last] / diagonal).square().masked_fill(~factor.live[first:last], -1.0)
 
 
-def sweep(
-    weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n: int = 0, m: int = 0
-) -> None:
+def sweep(weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n: int = 0, m: int = 0) -> None:
     """Remove weights of the columns first to last and correct all columns on their right, in place.
 
     With ``m`` the mask is chosen here, N:M, and written; with ``m = 0`` it is given.

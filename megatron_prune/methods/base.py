@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
 from megatron_prune.methods.target import Target
-
-if TYPE_CHECKING:
-    from megatron_prune.apply.decision import Masks
 
 __all__ = [
     "HyperParameter",
@@ -83,14 +80,23 @@ class Linear(Protocol):
         """Apply mask [rows_here, in] (True = kept), after replacing the weights when ``weight`` is given."""
 
 
+class Kept(NamedTuple):
+    """Outcome of a method in two numbers."""
+
+    kept: int
+    """Weights that stay."""
+    size: int
+    """Weights that were decided about."""
+
+
 class Runner(Protocol):
     """Passes over the model, whatever its layout."""
 
-    def layerwise(self, statistic: type[Statistic] | None) -> Iterator[Linear]:
+    def layerwise(self, statistic: Callable[..., Any] | None) -> Iterator[Any]:
         """Prunable layers in model order; the statistics of later ones see the earlier ones pruned."""
 
-    def masks(self) -> Masks:
-        """Everything kept so far."""
+    def masks(self) -> Kept:
+        """How much was kept so far; the masks themselves are with the run."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,11 @@ class PruningMethod:
         """This method's hyper-parameters, for the record."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
-    def prune(self, model: Any, runner: Runner, target: Target) -> Masks:
-        """Decide every prunable weight of ``model``; UserError when target or data do not allow it."""
+    def prune(self, model: Any, runner: Any, target: Target) -> Kept:
+        """Decide every prunable weight of ``model``; UserError when target or data do not allow it.
+
+        ``runner`` is a `Runner`, or a `LearningRunner` for methods that learn.
+        """
         raise NotImplementedError
 
     def accept(self, target: Target) -> None:
@@ -169,9 +178,7 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
     """The method called ``name`` with these hyper-parameters; UserError names the nearest known one."""
     known = _discovered()
     if name not in known:
-        raise UserError(
-            f"unknown method {name!r}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}"
-        )
+        raise UserError(f"unknown method {name!r}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}")
     allowed = [entry.name for entry in fields(known[name])]
     for given in hyperparameters:
         if given not in allowed:
@@ -196,9 +203,7 @@ def _discovered() -> dict[str, type[PruningMethod]]:
 
 
 def _describe(cls: type[PruningMethod]) -> MethodInfo:
-    return MethodInfo(
-        cls.name, cls.paper, tuple(cls.targets.values()), tuple(_knob(entry) for entry in fields(cls))
-    )
+    return MethodInfo(cls.name, cls.paper, tuple(cls.targets.values()), tuple(_knob(entry) for entry in fields(cls)))
 
 
 def _knob(entry: Field[Any]) -> HyperParameter:

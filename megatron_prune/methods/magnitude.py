@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_blocks, select_nm
+from megatron_prune.methods.base import Kept, PruningMethod, Runner, finite, register, select_blocks, select_nm
 from megatron_prune.methods.target import NM, Target, Unstructured, pruned_count
 
 
@@ -34,7 +34,7 @@ class Magnitude(PruningMethod):
     }
     calibrated: ClassVar[bool] = False
 
-    def prune(self, model: Any, runner: Runner, target: Target) -> Any:
+    def prune(self, model: Any, runner: Runner, target: Target) -> Kept:
         """Decide every prunable weight."""
         self.accept(target)
         for linear in runner.layerwise(None):
@@ -42,9 +42,7 @@ class Magnitude(PruningMethod):
             if isinstance(target, NM):
                 mask = select_nm(score, target.n, target.m)
             else:
-                whole = select_blocks(
-                    linear.gather(score), linear.blocks, kept_of(score.shape[1], target.sparsity)
-                )
+                whole = select_blocks(linear.gather(score), linear.blocks, kept_of(score.shape[1], target.sparsity))
                 mask = linear.local(whole)
             linear.keep(mask)
         return runner.masks()

@@ -24,12 +24,11 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.gumbel import decode, patterns
-from megatron_prune.methods.base import PruningMethod, hyperparameter, register
+from megatron_prune.methods.base import Kept, PruningMethod, hyperparameter, register
 from megatron_prune.methods.target import NM, Target
 
 if TYPE_CHECKING:
     from megatron_prune.model.masked_linear import MaskDraw
-    from megatron_prune.model.prunable import PrunableModel
     from megatron_prune.training.learning import LearningRunner
 
 
@@ -80,12 +79,14 @@ class MaskLLM(PruningMethod):
                 f"maskllm: weight_regularization {self.weight_regularization} was given; allowed: 0 or more"
             )
 
-    def prune(self, model: PrunableModel, runner: LearningRunner, target: Target) -> Any:
+    def prune(self, model: Any, runner: LearningRunner, target: Target) -> Kept:
         """Learn the mask logits of every prunable linear and keep each group's best pattern."""
         self.accept(target)
         assert isinstance(target, NM)
         draw = runner.learn_masks(target.n, target.m, hard=self.hard, train_weights=self.train_weights)
-        runner.start_logits(lambda mask: prior_logits(mask, target.n, target.m, self.prior_strength, self.std), self.std)
+        runner.start_logits(
+            lambda mask: prior_logits(mask, target.n, target.m, self.prior_strength, self.std), self.std
+        )
         runner.optimize(
             multipliers={"*mask_logits": self.lr_multiplier},
             on_step=lambda step, steps: self.schedule(draw, step, steps, runner.microbatches),

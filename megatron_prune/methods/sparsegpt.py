@@ -23,6 +23,7 @@ from megatron_prune.kernels.second_order import (
     solve_unstructured,
 )
 from megatron_prune.methods.base import (
+    Kept,
     Linear,
     PruningMethod,
     Runner,
@@ -58,7 +59,7 @@ class SparseGPT(PruningMethod):
         if self.block_size < 1:
             raise UserError(f"sparsegpt: block_size {self.block_size} was given; allowed: 1 or more")
 
-    def prune(self, model: Any, runner: Runner, target: Target) -> Any:
+    def prune(self, model: Any, runner: Runner, target: Target) -> Kept:
         """Decide every prunable weight, layer by layer; later layers see the pruned ones."""
         self.accept(target)
         for linear in runner.layerwise(Hessian):
@@ -73,9 +74,9 @@ class SparseGPT(PruningMethod):
             return factorise(hessian, self.percdamp)
         except SingularHessian:
             raise UserError(
-                f"sparsegpt: the Hessian of {linear.name} is singular: its inputs are linearly dependent over "
-                f"the {int(linear.statistic.tokens)} calibration tokens seen and percdamp {self.percdamp} does "
-                "not mend it: give more calibration text (--calibration-samples) or a larger --percdamp"
+                f"sparsegpt: the Hessian of {linear.name} is singular: its inputs are linearly dependent "
+                f"over the {int(linear.statistic.tokens)} calibration tokens seen and percdamp {self.percdamp} "
+                "does not mend it: give more calibration text (--calibration-samples) or a larger --percdamp"
             ) from None
 
     def _solve(self, weight: Tensor, factor: Factor, linear: Linear, target: Target) -> tuple[Tensor, Tensor]:

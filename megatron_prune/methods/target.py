@@ -15,9 +15,7 @@ from fractions import Fraction
 from megatron_prune.errors import UserError
 
 MAX_M = 16
-_ALLOWED = (
-    "N:M such as 2:4 (N kept of every M inputs) or a sparsity between 0 and 1 such as 0.5 (share removed)"
-)
+_ALLOWED = "N:M such as 2:4 (N kept of every M inputs) or a sparsity between 0 and 1 such as 0.5 (share removed)"
 
 
 def pruned_count(size: int, sparsity: float) -> int:
@@ -70,11 +68,7 @@ class Unstructured:
     """Share of the weights removed, between 0 and 1, both excluded."""
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.sparsity, bool)
-            or not isinstance(self.sparsity, (int, float))
-            or not 0 < self.sparsity < 1
-        ):
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1:
             raise UserError(
                 f"sparsity {self.sparsity} is not possible; it is the share of weights removed, "
                 "between 0 and 1 (both excluded)"

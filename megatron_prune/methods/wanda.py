@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_nm, select_rows
+from megatron_prune.methods.base import Kept, PruningMethod, Runner, finite, register, select_nm, select_rows
 from megatron_prune.methods.target import NM, Target, Unstructured
 from megatron_prune.statistics.activations import InputNorm
 
@@ -29,7 +29,7 @@ class Wanda(PruningMethod):
         Unstructured: "unstructured sparsity, counted in each output row",
     }
 
-    def prune(self, model: Any, runner: Runner, target: Target) -> Any:
+    def prune(self, model: Any, runner: Runner, target: Target) -> Kept:
         """Decide every prunable weight, layer by layer; the weights that stay are not changed."""
         self.accept(target)
         for linear in runner.layerwise(InputNorm):

@@ -50,7 +50,9 @@ class RMSNorm(torch.nn.RMSNorm):
 class SDPACoreAttention(torch.nn.Module):
     """Causal attention of this rank's heads by torch's fused kernel; `[s, b, heads, d]` in, `[s, b, heads * d]` out."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__()
         if config.context_parallel_size != 1:
             raise UserError(
@@ -140,7 +142,9 @@ def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
             )
 
 
-def transformer_config(config: ModelConfig, layout: backend.Layout, dtype: torch.dtype, **extra: Any) -> TransformerConfig:
+def transformer_config(
+    config: ModelConfig, layout: backend.Layout, dtype: torch.dtype, **extra: Any
+) -> TransformerConfig:
     """Megatron-core's configuration of `config` in `layout`; `extra` overrides single fields."""
     fields: dict[str, Any] = dict(
         num_layers=config.num_layers,
@@ -233,7 +237,11 @@ def _hide_padding(model: GPTModel, vocab_size: int, layout: backend.Layout) -> N
 
 
 def build_model(
-    config: ModelConfig, layout: backend.Layout, dtype: torch.dtype, max_sequence_length: int | None = None, **extra: Any
+    config: ModelConfig,
+    layout: backend.Layout,
+    dtype: torch.dtype,
+    max_sequence_length: int | None = None,
+    **extra: Any,
 ) -> GPTModel:
     """This rank's part of the model, weights not initialised (load them next). Process groups must exist."""
     check_divisible(config, layout)

@@ -61,16 +61,14 @@ def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder))
     except (CheckpointingException, KeyError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise UserError(
-            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); it is damaged or belongs to another "
-            "model: use another checkpoint"
+            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); it is damaged or belongs to "
+            "another model: use another checkpoint"
         ) from error
 
 
 def write_manifest(folder: Path) -> None:
     """Record the size of every file below `folder`."""
-    sizes = {
-        str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     write_json(folder / "manifest.json", sizes)
 
 
@@ -134,5 +132,3 @@ def load_model(path: Path, layout: backend.Layout, dtype: str | None = None, **e
     if absent or missing.unexpected_keys:
         raise UserError(f"checkpoint {path} does not fit its own description: {absent + missing.unexpected_keys}")
     return prunable
-
-

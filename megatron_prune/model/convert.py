@@ -210,14 +210,11 @@ class HFReader:
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._entries:
             raise UserError(
-                f"{self.directory} has no tensor {name}, which config.json asks for; "
-                "is the checkpoint complete?"
+                f"{self.directory} has no tensor {name}, which config.json asks for; is the checkpoint complete?"
             )
         entry = self._entries[name]
         if entry.shape != shape:
-            raise UserError(
-                f"{name} in {entry.file} has shape {list(entry.shape)}; config.json asks for {list(shape)}"
-            )
+            raise UserError(f"{name} in {entry.file} has shape {list(entry.shape)}; config.json asks for {list(shape)}")
         if entry.dtype not in _FLOATS:
             raise UserError(
                 f"{name} in {entry.file} has dtype {entry.dtype}; supported: {', '.join(_FLOATS)} "
@@ -243,9 +240,7 @@ def _local_directory(source: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
-        raise UserError(
-            f"{source} does not exist; give a directory or a hub id such as HuggingFaceTB/SmolLM2-135M"
-        )
+        raise UserError(f"{source} does not exist; give a directory or a hub id such as HuggingFaceTB/SmolLM2-135M")
     return _download(source)
 
 
@@ -305,9 +300,7 @@ def _read_entries(directory: Path) -> dict[str, _Entry]:
         return _indexed_entries(directory, index)
     if (directory / "model.safetensors").is_file():
         return _file_entries(directory / "model.safetensors")
-    pickles = sorted(
-        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern)
-    )
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
     if pickles:
         raise UserError(
             f"{directory} holds {pickles[0]} but no safetensors; pickle files are not read because opening "
@@ -336,14 +329,10 @@ def _file_entries(file: Path) -> dict[str, _Entry]:
     header, data_bytes = _read_header(file)
     try:
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        entries = {
-            name: _Entry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()
-        }
+        entries = {name: _Entry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"{file} is not a valid safetensors file: its header is malformed ({error!r})"
-        ) from error
+        raise UserError(f"{file} is not a valid safetensors file: its header is malformed ({error!r})") from error
     if end != data_bytes:
         raise UserError(
             f"{file} is truncated or damaged: its header describes {end} bytes of tensors, "
@@ -360,9 +349,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             length = struct.unpack("<Q", opened.read(8))[0] if size >= 8 else 0
             header = json.loads(opened.read(length)) if 0 < length <= min(_HEADER_LIMIT, size - 8) else None
     except FileNotFoundError:
-        raise UserError(
-            f"{file} does not exist, but the index names it; is the checkpoint complete?"
-        ) from None
+        raise UserError(f"{file} does not exist, but the index names it; is the checkpoint complete?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not a valid safetensors file: {error}") from error
     if not isinstance(header, dict):

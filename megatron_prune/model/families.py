@@ -184,9 +184,7 @@ class Family:
         maps = [_weight_map(row, config, None) for row in before]
         maps += [_weight_map(row, config, layer) for layer in range(config.num_layers) for row in layers]
         return maps + [
-            _weight_map(row, config, None)
-            for row in after
-            if not (row.untied_only and config.tie_word_embeddings)
+            _weight_map(row, config, None) for row in after if not (row.untied_only and config.tie_word_embeddings)
         ]
 
     def tied_names(self, config: ModelConfig) -> tuple[str, ...]:
@@ -205,9 +203,7 @@ class Family:
     def _value(self, hf_config: Mapping[str, Any], key: str) -> Any:
         value = self.defaults.get(key) if hf_config.get(key) is None else hf_config[key]
         if value is None and key not in self.defaults:
-            raise UserError(
-                f"config.json lacks {key}, which the {self.name} family needs; is the file complete?"
-            )
+            raise UserError(f"config.json lacks {key}, which the {self.name} family needs; is the file complete?")
         return value
 
 
@@ -278,9 +274,7 @@ def _rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         raise UserError(f"config.json gives {given!r} as rope parameters; they must be an object")
     base = float(_number("rope_theta", given.get("rope_theta", hf_config.get("rope_theta", 10000.0))))
     if given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"config.json has partial_rotary_factor {given['partial_rotary_factor']}; supported: 1.0 only"
-        )
+        raise UserError(f"config.json has partial_rotary_factor {given['partial_rotary_factor']}; supported: 1.0 only")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return base, None
@@ -325,9 +319,7 @@ def _check_heads(config: ModelConfig) -> None:
             "key/value heads; the second must divide the first"
         )
     if config.kv_channels % 2:
-        raise UserError(
-            f"config.json gives a head width of {config.kv_channels}; rotary embeddings need an even one"
-        )
+        raise UserError(f"config.json gives a head width of {config.kv_channels}; rotary embeddings need an even one")
 
 
 def _check_loadable(config: ModelConfig) -> None:
@@ -349,9 +341,7 @@ _LLAMA_TABLE = (
         shard_dim=0,
         pad_rows=True,
     ),
-    WeightPattern(
-        _MEGATRON_LAYER + "input_layernorm.weight", {_LLAMA_LAYER + "input_layernorm.weight": ("hidden",)}
-    ),
+    WeightPattern(_MEGATRON_LAYER + "input_layernorm.weight", {_LLAMA_LAYER + "input_layernorm.weight": ("hidden",)}),
     WeightPattern(
         _MEGATRON_LAYER + "self_attention.linear_qkv.weight",
         {

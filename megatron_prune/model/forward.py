@@ -21,7 +21,7 @@ def _no_loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def forward_only(model: PrunableModel, tokens: Tensor, labels: Tensor | None = None) -> Tensor | None:
-    """Logits `[b, s, vocab / tp]` of tokens `[b, s]`, or per-token losses `[b, s]` with labels; None off the last stage.
+    """Logits `[b, s, vocab / tp]` of tokens `[b, s]`, or per-token losses `[b, s]` given labels; last stage only.
 
     Sequence parallelism needs a length that the tensor-parallel size divides: tokens are padded at the end, where
     causal attention cannot see them, and the outputs cut back.

@@ -31,7 +31,9 @@ def layout_of(parallelism: Parallelism) -> backend.Layout:
     )
 
 
-def read_hf(reader: HFReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None) -> PrunableModel:
+def read_hf(
+    reader: HFReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None
+) -> PrunableModel:
     """The model of a Hugging Face checkpoint in `layout`, weights in `dtype` (None: as stored), masked on request."""
     config = replace(reader.model_config, dtype=dtype) if dtype else reader.model_config
     masks = packed_masks(mask, config) if mask else None

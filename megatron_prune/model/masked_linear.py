@@ -4,7 +4,7 @@ One mixin serves both: megatron-core's `_forward_impl` is handed `mask * weight`
 sequence parallelism and biases stay megatron-core's own. The mask logits are `[out, in / M, patterns]`, sharded exactly
 like the weight they belong to:
 
-    weight        [out, in]          row 0:  w w w w | w w w w | ...      M = 4: a group is 4 consecutive inputs of a row
+    weight        [out, in]          row 0:  w w w w | w w w w | ...      a group is M = 4 consecutive inputs of a row
     mask_logits   [out, in/4, 6]     row 0:   o(6)   |   o(6)  | ...      one logit for each of the C(4, 2) patterns
 """
 

@@ -19,6 +19,9 @@ from torch import Tensor
 TILE_CPU = 256
 TILE_GPU = 2048
 
+WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+"""This PyTorch multiplies bf16 matrices on a GPU into a float32 result."""
+
 
 class Hessian:
     """Accumulates X^T X: each window in float32, windows in float64.
@@ -52,15 +55,21 @@ class Hessian:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left^T right, float32 [a, b] of [tokens, a] and [tokens, b]; a bf16 result would have 8 bits."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    if WIDE_PRODUCTS and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.float().t() @ right.float()
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bf16 itself and this PyTorch (2.10 on) tells so and can be asked to."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is not None and bool(capabilities().get("avx512_bf16", False))
 
 
 @contextmanager
 def exact_bf16_products(x: Tensor) -> Iterator[None]:
     """While active, CPU products of float32 may round operands to bf16: exact when those come from bf16."""
-    if x.is_cuda or x.dtype != torch.bfloat16 or not torch.cpu.get_capabilities().get("avx512_bf16", False):
+    if x.is_cuda or x.dtype != torch.bfloat16 or not has_bf16_products():
         yield
         return
     precision = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time

@@ -2,9 +2,10 @@
 
 `layerwise` visits the decoder layers in order. Every rank rebuilds the *whole* layer and runs it, unsharded, on its own
 share of the calibration windows: weights travel between ranks, activations never do. A window is therefore computed by
-the same arithmetic in every layout, statistics are sums over fixed units of windows kept in float64, and the decision drawn from
-them is the same on one process and on many. It also uses all ranks, also those of other pipeline stages, and needs no
-tensor-parallel communication inside a layer; it costs one layer's weights and one rank's share of the activations.
+the same arithmetic in every layout, statistics are sums over fixed units of windows kept in float64, and the decision
+drawn from them is the same on one process and on many. It also uses all ranks, those of other pipeline stages too, and
+needs no tensor-parallel communication inside a layer; it costs one layer's weights and one rank's share of the
+activations.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prune.apply.decision import MaskWriter
+from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
 from megatron_prune.model.build import rotary, whole_layer
 from megatron_prune.model.families import WeightMap
 from megatron_prune.model.prunable import LINEARS, PrunableModel
-
 
 UNIT_TOKENS = 2048
 """Calibration windows are run and accumulated in units of about so many tokens, the same units in every layout."""
@@ -106,9 +107,9 @@ class Runner:
     def layerwise(self, statistic: Callable[..., Any] | None) -> Iterator[WholeLinear]:
         """Every prunable linear in model order, with its statistic over all calibration windows.
 
-        `statistic(in_features, device)` is updated with the inputs `[tokens, in]` of one unit of windows at a time; None asks for no
-        data at all. Each linear must be given a decision with `keep` before the next one is taken; the inputs of later
-        layers come from the pruned earlier ones.
+        `statistic(in_features, device)` is updated with the inputs `[tokens, in]` of one unit of windows at a time;
+        None asks for no data at all. Each linear must be given a decision with `keep` before the next one is taken;
+        the inputs of later layers come from the pruned earlier ones.
         """
         layers = self.model.config.num_layers
         walk = _LayerWalk(self.model, self.tokens) if statistic else None
@@ -123,9 +124,9 @@ class Runner:
                 walk.advance(whole, number)
             self.progress(1)
 
-    def masks(self) -> Runner:
-        """What the method decided: kept and total weight counts; the masks themselves are in the writer's folder."""
-        return self
+    def masks(self) -> Kept:
+        """How much the method kept; the masks themselves are in the writer's folder."""
+        return Kept(self.kept, self.size)
 
     def _layer_maps(self, number: int) -> list[WeightMap]:
         return [map for map in self.model.maps if map.layer == number]
@@ -184,9 +185,7 @@ class _LayerWalk:
     def collect(self, whole: dict[str, Tensor], number: int, statistic: Callable[..., Any]) -> list[Any]:
         """Statistics of the layer's linears over the windows of all ranks, inputs from the layer as given."""
         self._load(whole, number)
-        found = {
-            path: statistic(self.layer.get_submodule(path).weight.shape[1], self.device) for path in LINEARS
-        }
+        found = {path: statistic(self.layer.get_submodule(path).weight.shape[1], self.device) for path in LINEARS}
         for hidden in self.hidden:
             self._forward(hidden)
             for path in LINEARS:

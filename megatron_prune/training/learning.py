@@ -24,6 +24,7 @@ from megatron_prune.files import new_folder, read_json, write_json
 from megatron_prune.kernels import gumbel
 from megatron_prune.kernels.philox import gumbel_noise
 from megatron_prune.log import MetricsLog
+from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import check_manifest, load_sharded, metadata, save_sharded, write_manifest
 from megatron_prune.model.masked_linear import MaskDraw
@@ -155,11 +156,12 @@ class LearningRunner:
 
     @torch.no_grad()
     def _mask_statistics(self) -> dict[str, float]:
-        """Over all groups of the model: mean best probability, share changed since the last look and since the start."""
+        """Over all groups: mean best probability, share changed since the last look and since the start."""
         assert self.draw is not None
         sums = torch.zeros(4, dtype=torch.float64, device=backend.device())
         for linear in self.model.linears():
-            logits = linear.module.mask_logits
+            logits, position = linear.module.mask_logits, linear.module.position
+            assert position is not None
             now = gumbel.winners(logits)
             best = gumbel.statistics(
                 logits,
@@ -169,7 +171,7 @@ class LearningRunner:
                 scale=self.draw.scale,
                 temperature=self.draw.temperature,
                 draw=None,
-                position=linear.module.position,
+                position=position,
             )["sum_max_probability"]
             sums += torch.tensor(
                 [
@@ -248,8 +250,8 @@ class LearningRunner:
         self.model.model.load_state_dict(state["model"], strict=False)
 
     @torch.no_grad()
-    def keep(self, decide: Callable[[Tensor], Tensor]) -> tuple[int, int]:
-        """Decode every linear's logits and write the masks. Returns kept and all weights. Collective."""
+    def keep(self, decide: Callable[[Tensor], Tensor]) -> Kept:
+        """Decode every linear's logits and write the masks. Collective."""
         here = {linear.name: linear for linear in self.model.linears()}
         writer = self.writer()
         kept = size = 0
@@ -266,4 +268,4 @@ class LearningRunner:
                 writer.add_layer(layer, masks)
         if writer is not None:
             writer.close()
-        return kept, size
+        return Kept(kept, size)

@@ -47,7 +47,12 @@ def launch(processes: int, commands: Sequence[Sequence[str]], folder: Path) -> s
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
-        [*torchrun, str(WORKER), str(task)], capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False
+        [*torchrun, str(WORKER), str(task)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        env=environment,
+        check=False,
     )
 
 

@@ -43,7 +43,10 @@ def kill_after_first_checkpoint(command: list[str], run: Path) -> None:
     """Start a run by itself and end it with SIGKILL once its first checkpoint is complete."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_prune", *command], env=environment, start_new_session=True, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "megatron_prune", *command],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 240
     while not (run / "checkpoints" / "latest.json").exists():

@@ -24,10 +24,7 @@ def test_a_mistake_is_one_line_and_status_2() -> None:
     done = start("evaluate", "--input", "a", "--text", "b", "--windw", "3")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert (
-        done.stderr
-        == "megatron-prune: error: unknown option --windw (windw in YAML); did you mean --window?\n"
-    )
+    assert done.stderr == "megatron-prune: error: unknown option --windw (windw in YAML); did you mean --window?\n"
 
 
 def test_help_lists_the_verbs_quickly() -> None:
@@ -35,9 +32,7 @@ def test_help_lists_the_verbs_quickly() -> None:
     done = start("--help")
     assert done.returncode == 0
     assert all(f"  {name} " in done.stdout for name in program.VERBS)
-    heavy = (
-        "import sys, megatron_prune.__main__; print({'torch', 'transformers', 'megatron'} & set(sys.modules))"
-    )
+    heavy = "import sys, megatron_prune.__main__; print({'torch', 'transformers', 'megatron'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True)
     assert loaded.stdout == "set()\n"
     assert time.perf_counter() - began < 10
@@ -80,9 +75,7 @@ def test_methods_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("raised, status", [(UserError("no"), 2), (KeyboardInterrupt(), 130)])
-def test_status_of_what_a_verb_raises(
-    raised: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_of_what_a_verb_raises(raised: BaseException, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "_run", lambda argv: (_ for _ in ()).throw(raised))
     assert program.main(["methods"]) == status
 

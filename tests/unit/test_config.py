@@ -87,9 +87,7 @@ def test_a_switch_can_be_negated(tmp_path: Path) -> None:
 
 def test_yaml_reads_like_flags(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(
-        "lr: 1e-3\nmin-lr: 1e-4\ntarget: 1:4\ndata: [a.txt, b.txt]\nprior: null\nmethod: maskllm\n"
-    )
+    file.write_text("lr: 1e-3\nmin-lr: 1e-4\ntarget: 1:4\ndata: [a.txt, b.txt]\nprior: null\nmethod: maskllm\n")
     argv = ["--config", str(file), "--input", "ckpt", "--output", "run"]
     config = parse(PruneConfig, argv, "p")
     assert config.training.lr == 1e-3 and config.training.min_lr == 1e-4

@@ -164,7 +164,9 @@ def test_a_loss_that_is_no_number(root: Path, capsys: pytest.CaptureFixture[str]
     assert "step 1" in message and "last checkpoint is kept" in message
     assert json.loads((root / "exploded" / "checkpoints" / "latest.json").read_text()) == {"step": 1}
     assert json.loads((root / "exploded" / "run.json").read_text())["state"] == "learning"
-    assert "has no decision yet" in refused(["trim", "--input", str(root / "exploded"), "--output", str(root / "x")], capsys)
+    assert "has no decision yet" in refused(
+        ["trim", "--input", str(root / "exploded"), "--output", str(root / "x")], capsys
+    )
     assert untouched(root, "x")
 
 

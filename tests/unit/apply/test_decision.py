@@ -34,19 +34,14 @@ CONFIG: ModelConfig = FAMILIES["llama"].from_hf({
 
 def info(target: str = "2:4") -> MaskInfo:
     calibration = {"source": ["c4.txt"], "count": 2, "sha256": "00"}
-    return MaskInfo(
-        "wanda", target, {"blocks": 1}, "llama", CONFIG.fingerprint(), 7, calibration, {"by": "test"}
-    )
+    return MaskInfo("wanda", target, {"blocks": 1}, "llama", CONFIG.fingerprint(), 7, calibration, {"by": "test"})
 
 
-def random_layers(
-    n: int = 2, m: int = 4, config: ModelConfig = CONFIG
-) -> list[tuple[int, dict[str, Tensor]]]:
+def random_layers(n: int = 2, m: int = 4, config: ModelConfig = CONFIG) -> list[tuple[int, dict[str, Tensor]]]:
     """Random N:M masks for every prunable weight, layer by layer."""
     generator = torch.Generator().manual_seed(0)
     masks = {
-        name: select_nm(torch.rand(shape, generator=generator), n, m)
-        for name, shape in prunable_shapes(config).items()
+        name: select_nm(torch.rand(shape, generator=generator), n, m) for name, shape in prunable_shapes(config).items()
     }
     return [
         (layer, {name: mask for name, mask in masks.items() if f"layers.{layer}." in name})
@@ -101,9 +96,7 @@ def test_summary_counts_every_projection(saved: Masks) -> None:
 def test_check_proves_the_pattern(saved: Masks) -> None:
     saved.check()
     saved.check("2:4")
-    with pytest.raises(
-        UserError, match=r"q_proj.*keeps 2 of the 4 inputs from 0 on in row 0; 1:4 keeps exactly 1"
-    ):
+    with pytest.raises(UserError, match=r"q_proj.*keeps 2 of the 4 inputs from 0 on in row 0; 1:4 keeps exactly 1"):
         saved.check("1:4")
 
 
@@ -190,9 +183,7 @@ def test_damaged_truncated_and_missing_layer_files_are_noticed(saved: Masks) -> 
         Masks.load(saved.directory)
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"format": 99, "kind": "masks"}', '{"format": 1, "kind": "masks"}']
-)
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 99, "kind": "masks"}', '{"format": 1, "kind": "masks"}'])
 def test_damaged_decision_json(saved: Masks, text: str) -> None:
     (saved.directory / "decision.json").write_text(text)
     with pytest.raises(UserError, match="decision.json"):
@@ -213,9 +204,7 @@ def test_decision_for_another_model_is_refused(saved: Masks, tmp_path: Path) -> 
     from dataclasses import replace
 
     saved.check_model(CONFIG)
-    with pytest.raises(
-        UserError, match="another model: the mask of model.layers.0.mlp.gate_proj.weight has shape"
-    ):
+    with pytest.raises(UserError, match="another model: the mask of model.layers.0.mlp.gate_proj.weight has shape"):
         saved.check_model(replace(CONFIG, ffn_hidden_size=32))
     with pytest.raises(UserError, match="no mask for model.layers.3"):
         saved.check_model(replace(CONFIG, num_layers=4))

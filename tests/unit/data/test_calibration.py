@@ -86,9 +86,7 @@ def test_leaves_the_global_generator_alone(text: Path, tokenizer: PreTrainedToke
     assert random.getstate() == state
 
 
-def test_a_document_of_exactly_the_length_is_too_short(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_document_of_exactly_the_length_is_too_short(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     file = tmp_path / "a.txt"
     file.write_text("1 2 3")  # four tokens with <s>
     assert windows([file], tokenizer, 2, 3, 0).tokens.tolist() == [[1, 4, 5], [1, 4, 5]]

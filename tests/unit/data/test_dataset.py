@@ -39,9 +39,7 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_windows_cover_the_text_once_an_epoch(
-    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_windows_cover_the_text_once_an_epoch(text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     data = TokenWindows([text], tokenizer, 10, seed=0, cache=tmp_path)
     assert len(data.tokens) == 110 and data.num_windows == 10
     flat = np.array(data.tokens)
@@ -63,9 +61,7 @@ def test_sample_is_a_pure_function(text: Path, tokenizer: PreTrainedTokenizerFas
     assert first.batch(indices).tolist() == forwards
 
 
-def test_order_depends_on_seed_and_epoch(
-    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_order_depends_on_seed_and_epoch(text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     a, b = (TokenWindows([text], tokenizer, 5, seed=seed, cache=tmp_path) for seed in (1, 2))
     epochs = [[a.sample(index).tolist() for index in range(start, start + 21)] for start in (0, 21)]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1])

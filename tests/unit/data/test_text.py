@@ -78,9 +78,7 @@ def small_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 def test_tokenizer_that_does_not_fit() -> None:
     check_tokenizer(small_tokenizer(8), 8)
-    with pytest.raises(
-        UserError, match="does not fit the model: its ids reach 8, the model's vocabulary has 8"
-    ):
+    with pytest.raises(UserError, match="does not fit the model: its ids reach 8, the model's vocabulary has 8"):
         check_tokenizer(small_tokenizer(9), 8)
 
 

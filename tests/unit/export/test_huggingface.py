@@ -90,10 +90,7 @@ def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
     reader = HFReader(
         tiny_llama(tmp_path / "hf", hidden_size=33, num_attention_heads=3, num_key_value_heads=1, head_dim=8)
     )
-    mixed = {
-        name: tensor if name.endswith("proj.weight") else tensor.bfloat16()
-        for name, tensor in tensors(reader)
-    }
+    mixed = {name: tensor if name.endswith("proj.weight") else tensor.bfloat16() for name, tensor in tensors(reader)}
     write_hf(tmp_path / "new", reader.model_config, iter(mixed.items()))
     again = HFReader(tmp_path / "new")
     for name, tensor in mixed.items():

@@ -25,10 +25,7 @@ def arrays() -> dict[str, np.ndarray]:
     """A random 1:4 mask for every prunable weight, as plain bool arrays."""
     generator = torch.Generator().manual_seed(3)
     shapes = prunable_shapes(CONFIG)
-    return {
-        name: select_nm(torch.rand(shape, generator=generator), 1, 4).numpy()
-        for name, shape in shapes.items()
-    }
+    return {name: select_nm(torch.rand(shape, generator=generator), 1, 4).numpy() for name, shape in shapes.items()}
 
 
 @pytest.fixture
@@ -86,9 +83,7 @@ def test_existing_file_is_not_overwritten(masks: Masks, tmp_path: Path) -> None:
         save_mask_npz(tmp_path / "mask.npz", masks)
 
 
-def test_interrupted_write_leaves_nothing(
-    masks: Masks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_write_leaves_nothing(masks: Masks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> torch.Tensor:
         raise OSError("disk full")
 

@@ -41,9 +41,7 @@ def source(tmp_path: Path) -> Path:
 def evaluate(implementation: Any = "auto") -> torch.Tensor:
     weight, logits = torch.ones(2, 8), torch.zeros(2, 2, 6)
     arguments: dict[str, Any] = {"n": 2, "m": 4, "scale": 1.0, "temperature": 1.0, "draw": None}
-    return masked_weight(
-        weight, logits, position=Position.whole(2, 2), implementation=implementation, **arguments
-    )
+    return masked_weight(weight, logits, position=Position.whole(2, 2), implementation=implementation, **arguments)
 
 
 @needs_compiler

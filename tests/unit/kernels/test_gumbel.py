@@ -15,9 +15,7 @@ from megatron_prune.kernels.compiled import load_library
 from megatron_prune.kernels.gumbel import Draw, Position
 from megatron_prune.kernels.philox import gumbel_noise
 
-needs_compiled = pytest.mark.skipif(
-    load_library(gumbel.SOURCE) is None, reason="no C compiler on this machine"
-)
+needs_compiled = pytest.mark.skipif(load_library(gumbel.SOURCE) is None, reason="no C compiler on this machine")
 TARGETS = [(2, 4), (1, 4), (4, 8), (1, 2), (3, 4), (2, 3)]
 DRAW = Draw(seed=1234, step=5, microbatch=6, tensor_id=7)
 SETTINGS: dict[str, Any] = {"scale": 2.0, "temperature": 0.7, "draw": DRAW}

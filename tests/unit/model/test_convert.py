@@ -105,9 +105,7 @@ def test_row_ids_of_all_ranks_cover_every_row_once() -> None:
 def test_qkv_is_interleaved_per_query_group() -> None:
     config = make_config(groups=2, heads_per_group=2, head=2)
     map = weight(config, QKV)
-    names = [
-        [f"{kind}{row}" for row in range(shape[0])] for kind, shape in zip("qkv", map.shapes, strict=True)
-    ]
+    names = [[f"{kind}{row}" for row in range(shape[0])] for kind, shape in zip("qkv", map.shapes, strict=True)]
     codes = {name: code for code, name in enumerate(name for part in names for name in part)}
     merged = convert.merge(map, [torch.tensor([codes[name] for name in part]) for part in names], config)
     back = {code: name for name, code in codes.items()}
@@ -277,9 +275,7 @@ def test_tied_model_may_repeat_but_not_contradict_its_embedding(tmp_path: Path) 
 def test_wrong_shape_names_both(tmp_path: Path) -> None:
     directory, _ = broken(tmp_path)
     edit_config(directory, intermediate_size=96)
-    with pytest.raises(
-        UserError, match=r"mlp.gate_proj.weight in .*\[64, 32\]; config.json asks for \[96, 32\]"
-    ):
+    with pytest.raises(UserError, match=r"mlp.gate_proj.weight in .*\[64, 32\]; config.json asks for \[96, 32\]"):
         HFReader(directory)
 
 

@@ -62,15 +62,11 @@ def test_commands_name_verbs_and_flags_that_exist(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_scripts_exist(document: str) -> None:
     text = (ROOT / document).read_text()
-    targets = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(
-        r"^(?:bash )?([\w./]+/run\.sh)", text, re.MULTILINE
-    )
+    targets = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"^(?:bash )?([\w./]+/run\.sh)", text, re.MULTILINE)
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-@pytest.mark.parametrize(
-    "script", ["examples/quickstart/run.sh", "tests/run.sh", "tools/setup_env.sh", ".ci/run"]
-)
+@pytest.mark.parametrize("script", ["examples/quickstart/run.sh", "tests/run.sh", "tools/setup_env.sh", ".ci/run"])
 def test_scripts_are_executable_and_parse(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert subprocess.run(["bash", "-n", str(ROOT / script)]).returncode == 0

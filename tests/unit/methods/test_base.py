@@ -1,0 +1,63 @@
+"""Finding methods, and the counting that Hugging Face matrices need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_prune.errors import UserError
+from megatron_prune.methods.base import finite, get_method, methods, select_blocks
+from megatron_prune.methods.maskllm import MaskLLM
+from megatron_prune.methods.sparsegpt import SparseGPT
+from megatron_prune.methods.target import Unstructured
+
+
+def test_listing_describes_every_method() -> None:
+    listed = {info.name: info for info in methods()}
+    assert {"magnitude", "wanda", "sparsegpt", "maskllm"} <= set(listed)
+    for info in listed.values():
+        assert "arXiv:" in info.paper
+        assert info.targets
+        assert all(knob.help for knob in info.hyperparameters)
+    assert {knob.name: knob.default for knob in listed["sparsegpt"].hyperparameters} == {
+        "update_weights": True,
+        "percdamp": 0.01,
+        "block_size": 128,
+    }
+
+
+def test_get_method_sets_hyperparameters() -> None:
+    assert get_method("sparsegpt", percdamp=0.1) == SparseGPT(percdamp=0.1)
+
+
+def test_nearest_method_and_hyperparameter_are_named() -> None:
+    with pytest.raises(UserError, match="unknown method 'sparsegtp' .did you mean 'sparsegpt'"):
+        get_method("sparsegtp")
+    with pytest.raises(UserError, match="no hyper-parameter 'perc_damp' .did you mean 'percdamp'"):
+        get_method("sparsegpt", perc_damp=0.1)
+    with pytest.raises(UserError, match="it has: none"):
+        get_method("wanda", percdamp=0.1)
+
+
+@pytest.mark.parametrize("wrong", [{"percdamp": -0.1}, {"percdamp": float("nan")}, {"block_size": 0}])
+def test_hyperparameter_ranges(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="allowed"):
+        get_method("sparsegpt", **wrong)
+
+
+def test_unsupported_target() -> None:
+    with pytest.raises(UserError, match="maskllm cannot prune to 0.5; it supports N:M"):
+        MaskLLM().accept(Unstructured(0.5))
+
+
+def test_finite_names_the_layer() -> None:
+    with pytest.raises(UserError, match="weights of layer.7 hold NaN or infinity"):
+        finite("layer.7", torch.tensor([1.0, float("nan")]), "weights")
+
+
+def test_blocks_are_counted_apart_in_their_own_row_order() -> None:
+    """Two interleaved matrices: each keeps its own half, and equal scores go by its own row order."""
+    score = torch.ones(4, 2)
+    score[1::2] *= 9
+    mask = select_blocks(score, {"a": torch.tensor([2, 0]), "b": torch.tensor([1, 3])}, lambda rows: rows)
+    assert mask.tolist() == [[False] * 2, [True] * 2, [True] * 2, [False] * 2]

@@ -1,0 +1,72 @@
+"""Statistics against float64, and whatever order the windows and ranks come in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_prune.statistics.activations import InputNorm
+from megatron_prune.statistics.hessian import Hessian
+
+
+def windows(width: int, dtype: torch.dtype, count: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(width, width, generator=generator) / width**0.5
+    return [(torch.randn(64, width, generator=generator) @ mix).to(dtype) for _ in range(count)]
+
+
+def collected(kind: type, parts: list[Tensor]) -> Any:
+    statistic = kind(parts[0].shape[1])
+    for x in parts:
+        statistic.update(x)
+    return statistic
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [24, 300, 520])
+def test_against_float64(width: int, dtype: torch.dtype) -> None:
+    """Widths of less than a tile, and of several with a remainder."""
+    parts = windows(width, dtype)
+    x = torch.cat(parts).double()
+    hessian = collected(Hessian, parts).value()
+    expected = 2 * x.t() @ x / len(x)
+    torch.testing.assert_close(hessian.double(), expected, rtol=0, atol=4e-6 * float(expected.max()))
+    assert hessian.equal(hessian.t())
+    norm = collected(InputNorm, parts).value()
+    torch.testing.assert_close(norm, x.norm(dim=0).float(), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("kind", [InputNorm, Hessian])
+def test_order_and_ranks_do_not_matter(kind: type) -> None:
+    """Bit for bit: windows backwards, or two ranks summed."""
+    parts = windows(96, torch.bfloat16)
+    once = collected(kind, parts)
+    assert once.value().equal(collected(kind, parts[::-1]).value())
+    ranks = [collected(kind, parts[::2]), collected(kind, parts[1::2])]
+    for mine, theirs in zip(ranks[0].tensors(), ranks[1].tensors(), strict=True):
+        assert mine.dtype == torch.float64
+        mine += theirs
+    assert once.value().equal(ranks[0].value())
+    assert ranks[0].tokens == 5 * 64
+
+
+def test_input_norm_does_not_depend_on_the_shard() -> None:
+    parts = windows(96, torch.float32)
+    halves = [collected(InputNorm, [x[:, part] for x in parts]).value() for part in (slice(37), slice(37, None))]
+    assert collected(InputNorm, parts).value().equal(torch.cat(halves))
+
+
+def test_nothing_seen() -> None:
+    assert not Hessian(4).value().any()
+    assert not InputNorm(4).value().any()
+
+
+def test_precision_setting_is_left_as_it_was() -> None:
+    before = torch.get_float32_matmul_precision()
+    collected(Hessian, windows(24, torch.bfloat16))
+    assert torch.get_float32_matmul_precision() == before
+    x = 1 + 2.0**-12 * torch.eye(64)
+    assert (x @ torch.eye(64)).equal(x)
