@@ -58,9 +58,9 @@ def factorise(hessian: Tensor, percdamp: float) -> Factor:
     damped.diagonal().add_(torch.where(live, percdamp * diagonal[live].mean(), 1.0))
     lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     reverse = lower.flip(0, 1)
-    # R_jj^2 is the part of input j that the inputs after it leave unexplained; below float32 rounding: noise.
-    noise = torch.finfo(torch.float32).eps * damped.diagonal()
-    if failed or not (reverse.diagonal().square() > noise).all():
+    # R_jj^2, the part of input j that the inputs after it leave unexplained, against the rounding of H.
+    noise = torch.finfo(torch.float32).eps * diagonal.sum()
+    if failed or (live & (reverse.diagonal().square() <= noise)).any():
         raise SingularHessian
     eye = torch.eye(len(live), dtype=torch.float64, device=hessian.device)
     return Factor(torch.linalg.solve_triangular(reverse, eye, upper=True).float().contiguous(), live)

@@ -1,0 +1,251 @@
+"""The second-order solver against brute force, its own reference, and itself on fewer rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_prune.kernels import second_order
+from megatron_prune.kernels.second_order import (
+    Factor,
+    SingularHessian,
+    factorise,
+    solve_nm,
+    solve_unstructured,
+)
+from megatron_prune.kernels.selection import select_matrix, select_nm
+
+PATTERNS = [(2, 4, 192), (1, 4, 132), (4, 8, 200), (3, 5, 95), (1, 16, 160), (1, 2, 50)]
+
+
+@pytest.fixture(params=["eager", "compiled"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on both paths."""
+    if request.param == "eager":
+        monkeypatch.setattr(second_order, "_compiled", lambda: None)
+    elif second_order._compiled() is None:
+        pytest.skip("no C compiler")
+    return str(request.param)
+
+
+def problem(rows: int, width: int, tokens: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights [rows, width] and the Hessian of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(width) + torch.randn(width, width, generator=generator) / width**0.5
+    x = torch.randn(tokens or 4 * width, width, generator=generator) @ mix
+    return torch.randn(rows, width, generator=generator), 2 * x.t() @ x / len(x)
+
+
+def output_error(new: Tensor, old: Tensor, hessian: Tensor) -> float:
+    """Squared error of the layer's outputs, per token."""
+    delta = (new - old).double()
+    return float(((delta @ hessian.double()) * delta).sum() / 2)
+
+
+def lower_half(scores: Tensor, first: int) -> Tensor:
+    return select_matrix(scores, 0.5)
+
+
+def fixed(mask: Tensor) -> Callable[[Tensor, int], Tensor]:
+    """A selection decided beforehand."""
+    return lambda scores, first: mask[:, first : first + scores.shape[1]]
+
+
+def test_factor_is_the_papers() -> None:
+    """Upper, and U^T U the inverse of the damped Hessian: the Cholesky factor of the inverse, which is unique."""
+    _, hessian = problem(1, 40)
+    factor = factorise(hessian, 0.01)
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(40)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(factor.upper.double(), expected, rtol=1e-5, atol=1e-7)
+    assert factor.upper.is_contiguous()
+    assert factor.live.all()
+
+
+def least_squares(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
+    """Each removal, left to right, followed by the exact optimum of all columns on its right (float64)."""
+    dense, hessian = weight.double(), hessian.double()
+    current = dense.clone()
+    for row, keep in zip(current, mask, strict=True):
+        origin = row.clone()
+        for j in (~keep).nonzero().flatten().tolist():
+            row[j] = 0.0
+            done, rest = slice(0, j + 1), slice(j + 1, None)
+            push = hessian[rest, done] @ (row[done] - origin[done])
+            row[rest] = origin[rest] - torch.linalg.solve(hessian[rest, rest], push)
+    return current * mask
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 12), st.sampled_from([1, 3, 128]))
+def test_update_solves_the_least_squares_of_what_remains(seed: int, width: int, block: int) -> None:
+    weight, hessian = problem(3, width, seed=seed, tokens=20 * width)
+    mask = torch.rand(3, width, generator=torch.Generator().manual_seed(seed)) < 0.5
+    _, solved = solve_unstructured(weight, factorise(hessian, 0.0), fixed(mask), block)
+    expected = least_squares(weight, mask, hessian).float()
+    torch.testing.assert_close(solved, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_identity_hessian_is_magnitude(path: str) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    factor = factorise(torch.eye(64), 0.01)
+    mask, new = solve_nm(weight, factor, 2, 4)
+    assert mask.equal(select_nm(weight.abs(), 2, 4))
+    assert new.equal(weight * mask)
+    mask, new = solve_unstructured(weight, factor, lower_half)
+    assert mask.equal(select_matrix(weight.abs(), 0.5))
+    assert new.equal(weight * mask)
+
+
+def test_update_beats_the_mask_alone_and_magnitude(path: str) -> None:
+    weight, hessian = problem(16, 128)
+    mask, new = solve_nm(weight, factorise(hessian, 0.01), 2, 4)
+    magnitude = weight * select_nm(weight.abs(), 2, 4)
+    errors = [output_error(w, weight, hessian) for w in (new, weight * mask, magnitude)]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize(("n", "m", "width"), PATTERNS)
+def test_pattern_is_exact_for_any_block(path: str, n: int, m: int, width: int) -> None:
+    """Blocks that do not hold whole groups are rounded up, and the block size changes rounding only."""
+    weight, hessian = problem(7, width)
+    factor = factorise(hessian, 0.01)
+    mask, new = solve_nm(weight, factor, n, m)
+    assert (mask.view(-1, m).sum(dim=1) == n).all()
+    assert not new[~mask].any()
+    other, _ = solve_nm(weight, factor, n, m, block_size=7)
+    assert (other == mask).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("n", "m", "width"), PATTERNS)
+def test_compiled_equals_the_reference(n: int, m: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(100, width)
+    compare_paths(monkeypatch, weight, hessian, lambda f: solve_nm(weight, f, n, m))
+
+
+def test_compiled_equals_the_reference_unstructured(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = problem(100, 203)
+    compare_paths(monkeypatch, weight, hessian, lambda f: solve_unstructured(weight, f, lower_half))
+
+
+def compare_paths(
+    monkeypatch: pytest.MonkeyPatch,
+    weight: Tensor,
+    hessian: Tensor,
+    solve: Callable[[Factor], tuple[Tensor, Tensor]],
+) -> None:
+    """Masks agree on 99.9% of the entries, and the output error to a thousandth."""
+    if second_order._compiled() is None:
+        pytest.skip("no C compiler")
+    factor = factorise(hessian, 0.01)
+    mask, new = solve(factor)
+    monkeypatch.setattr(second_order, "_compiled", lambda: None)
+    eager_mask, eager_new = solve(factor)
+    assert (mask == eager_mask).float().mean() >= 0.999
+    reached, reference = (output_error(w, weight, hessian) for w in (new, eager_new))
+    assert reached == pytest.approx(reference, rel=1e-3)
+
+
+def splits(rows: int) -> Iterator[list[slice]]:
+    for cuts in ([0, 1, rows], [0, 33, 34, rows], [0, *range(5, rows, 9), rows]):
+        yield [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def test_rows_are_independent(path: str) -> None:
+    """Whichever rows are solved together: bit-equal when compiled; in PyTorch up to the rounding of a product."""
+    weight, hessian = problem(70, 300)
+    factor = factorise(hessian, 0.01)
+    mask, new = solve_nm(weight, factor, 2, 4)
+    for split in splits(70):
+        parts = [solve_nm(weight[rows], factor, 2, 4) for rows in split]
+        again_mask, again = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        if path == "compiled":
+            assert again_mask.equal(mask)
+            assert again.equal(new)
+        else:
+            assert (again_mask == mask).float().mean() >= 0.999
+
+
+def test_threads_do_not_matter() -> None:
+    if second_order._compiled() is None:
+        pytest.skip("no C compiler")
+    weight, hessian = problem(70, 300)
+    factor = factorise(hessian, 0.01)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(solve_nm(weight, factor, 2, 4)[1])
+    torch.set_num_threads(before)
+    assert results[0].equal(results[1])
+
+
+def test_scale_of_the_hessian_does_not_matter() -> None:
+    weight, hessian = problem(5, 64)
+    once = solve_nm(weight, factorise(hessian, 0.01), 2, 4)[1]
+    torch.testing.assert_close(solve_nm(weight, factorise(64 * hessian, 0.01), 2, 4)[1], once)
+
+
+def test_input_is_not_changed(path: str) -> None:
+    weight, hessian = problem(5, 64)
+    before = weight.clone()
+    solve_nm(weight, factorise(hessian, 0.01), 2, 4)
+    assert weight.equal(before)
+
+
+def test_dead_inputs_are_zero_and_go_first(path: str) -> None:
+    """Inputs 0 and 1 never fire; a live weight that is zero is kept rather than they, it can still be corrected."""
+    weight, hessian = problem(6, 32)
+    dead = torch.tensor([0, 1])
+    hessian[dead] = 0.0
+    hessian[:, dead] = 0.0
+    weight[:, 3] = 0.0
+    weight[:, dead] = 50.0
+    factor = factorise(hessian, 0.01)
+    for mask, new in (solve_nm(weight, factor, 2, 4), solve_unstructured(weight, factor, lower_half)):
+        assert not mask[:, dead].any()
+        assert not new[:, dead].any()
+        assert torch.isfinite(new).all()
+    mask, new = solve_nm(weight, factor, 3, 4)
+    assert mask[:, [0, 2, 3]].all()
+    assert not new[:, dead].any()
+
+
+def test_dead_inputs_do_not_change_the_others() -> None:
+    """The damping is relative to live inputs: adding dead ones leaves the solution of the rest as it was."""
+    weight, hessian = problem(6, 32)
+    wider = torch.zeros(40, 40)
+    wider[:32, :32] = hessian
+    _, alone = solve_nm(weight, factorise(hessian, 0.01), 2, 4)
+    _, padded = solve_nm(torch.cat([weight, torch.ones(6, 8)], dim=1), factorise(wider, 0.01), 2, 4)
+    torch.testing.assert_close(padded[:, :32], alone)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 39])
+def test_too_few_tokens_are_singular_unless_damped(tokens: int) -> None:
+    _, hessian = problem(1, 40, tokens=tokens)
+    with pytest.raises(SingularHessian):
+        factorise(hessian, 0.0)
+    assert torch.isfinite(factorise(hessian, 0.01).upper).all()
+
+
+def test_repeated_input_and_no_input_are_singular() -> None:
+    x = torch.randn(200, 9, generator=torch.Generator().manual_seed(0))
+    x[:, 5] = x[:, 2]
+    with pytest.raises(SingularHessian):
+        factorise(x.t() @ x, 0.0)
+    with pytest.raises(SingularHessian):
+        factorise(torch.zeros(4, 4), 0.01)
+
+
+def test_one_massive_input_is_not_singular() -> None:
+    """Language models have inputs a thousand times the others; the default damping must carry them."""
+    x = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
+    x[:, 17] *= 1e4
+    assert torch.isfinite(factorise(x.t() @ x, 0.01).upper).all()
