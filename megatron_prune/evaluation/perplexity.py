@@ -97,15 +97,15 @@ def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(reader.directory, dtype=DTYPES.get(dtype, torch.float16))
     torch.nn.Module.to(model, backend.device()).eval()
     loss, tokens = 0.0, 0
-    torch.set_grad_enabled(False)
     for batch in text.tokens.split(config.micro_batch_size):
-        losses = _next_token_losses(model(batch.to(backend.device())).logits, batch.to(backend.device()))
+        losses = _next_token_losses(model, batch.to(backend.device()))
         loss += float(losses.double().sum())
         tokens += losses.numel()
     return _result(config, text, loss, tokens, {"kind": "hugging face", "dtype": dtype})
 
 
 @torch.no_grad()
-def _next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """`[b * (s - 1)]` negative log-likelihoods in nats, float32."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+def _next_token_losses(model: Any, tokens: Tensor) -> Tensor:
+    """`[b * (s - 1)]` negative log-likelihoods in nats of a transformers model, float32."""
+    logits = model(tokens).logits[:, :-1]
+    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
