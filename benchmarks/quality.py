@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+C4_TRAINING = 1624
+"""Documents of the C4 sample that may be learned from; those after them are held out."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Bench:
     def one_shot(self, row: Row) -> list[Any]:
         """Prune, trim and evaluate."""
         run = self.work / row.folder
-        calibration = ["--calibration", self.c4, "--calibration-documents", 1624]
+        calibration = ["--calibration", self.c4, "--calibration-documents", C4_TRAINING]
         calibration += ["--calibration-samples", 64, "--calibration-seq-length", 512]
         words = ["prune", "--input", self.dense, "--method", row.method, "--target", row.target, *row.options]
         cost = self.verb(*words, *calibration, output=run)
@@ -105,20 +108,24 @@ class Bench:
 
     def learned(self, name: str, recipe: str, peer: str) -> list[Any]:
         """Learn from the mask-only SparseGPT prior, trim and evaluate."""
+        self.one_shot(ONE_SHOT[-1])
         run = self.work / Path(recipe).stem
         words = ["prune", "--config", HERE / recipe, "--input", self.dense, "--prior", self.work / ONE_SHOT[-1].folder]
-        data = [self.c4] if "60" in recipe else [self.shared / "data" / "train" / "train_mix.jsonl.gz", self.c4]
-        documents = ["--data-documents", 1624] if "60" in recipe else []
-        words += (
-            [word for path in data for word in ("--data", path)]
-            if len(data) == 1
-            else ["--data", json.dumps([str(p) for p in data])]
-        )
-        held_out = ["--eval-data", self.c4, "--eval-documents", "1624:2030"]
-        cost = self.verb(*words, *documents, *held_out, output=run)
+        held_out = ["--eval-data", self.c4, "--eval-documents", f"{C4_TRAINING}:"]
+        cost = self.verb(*words, "--data", self.training_text(), *held_out, output=run)
         sparse = run.with_name(run.name + "_sparse")
         self.verb("trim", "--input", run, output=sparse)
         return self._cells(name, "2:4", sparse, cost, peer)
+
+    def training_text(self) -> Path:
+        """The calibration documents of C4 and the Wikipedia articles of the training mix: none is evaluated on."""
+        path = self.work / "training.jsonl"
+        if not path.exists():
+            c4 = self.c4.read_text(encoding="utf-8").splitlines()[:C4_TRAINING]
+            with gzip.open(self.shared / "data" / "train" / "train_mix.jsonl.gz", "rt", encoding="utf-8") as mix:
+                wiki = [line.rstrip("\n") for line in mix if "wiki" in json.loads(line)["source"]]
+            path.write_text("".join(line + "\n" for line in [*c4, *wiki]), encoding="utf-8")
+        return path
 
     def _cells(self, name: str, target: str, checkpoint: Path, cost: dict[str, float], peer: str) -> list[Any]:
         p1 = self.perplexity(checkpoint)["perplexity"]
@@ -139,15 +146,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
-    parser.add_argument("--without-learning", action="store_true")
+    parser.add_argument("--only", help="do just this recipe (and what it needs), without a result file")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(given.model, given.shared, given.work)
     cost = bench.verb("import", "--input", given.model, output=bench.dense)
+    if given.only:
+        print([bench.learned(*item) for item in LEARNED if given.only in item[1]])
+        return
     rows = [bench._cells("dense", "", bench.dense, cost, "24.195 (transformers)")]
     rows += [bench.one_shot(row) for row in ONE_SHOT]
-    if not given.without_learning:
-        rows += [bench.learned(*item) for item in LEARNED]
+    rows += [bench.learned(*item) for item in LEARNED]
     today = datetime.date.today().isoformat()
     result = {
         "columns": ["method", "kept", "perplexity", "other tools", "wall s", "CPU s", "peak GiB"],

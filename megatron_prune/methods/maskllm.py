@@ -10,11 +10,17 @@ Where this differs from the paper, and why:
 - The start. The paper adds `strength * std(logits) * (overlap - N/2)` to random logits, which leaves 5.5% of the groups
   of SmolLM2-135M off their prior (perplexity 175 becomes 831 before the first step). Here the logits start at
   `strength * std * (overlap - N)` exactly: they decode to the prior, and every pattern with equal overlap starts equal.
+- Few steps. What decides how a mask behaves is `scale * logits / temperature` (how soft) and `1 / temperature` (how
+  noisy). The paper starts soft and noisy, far from the prior, and has 2000 steps to come back. With tens to hundreds of
+  steps it pays to start near the prior with little noise (a high temperature and a scale to match), to let the scale
+  grow geometrically at constant temperature, and to give Adam an epsilon of the size of the clipped gradients, so that
+  only groups with large gradients move (`benchmarks/maskllm_*.yaml`).
 - The noise is counter-based: the same for every parallel layout, and redrawn in backward instead of stored.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,6 +42,14 @@ def linear_schedule(start: float, end: float, step: int, steps: int) -> float:
     """Value at `step` (from 0) of a straight line from `start` to `end` over `steps` steps (paper, section 3.2)."""
     done = 0.0 if steps <= 1 else min(step, steps - 1) / (steps - 1)
     return (1.0 - done) * start + done * end
+
+
+def geometric_schedule(start: float, end: float, step: int, steps: int) -> float:
+    """As `linear_schedule`, on a logarithmic scale: equal factors in equal times."""
+    return math.exp(linear_schedule(math.log(start), math.log(end), step, steps))
+
+
+SCHEDULES = {"linear": linear_schedule, "geometric": geometric_schedule}
 
 
 def prior_logits(mask: Tensor, n: int, m: int, strength: float, std: float) -> Tensor:
@@ -62,6 +76,7 @@ class MaskLLM(PruningMethod):
     scale_end: float = hyperparameter(5e2, "the same, last step")
     temperature_start: float = hyperparameter(4.0, "softmax temperature, first step")
     temperature_end: float = hyperparameter(0.05, "the same, last step")
+    schedule_shape: str = hyperparameter("linear", "of scale and temperature: linear (the paper's) or geometric")
     prior_strength: float = hyperparameter(3.0, "logit step between the prior and its neighbours, in std")
     std: float = hyperparameter(0.01, "unit of the start's logits; also their spread without a prior")
     lr_multiplier: float = hyperparameter(10.0, "learning rate of the mask logits, in units of --lr")
@@ -74,6 +89,10 @@ class MaskLLM(PruningMethod):
         for name in positive:
             if not getattr(self, name) > 0:
                 raise UserError(f"maskllm: {name} {getattr(self, name)} was given; allowed: above 0")
+        if self.schedule_shape not in SCHEDULES:
+            raise UserError(
+                f"maskllm: schedule_shape {self.schedule_shape!r} was given; allowed: {', '.join(SCHEDULES)}"
+            )
         if self.weight_regularization < 0:
             raise UserError(
                 f"maskllm: weight_regularization {self.weight_regularization} was given; allowed: 0 or more"
@@ -95,8 +114,9 @@ class MaskLLM(PruningMethod):
 
     def schedule(self, draw: MaskDraw, step: int, steps: int, microbatches: int) -> dict[str, float]:
         """Move scale, temperature and regularisation to their values at `step`; returns them for the log."""
-        draw.scale = linear_schedule(self.scale_start, self.scale_end, step, steps)
-        draw.temperature = linear_schedule(self.temperature_start, self.temperature_end, step, steps)
+        between = SCHEDULES[self.schedule_shape]
+        draw.scale = between(self.scale_start, self.scale_end, step, steps)
+        draw.temperature = between(self.temperature_start, self.temperature_end, step, steps)
         strength = linear_schedule(self.weight_regularization, 0.0, step, steps)
         draw.regularization = strength / microbatches
         return {"scale": draw.scale, "temperature": draw.temperature, "weight_regularization": strength}

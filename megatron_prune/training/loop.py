@@ -165,7 +165,7 @@ class Trainer:
 
     def _learning_rates(self) -> dict[str, float]:
         groups = self.optimizer.param_groups
-        return {"mask_logits" if g.get("lr_mult", 1.0) != 1.0 else "weights": float(g["lr"]) for g in groups}
+        return {"mask_logits" if _holds_mask_logits(g) else "weights": float(g["lr"]) for g in groups}
 
     def evaluate(self, windows: Tensor) -> float:
         """Mean next-token loss over held-out windows `[n, seq_length]`, which are spread over the replicas."""
@@ -231,6 +231,10 @@ class Trainer:
         if not backend.has_cuda():
             for group in self.optimizer.param_groups:
                 group["fused"] = True
+
+
+def _holds_mask_logits(group: dict[str, Any]) -> bool:
+    return any(getattr(parameter, "is_mask_logits", False) for parameter in group["params"])
 
 
 def _let_gradients_reach_frozen_layers(model: Any) -> None:

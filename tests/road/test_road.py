@@ -1,4 +1,4 @@
-"""The whole road on a real trained model of 1 MB: Hugging Face in, learned 2:4 Hugging Face out, proof at each stage."""
+"""The whole road on a real trained model of 1 MB: Hugging Face in, learned 2:4 Hugging Face out, proof all along."""
 
 from __future__ import annotations
 
