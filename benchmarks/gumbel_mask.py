@@ -1,7 +1,7 @@
 """Times the learnable 2:4 mask, forward and backward, against the published formulation spelt out in PyTorch
 (uniform noise to Gumbel, softmax, product with the patterns, product with the weight; gradients by autograd).
 They take turns in one run; the best of the repeats counts. Peak memory of each is read from the operating
-system in a process of its own (Linux). Writes benchmarks/results/gumbel_mask_DTYPE_DATE.json.
+system in a process of its own (Linux). Writes benchmarks/results/gumbel_mask_DTYPE_THREADS_DATE.json.
 
     python benchmarks/gumbel_mask.py [--size 4096] [--repeats 7] [--dtype float32] [--output DIR]
 """
@@ -33,8 +33,7 @@ SMOLLM2_135M_GROUPS = 26_542_080
 
 def published(weight: Tensor, logits: Tensor, table: Tensor) -> Tensor:
     """The formula step by step, as its paper writes it (arXiv 2409.17481, equations 5 to 7)."""
-    uniform = torch.rand_like(logits)
-    noise = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))
+    noise = -torch.log(-torch.log(torch.rand_like(logits)))
     probabilities = torch.softmax((SCALE * logits + noise) / TEMPERATURE, dim=-1)
     return weight * (probabilities @ table).flatten(1)
 
@@ -179,7 +178,7 @@ def main() -> None:
         return
     result = report(options.size, options.dtype, options.repeats)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"gumbel_mask_{options.dtype}_{result['date']}.json"
+    path = options.output / f"gumbel_mask_{options.dtype}_threads{torch.get_num_threads()}_{result['date']}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

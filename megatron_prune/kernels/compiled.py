@@ -82,7 +82,7 @@ def _load(source: Path) -> ctypes.CDLL | None:
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"megatron-prune: compiled CPU kernels are not available ({reason}). Every CPU kernel falls back to "
-        f"plain PyTorch, about ten times slower for mask learning. Install a C compiler (for example "
+        f"plain PyTorch, about twenty times slower for mask learning. Install a C compiler (for example "
         f"`apt install gcc` or `pip install ziglang`) or set CC; set {DISABLE_VARIABLE}=0 to accept the slow "
         f"path without this warning.",
         RuntimeWarning,

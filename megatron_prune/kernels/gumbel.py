@@ -2,7 +2,7 @@
 patterns of every group, and the masked weight, differentiable in the logits. Forward and backward are one
 pass each; the backward draws the same counter-based noise again, so that nothing of the size of the logits is
 kept between them. Two implementations with one meaning: PyTorch on any device, row chunk by row chunk, and C
-on the CPU (csrc/gumbel.c), 20 times faster than the formula spelt out in PyTorch."""
+on the CPU (csrc/gumbel.c), ten times faster than the formula spelt out in PyTorch."""
 
 from __future__ import annotations
 
