@@ -20,7 +20,7 @@ if [ -e "$results" ]; then
 fi
 
 bash tools/setup_env.sh
-export TOKENIZERS_PARALLELISM=true
+export TOKENIZERS_PARALLELISM=true OMP_WAIT_POLICY=PASSIVE
 python=.venv/bin/python
 prune=.venv/bin/megatron-prune
 began=$SECONDS
@@ -42,7 +42,7 @@ fi
 train=$inputs/text/train.jsonl
 held_out=$inputs/text/eval.txt
 mkdir -p "$results"
-evaluate() { $prune evaluate --input "$1" --text "$held_out" --output "$2"; }
+evaluate() { $prune evaluate --input "$1" --text "$held_out" --windows 16 --output "$2"; }
 
 step "import: Hugging Face -> Megatron"
 $prune import --input "$inputs/model" --output "$results/dense"

@@ -125,7 +125,8 @@ class LearningRunner:
         self.microbatches = trainer.microbatches
         first = self._resume(trainer) if self.resume else 0
         self.log.resume_at(first)
-        self._evaluate(trainer, first)
+        if first == 0:
+            self._evaluate(trainer, 0)
         steps = self.training.train_iters
         for step in range(first, steps):
             values = on_step(step, steps)
