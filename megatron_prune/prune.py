@@ -225,6 +225,7 @@ def _prior(config: PruneConfig, model: PrunableModel, target: Target, folder: Pa
             method = get_method(config.prior, **method.mask_only)
             calibration = _calibration(config, model.config) if method.calibrated else None
             decide(model, method, target, calibration, path)
+        dist.barrier()  # the folder is complete when rank 0 arrives
         return Masks.load(path).get
     path = Path(config.prior)
     if path.suffix == ".npz":

@@ -18,7 +18,8 @@ def run(config: ExportConfig) -> None:
     """Write `config.output` in `config.format`."""
     refuse_existing(config.output)
     if config.format == "mask-npz":
-        save_mask_npz(config.output, Masks.load(decision_of(config.input)))
+        if backend.rank() == 0:
+            save_mask_npz(config.output, Masks.load(decision_of(config.input)))
         return
     layout = layout_of(config.parallelism)
     with backend.running(layout):

@@ -114,8 +114,9 @@ def test_resumed_in_another_layout_continues(root: Path) -> None:
 
 
 def test_trained_weights_are_part_of_the_checkpoint(root: Path) -> None:
-    import megatron_prune.backend  # noqa: F401  (before megatron.core)
     from megatron.core import dist_checkpointing
+
+    import megatron_prune.backend  # noqa: F401  (before megatron.core)
 
     path = root / "whole" / "checkpoints" / f"step_{STEPS:07d}"
     names = dist_checkpointing.load_tensors_metadata(str(path))
