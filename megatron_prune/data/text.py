@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_prune.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".txt", ".raw", ".jsonl", ".jsonl.gz", ".json.gz")
 
 
 def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), key: str = "text") -> list[str]:
@@ -37,7 +37,7 @@ def iterate_documents(path: Path, key: str = "text") -> Iterator[str]:
         raise UserError(f"{path}: no such file; give text in {', '.join(SUFFIXES)}")
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path}: unknown kind of text; allowed: {', '.join(SUFFIXES)}")
-    if path.suffix == ".txt":
+    if path.suffix in (".txt", ".raw"):
         yield _decode(path.read_bytes(), str(path))
         return
     for number, line in enumerate(_lines(path), start=1):

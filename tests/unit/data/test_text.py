@@ -39,7 +39,7 @@ MISTAKES = {
     "no UTF-8 file": ("a.txt", b"\xff", "a.txt: not UTF-8"),
     "no gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz: damaged gzip"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(jsonl("x" * 999))[:40], "damaged gzip"),
-    "unknown kind": ("a.parquet", b"", "allowed: .txt, .jsonl"),
+    "unknown kind": ("a.parquet", b"", "allowed: .txt, .raw, .jsonl"),
     "empty": ("a.jsonl", b"\n", "no document found"),
 }
 
