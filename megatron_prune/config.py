@@ -46,7 +46,9 @@ class Parallelism(Options):
 class Calibration(Options):
     """Calibration text of one-shot methods"""
 
-    text: tuple[Path, ...] = option((), "files of documents: .txt, .raw, .jsonl, .jsonl.gz, .json.gz", key="calibration")
+    text: tuple[Path, ...] = option(
+        (), "files of documents: .txt, .raw, .jsonl, .jsonl.gz, .json.gz", key="calibration"
+    )
     samples: int = option(128, "windows drawn, over all processes", at_least=1, key="calibration_samples")
     seq_length: int = option(
         2048,

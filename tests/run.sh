@@ -15,7 +15,7 @@ echo "== pytest"
 if [ $lint -ne 0 ]; then
     echo "(lint, format or types failed above: this run fails whatever the tests say)"
 fi
-.venv/bin/python -m pytest -n 2 "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 status=$?
 [ $status -ne 0 ] && exit $status
 exit $lint

@@ -10,6 +10,7 @@ activations.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,6 +153,10 @@ class Runner:
             self.writer.add_layer(number, hf_masks)
 
 
+class _InputsKnown(Exception):
+    """Every linear of the layer has seen its input; its last product would be thrown away."""
+
+
 class _LayerWalk:
     """Hidden states of this rank's calibration windows, moved through the model one whole layer at a time."""
 
@@ -165,12 +170,15 @@ class _LayerWalk:
         self.hidden = [F.embedding(tokens[unit].t().to(self.device), embedding) for unit in mine]
         self.rotary = rotary(model.config, backend.alone().cp)(tokens.shape[1])
         self.inputs: dict[str, Tensor] = {}
+        self.stop_early = False
         for path in LINEARS:
             self.layer.get_submodule(path).register_forward_pre_hook(self._remember(path))
 
     def _remember(self, path: str) -> Callable[..., None]:
         def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
             self.inputs[path] = inputs[0].flatten(0, 1)
+            if self.stop_early and path == LINEARS[-1]:
+                raise _InputsKnown
 
         return hook
 
@@ -186,10 +194,13 @@ class _LayerWalk:
         """Statistics of the layer's linears over the windows of all ranks, inputs from the layer as given."""
         self._load(whole, number)
         found = {path: statistic(self.layer.get_submodule(path).weight.shape[1], self.device) for path in LINEARS}
+        self.stop_early = True
         for hidden in self.hidden:
-            self._forward(hidden)
+            with contextlib.suppress(_InputsKnown):
+                self._forward(hidden)
             for path in LINEARS:
                 found[path].update(self.inputs[path])
+        self.stop_early = False
         for path in LINEARS:
             for tensor in found[path].tensors():
                 dist.all_reduce(tensor)
