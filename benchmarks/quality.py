@@ -51,7 +51,6 @@ ONE_SHOT = [
     Row("Wanda", "wanda", "4:8", peer="91.0 (locuslab/wanda)"),
     Row("Wanda", "wanda", "0.5", peer="53.0 (locuslab/wanda)"),
     Row("SparseGPT, weights updated", "sparsegpt", "2:4", peer="95.5 (llm-compressor)"),
-    Row("SparseGPT, weights updated", "sparsegpt", "4:8", peer="69.7 (locuslab/wanda)"),
     Row("SparseGPT, weights updated", "sparsegpt", "0.5", peer="50.0 (locuslab/wanda)"),
     Row("SparseGPT, mask only", "sparsegpt", "2:4", ("--no-update-weights",), peer="175.4 (locuslab/wanda's mask)"),
 ]
