@@ -1,6 +1,6 @@
 """A megatron-core GPTModel from a `ModelConfig` and a parallel layout.
 
-Without Transformer Engine the norms are torch's RMSNorm and attention is torch's scaled_dot_product_attention; with it
+Without Transformer Engine the norm is our own and attention is torch's scaled_dot_product_attention; with it
 (on a GPU) both are Transformer Engine's. The linears are ours in both cases, so checkpoints and masks have the same
 names everywhere. Vocabulary rows are padded only to a multiple of the tensor-parallel size, and padded logits are
 minus infinity, so the loss is the same in every layout.
@@ -39,12 +39,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Compute and parameter types a model may have here."""
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked for the gradient all-reduce of sequence parallelism."""
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm as LLaMA's reference has it: normalise in float32, round, then multiply by the gain.
+
+    `torch.nn.RMSNorm` rounds once less in bf16; here the released models' own rounding is kept, so that bf16 numbers
+    are those of transformers. The gain is marked for the gradient all-reduce of sequence parallelism.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=backend.device())
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=backend.device()))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., hidden]` in and out."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
 
 
 class SDPACoreAttention(torch.nn.Module):
