@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--wanda", type=Path, required=True, help="a checkout of github.com/locuslab/wanda")
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--run-theirs", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("c4", type=Path, nargs="?", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -103,7 +104,7 @@ def main() -> None:
         return
     c4 = given.shared / "data" / "c4" / "c4_en_sample.jsonl"
     rows = []
-    for method in METHODS:
+    for method in given.methods:
         for _ in range(given.repeat):
             with tempfile.TemporaryDirectory() as work:
                 a = ours(method, given.model, c4, Path(work))
