@@ -35,9 +35,9 @@ from torch import Tensor
 
 from megatron_prune.config import Training
 from megatron_prune.errors import UserError
-from megatron_prune.model.checkpoint import metadata
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.training.state import load_training_state, training_state, use_fused_kernel
 
 
 class Samples(Protocol):
@@ -120,9 +120,7 @@ class Trainer:
                 max_lr=t.lr * factor, min_lr=t.min_lr * factor, wd_mult=0.0, lr_mult=factor
             )
         optimizer = get_megatron_optimizer(config, [self.ddp], config_overrides=overrides)
-        if not backend.has_cuda():
-            for group in optimizer.param_groups:
-                group["fused"] = True
+        use_fused_kernel(optimizer)
         return optimizer
 
     def _make_scheduler(self) -> OptimizerParamScheduler:
@@ -214,66 +212,11 @@ class Trainer:
 
     def state(self, is_loading: bool) -> dict[str, Any]:
         """The sharded state dict of what is trained: trainable parameters, optimizer and schedule."""
-        everything = self.model.model.sharded_state_dict(metadata=metadata())
-        trained = {name for name, p in self.model.model.named_parameters() if p.requires_grad}
-        parameters = {key: value for key, value in everything.items() if key in trained}
-        return {
-            "model": parameters,
-            "optimizer": self._optimizer_state(parameters, is_loading),
-            "scheduler": self.scheduler.state_dict(),
-        }
-
-    def _optimizer_state(self, parameters: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-        """The optimizer's sharded state dict.
-
-        Beside bf16 parameters megatron-core's mixed-precision optimizer also trains float32 ones, as mask logits are,
-        but its sharded_state_dict looks for the bf16 ones alone and fails. Each of our groups holds one kind, so for
-        this call the missing ones are put beside them.
-        """
-        inner = [o for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer]) if _is_mixed(o)]
-        before = [o.float16_groups for o in inner]
-        for o in inner:
-            o.float16_groups = [a + b for a, b in zip(o.float16_groups, o.fp32_from_fp32_groups, strict=True)]
-        try:
-            return _lists_to_dicts(self.optimizer.sharded_state_dict(parameters, is_loading=is_loading))
-        finally:
-            for o, groups in zip(inner, before, strict=True):
-                o.float16_groups = groups
+        return training_state([self.model.model], self.optimizer, self.scheduler, is_loading)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state(is_loading=True)` described and a checkpoint filled."""
-        self.model.model.load_state_dict(state["model"], strict=False)
-        inner = state["optimizer"]
-        if any(_is_mixed(o) for o in getattr(self.optimizer, "chained_optimizers", [self.optimizer])):
-            inner = _dicts_to_lists(inner, len(self.optimizer.param_groups))
-        self.optimizer.load_state_dict(inner)
-        self.scheduler.load_state_dict(state["scheduler"])
-        if not backend.has_cuda():
-            for group in self.optimizer.param_groups:
-                group["fused"] = True
-
-
-MASTERS = "fp32_from_fp16_params"
-"""Key of the float32 masters in a mixed-precision optimizer's state: one list of tensors for each parameter group."""
-
-
-def _lists_to_dicts(state: dict[str, Any]) -> dict[str, Any]:
-    """Name the masters by group and place: distributed checkpoints lose empty lists, and with them the numbering."""
-    if MASTERS in state:
-        groups = enumerate(state[MASTERS])
-        state[MASTERS] = {str(g): {str(i): t for i, t in enumerate(group)} for g, group in groups if group}
-    return state
-
-
-def _dicts_to_lists(state: dict[str, Any], groups: int) -> dict[str, Any]:
-    """Inverse of `_lists_to_dicts`; a state in which no group has masters has lost the key too."""
-    named = state.get(MASTERS, {})
-    lists = [named.get(str(group), {}) for group in range(groups)]
-    return {**state, MASTERS: [[masters[str(i)] for i in range(len(masters))] for masters in lists]}
-
-
-def _is_mixed(optimizer: Any) -> bool:
-    return hasattr(optimizer, "fp32_from_fp32_groups")
+        load_training_state([self.model.model], self.optimizer, self.scheduler, state)
 
 
 def _holds_mask_logits(group: dict[str, Any]) -> bool:
