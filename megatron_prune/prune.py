@@ -122,7 +122,9 @@ def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: b
     if not t.data:
         raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
     check_learning(t, layout)
-    check_shards(read_description(config.input).config, target, layout)
+    model_config = read_description(config.input).config
+    model_config.check_length(t.seq_length)
+    check_shards(model_config, target, layout)
     model = load_model(config.input, layout, **(RECOMPUTE if t.recompute else {}))
     tokenizer = load_tokenizer(config.input / "tokenizer", model.config.vocab_size)
     data = TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)

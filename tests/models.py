@@ -1,4 +1,4 @@
-"""Small Hugging Face models for tests: random LLaMAs of any shape, and the trained stories260K with its
+"""Small Hugging Face models for tests: random ones of every family and shape, and the trained stories260K with its
 tokenizer.
 
 stories260K is the 260-thousand-parameter model that llama2.c's author trained on TinyStories (MIT licence).
@@ -33,45 +33,59 @@ LLAMA3_ROPE = {
 }
 
 
-def tiny_llama(
+LLAMA_SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+TINY_SIZES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA_SIZES,
+    "mistral": LLAMA_SIZES | {"sliding_window": 7},
+    "qwen2": LLAMA_SIZES,
+    "qwen3": LLAMA_SIZES | {"head_dim": 16},
+    "nemotron": LLAMA_SIZES | {"head_dim": 12},
+    "gpt2": {"vocab_size": 128, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    | {"bos_token_id": 0, "eos_token_id": 0},
+}
+"""Config fields of a tiny model of every family, by its model_type."""
+
+
+def tiny_model(
     path: Path,
+    model_type: str,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    rope_llama3: bool = False,
     max_shard_size: str = "5GB",
     **overrides: Any,
 ) -> Path:
-    """Write a random LlamaForCausalLM to ``path`` and return it.
+    """Write a random causal language model of `model_type` to ``path`` and return it.
 
-    ``overrides`` are LlamaConfig fields: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
-    num_attention_heads, num_key_value_heads, head_dim, tie_word_embeddings, ... (default: 2 layers, 4 heads,
-    2 groups, hidden 32, untied). Norm weights are random too, so that a lost or swapped norm shows.
+    ``overrides`` are fields of its config. Biases and norm weights are random too, so that a lost or swapped one shows.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes: dict[str, Any] = {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-    } | overrides
-    if rope_llama3:
-        sizes["rope_parameters"] = LLAMA3_ROPE
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype)
+    config = AutoConfig.for_model(model_type, **(TINY_SIZES[model_type] | overrides))
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=0.2)
+            is_gain = parameter.dim() == 1 and name.endswith("weight")
+            parameter.uniform_(0.5, 1.5) if is_gain else parameter.normal_(std=0.2)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return path
+
+
+def tiny_llama(path: Path, *, rope_llama3: bool = False, **overrides: Any) -> Path:
+    """`tiny_model` of the LLaMA family (default: 2 layers, 4 heads, 2 groups, hidden 32, untied)."""
+    if rope_llama3:
+        overrides["rope_parameters"] = LLAMA3_ROPE
+    return tiny_model(path, "llama", **overrides)
 
 
 @dataclass(frozen=True)

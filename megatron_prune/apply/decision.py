@@ -176,7 +176,7 @@ class MaskWriter:
     def _describe(self, name: str, mask: Tensor, layer: int) -> dict[str, Any]:
         if mask.dtype != torch.bool or mask.dim() != 2:
             raise ValueError(f"the mask of {name} is {mask.dtype} {list(mask.shape)}; expected bool [out, in]")
-        check_mask(mask, self._target, name)
+        check_mask(get_family(self.info.family).as_rows(mask), self._target, name)
         return {"layer": layer, "shape": list(mask.shape), "kept": int(mask.sum()), "size": mask.numel()}
 
 
@@ -271,7 +271,7 @@ class Masks:
         """
         target = self.target if target is None else parse_target(target)
         for name in self.names():
-            check_mask(self.get(name), target, name)
+            check_mask(get_family(self.info.family).as_rows(self.get(name)), target, name)
 
     def check_model(self, config: ModelConfig) -> None:
         """UserError unless there is a mask of the right shape for every prunable weight of the model, and no

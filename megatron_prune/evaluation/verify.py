@@ -25,7 +25,7 @@ from megatron_prune.log import say
 from megatron_prune.methods.target import NM, Target, parse_target
 from megatron_prune.model.checkpoint import DESCRIPTION, load_model, read_description
 from megatron_prune.model.convert import HFReader
-from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
 from megatron_prune.model.import_hf import layout_of
 
@@ -81,8 +81,8 @@ def projections(
     weights: Iterator[tuple[str, Tensor]], config: ModelConfig, target: Target | None
 ) -> dict[str, ZeroCount]:
     """The counts of every prunable weight, by Hugging Face name."""
-    wanted = prunable_shapes(config)
-    return {name: count_zeros(weight, target) for name, weight in weights if name in wanted}
+    wanted, family = prunable_shapes(config), get_family(config.family)
+    return {name: count_zeros(family.as_rows(weight), target) for name, weight in weights if name in wanted}
 
 
 def _weights(source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -25,7 +25,7 @@ from megatron_prune.apply.decision import Masks, check_mask, pack_mask, prunable
 from megatron_prune.errors import UserError
 from megatron_prune.files import PARTIAL, refuse_existing
 from megatron_prune.methods.target import Target, parse_target
-from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.families import ModelConfig, get_family
 
 _PATTERN = "__pattern__"
 _SHAPE = ".shape"
@@ -58,7 +58,7 @@ def load_mask_npz(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor
     archive = _open(path)
     _check_names(path, set(archive.files), shapes)
     target = None if _PATTERN not in archive.files else parse_target(str(_array(path, archive, _PATTERN)))
-    return _masks(path, archive, shapes, target)
+    return _masks(path, archive, config, target)
 
 
 def mask_npz_pattern(path: Path) -> str | None:
@@ -97,14 +97,14 @@ def _check_names(path: Path, names: set[str], shapes: Mapping[str, tuple[int, ..
 
 
 def _masks(
-    path: Path, archive: np.lib.npyio.NpzFile, shapes: Mapping[str, tuple[int, ...]], target: Target | None
+    path: Path, archive: np.lib.npyio.NpzFile, config: ModelConfig, target: Target | None
 ) -> Iterator[tuple[str, Tensor]]:
     with archive:
-        for name, shape in shapes.items():
+        for name, shape in prunable_shapes(config).items():
             stated = _array(path, archive, name + _SHAPE) if name + _SHAPE in archive.files else None
             mask = _mask(f"{path}: {name}", _array(path, archive, name), stated, shape)
             if target is not None:
-                check_mask(mask, target, name)
+                check_mask(get_family(config.family).as_rows(mask), target, name)
             yield name, mask
 
 

@@ -9,12 +9,15 @@ minus infinity, so the loss is the same in every layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
@@ -28,7 +31,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.family import ModelConfig, rotary_channels
 from megatron_prune.model.masked_linear import (
     MaskedColumnParallelLinear,
     MaskedGatedLinear,
@@ -37,6 +40,16 @@ from megatron_prune.model.masked_linear import (
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Compute and parameter types a model may have here."""
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu2": squared_relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Activations by their names in transformers."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -59,8 +72,34 @@ class RMSNorm(torch.nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class LayerNorm(torch.nn.Module):
+    """torch's layer norm, as GPT-2 has it, or with its gain stored minus one, as Nemotron-4 has it (LayerNorm1P).
+
+    The stored gain gets its one in its own type before use, which is where transformers rounds too. Gain and bias are
+    marked for the gradient all-reduce of sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        like = dict(dtype=config.params_dtype, device=backend.device())
+        self.weight = torch.nn.Parameter(torch.full((hidden_size,), 1.0 - self.offset, **like))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, **like))
+        for parameter in self.parameters():
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., hidden]` in and out."""
+        gain = self.weight + self.offset if self.offset else self.weight
+        return F.layer_norm(x, self.weight.shape, gain, self.bias, self.eps)
+
+
 class SDPACoreAttention(torch.nn.Module):
-    """Causal attention of this rank's heads by torch's fused kernel; `[s, b, heads, d]` in, `[s, b, heads * d]` out."""
+    """Causal attention of this rank's heads by torch's fused kernel; `[s, b, heads, d]` in, `[s, b, heads * d]` out.
+
+    With a sliding window `w` a token sees itself and the `w - 1` tokens before it.
+    """
 
     def __init__(
         self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **kwargs: Any
@@ -73,20 +112,30 @@ class SDPACoreAttention(torch.nn.Module):
             )
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
+        self.window = config.window_size[0] + 1 if config.window_size else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attention over the whole (causal) sequence; any mask argument must be None."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = self._window_mask(query.shape[2], query.device)
         context = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
+        """Bool `[length, length]`, True = seen; None when no token has the window's length before it."""
+        if self.window is None or length <= self.window:
+            return None
+        seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return seen.triu(1 - self.window)
 
 
 def _te_modules() -> tuple[Any, Any] | None:
@@ -100,9 +149,16 @@ def _te_modules() -> tuple[Any, Any] | None:
     return TENorm, TEDotProductAttention
 
 
-def layer_spec() -> ModuleSpec:
+def _norm_and_attention(config: TransformerConfig) -> tuple[Any, Any]:
+    """The machine's best modules for the norm of `config` and for attention."""
+    return _te_modules() or (RMSNorm if config.normalization == "RMSNorm" else LayerNorm, SDPACoreAttention)
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One decoder layer: unfused norms, masked linears, the machine's best attention."""
-    norm, attention = _te_modules() or (RMSNorm, SDPACoreAttention)
+    norm, attention = _norm_and_attention(config)
+    head_norm = norm if config.qk_layernorm else None
+    fc1 = MaskedGatedLinear if config.gated_linear_unit else MaskedColumnParallelLinear
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -114,13 +170,15 @@ def layer_spec() -> ModuleSpec:
                     linear_qkv=MaskedColumnParallelLinear,
                     core_attention=attention,
                     linear_proj=MaskedRowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=MaskedGatedLinear, linear_fc2=MaskedRowParallelLinear),
+                submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=MaskedRowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -129,8 +187,8 @@ def layer_spec() -> ModuleSpec:
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm."""
-    norm = (_te_modules() or (RMSNorm, SDPACoreAttention))[0]
-    return TransformerBlockSubmodules(layer_specs=[layer_spec()] * layers_here(config), layer_norm=norm)
+    norm, _ = _norm_and_attention(config)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers_here(config), layer_norm=norm)
 
 
 def layers_here(config: TransformerConfig) -> int:
@@ -165,11 +223,15 @@ def transformer_config(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         kv_channels=config.kv_channels,
-        normalization="RMSNorm",
+        normalization="RMSNorm" if config.normalization == "RMSNorm" else "LayerNorm",
+        layernorm_zero_centered_gamma=config.normalization == "LayerNorm1P",
         layernorm_epsilon=config.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
+        qk_layernorm=config.qk_layernorm,
+        gated_linear_unit=config.gated,
+        activation_func=ACTIVATIONS[config.activation],
+        add_bias_linear=config.linear_bias,
+        add_qkv_bias=config.qkv_bias,
+        window_size=(config.sliding_window - 1, 0) if config.sliding_window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -194,12 +256,13 @@ def transformer_config(
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """RoPE frequencies `[kv_channels / 2]` (float32), with LLaMA-3.1's scaling by wavelength where the config asks.
+    """RoPE frequencies `[rotated channels / 2]` (float32), with LLaMA-3.1's scaling by wavelength where config asks.
 
     Wavelengths longer than `original / low_freq_factor` are slowed by `factor`, those shorter than
     `original / high_freq_factor` are kept, and between the two the change is linear in `original / wavelength`.
     """
-    exponent = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
+    channels = rotary_channels(config)
+    exponent = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
     frequencies = 1.0 / (config.rotary_base**exponent)
     scaling = config.rope_scaling
     if not scaling:
@@ -214,17 +277,19 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return torch.where(wavelength < original / high, frequencies, scaled).to(device)
 
 
-def rotary(config: ModelConfig, cp_group: Any) -> RotaryEmbedding:
-    """The rotary embedding module of `config`, for layers run outside a GPTModel."""
+def rotary(config: ModelConfig, length: int, cp_group: Any) -> Tensor | None:
+    """Rotary embedding of positions 0 to `length`, for layers run outside a GPTModel; None with learned positions."""
+    if config.position_embedding != "rope":
+        return None
     module = RotaryEmbedding(
         kv_channels=config.kv_channels,
-        rotary_percent=1.0,
+        rotary_percent=config.rotary_percent,
         rotary_base=config.rotary_base,
         use_cpu_initialization=not backend.has_cuda(),
         cp_group=cp_group,
     )
     module.inv_freq = inverse_frequencies(config, backend.device())
-    return module
+    return module(length)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel: int) -> int:
@@ -252,7 +317,6 @@ def build_model(
     config: ModelConfig,
     layout: backend.Layout,
     dtype: torch.dtype,
-    max_sequence_length: int | None = None,
     **extra: Any,
 ) -> GPTModel:
     """This rank's part of the model, weights not initialised (load them next). Process groups must exist."""
@@ -262,15 +326,19 @@ def build_model(
         config=core,
         transformer_layer_spec=block_spec(core),
         vocab_size=padded_vocab_size(config.vocab_size, layout.tensor),
-        max_sequence_length=max_sequence_length or config.max_position_embeddings,
+        max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=config.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if config.position_embedding == "rope" else "learned_absolute",
+        rotary_percent=config.rotary_percent,
         rotary_base=config.rotary_base,
         parallel_output=True,
     )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(config, backend.device())
+    if config.position_embedding == "rope":
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(config, backend.device())
+    elif model.pre_process:
+        model.embedding.position_embeddings.to(dtype)  # megatron-core makes them float32
     _hide_padding(model, config.vocab_size, layout)
     return model.to(backend.device())
 
@@ -278,5 +346,5 @@ def build_model(
 def whole_layer(config: ModelConfig, dtype: torch.dtype) -> TransformerLayer:
     """One decoder layer, unsharded on this rank by itself, whatever the model's layout. Collective on first use."""
     core = transformer_config(config, backend.Layout(), dtype)
-    layer = TransformerLayer(core, layer_spec().submodules, layer_number=1, pg_collection=backend.alone())
+    layer = TransformerLayer(core, layer_spec(core).submodules, layer_number=1, pg_collection=backend.alone())
     return layer.to(backend.device()).eval()

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.families import ModelConfig, WeightMap, family_of, get_family
+from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,28 +47,38 @@ def merge(map: WeightMap, tensors: Sequence[Tensor], config: ModelConfig) -> Ten
     """Hugging Face tensors, in the order of ``map.hf``, -> the unsharded Megatron tensor [rows, ...]."""
     if len(tensors) != len(map.hf):
         raise ValueError(f"{map.megatron} is made of {len(map.hf)} tensors, {len(tensors)} were given")
-    if map.transform == "copy":
-        return tensors[0]
-    if map.transform == "gated":
-        return torch.cat(list(tensors))
-    groups = [tensor.unflatten(0, (config.num_query_groups, -1)) for tensor in tensors]
-    return torch.cat(groups, dim=1).flatten(0, 1)
+    parts = [tensor.t() if map.transposed else tensor for tensor in tensors]
+    if map.transform == "fused_qkv":
+        parts = list(parts[0].split(_part_rows(map, config)))
+    if map.transform in ("qkv", "fused_qkv"):
+        return torch.cat([part.unflatten(0, (config.num_query_groups, -1)) for part in parts], dim=1).flatten(0, 1)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def split(map: WeightMap, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
     """The unsharded Megatron tensor -> its Hugging Face tensors in the order of ``map.hf``; inverse of
     ``merge``.
     """
-    rows = [shape[0] for shape in map.shapes]
-    if tensor.shape[0] != sum(rows):
-        raise ValueError(f"{map.megatron} has {sum(rows)} rows, a tensor with {tensor.shape[0]} was given")
-    if map.transform == "copy":
-        return [tensor]
-    if map.transform == "gated":
-        return [part.contiguous() for part in tensor.split(rows)]
-    groups = config.num_query_groups
-    parts = tensor.unflatten(0, (groups, -1)).split([count // groups for count in rows], dim=1)
-    return [part.flatten(0, 1).contiguous() for part in parts]
+    if tensor.shape[0] != map.shape[0]:
+        raise ValueError(f"{map.megatron} has {map.shape[0]} rows, a tensor with {tensor.shape[0]} was given")
+    rows = _part_rows(map, config)
+    if map.transform in ("qkv", "fused_qkv"):
+        groups = config.num_query_groups
+        grouped = tensor.unflatten(0, (groups, -1)).split([count // groups for count in rows], dim=1)
+        parts = [part.flatten(0, 1) for part in grouped]
+    else:
+        parts = list(tensor.split(rows))
+    if map.transform == "fused_qkv":
+        parts = [torch.cat(parts)]
+    return [(part.t() if map.transposed else part).contiguous() for part in parts]
+
+
+def _part_rows(map: WeightMap, config: ModelConfig) -> list[int]:
+    """Rows of each matrix that the Megatron tensor is made of; a fused one counts as query, key and value."""
+    if map.transform != "fused_qkv":
+        return [shape[0] for shape in map.row_shapes]
+    size = dimensions(config)
+    return [size["query"], size["key_value"], size["key_value"]]
 
 
 def shard(map: WeightMap, tensor: Tensor, tp_rank: int, tp_size: int) -> Tensor:
@@ -137,9 +147,10 @@ def _check_divisible(map: WeightMap, size: int, tp_size: int) -> None:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies: file, safetensors dtype (``BF16``), shape."""
+    """Where a tensor lies: file, its name there, safetensors dtype (``BF16``), shape."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -157,7 +168,9 @@ class HFReader:
         self.config: dict[str, Any] = _read_json(self.directory / "config.json")
         self._entries = _read_entries(self.directory)
         self.model_config = self._model_config()
-        self._maps = get_family(self.model_config.family).weights(self.model_config)
+        family = get_family(self.model_config.family)
+        self._maps = family.weights(self.model_config)
+        self._entries = _full_names(self._entries, self._maps[0].hf[0], family.prefix)
         self._check_tensors()
 
     def names(self) -> list[str]:
@@ -171,7 +184,7 @@ class HFReader:
         file = self._entries[name].file
         try:
             with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(name)
+                return opened.get_tensor(self._entries[name].name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {name} from {file}: {error}") from error
 
@@ -310,6 +323,12 @@ def _read_entries(directory: Path) -> dict[str, _Entry]:
     raise UserError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
 
 
+def _full_names(entries: dict[str, _Entry], embedding: str, prefix: str) -> dict[str, _Entry]:
+    """The entries by full names: a checkpoint saved from the bare transformer (as GPT-2's own) lacks their start."""
+    bare = embedding not in entries and embedding.removeprefix(prefix) in entries
+    return {prefix + name: entry for name, entry in entries.items()} if bare else entries
+
+
 def _indexed_entries(directory: Path, index: Path) -> dict[str, _Entry]:
     weight_map = _read_json(index).get("weight_map")
     named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
@@ -329,7 +348,7 @@ def _file_entries(file: Path) -> dict[str, _Entry]:
     header, data_bytes = _read_header(file)
     try:
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        entries = {name: _Entry(file, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
+        entries = {name: _Entry(file, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
         end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} is not a valid safetensors file: its header is malformed ({error!r})") from error

@@ -27,12 +27,13 @@ def forward_only(model: PrunableModel, tokens: Tensor, labels: Tensor | None = N
     causal attention cannot see them, and the outputs cut back.
     """
     length = tokens.shape[1]
+    model.config.check_length(length)
     padding = -length % model.layout.tensor if model.layout.sequence_parallel else 0
     tokens = F.pad(tokens.to(backend.device()), (0, padding))
     labels = F.pad(labels.to(backend.device()), (0, padding)) if labels is not None else None
 
     def forward_step(_iterator: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        positions = torch.arange(tokens.shape[1], device=tokens.device).clamp(max=length - 1).expand_as(tokens)
         return chunk(tokens, positions, None, labels=labels), _no_loss
 
     with torch.no_grad():

@@ -165,10 +165,9 @@ class _LayerWalk:
             raise RuntimeError("this method needs calibration windows")
         self.device = backend.device()
         self.layer = whole_layer(model.config, next(model.model.parameters()).dtype)
-        embedding = model.whole(model.by_name["embedding.word_embeddings.weight"])
         mine = units(*tokens.shape)[dist.get_rank() :: dist.get_world_size()]
-        self.hidden = [F.embedding(tokens[unit].t().to(self.device), embedding) for unit in mine]
-        self.rotary = rotary(model.config, backend.alone().cp)(tokens.shape[1])
+        self.hidden = _embedded(model, [tokens[unit].t().to(self.device) for unit in mine])
+        self.rotary = rotary(model.config, tokens.shape[1], backend.alone().cp)
         self.inputs: dict[str, Tensor] = {}
         self.stop_early = False
         for path in LINEARS:
@@ -210,3 +209,14 @@ class _LayerWalk:
         """Replace the hidden states by the layer's outputs, with the layer's present (pruned) weights."""
         self._load(whole, number)
         self.hidden = [self._forward(hidden) for hidden in self.hidden]
+
+
+def _embedded(model: PrunableModel, tokens: list[Tensor]) -> list[Tensor]:
+    """Hidden states `[s, b, hidden]` before the first layer of tokens `[s, b]`. Collective."""
+    words = model.whole(model.by_name["embedding.word_embeddings.weight"])
+    hidden = [F.embedding(unit, words) for unit in tokens]
+    positions = model.by_name.get("embedding.position_embeddings.weight")
+    if positions is None:
+        return hidden
+    learned = model.whole(positions)
+    return [x + learned[: x.shape[0], None] for x in hidden]

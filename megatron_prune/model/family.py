@@ -1,0 +1,409 @@
+"""What a model family is: how a Hugging Face config.json maps to a ``ModelConfig``, and which Hugging Face
+tensors make up which Megatron tensor. The families themselves are data, in ``families``. Nothing here knows a
+device or a process group.
+
+Symbolic sizes of the tables (``dimensions`` gives the numbers):
+``vocab``, ``positions``, ``hidden``, ``ffn``, ``head`` = kv_channels, ``query`` = heads * kv_channels,
+``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value, ``group_rows`` = rows of one query group in
+linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+
+Transform = Literal["copy", "qkv", "fused_qkv", "gated"]
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_FULL_ATTENTION = "full_attention"
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of one model, in Megatron's names, with the config.json they came from."""
+
+    family: str
+    """Name of the family in ``FAMILIES``."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Width of the MLP (of one of gate and up when it is gated)."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads; divides num_attention_heads."""
+    kv_channels: int
+    """Width of one head; need not be hidden_size / num_attention_heads."""
+    vocab_size: int
+    """Without padding."""
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    """0 when positions are learned."""
+    rope_scaling: dict[str, Any] | None = field(hash=False)
+    """None, or the four llama3 keys of Hugging Face plus ``rope_type``: ``llama3``."""
+    tie_word_embeddings: bool
+    dtype: str
+    """One of bfloat16, float16, float32."""
+    hf_config: dict[str, Any] = field(hash=False, repr=False)
+    """The config.json this came from, verbatim."""
+    activation: str = "silu"
+    """Of the MLP, by its name in transformers."""
+    gated: bool = True
+    """The MLP multiplies activation(gate) with up."""
+    normalization: Literal["RMSNorm", "LayerNorm", "LayerNorm1P"] = "RMSNorm"
+    """LayerNorm1P stores its gain minus one."""
+    linear_bias: bool = False
+    """Every linear layer of the decoder has a bias."""
+    qkv_bias: bool = False
+    """The query, key and value projections have one."""
+    qk_layernorm: bool = False
+    """Queries and keys are normalised, head by head, before the rotation."""
+    position_embedding: Literal["rope", "learned"] = "rope"
+    rotary_percent: float = 1.0
+    """Share of a head, from its first channel on, that is rotated."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself included; None: all before it."""
+
+    def check_length(self, length: int) -> None:
+        """UserError when a sequence is longer than the learned position embeddings."""
+        if self.position_embedding == "learned" and length > self.max_position_embeddings:
+            raise UserError(
+                f"sequences of {length} tokens were asked for and the model has learned positions for "
+                f"{self.max_position_embeddings}: use {self.max_position_embeddings} or less"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy; ``from_dict`` inverts it."""
+        return copy.deepcopy(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The config that ``to_dict`` wrote; UserError names missing and unknown fields."""
+        names = {item.name for item in fields(cls)}
+        needed = {item.name for item in fields(cls) if item.default is MISSING}
+        if not needed <= set(values) <= names:
+            raise UserError(
+                f"model config has unknown fields {sorted(set(values) - names)} and lacks "
+                f"{sorted(needed - set(values))}; was it written by another version?"
+            )
+        return cls(**copy.deepcopy(dict(values)))
+
+    def fingerprint(self) -> str:
+        """sha256 of the sizes and constants (not of hf_config): equal for models whose tensors are
+        interchangeable.
+        """
+        values = {key: value for key, value in self.to_dict().items() if key != "hf_config"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """One Megatron tensor and the Hugging Face tensors it is made of."""
+
+    megatron: str
+    """Unsharded name with the global layer number."""
+    hf: tuple[str, ...]
+    """Hugging Face names, in the order the transform takes them."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shape of each Hugging Face tensor as it is stored."""
+    transform: Transform
+    shard_dim: int | None
+    """Dimension split over tensor-parallel ranks; None: the same on every rank."""
+    shard_unit: int
+    """Rows (shard_dim 0) or inputs (shard_dim 1) that must stay on one rank."""
+    pad_rows: bool
+    """Rows are the vocabulary: padded with zeros to a multiple of the tensor-parallel size."""
+    prunable: bool
+    layer: int | None
+    transposed: bool = False
+    """The Hugging Face tensors are stored `[in, out]`."""
+
+    @property
+    def row_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each Hugging Face tensor with its rows, the outputs, first."""
+        return tuple(shape[::-1] for shape in self.shapes) if self.transposed else self.shapes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the unsharded Megatron tensor: the Hugging Face tensors stacked along their rows."""
+        return (sum(shape[0] for shape in self.row_shapes), *self.row_shapes[0][1:])
+
+
+@dataclass(frozen=True)
+class WeightPattern:
+    """One row of a family's table; ``{layer}`` stands for the layer number, sizes are symbolic."""
+
+    megatron: str
+    hf: Mapping[str, tuple[str, ...]]
+    """Hugging Face name -> symbolic shape, rows first, in the order the transform takes them."""
+    transform: Transform = "copy"
+    shard_dim: int | None = None
+    shard_unit: str = "one"
+    pad_rows: bool = False
+    prunable: bool = False
+    untied_only: bool = False
+    """Absent when the output layer shares the embedding's weight."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Config keys and weight table of one kind of model; all data, shared code."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """Values of ``model_type`` in config.json."""
+    keys: Mapping[str, str]
+    """ModelConfig field -> config.json key."""
+    defaults: Mapping[str, Any]
+    """config.json key -> value meant when the key is absent; keys without a default are required."""
+    supported: Mapping[str, tuple[Any, ...]]
+    """config.json key -> values this family can represent (the first is meant when the key is absent)."""
+    table: tuple[WeightPattern, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """ModelConfig field -> its value in every model of the family, where it is not LLaMA's."""
+    nullable: tuple[str, ...] = ()
+    """config.json keys whose null has a meaning of its own and does not stand for the default."""
+    partial_rotary: float | None = None
+    """Share of a head that is rotated when config.json does not say; None: whole heads are, always."""
+    conv1d: bool = False
+    """Linear weights are stored `[in, out]`, as transformers' Conv1D has them."""
+    prefix: str = "model."
+    """Start of the names that a checkpoint saved from the bare transformer, without its output layer, lacks."""
+    ignored: tuple[str, ...] = ()
+    """Hugging Face name patterns (fnmatch) that carry no weights and may be in a file."""
+
+    def from_hf(self, hf_config: Mapping[str, Any]) -> ModelConfig:
+        """Sizes from a config.json in the style of transformers 4 or 5; UserError for what cannot be
+        represented.
+        """
+        self._check_supported(hf_config)
+        values = {name: self._value(hf_config, key) for name, key in self.keys.items()}
+        _check_values(values)
+        config = ModelConfig(
+            **_implied_sizes(values),
+            **self._positions(hf_config),
+            **self.constants,
+            family=self.name,
+            dtype=_dtype(hf_config),
+            hf_config=copy.deepcopy(dict(hf_config)),
+        )
+        _check_heads(config)
+        return config
+
+    def to_hf(self, config: ModelConfig) -> dict[str, Any]:
+        """The original config.json with the sizes of ``config``; verbatim when nothing changed."""
+        written = copy.deepcopy(config.hf_config)
+        original = self.from_hf(config.hf_config)
+        if _rotary(original) != _rotary(config):
+            raise UserError(
+                "the rotary position embedding differs from the one in the original config.json; "
+                "only sizes and dtype may change"
+            )
+        changed = [name for name in self.keys if getattr(original, name) != getattr(config, name)]
+        if changed:  # all of them: a head_dim left out would follow a changed hidden_size
+            _check_loadable(config)
+            written |= {key: getattr(config, name) for name, key in self.keys.items()}
+            if "layer_types" in written:
+                written["layer_types"] = [_FULL_ATTENTION] * config.num_layers
+        if original.dtype != config.dtype:
+            written["torch_dtype" if "torch_dtype" in written else "dtype"] = config.dtype
+        if replace(self.from_hf(written), hf_config={}) != replace(config, hf_config={}):
+            raise UserError(
+                f"the config.json of a {self.name} model cannot express this one's shape; only sizes that it has a "
+                f"key for may change: {', '.join(self.keys.values())}"
+            )
+        return written
+
+    def weights(self, config: ModelConfig) -> list[WeightMap]:
+        """Every Megatron tensor of the model, in model order."""
+        layers = [row for row in self.table if "{layer}" in row.megatron]
+        first = self.table.index(layers[0])
+        before, after = self.table[:first], [row for row in self.table[first:] if row not in layers]
+        after = [row for row in after if not (row.untied_only and config.tie_word_embeddings)]
+        places: list[tuple[WeightPattern, int | None]] = [(row, None) for row in before]
+        places += [(row, layer) for layer in range(config.num_layers) for row in layers]
+        places += [(row, None) for row in after]
+        return [_weight_map(row, config, layer, self.conv1d) for row, layer in places]
+
+    def as_rows(self, tensor: Tensor) -> Tensor:
+        """A prunable Hugging Face weight, or its mask, as `[out, in]`."""
+        return tensor.t() if self.conv1d else tensor
+
+    def tied_names(self, config: ModelConfig) -> tuple[str, ...]:
+        """Hugging Face names that a tied model may store although they repeat the embedding."""
+        rows = [row for row in self.table if row.untied_only] if config.tie_word_embeddings else []
+        return tuple(name for row in rows for name in row.hf)
+
+    def _check_supported(self, hf_config: Mapping[str, Any]) -> None:
+        for key, allowed in self.supported.items():
+            if hf_config.get(key, allowed[0]) not in allowed:
+                raise UserError(
+                    f"config.json has {key}: {hf_config[key]!r}; the {self.name} family supports "
+                    f"{' or '.join(repr(value) for value in allowed)} only"
+                )
+        for kind in hf_config.get("layer_types") or ():
+            if kind != _FULL_ATTENTION:
+                raise UserError(f"config.json has layers of type {kind!r}; supported: {_FULL_ATTENTION!r} only")
+
+    def _positions(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The ModelConfig fields of the rotary embedding."""
+        if self.constants.get("position_embedding") == "learned":
+            return {"rotary_base": 0.0, "rope_scaling": None}
+        base, scaling, percent = _rope(hf_config)
+        if self.partial_rotary is None and percent not in (None, 1.0):
+            raise UserError(
+                f"config.json has partial_rotary_factor {percent}; the {self.name} family supports 1.0 only"
+            )
+        return {"rotary_base": base, "rope_scaling": scaling, "rotary_percent": percent or self.partial_rotary or 1.0}
+
+    def _value(self, hf_config: Mapping[str, Any], key: str) -> Any:
+        if key in self.nullable and key in hf_config:
+            return hf_config[key]
+        value = self.defaults.get(key) if hf_config.get(key) is None else hf_config[key]
+        if value is None and key not in self.defaults:
+            raise UserError(f"config.json lacks {key}, which the {self.name} family needs; is the file complete?")
+        return value
+
+
+def dimensions(config: ModelConfig) -> dict[str, int]:
+    """Numbers for the symbolic sizes of the tables."""
+    heads_per_group = config.num_attention_heads // config.num_query_groups
+    return {
+        "one": 1,
+        "vocab": config.vocab_size,
+        "positions": config.max_position_embeddings,
+        "hidden": config.hidden_size,
+        "ffn": config.ffn_hidden_size,
+        "head": config.kv_channels,
+        "query": config.num_attention_heads * config.kv_channels,
+        "key_value": config.num_query_groups * config.kv_channels,
+        "qkv": (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels,
+        "group_rows": (heads_per_group + 2) * config.kv_channels,
+        "group_inputs": heads_per_group * config.kv_channels,
+    }
+
+
+def rotary_channels(config: ModelConfig) -> int:
+    """Channels of a head that are rotated."""
+    return int(config.kv_channels * config.rotary_percent)
+
+
+def _weight_map(row: WeightPattern, config: ModelConfig, layer: int | None, conv1d: bool) -> WeightMap:
+    size = dimensions(config)
+    transposed = conv1d and row.prunable
+    shapes = tuple(tuple(size[symbol] for symbol in shape) for shape in row.hf.values())
+    return WeightMap(
+        megatron=row.megatron.format(layer=layer),
+        hf=tuple(name.format(layer=layer) for name in row.hf),
+        shapes=tuple(shape[::-1] for shape in shapes) if transposed else shapes,
+        transform=row.transform,
+        shard_dim=row.shard_dim,
+        shard_unit=size[row.shard_unit],
+        pad_rows=row.pad_rows,
+        prunable=row.prunable,
+        layer=layer,
+        transposed=transposed,
+    )
+
+
+def _implied_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """All sizes, with those that config.json leaves to follow from others."""
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    return {
+        **values,
+        "ffn_hidden_size": values["ffn_hidden_size"] or 4 * hidden,
+        "num_query_groups": values.get("num_query_groups") or heads,
+        "kv_channels": values.get("kv_channels") or _implied_kv_channels(hidden, heads),
+    }
+
+
+def _implied_kv_channels(hidden_size: int, heads: int) -> int:
+    if hidden_size % heads:
+        raise UserError(
+            f"config.json has hidden_size {hidden_size} and {heads} attention heads but no head_dim; "
+            "without head_dim the heads must divide hidden_size"
+        )
+    return hidden_size // heads
+
+
+def _rotary(config: ModelConfig) -> tuple[Any, ...]:
+    return config.rotary_base, config.rope_scaling, config.rotary_percent
+
+
+def _rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float | None]:
+    """Rotary base, llama3 scaling and share of a head, from ``rope_parameters`` (transformers 5) or ``rope_theta`` +
+    ``rope_scaling`` + ``partial_rotary_factor``.
+    """
+    given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"config.json gives {given!r} as rope parameters; they must be an object")
+    base = float(_number("rope_theta", given.get("rope_theta", hf_config.get("rope_theta", 10000.0))))
+    percent = given.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
+    if percent is not None and not _number("partial_rotary_factor", percent) <= 1:
+        raise UserError(f"config.json has partial_rotary_factor {percent}; it must be at most 1")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return base, None, percent
+    if kind != "llama3":
+        raise UserError(f"config.json has rope type {kind!r}; supported: 'default', 'llama3'")
+    missing = [key for key in _LLAMA3_KEYS if given.get(key) is None]
+    if missing:
+        raise UserError(f"config.json has rope type 'llama3' without {', '.join(missing)}")
+    return base, {"rope_type": "llama3", **{key: _number(key, given[key]) for key in _LLAMA3_KEYS}}, percent
+
+
+def _dtype(hf_config: Mapping[str, Any]) -> str:
+    """``dtype`` or ``torch_dtype``; float32 when config.json says nothing, as transformers 4 had it."""
+    given = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if given not in _DTYPES:
+        raise UserError(f"config.json has dtype {given!r}; supported: {', '.join(_DTYPES)}")
+    return given
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise UserError(f"config.json gives {name} = {value!r}; it must be a number above 0")
+    return value
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Types of what config.json gives for ModelConfig fields; None is a size that follows from others."""
+    for name, value in values.items():
+        if name == "layernorm_epsilon":
+            _number(name, value)
+        elif name == "tie_word_embeddings":
+            if not isinstance(value, bool):
+                raise UserError(f"config.json gives {name} = {value!r}; it must be true or false")
+        elif name == "activation":
+            continue  # among the family's supported values
+        elif value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(f"config.json gives {name} = {value!r}; it must be a whole number of at least 1")
+
+
+def _check_heads(config: ModelConfig) -> None:
+    if config.num_attention_heads % config.num_query_groups:
+        raise UserError(
+            f"config.json has {config.num_attention_heads} attention heads and {config.num_query_groups} "
+            "key/value heads; the second must divide the first"
+        )
+    if config.position_embedding == "rope" and rotary_channels(config) % 2:
+        raise UserError(f"config.json gives a head width of {config.kv_channels}; rotary embeddings need an even one")
+
+
+def _check_loadable(config: ModelConfig) -> None:
+    """Transformers 5 refuses a hidden_size that the heads do not divide, even when head_dim is given."""
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"hidden_size {config.hidden_size} is not a multiple of the {config.num_attention_heads} "
+            "attention heads; transformers opens no such model: choose a multiple"
+        )
