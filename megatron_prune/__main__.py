@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -31,6 +31,11 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "preprocess": Verb(
+        config.PreprocessConfig,
+        "megatron_prune.data.preprocess:run",
+        "text -> token ids in Megatron's .bin and .idx",
+    ),
     "import": Verb(
         config.ImportConfig,
         "megatron_prune.model.import_hf:run",
@@ -69,14 +74,26 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; exit status: 0 done, 1 a check of the verb failed, 2 the user's mistake, 130 Ctrl-C."""
+    """Runs one verb; exit status: 0 done, 1 a check of the verb failed, 2 the user's mistake, 130 Ctrl-C.
+
+    Also 0: a learning run that SIGTERM, SIGINT or its time limit made save and end.
+    """
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _told_to_launcher(_run)(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:
         _report(str(error))
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _told_to_launcher(function: Callable[[list[str]], int]) -> Callable[[list[str]], int | None]:
+    """`function`, with its errors left where torchrun looks for them: it prints the first as the cause of a failure."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        return function
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(function)
 
 
 def _run(argv: list[str]) -> int:

@@ -129,6 +129,22 @@ class Training(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreprocessConfig(Options):
+    """Text -> Megatron's .bin and .idx: token ids, ready for training"""
+
+    input: tuple[str, ...] = option(
+        REQUIRED,
+        "files of documents (.txt, .raw, .jsonl, .jsonl.gz, .json.gz), or hub:NAME[:CONFIG[:SPLIT]], streamed",
+    )
+    output: Path = option(REQUIRED, "prefix of the files to write: PREFIX.bin, .idx and .json; must not exist")
+    tokenizer: Path = option(REQUIRED, "Hugging Face directory, or a SentencePiece tokenizer.model")
+    workers: int = option(0, "processes; 0 = one for each core", at_least=0)
+    append_eod: bool = option(False, "end each document with the end-of-text token")
+    json_key: str = option("text", "key of the document in a JSON object")
+    strict: bool = option(False, "stop at the first bad line instead of counting it")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImportConfig(Options):
     """A Hugging Face checkpoint -> a Megatron checkpoint"""
 

@@ -19,7 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_prune.errors import UserError
 
-SUFFIXES = (".txt", ".raw", ".jsonl", ".jsonl.gz", ".json.gz")
+WHOLE = (".txt", ".raw")
+"""Suffixes of files that are one document."""
+SUFFIXES = (*WHOLE, ".jsonl", ".jsonl.gz", ".json.gz")
+DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+"""What reading a damaged gzip file raises."""
 
 
 def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), key: str = "text") -> list[str]:
@@ -31,44 +35,65 @@ def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), key
     return documents
 
 
+class BadDocument(ValueError):
+    """A line or file that holds no document, and why; its place is the reader's to add."""
+
+
 def iterate_documents(path: Path, key: str = "text") -> Iterator[str]:
     """Documents of one file, one at a time."""
+    check_text_file(path)
+    place = str(path)
+    try:
+        if path.name.endswith(WHOLE):
+            yield decode(path.read_bytes())
+            return
+        for number, line in enumerate(_lines(path), start=1):
+            place = f"{path}:{number}"
+            if line.strip():
+                yield parse_line(line, key)
+    except BadDocument as error:
+        raise UserError(f"{place}: {error}") from error
+
+
+def check_text_file(path: Path) -> None:
+    """A `UserError` unless `path` is a file of a known kind."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give text in {', '.join(SUFFIXES)}")
     if not path.name.endswith(SUFFIXES):
         raise UserError(f"{path}: unknown kind of text; allowed: {', '.join(SUFFIXES)}")
-    if path.suffix in (".txt", ".raw"):
-        yield _decode(path.read_bytes(), str(path))
-        return
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            yield _document(line, key, f"{path}:{number}")
 
 
 def _lines(path: Path) -> Iterator[bytes]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         try:
             yield from file
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        except DAMAGED_GZIP as error:
             raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from error
 
 
-def _document(line: bytes, key: str, place: str) -> str:
+def parse_line(line: bytes, key: str) -> str:
+    """The document under `key` of one JSON object; `BadDocument` says what is wrong with the line."""
+    words = decode(line)
     try:
-        record = json.loads(_decode(line, place))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error}); expected one object a line") from error
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise UserError(f"{place}: no text under the key {key!r}; expected an object such as {{{key!r}: '...'}}")
-    return record[key]
+        record = json.loads(words)
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"not JSON ({error}); expected one object a line") from error
+    text = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise BadDocument(f"no text under the key {key!r}; expected an object such as {{{key!r}: '...'}}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadDocument(f"not Unicode text ({error})") from error
+    return text
 
 
-def _decode(data: bytes, place: str) -> str:
-    """Byte-exact: line ends stay as they are."""
+def decode(data: bytes) -> str:
+    """UTF-8, byte-exact: line ends stay as they are; otherwise `BadDocument`."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 text ({error})") from error
+        raise BadDocument(f"not UTF-8 text ({error})") from error
 
 
 def hash_files(paths: Sequence[Path | str]) -> str:

@@ -1,0 +1,94 @@
+"""Text -> token ids for `preprocess`, straight from the tokenizer libraries in batches.
+
+A directory holds a Hugging Face tokenizer and adds the special tokens that it always adds; a `tokenizer.model` file is
+a bare SentencePiece model and adds none, as in Megatron-LM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_prune.data.text import load_tokenizer, tokenize
+from megatron_prune.errors import UserError
+
+
+class Encoder(Protocol):
+    """A tokenizer as `preprocess` sees it."""
+
+    vocab_size: int
+    """Largest id that it can produce, plus one."""
+    end: int | None
+    """Id of the end-of-text token."""
+    sha256: str
+    """Of all that decides which ids a text becomes."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, of any length."""
+
+    def use_threads(self, count: int) -> None:
+        """Threads of one `encode` in this process."""
+
+
+def load_encoder(path: Path) -> Encoder:
+    """The tokenizer at `path`: a directory in Hugging Face's form or a SentencePiece `.model` file."""
+    if path.suffix == ".model" and path.is_file():
+        return SentencePieceEncoder(path)
+    return HuggingFaceEncoder(load_tokenizer(path))
+
+
+class HuggingFaceEncoder:
+    """A tokenizer of transformers; a fast one is asked directly and computes no character offsets."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.fast: Any = getattr(tokenizer, "backend_tokenizer", None)
+        vocab = tokenizer.get_vocab()
+        self.vocab_size = max(vocab.values()) + 1
+        self.end = None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+        if self.fast is not None:
+            self.fast.no_truncation()
+            self.fast.no_padding()
+        state = self.fast.to_str() if self.fast is not None else str(sorted(vocab.items()))
+        self.sha256 = hashlib.sha256(f"{self.end} {state}".encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        if self.fast is None:
+            return tokenize(self.tokenizer, texts)
+        return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts))]
+
+    def use_threads(self, count: int) -> None:
+        """The library reads its settings from the environment, before its first batch."""
+        os.environ["RAYON_NUM_THREADS"] = str(count)
+        if count == 1:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+class SentencePieceEncoder:
+    """A SentencePiece model without Hugging Face's files around it."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self.model = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({error}); copy it again from its source") from error
+        self.threads = 1
+        self.vocab_size = self.model.get_piece_size()
+        self.end = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return self.model.encode(list(texts), num_threads=self.threads)
+
+    def use_threads(self, count: int) -> None:
+        """Threads of one `encode`."""
+        self.threads = count
