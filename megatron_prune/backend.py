@@ -259,6 +259,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launch() -> str | None:
+    """What tells this torchrun from others, the same after it has restarted its processes; None without torchrun."""
+    identity = os.environ.get("TORCHELASTIC_RUN_ID")
+    return str(os.getppid()) if identity == "none" else identity
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def check_layout(layout: Layout, world: int) -> None:
     """Refuse layouts that cannot exist on `world` processes, before any of them waits for another."""
     product = layout.tensor * layout.pipeline * layout.context
@@ -277,10 +288,11 @@ def check_layout(layout: Layout, world: int) -> None:
         )
 
 
-def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 30.0) -> None:
+def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> None:
     """Create torch.distributed and megatron-core process groups and seed every generator.
 
     One process needs no launcher: a process group of one is made in memory. A layout that is there already is replaced.
+    A process that waits longer than `timeout_minutes` for another ends with an error.
     """
     check_layout(layout, world_size())
     if not dist.is_initialized():
@@ -348,10 +360,10 @@ def alone() -> ProcessGroupCollection:
 
 
 @contextlib.contextmanager
-def running(layout: Layout, seed: int = 0) -> Iterator[None]:
+def running(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> Iterator[None]:
     """Process groups for the duration of a verb, also torn down on error; processes connected before stay connected."""
     connected = dist.is_initialized()
-    initialize(layout, seed)
+    initialize(layout, seed, timeout_minutes)
     try:
         yield
     finally:

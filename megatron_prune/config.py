@@ -26,6 +26,9 @@ class Parallelism(Options):
     pipeline_model_parallel_size: int = option(1, "processes that share the stack of layers", at_least=1)
     sequence_parallel: bool = option(False, "shard norms and dropouts over the tensor-parallel processes too")
     context_parallel_size: int = option(1, "processes that share each sequence", at_least=1)
+    distributed_timeout_minutes: float = option(
+        10.0, "longest wait for another process before the job is given up", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +99,11 @@ class Training(Options):
     seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)
     log_interval: int = option(1, "optimizer steps between lines of metrics", at_least=1)
     save_interval: int = option(100, "optimizer steps between checkpoints; the last step is always saved", at_least=1)
+    keep_checkpoints: int = option(2, "newest checkpoints that stay; older ones are removed", at_least=1)
+    async_save: bool = option(False, "write checkpoints in the background, from a copy in the host's memory")
+    time_limit: float | None = option(
+        None, "minutes after which the run saves and ends with status 0, for --resume; left out: no limit", above=0
+    )
     eval_interval: int = option(100, "optimizer steps between held-out evaluations", at_least=1)
 
     def __post_init__(self) -> None:
@@ -160,7 +168,7 @@ class PruneConfig(Options):
     """A Megatron checkpoint -> a decision: which weights stay"""
 
     input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`")
-    output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume")
+    output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
     method: str = option(REQUIRED, "pruning method; `megatron-prune methods` lists them")
     target: str = option(REQUIRED, "what to reach: N:M (N KEPT of M, e.g. 2:4) or a sparsity such as 0.5")
     prior: str | None = option(
@@ -168,6 +176,7 @@ class PruneConfig(Options):
     )
     initial_logits: Path | None = option(None, "earlier run whose learned logits are the start (transfer)")
     resume: bool = option(False, "go on from the last checkpoint in --output")
+    restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
     method_options: dict[str, Any] = option({}, "the method's own hyper-parameters")
     calibration: Calibration = group(Calibration)
     training: Training = group(Training)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,27 @@ def refuse_existing(path: Path, what: str = "output") -> None:
         )
 
 
+def begin_folder(path: Path) -> Path:
+    """The folder that everything meant for `path` is written into, empty. Collective; `path` must not exist."""
+    refuse_existing(path)
+    partial = path.with_name(path.name + PARTIAL)
+    if _leader():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    return partial
+
+
+def publish_folder(partial: Path, path: Path) -> None:
+    """Give a folder from `begin_folder` its name, once it is on the disk whole. Collective: rank 0 renames."""
+    _barrier()
+    if _leader():
+        sync(partial)
+        os.replace(partial, path)
+        _fsync(path.parent)
+    _barrier()
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder to write into that gets its name `path` when everything is in it. All ranks take part.
@@ -42,39 +64,44 @@ def new_folder(path: Path) -> Iterator[Path]:
     On an error the half-written folder is removed and `path` does not appear. Rank 0 looks and renames; the others
     wait for it.
     """
-    refuse_existing(path)
-    partial = path.with_name(path.name + PARTIAL)
-    if _leader():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier()
+    partial = begin_folder(path)
     try:
         yield partial
     except BaseException:
         if _leader():
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    _barrier()
-    if _leader():
-        sync(partial)
-        os.replace(partial, path)
-    _barrier()
+    publish_folder(partial, path)
 
 
 def sync(folder: Path) -> None:
     """Push every file below `folder`, and the folder itself, to the disk."""
     for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, as eight hexadecimal digits."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` so that a reader sees the old file or the new one, never a part."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(content, indent=2) + "\n")
+    _fsync(partial)
     os.replace(partial, path)
 
 

@@ -113,13 +113,14 @@ class MetricsLog:
         self._done = 0
 
     def resume_at(self, done: int) -> None:
-        """Forget what was written about steps after `done` (a run that died behind its last checkpoint)."""
+        """Forget what was written about steps after `done`, everything at 0 (a run that died behind a checkpoint)."""
         self._first = self._done = done
         self._began = time.monotonic()
         if not is_leader() or not self.path.exists():
             return
         self.close()
-        kept = [line for line in _complete_lines(self.path) if json.loads(line).get("step", 0) <= done]
+        lines = _complete_lines(self.path) if done else []
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= done]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
@@ -139,6 +140,11 @@ class MetricsLog:
             self._write_events(record)
             self._done = record["step"]
         say(self._line(record, total))
+
+    def sync(self) -> None:
+        """Push the metrics to the disk, as a checkpoint that counts on them is."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the files; a later `write` opens them again."""

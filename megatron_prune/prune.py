@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_prune.data.dataset import TokenWindows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, refuse_existing
-from megatron_prune.log import MetricsLog, progress, write_environment
+from megatron_prune.log import MetricsLog, progress, say, write_environment
 from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.target import NM, Target, parse_target
 from megatron_prune.model.checkpoint import load_model, read_description, save_model
@@ -30,6 +31,7 @@ from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.options import save_yaml
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.training.learning import LearningRunner
+from megatron_prune.training.stopping import Stopped, StopRequest
 
 RECOMPUTE: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 """Megatron-core's settings for recomputing every layer in the backward pass."""
@@ -37,18 +39,47 @@ RECOMPUTE: dict[str, Any] = {"recompute_granularity": "full", "recompute_method"
 
 def run(config: PruneConfig) -> None:
     """Prune `config.input` into the run folder `config.output`."""
+    stop = StopRequest(config.training.time_limit)
     method, target = get_method(config.method, **config.method_options), parse_target(config.target)
     method.accept(target)
     model_config = read_description(config.input).config
     check_target(model_config, target)
-    if not config.resume:
+    may_go_on = config.resume or config.restartable or backend.restarted()
+    if not may_go_on:
         refuse_existing(config.output)
     layout = layout_of(config.parallelism)
-    with backend.running(layout, config.training.seed):
-        if method.learned:
-            _learn(config, method, target, layout)
+    with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
+        if may_go_on and not config.resume:
+            config = replace(config, resume=_goes_on(config))
+        if backend.restarted() and config.resume and _finished_by_this_launch(config.output):
+            say(f"{config.output} was finished when a process was lost")
+        elif method.learned:
+            _learn(config, method, target, layout, stop)
         else:
             _one_shot(config, method, target, layout)
+
+
+def _goes_on(config: PruneConfig) -> bool:
+    """Whether the output holds the run that this process is to continue. Collective.
+
+    Rank 0 looks: a shared file system shows a new folder on some nodes later. Without --restartable only the run of
+    the launch that restarted this process will do, any other output is refused.
+    """
+    found = [(config.output.exists(), config.restartable or _launch_of(config.output) == backend.launch())]
+    dist.broadcast_object_list(found, src=0)
+    exists, own = found[0]
+    if exists and not own:
+        refuse_existing(config.output)
+    return exists
+
+
+def _launch_of(folder: Path) -> str | None:
+    return read_run(folder).launch if (folder / "run.json").exists() else None
+
+
+def _finished_by_this_launch(folder: Path) -> bool:
+    found = read_run(folder)
+    return found.state == "decided" and found.launch == backend.launch()
 
 
 def check_target(config: ModelConfig, target: Target) -> None:
@@ -102,7 +133,8 @@ def _one_shot(config: PruneConfig, method: PruningMethod, target: Target, layout
 
 
 def _describe(folder: Path, config: PruneConfig, state: str) -> None:
-    write_run(folder, RunDescription(str(config.input.resolve()), config.method, str(config.target), state))
+    launch = backend.launch()
+    write_run(folder, RunDescription(str(config.input.resolve()), config.method, str(config.target), state, launch))
     if not (folder / "config.yaml").exists():
         save_yaml(config, folder / "config.yaml")
         write_environment(folder)
@@ -113,7 +145,9 @@ def _say(config: PruneConfig, kept: int, size: int) -> None:
         print(f"{config.method} {config.target}: {kept} of {size} weights kept ({kept / size:.4f}), in {config.output}")
 
 
-def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: backend.Layout) -> None:
+def _learn(
+    config: PruneConfig, method: PruningMethod, target: Target, layout: backend.Layout, stop: StopRequest
+) -> None:
     folder = config.output
     if config.resume:
         _check_resume(config)
@@ -129,9 +163,10 @@ def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: b
     tokenizer = load_tokenizer(config.input / "tokenizer", model.config.vocab_size)
     data = TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)
     held_out = TokenWindows(t.eval_data, tokenizer, t.seq_length, 0, documents=t.eval_range) if t.eval_data else None
-    if backend.rank() == 0 and not folder.exists():
-        folder.mkdir(parents=True)
-        _describe(folder, config, "learning")
+    if not config.resume:
+        with new_folder(folder) as new:
+            if backend.rank() == 0:
+                _describe(new, config, "learning")
     info = mask_info(method, target, model.config, seed=t.seed, notes={"data": data.info()})
     runner = LearningRunner(
         model,
@@ -144,8 +179,13 @@ def _learn(config: PruneConfig, method: PruningMethod, target: Target, layout: b
         initial_logits=config.initial_logits,
         eval_windows=_windows(held_out, t.eval_windows),
         resume=config.resume,
+        stop=stop,
     )
-    kept, size = method.prune(model, runner, target)
+    try:
+        kept, size = method.prune(model, runner, target)
+    except Stopped as stopped:
+        say(f"{stopped}; go on with --resume")
+        return
     if runner.weights_trained:
         _save_weights(config, model, folder / "weights", method)
     if backend.rank() == 0:

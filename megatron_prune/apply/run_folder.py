@@ -28,6 +28,8 @@ class RunDescription:
     target: str
     state: str
     """`learning` or `decided`."""
+    launch: str | None = None
+    """The launch that began or finished the run, as `backend.launch` names it."""
 
 
 def write_run(folder: Path, description: RunDescription) -> None:

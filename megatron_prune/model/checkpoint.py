@@ -4,14 +4,16 @@ A model checkpoint is a folder
 
     megatron_prune.json   what it is: model shape (and the Hugging Face config it came from), dtype, where from
     tokenizer/            the tokenizer's files
-    weights/              megatron-core's distributed checkpoint (torch_dist)
+    weights/              megatron-core's distributed checkpoint (torch_dist), and checksums.json, CRC-32 of its files
     manifest.json         size of every file above: a truncated copy is found before it is read
 """
 
 from __future__ import annotations
 
+import queue
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder, read_json, write_json
+from megatron_prune.files import checksum, new_folder, read_json, write_json
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
 
 FORMAT = 1
 DESCRIPTION = "megatron_prune.json"
+MANIFEST = "manifest.json"
+CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,85 @@ def metadata() -> dict[str, Any]:
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
-def save_sharded(folder: Path, state: dict[str, Any]) -> None:
-    """Write a sharded state dict into an existing empty folder, by all ranks."""
-    dist_checkpointing.save(state, str(folder), sharded_strategy=("torch_dist", 1))
+class ShardedSave:
+    """A sharded state dict on its way into an existing empty folder. Made and finished by all ranks.
+
+    Each rank's tensors are written by a thread of its own: in the background from a copy of them, if asked for, so that
+    training can go on. Nothing runs in other processes, so a killed run leaves no writer behind.
+    """
+
+    def __init__(self, folder: Path, state: dict[str, Any], in_background: bool = False) -> None:
+        self.folder = folder
+        # Through this queue megatron-core learns what was written; its own is a process that starts python again.
+        filesystem_async._results_queue = queue.Queue()
+        self._request = dist_checkpointing.save(
+            state, str(folder), sharded_strategy=("torch_dist", 1), async_sharded_save=True
+        )
+        buckets = _buckets(self._request)
+        writer = ThreadPoolExecutor(1)
+        self._written = writer.submit(_write, self._request, _on_host(buckets, copy=in_background))
+        writer.shutdown(wait=False)
+
+    def busy(self) -> bool:
+        """Whether this rank is still writing."""
+        return not self._written.done()
+
+    def finish(self) -> None:
+        """Wait for the files, then add checksums and sizes. Collective.
+
+        When one rank could not write, every rank raises: UserError for what the file system refused.
+        """
+        error = self._written.exception()
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, str(error) if error else self._written.result())
+        failed = {rank: outcome for rank, outcome in enumerate(outcomes) if isinstance(outcome, str)}
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        if failed:
+            told = "; ".join(f"process {rank}: {text}" for rank, text in failed.items())
+            raise UserError(
+                f"checkpoint {self.folder} could not be written ({told}); earlier checkpoints are untouched: "
+                "make room or give another disk, then resume"
+            )
+        for finalize in self._request.finalize_fns:
+            finalize()
+        if backend.rank() == 0:
+            checksums = {name: value for outcome in outcomes for name, value in outcome.items()}
+            rest = [path for path in self.folder.iterdir() if path.name not in checksums]
+            checksums.update((path.name, checksum(path)) for path in rest)
+            write_json(self.folder / CHECKSUMS, checksums)
+
+
+def _buckets(request: Any) -> list[Any]:
+    """What this rank has to write: (path, key, (bytes, tensors)) for each file."""
+    return request.async_fn_args[1] if request.async_fn is not None else []
+
+
+def _on_host(buckets: list[Any], copy: bool) -> list[Any]:
+    """The same in the memory of the host; copied, it stays what it is while training changes the tensors."""
+    return [
+        (path, key, (data, [(item, tensor.detach().to("cpu", copy=copy)) for item, tensor in tensors]))
+        for path, key, (data, tensors) in buckets
+    ]
+
+
+def _write(request: Any, buckets: list[Any]) -> dict[str, str]:
+    """Write this rank's files durably and read them back for their checksums, by name."""
+    if not buckets:
+        return {}
+    outcomes: queue.Queue[Any] = queue.Queue()
+    unfinished: queue.Queue[int] = queue.Queue()
+    for number, bucket in enumerate(buckets):
+        unfinished.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            request.async_fn.args[0], number, bucket, outcomes, unfinished, use_fsync=True
+        )
+    results = dict(outcomes.get_nowait() for _ in buckets)
+    for result in results.values():
+        if isinstance(result, Exception):
+            raise result
+    request.async_fn_args[2].put(results)
+    return {Path(path).name: checksum(Path(path)) for path, _key, _data in buckets}
 
 
 def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -69,17 +150,47 @@ def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 def write_manifest(folder: Path) -> None:
     """Record the size of every file below `folder`."""
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    write_json(folder / "manifest.json", sizes)
+    write_json(folder / MANIFEST, sizes)
 
 
 def check_manifest(folder: Path) -> None:
     """UserError when a file of a checkpoint is missing or has another size than when it was written."""
-    for name, size in read_json(folder / "manifest.json", "a megatron_prune checkpoint").items():
+    damage = _damaged_sizes(folder)
+    if damage:
+        raise UserError(f"checkpoint {folder} is damaged: {damage[0]}; copy it again or use another checkpoint")
+
+
+def _damaged_sizes(folder: Path) -> list[str]:
+    told = []
+    for name, size in read_json(folder / MANIFEST, "a megatron_prune checkpoint").items():
         path = folder / name
         found = path.stat().st_size if path.exists() else None
         if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            raise UserError(f"checkpoint {folder} is damaged: {name} {state}; copy it again or use another checkpoint")
+            told.append(f"{name} " + ("is missing" if found is None else f"has {found} bytes instead of {size}"))
+    return told
+
+
+def damage_of(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint: file by file, sizes and checksums. Collective: ranks share the reading.
+
+    Every rank gets the same answer; no answer means that the checkpoint is whole.
+    """
+    mine: list[str] = []
+    try:
+        sizes = read_json(folder / MANIFEST, "a megatron_prune checkpoint")
+        checksums = read_json(folder / CHECKSUMS, "a megatron_prune checkpoint")
+        if set(sizes) != {*checksums, CHECKSUMS}:
+            mine.append(f"{MANIFEST} and {CHECKSUMS} name other files")
+        mine += _damaged_sizes(folder)
+        if not mine:
+            names = sorted(checksums)[backend.rank() :: backend.world_size()]
+            changed = [name for name in names if checksum(folder / name) != checksums[name]]
+            mine += [f"{name} has changed since it was written" for name in changed]
+    except (UserError, OSError, AttributeError, TypeError) as error:
+        mine.append(str(error))
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    return list(dict.fromkeys(text for told in everybody for text in told))
 
 
 def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokenizer: Iterable[Path]) -> None:
@@ -92,7 +203,7 @@ def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokeniz
                 shutil.copyfile(file, folder / "tokenizer" / file.name)
             (folder / "weights").mkdir()
         dist.barrier()
-        save_sharded(folder / "weights", _weights_only(model))
+        ShardedSave(folder / "weights", _weights_only(model)).finish()
         if backend.rank() == 0:
             write_manifest(folder)
 

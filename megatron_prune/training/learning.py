@@ -7,10 +7,10 @@ needs no generator state (noise and data are functions of the step) and may cont
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
@@ -20,19 +20,19 @@ from torch import Tensor
 from megatron_prune.apply.decision import MaskWriter
 from megatron_prune.config import Training
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder, read_json, write_json
 from megatron_prune.kernels import gumbel
 from megatron_prune.kernels.philox import gumbel_noise
-from megatron_prune.log import MetricsLog
+from megatron_prune.log import MetricsLog, say
 from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
-from megatron_prune.model.checkpoint import check_manifest, load_sharded, metadata, save_sharded, write_manifest
+from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
 from megatron_prune.model.prunable import LocalLinear, PrunableModel
+from megatron_prune.training.checkpoints import Checkpoints, find_newest, read_about
 from megatron_prune.training.loop import Samples, StepResult, Trainer
+from megatron_prune.training.state import load_parameters, trained_parameters
+from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, largest
 
-LATEST = "latest.json"
-KEPT_CHECKPOINTS = 2
 INITIAL_STEP = 2**32 - 1
 """Step number under which a random start is drawn: no training step has it."""
 EULER_GAMMA = 0.5772156649015329
@@ -57,6 +57,7 @@ class LearningRunner:
         initial_logits: Path | None = None,
         eval_windows: Tensor | None = None,
         resume: bool = False,
+        stop: StopRequest | None = None,
     ) -> None:
         self.model = model
         self.training = training
@@ -68,6 +69,8 @@ class LearningRunner:
         self.initial_logits = initial_logits
         self.eval_windows = eval_windows
         self.resume = resume
+        self.stop = stop or StopRequest()
+        self.checkpoints = Checkpoints(folder, training.keep_checkpoints, training.async_save)
         self.draw: MaskDraw | None = None
         self.microbatches = 1
         self.weights_trained = False
@@ -127,19 +130,50 @@ class LearningRunner:
         self.log.resume_at(first)
         if first == 0:
             self._evaluate(trainer, 0)
-        steps = self.training.train_iters
-        for step in range(first, steps):
-            values = on_step(step, steps)
-            began = time.perf_counter()
-            result = trainer.step(step)
-            seconds = time.perf_counter() - began
-            done = step + 1
-            if done % self.training.log_interval == 0 or done == steps:
-                self._log_step(step, steps, result, values, seconds)
-            if done % self.training.eval_interval == 0 or done == steps:
-                self._evaluate(trainer, done)
-            if done % self.training.save_interval == 0 or done == steps:
-                self._save(trainer, done)
+        with self.stop:
+            try:
+                for step in range(first, self.training.train_iters):
+                    self._step(trainer, step, on_step)
+            except UserError:  # all ranks raise it: what is being written is still good
+                self.checkpoints.finish()
+                raise
+
+    def _step(self, trainer: Trainer, step: int, on_step: Callable[[int, int], dict[str, float]]) -> None:
+        steps, done = self.training.train_iters, step + 1
+        values = on_step(step, steps)
+        began = time.perf_counter()
+        result = trainer.step(step)
+        seconds = time.perf_counter() - began
+        if done % self.training.log_interval == 0 or done == steps:
+            self._log_step(step, steps, result, values, seconds)
+        if done % self.training.eval_interval == 0 or done == steps:
+            self._evaluate(trainer, done)
+        self._save_or_stop(trainer, done)
+
+    def _save_or_stop(self, trainer: Trainer, done: int) -> None:
+        """Save when it is time; Stopped, after saving, when any rank was asked to end before the last step."""
+        last = done == self.training.train_iters
+        reason, busy = largest(self.stop.code(), self.checkpoints.busy())
+        if not busy:
+            self.checkpoints.finish()
+        if reason or last or done % self.training.save_interval == 0:
+            self.log.sync()
+            self.checkpoints.save(self._about(done), {**trainer.state(is_loading=False), "step": done})
+        if reason or last:
+            self.checkpoints.finish()
+        if reason and not last:
+            raise Stopped(f"{REASONS[reason]}: saved after step {done} of {self.training.train_iters}")
+
+    def _about(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: how far it is, and what must be the same when it is resumed."""
+        t = self.training
+        return {
+            "step": step,
+            "samples": step * t.global_batch_size,
+            "seed": t.seed,
+            "seq_length": t.seq_length,
+            "global_batch_size": t.global_batch_size,
+        }
 
     def _log_step(self, step: int, steps: int, result: StepResult, values: dict[str, float], seconds: float) -> None:
         record = {
@@ -202,53 +236,36 @@ class LearningRunner:
         self.draw.decoded = False
         self.log.write({"step": done, "eval_loss": loss, "eval_windows": int(self.eval_windows.shape[0])})
 
-    def checkpoint_folder(self, step: int) -> Path:
-        """Where the state after `step` optimizer steps lies."""
-        return self.folder / "checkpoints" / f"step_{step:07d}"
-
-    def _save(self, trainer: Trainer, step: int) -> None:
-        """Write a checkpoint, point to it, and remove those that are no longer needed."""
-        path = self.checkpoint_folder(step)
-        if path.exists():
-            return
-        with new_folder(path) as folder:
-            state = {**trainer.state(is_loading=False), "step": step}
-            save_sharded(folder, state)
-            if backend.rank() == 0:
-                write_manifest(folder)
-        if backend.rank() == 0:
-            write_json(self.folder / "checkpoints" / LATEST, {"step": step})
-            for old in sorted((self.folder / "checkpoints").glob("step_???????"))[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
-        dist.barrier()
-
     def _resume(self, trainer: Trainer) -> int:
-        """Load the newest checkpoint of this run; the number of steps it has done, 0 without one."""
-        pointer = self.folder / "checkpoints" / LATEST
-        if not pointer.exists():
+        """Load the newest good checkpoint of this run; the number of steps it has done, 0 without one."""
+        path = self.checkpoints.newest()
+        if path is None:
             return 0
-        path = self.checkpoint_folder(int(read_json(pointer, "a pruning run")["step"]))
-        check_manifest(path)
+        found = read_about(path)
+        for key, given in self._about(found["step"]).items():
+            if found[key] != given:
+                raise UserError(f"--resume: {path} has {key} {found[key]} and {given} was given: give the same")
         state = load_sharded(path, {**trainer.state(is_loading=True), "step": 0})
         trainer.load_state(state)
         for linear in self.model.linears():
             self.last[linear.name] = gumbel.winners(linear.module.mask_logits)
+        say(f"resumed from {path}")
         return int(state["step"])
 
     def _load_logits(self, run: Path) -> None:
-        """Take the mask logits of another run's newest checkpoint (transfer)."""
-        pointer = run / "checkpoints" / LATEST
-        if not pointer.exists():
+        """Take the mask logits of another run's newest good checkpoint (transfer)."""
+        path, _damaged = find_newest(run / "checkpoints")
+        if path is None:
             raise UserError(
                 f"{run} was given as the start and has no checkpoints; give a run of a method that learns, or its mask "
                 "with --prior"
             )
-        path = run / "checkpoints" / f"step_{int(read_json(pointer, 'a pruning run')['step']):07d}"
-        check_manifest(path)
-        everything = self.model.model.sharded_state_dict(metadata=metadata())
-        wanted = {key: value for key, value in everything.items() if key.endswith("mask_logits")}
-        state = load_sharded(path, {"model": wanted})
-        self.model.model.load_state_dict(state["model"], strict=False)
+        chunks = [self.model.model]
+        wanted = {
+            chunk: {key: value for key, value in parameters.items() if key.endswith("mask_logits")}
+            for chunk, parameters in trained_parameters(chunks).items()
+        }
+        load_parameters(chunks, load_sharded(path, {"model": wanted})["model"])
 
     @torch.no_grad()
     def keep(self, decide: Callable[[Tensor], Tensor]) -> Kept:
