@@ -1,6 +1,6 @@
 """Runs several verbs, one after the other, in the processes of one torchrun: `worker.py COMMANDS.json`.
 
-The command ["control"] makes mask noise depend on the layout from then on.
+The command ["control"] makes mask noise depend on the layout from then on; ["gradients", ...] is `save_gradients`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron_prune.__main__ import main
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.distributed.controls import draw_noise_by_local_position
+from tests.distributed.gradients import save_gradients
 
 
 def run(commands: list[list[str]]) -> int:
@@ -25,6 +26,9 @@ def run(commands: list[list[str]]) -> int:
     for command in commands:
         if command == ["control"]:
             draw_noise_by_local_position()
+            continue
+        if command[0] == "gradients":
+            save_gradients(*command[1:])
             continue
         status = main(command)
         if status:

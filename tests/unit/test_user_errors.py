@@ -145,7 +145,7 @@ def test_a_truncated_safetensors_file(root: Path, capsys: pytest.CaptureFixture[
 def test_an_unsupported_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tiny_llama(root / "other_hf")
     edit_config(other, model_type="mamba")
-    assert "supported: llama" in refused(["import", "--input", str(other), "--output", str(root / "x")], capsys)
+    assert "supported: gpt2, llama" in refused(["import", "--input", str(other), "--output", str(root / "x")], capsys)
 
 
 def test_a_damaged_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

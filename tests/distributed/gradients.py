@@ -1,0 +1,53 @@
+"""Gradients of every weight of a checkpoint in some layout, by Hugging Face name: the whole model's backward pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_prune.config import Training
+from megatron_prune.model import convert
+from megatron_prune.model.checkpoint import load_model
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.training.loop import Trainer
+
+LENGTH = 16
+WINDOWS = 2
+
+
+class RandomWindows:
+    """Training windows of seeded random tokens below `vocabulary`."""
+
+    def __init__(self, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, vocabulary, (WINDOWS, LENGTH + 1), generator=generator)
+
+    def sample(self, index: int) -> Tensor:
+        """`[LENGTH + 1]` token ids."""
+        return self.tokens[index]
+
+
+def save_gradients(checkpoint: str, output: str, tensor: str, pipeline: str, sequence_parallel: str) -> None:
+    """Write the gradients of the mean loss over the windows to `output`. Collective."""
+    layout = backend.Layout(int(tensor), int(pipeline), sequence_parallel=sequence_parallel == "True")
+    with backend.running(layout):
+        model = load_model(Path(checkpoint), layout)
+        training = Training(seq_length=LENGTH, global_batch_size=WINDOWS, train_iters=1, clip_grad=0.0)
+        Trainer(model, training, RandomWindows(model.config.vocab_size)).step(0)
+        gradients = gathered(model)
+        if backend.rank() == 0:
+            save_file(gradients, output)
+
+
+def gathered(model: PrunableModel) -> dict[str, Tensor]:
+    """Hugging Face name -> gradient; replicas that differ between tensor-parallel ranks are an error. Collective."""
+    found: dict[str, Tensor] = {}
+    for map in model.maps:
+        parameter = model.parameters.get(map.megatron)
+        whole = model.gather(map, None if parameter is None else parameter.main_grad)  # type: ignore[attr-defined]
+        found.update(zip(map.hf, convert.split(map, whole.clone(), model.config), strict=True))
+    return found

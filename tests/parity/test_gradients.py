@@ -1,0 +1,67 @@
+"""Gradients of all weights, biases and norms against transformers', in fp32: what each family does with its replicated
+and sharded parameters under tensor, sequence and pipeline parallelism.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.gradients import RandomWindows
+from tests.distributed.launch import PP2, TP2, TP2_SP, Layout, launch, must_pass
+from tests.models import byte_tokenizer, tiny_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+TOLERANCE = 1e-5
+"""Of the largest gradient of a tensor."""
+CASES = [
+    ("qwen2", TP2_SP),
+    ("qwen3", TP2),
+    ("qwen3", TP2_SP),
+    ("nemotron", TP2_SP),
+    ("gpt2", TP2),
+    ("gpt2", TP2_SP),
+    ("gpt2", PP2),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every model imported, and its gradients in every layout."""
+    root = tmp_path_factory.mktemp("gradients")
+    commands = []
+    for model_type in dict(CASES):
+        byte_tokenizer(tiny_model(root / f"{model_type}_hf", model_type, vocab_size=257))
+        commands.append(["import", "--input", str(root / f"{model_type}_hf"), "--output", str(root / model_type)])
+    for model_type, layout in CASES:
+        parallel = [str(layout.tensor), str(layout.pipeline), str(layout.sequence_parallel)]
+        output = root / f"{model_type}_{layout.name}.safetensors"
+        commands.append(["gradients", str(root / model_type), str(output), *parallel])
+    must_pass(launch(2, commands, root / "commands"))
+    return root
+
+
+def reference(directory: Path) -> dict[str, Tensor]:
+    """Gradients of the same loss in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokens = RandomWindows(model.config.vocab_size).tokens
+    logits = model(tokens[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("model_type", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_gradients_equal_transformers(root: Path, model_type: str, layout: Layout) -> None:
+    from safetensors.torch import load_file
+
+    expected = reference(root / f"{model_type}_hf")
+    found = load_file(root / f"{model_type}_{layout.name}.safetensors")
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-6, f"{name} has no gradient to compare"
+        assert (found[name] - gradient).abs().max() <= TOLERANCE * gradient.abs().max(), name
