@@ -4,7 +4,7 @@
                                    sha256 of every layer file
     DIR/layer_00017.safetensors    Hugging Face weight name -> uint8 [ceil(out * in / 8)], row-major, first
                                    weight in the highest bit (numpy.packbits);
-                                   metadata "shapes": JSON {name: [out, in]}
+                                   metadata "shapes": JSON {name: [out, in]}, as the weight is stored (GPT-2: [in, out])
 
 The folder appears whole or not at all: it is written as ``DIR.partial`` and renamed. Layers are written and
 read one at a time.
@@ -132,7 +132,7 @@ class MaskWriter:
         self._partial.mkdir(parents=True)
 
     def add_layer(self, layer: int, masks: Mapping[str, Tensor]) -> None:
-        """Store one layer: Hugging Face weight name -> bool [out, in], True = kept."""
+        """Store one layer: Hugging Face weight name -> bool in the shape of the weight, True = kept."""
         file = f"layer_{layer:05d}.safetensors"
         repeated = [name for name in masks if name in self._weights]
         if file in self._files or repeated or not masks:
@@ -235,7 +235,7 @@ class Masks:
         return sorted({weight["layer"] for weight in self._weights.values()})
 
     def get(self, name: str) -> Tensor:
-        """Bool [out, in], True = kept."""
+        """Bool in the shape of the weight as it is stored, True = kept."""
         if name not in self._weights:
             near = difflib.get_close_matches(name, self._weights, n=1)
             raise UserError(f"{self.directory} has no mask for {name}" + (f"; nearest: {near[0]}" if near else ""))
@@ -290,7 +290,7 @@ class Masks:
 
 
 def prunable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape [out, in] of every weight that masks apply to, in model order."""
+    """Hugging Face name -> shape, as stored, of every weight that masks apply to, in model order."""
     maps = get_family(config.family).weights(config)
     return {name: shape for map in maps if map.prunable for name, shape in zip(map.hf, map.shapes, strict=True)}
 

@@ -1,7 +1,7 @@
 """Masks as one portable .npz: readable with numpy alone, without pickle.
 
     "model.layers.0.self_attn.q_proj.weight"        uint8 [ceil(out * in / 8)]: numpy.packbits of the mask
-    "model.layers.0.self_attn.q_proj.weight.shape"  int64 [2]: out, in
+    "model.layers.0.self_attn.q_proj.weight.shape"  int64 [2]: out, in; for GPT-2 in, out, as its weights are
     "__pattern__"                                   text: "2:4" (2 kept of 4) or a sparsity such as "0.5"
 
 ``numpy.unpackbits(bits, count=out * in).reshape(out, in)`` gives 1 = kept. Reading also takes plain bool or
