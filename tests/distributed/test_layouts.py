@@ -11,7 +11,7 @@ import torch
 
 from megatron_prune.apply.decision import Masks
 from tests.distributed.launch import DP2, ONE, PP2, TP2_PP2_SP, TP2_SP, TP3, Layout, launch, must_pass
-from tests.models import byte_tokenizer, tiny_llama, words
+from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -57,6 +57,9 @@ MODELS = {
         vocab_size=257,
     ),
 }
+FAMILIES = {"qwen2": TP2_SP, "gpt2": TP2_PP2_SP}
+"""Other families, with biases, tied embeddings and learned positions, and the layout each is compared in."""
+FAMILY_CASES = [Case("magnitude", "2:4"), Case("wanda", "2:4"), Case("sparsegpt", "2:4")]
 STEPS = 10
 
 
@@ -93,6 +96,11 @@ def learn_command(root: Path, model: str, layout: Layout, name: str = "learned")
     return ["prune", "--method", "maskllm", "--target", "2:4", *inputs, *words_of_options, *layout.flags()]
 
 
+def family_commands(root: Path, family: str, layout: Layout) -> list[list[str]]:
+    """Every method on a model of another family."""
+    return [*(prune_command(root, family, case, layout) for case in FAMILY_CASES), learn_command(root, family, layout)]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both models imported and every case run in every layout: one start-up per number of processes."""
@@ -104,6 +112,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         one.append(["import", "--input", str(root / f"{model}_hf"), "--output", str(root / model)])
         one += [prune_command(root, model, case, ONE) for case in [*CASES, CONTROL]]
         one.append(learn_command(root, model, ONE))
+    for family in FAMILIES:
+        byte_tokenizer(tiny_model(root / f"{family}_hf", family, vocab_size=257, tie_word_embeddings=True))
+        one.append(["import", "--input", str(root / f"{family}_hf"), "--output", str(root / family)])
+        one += family_commands(root, family, ONE)
     must_pass(launch(1, one, root / "commands"))
     for processes in (2, 3, 4):
         commands: list[list[str]] = []
@@ -111,6 +123,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layout in layouts:
             commands += [prune_command(root, model_of(layout), case, layout) for case in [*CASES, CONTROL]]
             commands.append(learn_command(root, model_of(layout), layout))
+        for family, layout in FAMILIES.items():
+            if layout.processes == processes:
+                commands += family_commands(root, family, layout)
         if processes == 2:
             commands += [["control"], learn_command(root, "even", TP2_SP, "local_noise")]
         must_pass(launch(processes, commands, root / "commands"))
@@ -183,3 +198,17 @@ def test_layout_dependent_noise_is_noticed(root: Path) -> None:
     """Negative control: noise numbered by local position makes another run at TP=2."""
     found = losses(root, TP2_SP, "even", "local_noise")
     assert max(abs(a - b) for a, b in zip(found, losses(root, ONE, "even"), strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize("case", FAMILY_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_are_decided_alike(root: Path, family: str, case: Case) -> None:
+    one, other = (masks(root, layout, family, case.name) for layout in (ONE, FAMILIES[family]))
+    assert differing(one, other) == 0.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_learn_alike(root: Path, family: str) -> None:
+    layout = FAMILIES[family]
+    assert losses(root, layout, family) == pytest.approx(losses(root, ONE, family), abs=1e-5)
+    assert differing(masks(root, ONE, family, "learned"), masks(root, layout, family, "learned")) < 1e-3
