@@ -3,10 +3,11 @@
     git clone https://github.com/locuslab/wanda CHECKOUT
     python benchmarks/peers.py --model HF_DIRECTORY --wanda CHECKOUT --shared ../shared
 
-Ours is `import` and `prune`, from the Hugging Face directory to a decision on disk; theirs loads the same directory,
-prunes it in memory with the functions of its `lib/prune.py`, and saves nothing. Both get the same calibration windows
-(C1) and bf16 weights. Their code is run as it is; only what recent transformers and a machine without CUDA need is
-supplied from outside: position embeddings for a layer called by itself, and no-ops for two CUDA calls.
+Ours is `prune`, from the Hugging Face directory to a decision on disk (with compensated weights, SparseGPT); theirs
+loads the same directory, prunes it in memory with the functions of its `lib/prune.py`, and saves nothing. Both get the
+same calibration windows (C1) and bf16 weights. Their code is run as it is; only what recent transformers and a machine
+without CUDA need is supplied from outside: position embeddings for a layer called by itself, and no-ops for two CUDA
+calls.
 """
 
 from __future__ import annotations
@@ -41,15 +42,12 @@ def cost_of(command: list[str]) -> dict[str, float]:
 
 
 def ours(method: str, model: Path, c4: Path, work: Path) -> dict[str, float]:
-    """Import and prune."""
-    verb = [sys.executable, "-m", "megatron_prune"]
-    first = cost_of([*verb, "import", "--input", str(model), "--output", str(work / "dense")])
-    calibration = ["--calibration", str(c4), "--calibration-documents", str(C4_TRAINING)]
-    calibration += ["--calibration-samples", str(SAMPLES), "--calibration-seq-length", str(LENGTH)]
-    words = ["prune", "--input", str(work / "dense"), "--output", str(work / "run"), "--method", method]
-    second = cost_of([*verb, *words, "--target", "2:4", *calibration])
-    both = {key: first[key] + second[key] for key in ("wall_s", "cpu_s")}
-    return {**both, "peak_gib": max(first["peak_gib"], second["peak_gib"])}
+    """`prune`, from the Hugging Face directory."""
+    words = [sys.executable, "-m", "megatron_prune", "prune", "--method", method, "--target", "2:4"]
+    words += ["--input", str(model), "--output", str(work / "run")]
+    words += ["--calibration", str(c4), "--calibration-documents", str(C4_TRAINING)]
+    words += ["--calibration-samples", str(SAMPLES), "--calibration-seq-length", str(LENGTH)]
+    return cost_of(words)
 
 
 def theirs(method: str, model: Path, c4: Path, checkout: Path) -> dict[str, float]:
@@ -116,7 +114,7 @@ def main() -> None:
     result = {
         "columns": ["method", *names, "times faster"],
         "rows": rows,
-        "protocol": "Whole processes in turn; ours includes the import and writing the decision.",
+        "protocol": "Whole processes in turn; ours includes writing the decision.",
         "hardware": hardware(),
         "date": today,
         "versions": versions(),

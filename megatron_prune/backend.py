@@ -116,6 +116,8 @@ def _adapt(module: types.ModuleType) -> None:
     """Point `module`'s name `torch` at the look-alike, and its CUDA generator functions at the CPU's."""
     if module.__dict__.get("torch") is torch:
         module.__dict__["torch"] = _look_alike
+    if module.__name__ == "megatron.core.jit":
+        module.__dict__["disable_jit_fuser"]()  # torch.compile's fusions are for GPUs, and loading it takes seconds
     if module.__name__ == "megatron.core.tensor_parallel.random":
         module.__dict__["_get_cuda_rng_state"] = _cpu_rng_state
         module.__dict__["_set_cuda_rng_state"] = _set_cpu_rng_state

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_prune.errors import UserError
-from megatron_prune.options import REQUIRED, Options, group, option, parse_documents
+from megatron_prune.options import REQUIRED, Options, group, option, parse_documents, parse_split
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 
@@ -78,9 +78,19 @@ class Calibration(Options):
 class Training(Options):
     """Training of learned methods"""
 
-    data: tuple[Path, ...] = option((), "files of training documents: .txt, .jsonl, .jsonl.gz, .json.gz")
+    data: tuple[Path, ...] = option(
+        (), "files of training documents (.txt, .jsonl, .jsonl.gz, .json.gz), or [WEIGHT] PREFIX ... from `preprocess`"
+    )
     data_documents: str | None = option(None, "documents trained on: K (the first K) or START:STOP")
-    eval_data: tuple[Path, ...] = option((), "files of held-out documents, for the loss every --eval-interval steps")
+    data_split: str | None = option(
+        None, "parts of preprocessed --data: TRAIN,HELD_OUT[,UNUSED], e.g. 99,1; left out: all of it for training"
+    )
+    data_cache: Path | None = option(
+        None, "folder for the order of preprocessed data, seen by all nodes; left out: in the user's cache"
+    )
+    eval_data: tuple[Path, ...] = option(
+        (), "held-out documents, as text or prefixes, for the loss every --eval-interval steps"
+    )
     eval_documents: str | None = option(None, "held-out documents used: K (the first K) or START:STOP")
     eval_windows: int = option(32, "held-out windows of --seq-length tokens", at_least=1)
     seq_length: int = option(2048, "tokens in a training window", at_least=2)
@@ -110,6 +120,7 @@ class Training(Options):
         super().__post_init__()
         parse_documents("data_documents", self.data_documents)
         parse_documents("eval_documents", self.eval_documents)
+        parse_split("data_split", self.data_split)
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr: {self.min_lr} given; allowed: at most --lr ({self.lr})")
         if self.lr_warmup_iters >= self.train_iters:
@@ -124,6 +135,11 @@ class Training(Options):
     def eval_range(self) -> slice:
         """`eval_documents` as a slice of the list of documents."""
         return parse_documents("eval_documents", self.eval_documents)
+
+    @property
+    def split(self) -> tuple[float, float, float]:
+        """`data_split` as three numbers."""
+        return parse_split("data_split", self.data_split)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Forward passes of one replica in one optimizer step; a batch that does not divide is an error."""
@@ -167,7 +183,7 @@ class ImportConfig(Options):
 class PruneConfig(Options):
     """A Megatron checkpoint -> a decision: which weights stay"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`")
+    input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`, or a Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
     method: str = option(REQUIRED, "pruning method; `megatron-prune methods` lists them")
     target: str = option(REQUIRED, "what to reach: N:M (N KEPT of M, e.g. 2:4) or a sparsity such as 0.5")

@@ -17,17 +17,18 @@ from megatron_prune.apply.decision import MaskInfo, Masks, MaskWriter
 from megatron_prune.apply.run_folder import RunDescription, decision_of, read_run, write_run
 from megatron_prune.config import PruneConfig, Training
 from megatron_prune.data.calibration import CalibrationSet, windows
-from megatron_prune.data.dataset import TokenWindows
 from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.training import Windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, refuse_existing
 from megatron_prune.log import MetricsLog, progress, say, write_environment
 from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.target import NM, Target, parse_target
-from megatron_prune.model.checkpoint import load_model, read_description, save_model
+from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.import_hf import layout_of, packed_masks
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.source import ModelSource, open_model
 from megatron_prune.options import save_yaml
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.training.learning import LearningRunner
@@ -42,8 +43,8 @@ def run(config: PruneConfig) -> None:
     stop = StopRequest(config.training.time_limit)
     method, target = get_method(config.method, **config.method_options), parse_target(config.target)
     method.accept(target)
-    model_config = read_description(config.input).config
-    check_target(model_config, target)
+    source = open_model(config.input)
+    check_target(source.config, target)
     may_go_on = config.resume or config.restartable or backend.restarted()
     if not may_go_on:
         refuse_existing(config.output)
@@ -54,9 +55,9 @@ def run(config: PruneConfig) -> None:
         if backend.restarted() and config.resume and _finished_by_this_launch(config.output):
             say(f"{config.output} was finished when a process was lost")
         elif method.learned:
-            _learn(config, method, target, layout, stop)
+            _learn(config, source, method, target, layout, stop)
         else:
-            _one_shot(config, method, target, layout)
+            _one_shot(config, source, method, target, layout)
 
 
 def _goes_on(config: PruneConfig) -> bool:
@@ -89,14 +90,14 @@ def check_target(config: ModelConfig, target: Target) -> None:
             target.check(map.shape[1], map.megatron)
 
 
-def _calibration(config: PruneConfig, model_config: ModelConfig) -> CalibrationSet:
+def _calibration(config: PruneConfig, source: ModelSource) -> CalibrationSet:
     c = config.calibration
     if not c.text:
         raise UserError(
             f"method {config.method} needs calibration text and none was given: --calibration FILE.jsonl (or .txt)"
         )
-    length = min(c.seq_length, model_config.max_position_embeddings)
-    tokenizer = load_tokenizer(config.input / "tokenizer", model_config.vocab_size)
+    length = min(c.seq_length, source.config.max_position_embeddings)
+    tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size)
     return windows(c.text, tokenizer, c.samples, length, c.seed, c.document_range)
 
 
@@ -120,13 +121,15 @@ def mask_info(method: PruningMethod, target: Target, config: ModelConfig, **more
     return MaskInfo(method.name, str(target), method.options(), config.family, config.fingerprint(), **more)
 
 
-def _one_shot(config: PruneConfig, method: PruningMethod, target: Target, layout: backend.Layout) -> None:
-    model = load_model(config.input, layout)
-    calibration = _calibration(config, model.config) if method.calibrated else None
+def _one_shot(
+    config: PruneConfig, source: ModelSource, method: PruningMethod, target: Target, layout: backend.Layout
+) -> None:
+    model = source.load(layout)
+    calibration = _calibration(config, source) if method.calibrated else None
     with new_folder(config.output) as folder:
         runner = decide(model, method, target, calibration, folder / "decision")
         if runner.weights_changed:
-            _save_weights(config, model, folder / "weights", method)
+            _save_weights(source, model, folder / "weights", method)
         if backend.rank() == 0:
             _describe(folder, config, "decided")
     _say(config, runner.kept, runner.size)
@@ -146,7 +149,12 @@ def _say(config: PruneConfig, kept: int, size: int) -> None:
 
 
 def _learn(
-    config: PruneConfig, method: PruningMethod, target: Target, layout: backend.Layout, stop: StopRequest
+    config: PruneConfig,
+    source: ModelSource,
+    method: PruningMethod,
+    target: Target,
+    layout: backend.Layout,
+    stop: StopRequest,
 ) -> None:
     folder = config.output
     if config.resume:
@@ -156,13 +164,12 @@ def _learn(
     if not t.data:
         raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
     check_learning(t, layout)
-    model_config = read_description(config.input).config
-    model_config.check_length(t.seq_length)
-    check_shards(model_config, target, layout)
-    model = load_model(config.input, layout, **(RECOMPUTE if t.recompute else {}))
-    tokenizer = load_tokenizer(config.input / "tokenizer", model.config.vocab_size)
-    data = TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)
-    held_out = TokenWindows(t.eval_data, tokenizer, t.seq_length, 0, documents=t.eval_range) if t.eval_data else None
+    source.config.check_length(t.seq_length)
+    check_shards(source.config, target, layout)
+    model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
+    tokenizer = load_tokenizer(source.tokenizer, model.config.vocab_size)
+    data = training_windows(t, tokenizer, model.config.vocab_size)
+    held_out = held_out_windows(t, tokenizer, model.config.vocab_size)
     if not config.resume:
         with new_folder(folder) as new:
             if backend.rank() == 0:
@@ -175,7 +182,7 @@ def _learn(
         folder,
         writer=lambda: MaskWriter(folder / "decision", info) if backend.rank() == 0 else None,
         log=MetricsLog(folder),
-        prior=_prior(config, model, target, folder),
+        prior=_prior(config, source, model, target, folder),
         initial_logits=config.initial_logits,
         eval_windows=_windows(held_out, t.eval_windows),
         resume=config.resume,
@@ -187,16 +194,15 @@ def _learn(
         say(f"{stopped}; go on with --resume")
         return
     if runner.weights_trained:
-        _save_weights(config, model, folder / "weights", method)
+        _save_weights(source, model, folder / "weights", method)
     if backend.rank() == 0:
         _describe(folder, config, "decided")
     _say(config, kept, size)
 
 
-def _save_weights(config: PruneConfig, model: PrunableModel, path: Path, method: PruningMethod) -> None:
+def _save_weights(source: ModelSource, model: PrunableModel, path: Path, method: PruningMethod) -> None:
     """Write the model whose weights a method changed. Collective."""
-    source = {**read_description(config.input).source, "weights": method.name}
-    save_model(path, model, source, sorted((config.input / "tokenizer").iterdir()))
+    save_model(path, model, {**source.history, "weights": method.name}, source.tokenizer_files)
 
 
 def _forget_unfinished_decision(folder: Path) -> None:
@@ -234,7 +240,7 @@ def check_learning(training: Training, layout: backend.Layout) -> None:
         )
 
 
-def _windows(held_out: TokenWindows | None, count: int) -> Tensor | None:
+def _windows(held_out: Windows | None, count: int) -> Tensor | None:
     """The first `count` held-out windows `[n, seq_length]`, fewer when the text has fewer."""
     if held_out is None:
         return None
@@ -255,7 +261,9 @@ def _check_resume(config: PruneConfig) -> None:
         raise UserError(f"--resume: the run {config.output} is finished; trim or evaluate it, or give a new --output")
 
 
-def _prior(config: PruneConfig, model: PrunableModel, target: Target, folder: Path) -> Callable[[str], Tensor] | None:
+def _prior(
+    config: PruneConfig, source: ModelSource, model: PrunableModel, target: Target, folder: Path
+) -> Callable[[str], Tensor] | None:
     """The mask that learning starts from, by Hugging Face weight name; made here when a one-shot method is named."""
     if config.prior is None:
         return None
@@ -265,7 +273,7 @@ def _prior(config: PruneConfig, model: PrunableModel, target: Target, folder: Pa
         if not path.exists():
             method = get_method(config.prior)
             method = get_method(config.prior, **method.mask_only)
-            calibration = _calibration(config, model.config) if method.calibrated else None
+            calibration = _calibration(config, source) if method.calibrated else None
             decide(model, method, target, calibration, path)
         dist.barrier()  # the folder is complete when rank 0 arrives
         return Masks.load(path).get

@@ -23,7 +23,7 @@ class RunDescription:
     """What a run folder says about itself."""
 
     input: str
-    """Megatron checkpoint that was pruned."""
+    """The model that was pruned."""
     method: str
     target: str
     state: str
@@ -58,6 +58,6 @@ def decision_of(folder: Path) -> Path:
 
 
 def weights_of(folder: Path) -> Path:
-    """The Megatron checkpoint whose weights a run's masks apply to."""
+    """The model whose weights a run's masks apply to."""
     weights = folder / "weights"
     return weights if weights.is_dir() else Path(read_run(folder).input)

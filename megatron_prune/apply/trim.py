@@ -12,9 +12,10 @@ from megatron_prune.apply.run_folder import decision_of, read_run, weights_of
 from megatron_prune.config import TrimConfig
 from megatron_prune.files import refuse_existing
 from megatron_prune.model import convert
-from megatron_prune.model.checkpoint import load_model, read_description, save_model
+from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.import_hf import layout_of
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.source import open_model
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def apply_masks(model: PrunableModel, masks: Masks) -> None:
 def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> PrunableModel:
     """The model of a run with its decision applied. Collective."""
     decision = decision_of(run)
-    model = load_model(weights_of(run), layout, dtype)
+    model = open_model(weights_of(run)).load(layout, dtype)
     apply_masks(model, Masks.load(decision))
     return model
 
@@ -41,7 +42,6 @@ def run(config: TrimConfig) -> None:
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = load_pruned(config.input, layout)
-        weights = weights_of(config.input)
-        source = {**read_description(weights).source, "method": about.method, "target": about.target}
-        tokenizer = sorted((weights / "tokenizer").iterdir())
-        save_model(config.output, model, source, tokenizer)
+        weights = open_model(weights_of(config.input))
+        history = {**weights.history, "method": about.method, "target": about.target}
+        save_model(config.output, model, history, weights.tokenizer_files)

@@ -28,6 +28,7 @@ from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
 from megatron_prune.model.import_hf import layout_of
+from megatron_prune.model.source import open_model
 
 
 @dataclass
@@ -61,7 +62,7 @@ def open_source(given: str | Path) -> Source:
         about = read_description(path)
         return Source(path, "checkpoint", about.config, about.source.get("target"))
     if (path / run_folder.DESCRIPTION).is_file():
-        config = read_description(run_folder.weights_of(path)).config
+        config = open_model(run_folder.weights_of(path)).config
         return Source(path, "run", config, run_folder.read_run(path).target)
     reader = HFReader(str(given))
     return Source(path, "hugging face", reader.model_config, None, reader)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from torch import Tensor
@@ -32,12 +33,15 @@ def layout_of(parallelism: Parallelism) -> backend.Layout:
 
 
 def read_hf(
-    reader: HFReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None
+    reader: HFReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None, **extra: Any
 ) -> PrunableModel:
-    """The model of a Hugging Face checkpoint in `layout`, weights in `dtype` (None: as stored), masked on request."""
+    """The model of a Hugging Face checkpoint in `layout`, weights in `dtype` (None: as stored), masked on request.
+
+    `extra`: megatron-core settings, as `build_model` takes them.
+    """
     config = replace(reader.model_config, dtype=dtype) if dtype else reader.model_config
     masks = packed_masks(mask, config) if mask else None
-    model = PrunableModel(config, layout, build_model(config, layout, compute_dtype(config.dtype)))
+    model = PrunableModel(config, layout, build_model(config, layout, compute_dtype(config.dtype), **extra))
 
     def tensors() -> Iterator[tuple[WeightMap, Tensor]]:
         for map in model.maps:

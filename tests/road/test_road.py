@@ -181,3 +181,15 @@ def test_inspect_says_what_it_is(root: Path, what: str, capsys: pytest.CaptureFi
     verb("inspect", "--input", root / what)
     said = capsys.readouterr().out
     assert ("llama" in said) if what == "dense" else ("2:4" in said)
+
+
+def test_a_hugging_face_directory_is_pruned_as_it_is(root: Path) -> None:
+    wanda = ["--method", "wanda", "--target", "2:4", "--calibration", C4, "--calibration-documents", 1624]
+    for name in ("hf", "dense"):
+        few = ["--calibration-samples", 4, "--calibration-seq-length", 128]
+        verb("prune", "--input", root / name, "--output", root / f"wanda_of_{name}", *wanda, *few)
+    masks = [Masks.load(root / f"wanda_of_{name}" / "decision") for name in ("hf", "dense")]
+    for name in masks[0].names():
+        assert torch.equal(masks[0].get(name), masks[1].get(name)), name
+    verb("trim", "--input", root / "wanda_of_hf", "--output", root / "wanda_sparse")
+    verb("verify", "--input", root / "wanda_sparse", "--target", "2:4")

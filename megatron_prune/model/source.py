@@ -1,0 +1,54 @@
+"""A model to start from, in either of its two forms: a Megatron checkpoint or a Hugging Face directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.checkpoint import DESCRIPTION, load_model, read_description
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.import_hf import read_hf
+from megatron_prune.model.prunable import PrunableModel
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What verbs need of a model on disk, whichever form it has."""
+
+    config: ModelConfig
+    history: dict[str, Any]
+    """Where the weights came from and what was done to them, newest last."""
+    tokenizer: Path
+    """Folder to load the tokenizer from."""
+    tokenizer_files: list[Path]
+    load: Callable[..., PrunableModel]
+    """`load(layout, dtype=None, **extra)`: the model in a layout. Collective."""
+
+
+def open_model(path: Path) -> ModelSource:
+    """Find out what `path` holds, without reading weights; UserError when it is no model."""
+    if (path / DESCRIPTION).is_file():
+        about = read_description(path)
+        folder = path / "tokenizer"
+
+        def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
+            return load_model(path, layout, dtype, **extra)
+
+        return ModelSource(about.config, about.source, folder, sorted(folder.iterdir()), load)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is no model; give a Megatron checkpoint (written by import, trim or train) or a Hugging Face "
+            "directory with config.json and safetensors"
+        )
+    reader = HFReader(path)
+
+    def read(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
+        return read_hf(reader, layout, dtype, **extra)
+
+    return ModelSource(reader.model_config, {"import": str(path)}, path, reader.tokenizer_files(), read)
