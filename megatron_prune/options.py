@@ -136,3 +136,15 @@ def parse_documents(key: str, text: str | None) -> slice:
     if chosen.stop is not None and chosen.stop <= (chosen.start or 0):
         raise UserError(f"{flag(key)}: {text!r} given; that range holds no document")
     return chosen
+
+
+def parse_split(key: str, text: str | None) -> tuple[float, float, float]:
+    """`"99,1"` or `"98,1,1"`: parts for training, held out and left out, of any sum; `None` = all for training."""
+    if text is None:
+        return (1.0, 0.0, 0.0)
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*(,\s*\d+(\.\d+)?\s*){0,2}", text) is None:
+        raise UserError(f"{flag(key)}: {text!r} given; allowed: two or three numbers such as 99,1")
+    train, held_out, unused = [*map(float, text.split(",")), 0.0, 0.0][:3]
+    if not train:
+        raise UserError(f"{flag(key)}: {text!r} given; the first part, for training, must be above 0")
+    return (train, held_out, unused)
