@@ -314,7 +314,10 @@ def _initialize_distributed(timeout: timedelta) -> None:
     if has_cuda():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(kind, timeout=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a restart of the processes, with the addresses of those that are gone.
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
