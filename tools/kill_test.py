@@ -1,0 +1,141 @@
+"""Kill a mask-learning run at random moments, resume it each time, and compare it with one that was left alone.
+
+    python tools/kill_test.py --kills 20 --folder /tmp/kill_test -- \\
+        --input dense --method maskllm --target 2:4 --data text.jsonl --train-iters 400 --save-interval 10 ...
+
+What follows `--` are flags of `prune` without --output. A kill is SIGKILL, drawn from three kinds: while the process
+starts up, after a random number of steps, or while a checkpoint is being written. The run must end with the loss curve,
+the gradient norms and the masks of the run that was left alone, bit for bit; otherwise the exit status is 1. Both runs
+stay in the folder, `whole` and `killed`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+POLL_S = 0.001
+PATIENCE_S = 300.0
+STARTUP_S = 6.0
+SAVE_S = 0.04
+"""Longest waits drawn before a kill: while starting up, and inside a save."""
+TIMINGS = ("tokens_per_s", "step_s")
+
+
+def start(flags: Sequence[str], run: Path) -> subprocess.Popen[bytes]:
+    """The run as a process of its own, beginning or going on."""
+    command = [sys.executable, "-m", "megatron_prune", "prune", *flags, "--output", str(run), "--restartable"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with (run.parent / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
+
+
+def last_step(run: Path) -> int:
+    """The newest step in the metrics, 0 without any."""
+    path = run / "metrics.jsonl"
+    complete = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return json.loads(complete[-1])["step"] if complete else 0
+
+
+def saving(run: Path) -> bool:
+    """Whether a checkpoint is half written."""
+    return any((run / "checkpoints").glob("*.partial"))
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Poll until the condition holds or the process has ended."""
+    deadline = time.monotonic() + PATIENCE_S
+    while process.poll() is None and not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the run neither went on nor ended")
+        time.sleep(POLL_S)
+
+
+def kill_once(process: subprocess.Popen[bytes], run: Path, steps: int, generator: random.Random) -> str:
+    """End a run that has just been started at a moment drawn here; where it was: `ended` when it was quicker.
+
+    `steps` is how far beyond the checkpoint it may come on average.
+    """
+    moment = generator.choices(["starting", "stepping", "saving"], weights=[1, 5, 4])[0]
+    if moment == "starting":
+        until = time.monotonic() + generator.uniform(0, STARTUP_S)
+        wait_until(lambda: time.monotonic() > until, process)
+    else:
+        before = metrics_version(run)
+        wait_until(lambda: metrics_version(run) != before, process)
+        wanted = last_step(run) + generator.randrange(2 * steps)
+        wait_until(lambda: last_step(run) >= wanted, process)
+        if moment == "saving":
+            wait_until(lambda: saving(run), process)
+            time.sleep(generator.uniform(0, SAVE_S))
+    if process.poll() is not None:
+        return "ended"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return "while saving" if saving(run) else "while starting" if moment == "starting" else "between saves"
+
+
+def metrics_version(run: Path) -> tuple[int, int] | None:
+    """What changes whenever the metrics do."""
+    path = run / "metrics.jsonl"
+    return (path.stat().st_ino, path.stat().st_size) if path.exists() else None
+
+
+def kill_and_resume(flags: Sequence[str], run: Path, kills: int, steps: int, seed: int = 0) -> Counter[str]:
+    """Do a run of `steps` optimizer steps with `kills` interruptions; how many happened where."""
+    generator = random.Random(seed)
+    counts: Counter[str] = Counter()
+    for _ in range(kills):
+        process = start(flags, run)
+        counts[kill_once(process, run, max(1, steps // (2 * kills)), generator)] += 1
+        print(f"killed {sum(counts.values())} of {kills}: {dict(counts)}, step {last_step(run)}", flush=True)
+    finish(start(flags, run), run)
+    return counts
+
+
+def finish(process: subprocess.Popen[bytes], run: Path) -> None:
+    """Let a run end by itself; RuntimeError when it fails."""
+    if process.wait(timeout=3600) != 0:
+        raise RuntimeError(f"{run} failed: see {run.name}.log beside it")
+
+
+def curve(run: Path) -> list[dict[str, float]]:
+    """The metrics without what depends on the clock."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
+
+
+def masks(run: Path) -> dict[str, bytes]:
+    """The bytes of every mask file of a run."""
+    return {path.name: path.read_bytes() for path in (run / "decision").glob("*.safetensors")}
+
+
+def main() -> int:
+    """Exit status 0 when the killed run equals the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("flags", nargs="+", help="flags of prune, after --")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True)
+    whole, killed = given.folder / "whole", given.folder / "killed"
+    finish(start(given.flags, whole), whole)
+    steps = last_step(whole)
+    counts = kill_and_resume(given.flags, killed, given.kills, steps, given.seed)
+    same = {"curve": curve(killed) == curve(whole), "masks": bool(masks(whole)) and masks(killed) == masks(whole)}
+    print(json.dumps({"kills": sum(counts.values()), **counts, "steps": steps, "bit_identical": same}))
+    return 0 if all(same.values()) and not counts["ended"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
