@@ -315,8 +315,10 @@ def _initialize_distributed(timeout: timedelta) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun's store outlives a restart of the processes, with the addresses of those that are gone.
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart of the processes, with the addresses of those that are gone. A store
+            # of rank 0's own is new each time, and the nodes of a job may count different numbers of restarts.
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
