@@ -12,6 +12,7 @@ stay in the folder, `whole` and `killed`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -46,9 +47,13 @@ def last_step(run: Path) -> int:
     return json.loads(complete[-1])["step"] if complete else 0
 
 
-def saving(run: Path) -> bool:
-    """Whether a checkpoint is half written."""
-    return any((run / "checkpoints").glob("*.partial"))
+def half_written(run: Path) -> set[tuple[int, int]]:
+    """What tells checkpoints that are being written, or were when the run was killed, from each other."""
+    found = set()
+    for path in (run / "checkpoints").glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # it may have got its name meanwhile
+            found.add((path.stat().st_ino, path.stat().st_ctime_ns))
+    return found
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -66,6 +71,7 @@ def kill_once(process: subprocess.Popen[bytes], run: Path, steps: int, generator
     `steps` is how far beyond the checkpoint it may come on average.
     """
     moment = generator.choices(["starting", "stepping", "saving"], weights=[1, 5, 4])[0]
+    left = half_written(run)
     if moment == "starting":
         until = time.monotonic() + generator.uniform(0, STARTUP_S)
         wait_until(lambda: time.monotonic() > until, process)
@@ -75,13 +81,15 @@ def kill_once(process: subprocess.Popen[bytes], run: Path, steps: int, generator
         wanted = last_step(run) + generator.randrange(2 * steps)
         wait_until(lambda: last_step(run) >= wanted, process)
         if moment == "saving":
-            wait_until(lambda: saving(run), process)
+            wait_until(lambda: bool(half_written(run) - left), process)
             time.sleep(generator.uniform(0, SAVE_S))
     if process.poll() is not None:
         return "ended"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return "while saving" if saving(run) else "while starting" if moment == "starting" else "between saves"
+    if half_written(run) - left:
+        return "while saving"
+    return "while starting" if moment == "starting" else "between saves"
 
 
 def metrics_version(run: Path) -> tuple[int, int] | None:

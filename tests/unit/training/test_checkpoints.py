@@ -1,0 +1,217 @@
+"""Training checkpoints of one process: damage is found, the one before is used, stopping saves, few are kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_prune.__main__ import main
+from megatron_prune.model import checkpoint
+from megatron_prune.training.loop import StepResult, Trainer
+from tests.models import byte_tokenizer, tiny_llama, words
+from tools.kill_test import curve, masks
+
+STEPS, SAVED = 12, 3
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model and a whole run of it, with all its checkpoints."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    words(root / "words.jsonl")
+    byte_tokenizer(tiny_llama(root / "hf", vocab_size=257))
+    assert main(["import", "--input", str(root / "hf"), "--output", str(root / "model")]) == 0
+    assert main(learn(root, "whole")) == 0
+    return root
+
+
+def learn(root: Path, name: str, *more: str) -> list[str]:
+    """A run with a checkpoint every SAVED of its STEPS steps."""
+    inputs = ["--input", str(root / "model"), "--output", str(root / name), "--data", str(root / "words.jsonl")]
+    sizes = ["--seq-length", "16", "--global-batch-size", "2", "--train-iters", str(STEPS), "--lr", "3e-4"]
+    saves = ["--save-interval", str(SAVED), "--keep-checkpoints", "9", "--eval-interval", "6"]
+    held_out = ["--eval-data", str(root / "words.jsonl"), "--eval-windows", "2"]
+    return ["prune", "--method", "maskllm", "--target", "2:4", *inputs, *sizes, *saves, *held_out, *more]
+
+
+def unfinished(root: Path, name: str) -> Path:
+    """A copy of the whole run that looks as if it had died behind its last checkpoint."""
+    run = shutil.copytree(root / "whole", root / name)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
+    shutil.rmtree(run / "decision")
+    return run
+
+
+def steps_in(run: Path) -> list[str]:
+    """What lies in a run's folder of checkpoints, but for the pointer."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name != "latest.json")
+
+
+def assert_as_whole(root: Path, run: Path) -> None:
+    """Bit for bit the run that was left alone."""
+    assert curve(run) == curve(root / "whole")
+    assert masks(run) == masks(root / "whole") != {}
+
+
+def truncate(file: Path) -> None:
+    """Cut off the end of a file."""
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink, flip])
+@pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt", ".metadata", "checkpoint.json", "manifest.json"])
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    root: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], file: str
+) -> None:
+    run = unfinished(root, f"{damage.__name__}_{file}")
+    damage(run / "checkpoints" / f"step_{STEPS:07d}" / file)
+    assert main(learn(root, run.name, "--resume")) == 0
+    told = capsys.readouterr().out
+    assert f"step_{STEPS:07d} is damaged ({file}" in told or f"{file} is damaged" in told or f"{file} does not" in told
+    assert f"step_{STEPS - SAVED:07d}" in told.partition("resumed from")[2].splitlines()[0]
+    assert_as_whole(root, run)
+    assert steps_in(run) == [f"step_{step:07d}" for step in range(SAVED, STEPS + 1, SAVED)]
+    shutil.rmtree(run)
+
+
+def test_no_good_checkpoint_is_an_error_that_names_the_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = unfinished(root, "hopeless")
+    for folder in (run / "checkpoints").glob("step_*"):
+        flip(folder / "common.pt")
+    assert main(learn(root, run.name, "--resume")) == 2
+    message = capsys.readouterr().err
+    assert "common.pt has changed since it was written" in message and "no other checkpoint" in message
+
+
+def test_what_a_killed_save_leaves_is_ignored_and_removed(root: Path) -> None:
+    """Killed while writing: a part under another name. Killed before the pointer was moved: a whole one."""
+    run = unfinished(root, "interrupted")
+    folder = run / "checkpoints"
+    (folder / f"step_{STEPS:07d}").rename(folder / f"step_{STEPS:07d}.partial")
+    (folder / f"step_{STEPS:07d}.partial" / "manifest.json").unlink()
+    (folder / "latest.json").write_text('{"step": 3}')
+    assert main(learn(root, run.name, "--resume")) == 0
+    assert_as_whole(root, run)
+    assert json.loads((folder / "latest.json").read_text()) == {"step": STEPS}
+    assert steps_in(run) == steps_in(root / "whole")
+
+
+@pytest.mark.parametrize("background", [(), ("--async-save",)])
+def test_the_last_ones_are_kept(root: Path, background: tuple[str, ...]) -> None:
+    """And what is written in the background is the same and there at the end."""
+    run = root / f"kept{len(background)}"
+    assert main([*learn(root, run.name, *background), "--keep-checkpoints", "2"]) == 0
+    assert_as_whole(root, run)
+    assert steps_in(run) == [f"step_{STEPS - SAVED:07d}", f"step_{STEPS:07d}"]
+    for name in ("__0_0.distcp", "__0_1.distcp"):
+        here, there = (path / "checkpoints" / f"step_{STEPS - SAVED:07d}" / name for path in (run, root / "whole"))
+        assert here.read_bytes() == there.read_bytes()
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], None]], None]]:
+    """Does something during an optimizer step of a given number."""
+    step = Trainer.step
+
+    def arrange(number: int, action: Callable[[], None]) -> None:
+        def stepping(self: Trainer, now: int) -> StepResult:
+            if now == number:
+                action()
+            return step(self, now)
+
+        monkeypatch.setattr(Trainer, "step", stepping)
+
+    yield arrange
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_end_of_the_step(
+    root: Path, number: signal.Signals, at_step: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    at_step(4, lambda: os.kill(os.getpid(), number))
+    assert main(learn(root, number.name)) == 0
+    assert f"{number.name}: saved after step 5 of {STEPS}; go on with --resume" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+    run = root / number.name
+    assert steps_in(run) == ["step_0000003", "step_0000005"] and not (run / "decision").exists()
+    at_step(-1, lambda: None)
+    assert main(learn(root, number.name, "--resume")) == 0
+    assert_as_whole(root, run)
+
+
+def test_a_second_interrupt_ends_at_once(root: Path, at_step: Any) -> None:
+    at_step(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] and None)
+    assert main(learn(root, "impatient")) == 130
+    assert steps_in(root / "impatient") == ["step_0000003"]
+
+
+def test_the_time_limit_saves(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit that has passed when the first step ends; without one the rest follows."""
+    assert main(learn(root, "late", "--time-limit", "1e-6")) == 0
+    assert f"time limit: saved after step 1 of {STEPS}" in capsys.readouterr().out
+    assert main(learn(root, "late", "--resume")) == 0
+    assert_as_whole(root, root / "late")
+
+
+@pytest.mark.parametrize("background", [(), ("--async-save",)])
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(
+    root: Path, background: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the background the error comes at a later step, not never."""
+    write, name = checkpoint._write, f"full{len(background)}"
+
+    def full_at_second(request: Any, buckets: list[Any]) -> dict[str, str]:
+        if any("step_0000006" in str(path) for path, _key, _data in buckets):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(request, buckets)
+
+    monkeypatch.setattr(checkpoint, "_write", full_at_second)
+    assert main(learn(root, name, *background)) == 2
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and "earlier checkpoints are untouched" in message
+    assert steps_in(root / name) == ["step_0000003"]
+    monkeypatch.undo()
+    assert main(learn(root, name, "--resume")) == 0
+    assert_as_whole(root, root / name)
+
+
+def test_data_goes_on_where_it_was_or_not_at_all(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another batch size would skip or repeat windows."""
+    run = unfinished(root, "batch")
+    assert main([*learn(root, run.name, "--resume"), "--global-batch-size", "4"]) == 2
+    assert "samples 24 and 48 was given" in capsys.readouterr().err
+
+
+def test_torchrun_continues_only_its_own_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a restart the run of the same launch goes on without --resume; that of another is refused as before."""
+    run = unfinished(root, "restarted")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    assert main(learn(root, run.name)) == 2
+    assert "already exists" in capsys.readouterr().err
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"launch": "mine"}))
+    flip(run / "checkpoints" / f"step_{STEPS:07d}" / "common.pt")
+    assert main(learn(root, run.name)) == 0
+    assert_as_whole(root, run)
+    assert main(learn(root, run.name)) == 0, "the process that ended late is not a failure"
+    assert "was finished" in capsys.readouterr().out
