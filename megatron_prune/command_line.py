@@ -91,7 +91,7 @@ def _yaml_pairs(file: Path, key: str, value: Any) -> list[Pair]:
     if isinstance(value, dict):
         return [pair for name, item in value.items() for pair in _yaml_pairs(file, f"{key}.{name}", item)]
     values = value if isinstance(value, list) else [value]
-    if values and all(isinstance(item, list) for item in values):  # pairs, as in `data: [[0.7, a], [0.3, b]]`
+    if all(isinstance(item, list) and len(item) == 2 for item in values):  # data: [[0.7, a], [0.3, b]]
         values = [word for item in values for word in item]
     if value == "" or any(not isinstance(item, str) for item in values):
         raise UserError(f"--config: {file}: {key}: {value!r} given; allowed: a value or a flat list of values")

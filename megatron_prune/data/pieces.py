@@ -7,6 +7,7 @@ file that it consists of; nothing else in the input ever reaches the network. A 
 
 from __future__ import annotations
 
+import gc
 import gzip
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -133,7 +134,7 @@ def _gzip_lines(path: Path, consumed: Callable[[int], None]) -> Iterator[bytes |
 
 def _in_child(function: Callable[[str], int], argument: str) -> int:
     """Call in a process of its own: streaming starts threads, which must not be there when workers are forked."""
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=gc.freeze) as pool:
         return pool.submit(function, argument).result()
 
 

@@ -7,6 +7,7 @@ the parent dies, even by SIGKILL, so that nothing goes on writing behind the bac
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 from collections import deque
@@ -85,6 +86,7 @@ def _body(work: Work, number: int, counted: Any, mistake: Any, parent: int) -> N
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+    gc.freeze()  # what is inherited is the parent's to free: destructors of its threads and groups crash here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def count(done: int) -> None:
