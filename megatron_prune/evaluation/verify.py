@@ -161,6 +161,8 @@ def _compare(source: Source, other: Source, layout: backend.Layout, config: Veri
             f"--against {other.path} has a vocabulary of {other.config.vocab_size} and {source.path} one of "
             f"{source.config.vocab_size}: they are different models"
         )
+    for model in (source, other):
+        model.config.check_length(config.seq_length)
     generator = torch.Generator().manual_seed(config.seed)
     tokens = torch.randint(0, source.config.vocab_size, (2, config.seq_length), generator=generator)
     a, b = _logits(source, layout, tokens), _logits(other, layout, tokens)

@@ -76,3 +76,14 @@ def test_a_mask_file_gives_the_same_model(root: Path) -> None:
     verb("export", "--input", root / "magnitude", "--output", root / "masks.npz", "--format", "mask-npz")
     verb("import", "--input", root / "hf", "--output", root / "from_mask", "--mask", root / "masks.npz")
     verb("verify", "--input", root / "from_mask", "--target", "2:4", "--against", root / "magnitude_hf")
+
+
+def test_sequences_beyond_learned_positions_are_refused(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(byte_tokenizer(tiny_model(tmp_path / "hf", "gpt2", vocab_size=257, n_positions=32)))
+    data = ["--data", str(text), "--seq-length", "33"]
+    learn = ["prune", "--method", "maskllm", "--target", "2:4", "--output", str(tmp_path / "run"), *data]
+    for command in (["verify", "--against", model, "--seq-length", "33"], learn):
+        assert main([*command, "--input", model]) == 2
+        assert "learned positions for 32: use 32 or less" in capsys.readouterr().err
