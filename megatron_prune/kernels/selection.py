@@ -1,7 +1,8 @@
 """Which weights to keep, given one score per weight: exact counts, one tie rule.
 
-Tie rule, here and everywhere: of equal scores the lowest index is kept. Ties are common in weights that
-were once quantised (15% of the 2:4 groups of one such model): left to the sort, masks are irreproducible.
+Tie rule, here and everywhere: of equal scores the lowest index is removed first, as by a stable sort in rising order.
+Ties are common in weights that were once quantised (15% of the 2:4 groups of one such model): left to the sort, masks
+are irreproducible.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def select_nm(score: Tensor, n: int, m: int) -> Tensor:
     losses = torch.zeros(group.shape, dtype=torch.int8, device=score.device)
     for low in range(m):
         for high in range(low + 1, m):
-            beaten = group[high] > group[low]
+            beaten = group[high] >= group[low]
             losses[low] += beaten
             losses[high] += ~beaten
     return (losses < n).t().reshape(score.shape)
@@ -39,10 +40,11 @@ def select_matrix(score: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_largest(score: Tensor, kept: int) -> Tensor:
-    """Mark the ``kept`` highest scores of each row, ties by lowest index: [rows, k] -> bool [rows, k]."""
+    """Mark the ``kept`` highest scores of each row, of equal ones the last: [rows, k] -> bool [rows, k]."""
     if kept <= 0 or kept >= score.shape[1]:
         return torch.full(score.shape, kept > 0, dtype=torch.bool, device=score.device)
     cut = torch.kthvalue(score, score.shape[1] - kept + 1, dim=1, keepdim=True).values
     above, equal = score > cut, score == cut
     room = kept - above.sum(dim=1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=1) <= room))
+    position = equal.cumsum(dim=1)
+    return above | (equal & (position > position[:, -1:] - room))

@@ -20,7 +20,7 @@ typedef struct {
     int64_t count;
 } removed;
 
-/* Mark the n highest of m scores (w / d)^2, ties by lowest index; inputs that never fired lose to all others. */
+/* Mark the n highest of m scores (w / d)^2, of equal ones the last; inputs that never fired lose to all others. */
 static void choose(const float *w, const float *d, const uint8_t *live, int64_t n, int64_t m, uint8_t *keep)
 {
     float score[MAX_M];
@@ -31,7 +31,7 @@ static void choose(const float *w, const float *d, const uint8_t *live, int64_t 
     for (int64_t i = 0; i < m; i++) {
         int64_t losses = 0;
         for (int64_t j = 0; j < m; j++)
-            losses += j < i ? score[j] >= score[i] : score[j] > score[i];
+            losses += j <= i ? score[j] > score[i] : score[j] >= score[i];
         keep[i] = losses < n;
     }
 }

@@ -1,4 +1,4 @@
-"""Exact counts and the tie rule: of equal scores the lowest index is kept."""
+"""Exact counts and the tie rule: of equal scores the lowest index is removed first."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from megatron_prune.methods.target import pruned_count
 
 
 def by_sorting(score: Tensor, kept: int) -> Tensor:
-    """Independent oracle: a stable descending sort of each row."""
-    order = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :kept]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True)
+    """Independent oracle: a stable rising sort of each row, its beginning removed."""
+    order = torch.sort(score, dim=1, stable=True).indices[:, : score.shape[1] - kept]
+    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order, False)
 
 
 @st.composite
@@ -51,7 +51,7 @@ def test_exact_counts(score: Tensor, sparsity: float) -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (3, 4), (4, 8), (1, 16)])
-def test_ties_keep_the_lowest_index_and_n_counts_kept(n: int, m: int) -> None:
+def test_ties_keep_the_highest_index_and_n_counts_kept(n: int, m: int) -> None:
     mask = select_nm(torch.ones(3, 2 * m), n, m)
-    assert mask.view(-1, m)[:, :n].all()
-    assert not mask.view(-1, m)[:, n:].any()
+    assert mask.view(-1, m)[:, m - n :].all()
+    assert not mask.view(-1, m)[:, : m - n].any()

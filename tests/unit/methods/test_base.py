@@ -60,4 +60,4 @@ def test_blocks_are_counted_apart_in_their_own_row_order() -> None:
     score = torch.ones(4, 2)
     score[1::2] *= 9
     mask = select_blocks(score, {"a": torch.tensor([2, 0]), "b": torch.tensor([1, 3])}, lambda rows: rows)
-    assert mask.tolist() == [[False] * 2, [True] * 2, [True] * 2, [False] * 2]
+    assert mask.tolist() == [[True] * 2, [False] * 2, [False] * 2, [True] * 2]

@@ -77,14 +77,14 @@ def test_only_the_update_changes_kept_weights(method: PruningMethod) -> None:
     assert changed == (isinstance(method, SparseGPT) and method.update_weights)
 
 
-def test_magnitude_keeps_the_largest_and_ties_the_lowest_index() -> None:
+def test_magnitude_keeps_the_largest_and_of_ties_the_highest_index() -> None:
     weight = torch.tensor([[1.0, -5.0, 3.0, 2.0], [2.0, 2.0, -2.0, 2.0]])
     masks = Cluster({"w": weight}, []).prune(Magnitude(), "2:4").masks
-    assert masks["w"].int().tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
+    assert masks["w"].int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
     masks = Cluster({"w": weight}, []).prune(Magnitude(), "1:4").masks
-    assert masks["w"].int().tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert masks["w"].int().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
     masks = Cluster({"w": weight}, []).prune(Magnitude(), {"sparsity": 0.5}).masks
-    assert masks["w"].int().tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
+    assert masks["w"].int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
 
 
 def test_magnitude_counts_fused_matrices_apart() -> None:
