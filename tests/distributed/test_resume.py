@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_prune.apply.decision import Masks
-from tests.distributed.launch import ONE, TP2_SP, Layout, launch, must_pass
+from tests.distributed.launch import DP2, ONE, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
+from tools.kill_test import curve, kill_and_resume, masks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS = 60
-SAVED = 20
+SAVED = 10
 
 
 def learn(root: Path, name: str, layout: Layout = ONE, *more: str) -> list[str]:
@@ -33,47 +37,110 @@ def learn(root: Path, name: str, layout: Layout = ONE, *more: str) -> list[str]:
         "--train-iters": str(STEPS),
         "--lr": "3e-4",
         "--save-interval": str(SAVED),
+        "--keep-checkpoints": "9",
         "--eval-interval": "1000",
     }
     pairs = [word for pair in options.items() for word in pair]
     return ["prune", "--method", "maskllm", "--target", "2:4", "--train-weights", *pairs, *layout.flags(), *more]
 
 
-def kill_after_first_checkpoint(command: list[str], run: Path) -> None:
-    """Start a run by itself and end it with SIGKILL once its first checkpoint is complete."""
+def reopened(root: Path, name: str, copy: str, last: int) -> Path:
+    """A copy of a whole run that looks as if it had died behind the checkpoint of step `last`."""
+    run = shutil.copytree(root / name, root / copy)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
+    for decided in ("decision", "weights"):
+        shutil.rmtree(run / decided)
+    for folder in (run / "checkpoints").glob("step_*"):
+        if int(folder.name[5:]) > last:
+            shutil.rmtree(folder)
+    return run
+
+
+def start_on_two(command: list[str], *more: str) -> subprocess.Popen[str]:
+    """A verb on two processes under torchrun, as a user starts it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_prune", *command],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-    )
+    words = [*torchrun, "-m", "megatron_prune", *command]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def signal_rank(torchrun: subprocess.Popen[str], rank: int, number: signal.Signals, run: Path) -> None:
+    """Once the run has a checkpoint, send a signal to one of torchrun's processes."""
     deadline = time.monotonic() + 240
     while not (run / "checkpoints" / "latest.json").exists():
-        assert process.poll() is None, f"the run ended by itself with status {process.returncode}"
+        assert torchrun.poll() is None, torchrun.communicate()[0][-4000:]
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    marked = f"RANK={rank}".encode()
+    [child] = [pid for pid in children if marked in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    os.kill(int(child), number)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a torchrun ended."""
+
+    status: int
+    output: str
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run, and two killed ones resumed: one in the same layout, one on two processes."""
+    """Whole runs on one process."""
     root = tmp_path_factory.mktemp("resume")
     words(root / "words.jsonl")
     byte_tokenizer(tiny_llama(root / "hf", vocab_size=257, hidden_size=64, intermediate_size=128))
     imported = ["import", "--input", str(root / "hf"), "--output", str(root / "model")]
     narrow = ["import", "--input", str(root / "hf"), "--output", str(root / "bf16_model"), "--dtype", "bfloat16"]
     must_pass(launch(1, [imported, narrow, learn(root, "whole"), learn(root, "bf16")], root / "commands"))
-    for name in ("same", "other", "same_bf16"):
-        kill_after_first_checkpoint(learn(root, name), root / name)
-    resumed = [learn(root, name, ONE, "--resume") for name in ("same", "same_bf16")]
-    must_pass(launch(1, resumed, root / "commands"))
-    still = ["--initial-logits", str(root / "whole"), "--lr", "1e-20", "--min-lr", "0", "--train-iters", "1"]
-    commands = [learn(root, "other", TP2_SP, "--resume"), learn(root, "resharded", TP2_SP, *still)]
-    must_pass(launch(2, commands, root / "commands"))
     return root
+
+
+@pytest.fixture(scope="module")
+def killed(root: Path) -> Counter[str]:
+    """`same`: the whole run again, killed three times; where."""
+    flags = learn(root, "same")[1:]
+    del flags[flags.index("--output") : flags.index("--output") + 2]
+    return kill_and_resume(flags, root / "same", kills=3, steps=STEPS, seed=2)
+
+
+@pytest.fixture(scope="module")
+def restarted(root: Path) -> Outcome:
+    """`restarted`: on two processes, one of which is killed and started again by torchrun."""
+    torchrun = start_on_two(learn(root, "restarted", DP2, "--async-save"), "--max-restarts", "1")
+    signal_rank(torchrun, 1, signal.SIGKILL, root / "restarted")
+    output = torchrun.communicate(timeout=300)[0]
+    return Outcome(torchrun.returncode, output)
+
+
+@pytest.fixture(scope="module")
+def stopped(root: Path) -> Outcome:
+    """`stopped`: on two processes, one of which gets a SIGTERM."""
+    torchrun = start_on_two(learn(root, "stopped", DP2))
+    signal_rank(torchrun, 1, signal.SIGTERM, root / "stopped")
+    output = torchrun.communicate(timeout=300)[0]
+    return Outcome(torchrun.returncode, output)
+
+
+@pytest.fixture(scope="module")
+def told(root: Path, stopped: Outcome) -> str:
+    """What runs say that are resumed: in the same layout, and in another one from a damaged checkpoint."""
+    reopened(root, "bf16", "same_bf16", SAVED)
+    must_pass(launch(1, [learn(root, "same_bf16", ONE, "--resume")], root / "commands"))
+    file = reopened(root, "whole", "other", 2 * SAVED) / "checkpoints" / f"step_{2 * SAVED:07d}" / "__0_1.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    still = ["--initial-logits", str(root / "whole"), "--lr", "1e-20", "--min-lr", "0", "--train-iters", "1"]
+    commands = [
+        learn(root, "other", TP2_SP, "--resume"),
+        learn(root, "resharded", TP2_SP, *still),
+        learn(root, "whole_on_two", DP2),
+        learn(root, "stopped", DP2, "--resume"),
+    ]
+    result = launch(2, commands, root / "commands")
+    must_pass(result)
+    return result.stdout
 
 
 def records(root: Path, name: str) -> dict[int, dict[str, float]]:
@@ -88,26 +155,45 @@ def same_masks(a: Masks, b: Masks) -> float:
     return sum(int((x == y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
 
 
-def test_the_run_was_really_interrupted(root: Path) -> None:
-    assert (root / "same" / "checkpoints").is_dir()
-    first = json.loads((root / "whole" / "metrics.jsonl").read_text().splitlines()[0])
-    assert first["step"] == 1
+def assert_bit_identical(root: Path, first: str, second: str) -> None:
+    """Both runs have the same curve and the same masks."""
+    assert [record["step"] for record in curve(root / first) if "loss" in record] == list(range(1, STEPS + 1))
+    assert curve(root / first) == curve(root / second)
+    assert masks(root / first) == masks(root / second) != {}
 
 
-@pytest.mark.parametrize(("first", "second"), [("whole", "same"), ("bf16", "same_bf16")])
-def test_resumed_in_the_same_layout_is_bit_identical(root: Path, first: str, second: str) -> None:
-    """In bf16, weights have float32 masters and mask logits are float32 themselves."""
-    whole, resumed = records(root, first), records(root, second)
-    assert sorted(resumed) == sorted(whole) == list(range(1, STEPS + 1))
-    for step in whole:
-        assert resumed[step]["loss"] == whole[step]["loss"], step
-        assert resumed[step]["grad_norm"] == whole[step]["grad_norm"], step
-        assert resumed[step]["differs_from_start_fraction"] == whole[step]["differs_from_start_fraction"], step
-    decisions = [Masks.load(root / name / "decision") for name in (first, second)]
-    assert same_masks(*decisions) == 1.0
+def test_killed_three_times_is_bit_identical(root: Path, killed: Counter[str]) -> None:
+    """`tools/kill_test.py --kills 20` is the long form."""
+    assert sum(killed.values()) == 3 and killed["while saving"] > 0 and not killed["ended"], killed
+    assert_bit_identical(root, "whole", "same")
 
 
-def test_resumed_in_another_layout_continues(root: Path) -> None:
+def test_resumed_with_bf16_weights_is_bit_identical(root: Path, told: str) -> None:
+    """Weights have float32 masters and mask logits are float32 themselves."""
+    assert_bit_identical(root, "bf16", "same_bf16")
+
+
+def test_a_lost_process_is_started_again(root: Path, told: str, restarted: Outcome) -> None:
+    """torchrun --max-restarts resumes by itself and says what happened; the run is bit-identical."""
+    assert restarted.status == 0, restarted.output[-4000:]
+    assert "exitcode: -9" in restarted.output and "resumed from" in restarted.output
+    assert_bit_identical(root, "whole_on_two", "restarted")
+
+
+def test_a_signal_to_one_process_stops_all_of_them(root: Path, told: str, stopped: Outcome) -> None:
+    """They agree on the step, end with status 0, and the rest of the run is bit-identical."""
+    assert stopped.status == 0, stopped.output[-4000:]
+    assert "SIGTERM: saved after step" in stopped.output
+    assert_bit_identical(root, "whole_on_two", "stopped")
+
+
+def test_all_processes_take_the_checkpoint_before_a_damaged_one(root: Path, told: str) -> None:
+    """Each reads a part of the files; the last byte of one file was changed."""
+    assert f"step_{2 * SAVED:07d} is damaged (__0_1.distcp has changed" in told
+    assert f"step_{SAVED:07d}" in told.partition("resumed from")[2].splitlines()[0]
+
+
+def test_resumed_in_another_layout_continues(root: Path, told: str) -> None:
     """Gated mask logits saved at TP=1 and loaded permuted at TP=2 would change the loss at once.
 
     Small differences are rounding in another order, which Adam lets grow.
@@ -119,7 +205,7 @@ def test_resumed_in_another_layout_continues(root: Path) -> None:
     assert same_masks(*[Masks.load(root / name / "decision") for name in ("whole", "other")]) > 0.98
 
 
-def test_mask_logits_are_loaded_in_another_layout_exactly(root: Path) -> None:
+def test_mask_logits_are_loaded_in_another_layout_exactly(root: Path, told: str) -> None:
     """Saved on one rank, loaded on two, gate and up halves included, and not moved: the decision is the same."""
     assert same_masks(*[Masks.load(root / name / "decision") for name in ("whole", "resharded")]) == 1.0
 
