@@ -30,7 +30,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import PARTIAL, new_folder, read_json, refuse_existing, write_json
 from megatron_prune.log import progress, say
 
-PART_BYTES = 16 * 2**20
+PART_BYTES = 8 * 2**20
 """Bytes of plain text in a part: what a kill can cost each worker. A gzip file is one part."""
 BATCH_CHARACTERS = 2**20
 BATCH_DOCUMENTS = 512
