@@ -239,6 +239,12 @@ class Layout:
     context: int = 1
     sequence_parallel: bool = False
     virtual_pipeline: int | None = None
+    """Chunks of layers on each pipeline stage, interleaved with those of the others; None: one."""
+
+    @property
+    def chunks(self) -> int:
+        """Separate pieces of the stack of layers on each process."""
+        return self.virtual_pipeline or 1
 
     @property
     def data(self) -> int:
@@ -248,7 +254,8 @@ class Layout:
     def describe(self) -> str:
         """`tp2 pp1 cp1 dp4 sp`, for logs."""
         sequence = " sp" if self.sequence_parallel else ""
-        return f"tp{self.tensor} pp{self.pipeline} cp{self.context} dp{self.data}{sequence}"
+        virtual = f" vpp{self.virtual_pipeline}" if self.virtual_pipeline else ""
+        return f"tp{self.tensor} pp{self.pipeline}{virtual} cp{self.context} dp{self.data}{sequence}"
 
 
 def rank() -> int:
@@ -280,9 +287,10 @@ def check_layout(layout: Layout, world: int) -> None:
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} parallel needs a multiple "
             f"of {product} processes and {world} run: start with torchrun --nproc-per-node {product}"
         )
-    if layout.context > 1:
+    if layout.virtual_pipeline is not None and layout.pipeline == 1:
         raise UserError(
-            f"context-parallel-size {layout.context} was given; allowed here is 1: use tensor or pipeline parallelism"
+            f"virtual-pipeline-model-parallel-size {layout.virtual_pipeline} was given with "
+            "pipeline-model-parallel-size 1; it needs 2 or more: drop the flag"
         )
     if layout.sequence_parallel and layout.tensor == 1:
         raise UserError(
@@ -305,6 +313,7 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        distributed_timeout_minutes=timeout_minutes,
     )
     seed_everything(seed)
 
