@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.text import read_documents, tokenize
+from megatron_prune.data.text import SUFFIXES, read_documents, tokenize
 from megatron_prune.errors import UserError
 
 
@@ -29,7 +29,7 @@ class CalibrationSet:
     tokens: torch.Tensor
     """int64 [count, length]"""
     source: tuple[str, ...]
-    """Names of the files, without folders."""
+    """Names of the files or prefixes, without folders."""
     documents: int
     """Documents that were drawn from."""
     seed: int
@@ -54,22 +54,49 @@ def windows(
     seed: int,
     documents: slice = slice(None),
 ) -> CalibrationSet:
-    """`samples` windows of `seq_length` tokens from `documents` of the files; the same on every process."""
-    texts = read_documents(paths, documents)
-    draw = _Draw(texts, tokenizer, seq_length, random.Random(seed))
+    """`samples` windows of `seq_length` tokens from `documents` of the files; the same on every process.
+
+    The files are text, or prefixes of preprocessed text, whose documents end as they were made to end.
+    """
+    count, read = _documents(paths, tokenizer, documents)
+    draw = _Draw(count, read, seq_length, random.Random(seed))
     tokens = torch.tensor([draw.window() for _ in range(samples)], dtype=torch.int64)
     names = tuple(Path(path).name for path in paths)
-    return CalibrationSet(tokens, names, len(texts), seed, samples, seq_length, hash_tokens(tokens))
+    return CalibrationSet(tokens, names, count, seed, samples, seq_length, hash_tokens(tokens))
+
+
+Read = Callable[[int], list[int]]
+"""Number of a document -> its token ids."""
+
+
+def _documents(paths: Sequence[Path | str], tokenizer: PreTrainedTokenizerBase, chosen: slice) -> tuple[int, Read]:
+    """How many documents there are to draw from, and how to get one's token ids."""
+    if not paths or any(str(path).endswith(SUFFIXES) for path in paths):
+        texts = read_documents(paths, chosen)
+        return len(texts), lambda index: tokenize(tokenizer, [texts[index]])[0]
+    from megatron_prune.data.indexed import check_ids, open_indexed
+
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    sets = [open_indexed(Path(path), vocab_size) for path in paths]
+    places = [(number, index) for number, dataset in enumerate(sets) for index in range(len(dataset))][chosen]
+    if not places:
+        raise UserError(f"{', '.join(map(str, paths))}: no document found; give a range that holds some")
+
+    def read(index: int) -> list[int]:
+        number, document = places[index]
+        ids = sets[number][document].tolist()
+        check_ids(max(ids, default=0), vocab_size, str(paths[number]))
+        return ids
+
+    return len(places), read
 
 
 class _Draw:
     """The state of one draw: the generator and the documents tokenised so far."""
 
-    def __init__(
-        self, texts: list[str], tokenizer: PreTrainedTokenizerBase, seq_length: int, generator: random.Random
-    ) -> None:
-        self.texts = texts
-        self.tokenizer = tokenizer
+    def __init__(self, count: int, read: Read, seq_length: int, generator: random.Random) -> None:
+        self.count = count
+        self.read = read
         self.seq_length = seq_length
         self.generator = generator
         self.long: dict[int, list[int]] = {}
@@ -84,20 +111,20 @@ class _Draw:
         """Token ids of a random document that is longer than a window."""
         misses = 0
         while True:
-            index = self.generator.randint(0, len(self.texts) - 1)
+            index = self.generator.randint(0, self.count - 1)
             if self._is_long(index):
                 return self.long[index]
             misses += 1
-            if misses == len(self.texts) and not any(map(self._is_long, range(len(self.texts)))):
+            if misses == self.count and not any(map(self._is_long, range(self.count))):
                 raise UserError(
-                    f"calibration: none of its {len(self.texts)} documents is longer than {self.seq_length}"
+                    f"calibration: none of its {self.count} documents is longer than {self.seq_length}"
                     " tokens; give longer documents or a smaller --calibration-seq-length"
                 )
 
     def _is_long(self, index: int) -> bool:
-        """Tokenises a document once; of the short ones only the number is kept."""
+        """Reads a document once; of the short ones only the number is kept."""
         if index not in self.long and index not in self.short:
-            (ids,) = tokenize(self.tokenizer, [self.texts[index]])
+            ids = self.read(index)
             if len(ids) > self.seq_length:
                 self.long[index] = ids
             else:

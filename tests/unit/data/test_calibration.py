@@ -14,6 +14,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from megatron_prune.config import PreprocessConfig
+from megatron_prune.data import preprocess
 from megatron_prune.data.calibration import windows
 from megatron_prune.errors import UserError
 
@@ -99,3 +101,17 @@ def test_one_long_document_among_many_is_found(tmp_path: Path, tokenizer: PreTra
     documents = ["1"] * 50 + ["1 2 3 4 5 6 7 8"]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     assert windows([file], tokenizer, 3, 6, 0).tokens.shape == (3, 6)
+
+
+def test_preprocessed_documents_give_the_same_draw(
+    text: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    prefix = tmp_path / "numbers"
+    preprocess.run(PreprocessConfig(input=(str(text),), output=prefix, tokenizer=tmp_path / "tokenizer", workers=1))
+    one, other = (windows([source], tokenizer, 25, 32, 5, slice(30)) for source in (text, prefix))
+    assert torch.equal(one.tokens, other.tokens) and other.source == ("numbers",) and other.documents == 30
+    with pytest.raises(UserError, match="no document found"):
+        windows([prefix], tokenizer, 2, 8, 0, slice(90, 99))
+    with pytest.raises(UserError, match="nothing.bin does not exist; give text in"):
+        windows([tmp_path / "nothing"], tokenizer, 2, 8, 0)
