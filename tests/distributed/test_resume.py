@@ -180,6 +180,17 @@ def test_a_lost_process_is_started_again(root: Path, told: str, restarted: Outco
     assert_bit_identical(root, "whole_on_two", "restarted")
 
 
+def test_a_process_that_hangs_ends_the_job(root: Path) -> None:
+    """The others wait for it no longer than they were told to, and the launcher ends it too."""
+    command = learn(root, "hanging", TP2_SP, "--distributed-timeout-minutes", "0.2", "--train-iters", "4000")
+    torchrun = start_on_two(command, "--shutdown-timeout", "1")
+    signal_rank(torchrun, 1, signal.SIGSTOP, root / "hanging")
+    output = torchrun.communicate(timeout=300)[0]
+    assert torchrun.returncode == 1
+    cause = output.partition("Root Cause")[2]
+    assert "rank      : 0" in cause and "Timed out waiting 12000ms" in cause
+
+
 def test_a_signal_to_one_process_stops_all_of_them(root: Path, told: str, stopped: Outcome) -> None:
     """They agree on the step, end with status 0, and the rest of the run is bit-identical."""
     assert stopped.status == 0, stopped.output[-4000:]
