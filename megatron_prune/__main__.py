@@ -44,6 +44,7 @@ VERBS = {
     "prune": Verb(
         config.PruneConfig, "megatron_prune.prune:run", "decide which weights stay, by a method from a paper"
     ),
+    "plan": Verb(config.PlanConfig, "megatron_prune.plan:run", "memory that learning masks will take on each GPU"),
     "trim": Verb(config.TrimConfig, "megatron_prune.apply.trim:run", "apply a decision: a checkpoint with true zeros"),
     "export": Verb(
         config.ExportConfig,

@@ -205,6 +205,15 @@ class PruneConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanConfig(PruneConfig):
+    """Memory on each process of a mask-learning run, from the same options and YAML as `prune`"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint, or Hugging Face directory with config.json")
+    output: Path | None = option(None, "JSON file for the result; left out: printed only")  # type: ignore[assignment]
+    processes: int = option(REQUIRED, "processes of the job, over all nodes", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrimConfig(Options):
     """A pruning run -> a released checkpoint: removed weights zero, training state gone"""
 

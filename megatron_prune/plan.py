@@ -1,10 +1,10 @@
 """The `plan` verb: memory of each process of a mask-learning run, predicted from sizes alone; nothing is loaded.
 
-Weights, mask logits, gradients and optimizer state are counted tensor by tensor and exact. Activations are what autograd
-keeps of one micro-batch between forward and backward, counted operation by operation as in Korthikanti et al. 2022
-(arXiv:2205.05198, section 4), whose figures are for another layer (GELU, dropout, stored attention scores). For a gated
-layer without Transformer Engine, in elements of e bytes, with s tokens, b windows, h hidden, f ffn, q and k channels of
-all query heads and groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, else h:
+Weights, mask logits, gradients and optimizer state are counted tensor by tensor and exact. Activations are what
+autograd keeps of one micro-batch between forward and backward, counted operation by operation as in Korthikanti et al.
+2022 (arXiv:2205.05198, section 4), whose figures are for another layer (GELU, dropout, stored attention scores). For a
+gated layer without Transformer Engine, in elements of e bytes, with s tokens, b windows, h hidden, f ffn, q and k
+channels of all query heads and groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, else h:
 
     norms                 2 x s b h' x 4 bytes       the input in float32
     inputs of qkv, fc1    2 x s b h' x e
@@ -121,19 +121,20 @@ def _stage(
     trained = logits + (prunable if train_weights else 0)
     masters = prunable * FLOAT32 if train_weights and element != FLOAT32 else 0
     last = stage == layout.pipeline_model_parallel_size - 1
-    layers, extra = _activations(model, layout, training, stage)
-    weights_kept = prunable * element
+    layers, loss = _activations(model, layout, training, stage)
+    masked = prunable * element
     if training.recompute:
-        layers = _inputs_of_layers(model, layout, training) + layers // _layers_per_stage(model, layout)
-        weights_kept //= _layers_per_stage(model, layout)
+        one_layer, one_masked = (size // _layers_per_stage(model, layout) for size in (layers, masked))
+        layers, masked = _inputs_of_layers(model, layout, training) + one_layer, one_masked
+        loss = max(0, loss - one_layer - one_masked)  # the loss is done with before a layer is recomputed
     return Memory(
         weights=sum(_local_size(map, tensor) for map in maps) * element,
         mask_logits=logits * FLOAT32,
         gradients=trained * FLOAT32,
         optimizer=2 * trained * FLOAT32 + masters,
-        masked_weights=weights_kept * in_flight,
+        masked_weights=masked * in_flight,
         activations=layers * in_flight,
-        loss=extra if last else 0,
+        loss=loss if last else 0,
     )
 
 

@@ -1,0 +1,116 @@
+"""Sizes of the real objects of mask-learning runs, under torchrun: `measure.py CASES.json FOLDER` -> RANK.json.
+
+A case is a model directory, a parallel layout, whether weights are trained and whether layers are recomputed. For
+each, two steps are run and these bytes written down: parameters, mask logits, gradient buffers, optimizer state, and
+the largest sum of what autograd kept at one time, each storage counted once and parameters not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip
+import torch
+from torch import Tensor
+
+from megatron_prune.config import Training
+from megatron_prune.model.masked_linear import MaskDraw
+from megatron_prune.model.source import open_model
+from megatron_prune.prune import RECOMPUTE
+from megatron_prune.training.loop import Trainer
+
+
+class Words:
+    """Random tokens; the same on every rank."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def sample(self, index: int) -> Tensor:
+        """`[length + 1]` token ids."""
+        return torch.randint(0, 64, (self.length + 1,), generator=torch.Generator().manual_seed(index))
+
+
+class Kept:
+    """The most bytes that autograd keeps at one time."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        tensors = [*model.parameters(), *model.buffers()]
+        self.model = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.users: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Called by autograd for each tensor it keeps."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in self.model:
+            return tensor
+        return _Hold(self, tensor, storage.data_ptr(), storage.nbytes())
+
+    @staticmethod
+    def unpack(held: Any) -> Tensor:
+        """Called by autograd when it needs the tensor."""
+        return held.tensor if isinstance(held, _Hold) else held
+
+
+class _Hold:
+    def __init__(self, kept: Kept, tensor: Tensor, key: int, size: int) -> None:
+        self.kept, self.tensor, self.key, self.size = kept, tensor, key, size
+        kept.users[key] = kept.users.get(key, 0) + 1
+        if kept.users[key] == 1:
+            kept.now += size
+            kept.peak = max(kept.peak, kept.now)
+
+    def __del__(self) -> None:
+        self.kept.users[self.key] -= 1
+        if self.kept.users[self.key] == 0:
+            self.kept.now -= self.size
+
+
+def measure(case: dict[str, Any]) -> dict[str, int]:
+    """Bytes of one case on this rank."""
+    layout = backend.Layout(case["tensor"], case["pipeline"], sequence_parallel=case["sequence_parallel"])
+    training = Training(**case["training"])
+    with backend.running(layout, 0):
+        extra = RECOMPUTE if training.recompute else {}
+        model = open_model(Path(case["model"])).load(layout, **extra)
+        chunks = torch.nn.ModuleList(model.chunks)
+        chunks.requires_grad_(False)
+        model.learn_masks(MaskDraw(2, 4, seed=0))
+        for linear in model.linears():
+            linear.module.weight.requires_grad_(case["train_weights"])
+        trainer = Trainer(model, training, Words(training.seq_length))
+        kept = Kept(chunks)
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+            trainer.step(0)
+        named = dict(chunks.named_parameters())
+        logits = sum(p.nbytes for name, p in named.items() if name.endswith("mask_logits"))
+        return {
+            "weights": sum(p.nbytes for p in named.values()) - logits,
+            "mask_logits": logits,
+            "gradients": sum(buffer.grad_data.nbytes for chunk in trainer.chunks for buffer in chunk.buffers),
+            "optimizer": _optimizer_bytes(trainer.optimizer),
+            "kept": kept.peak,
+        }
+
+
+def _optimizer_bytes(optimizer: Any) -> int:
+    """Moments and float32 masters, without the step counters that torch keeps for each tensor."""
+    total = 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        states = part.optimizer.state.values()
+        total += sum(t.nbytes for state in states for name, t in state.items() if name != "step")
+        masters = getattr(part, "fp32_from_float16_groups", [])
+        total += sum(t.nbytes for group in masters for t in group)
+    return total
+
+
+if __name__ == "__main__":
+    cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    backend.initialize(backend.Layout())
+    results = [measure(case) for case in json.loads(cases.read_text())]
+    (folder / f"{backend.rank()}.json").write_text(json.dumps(results))
+    backend.shutdown()
