@@ -16,11 +16,13 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megatron_prune.__main__ import main
 from megatron_prune.command_line import parse
 from megatron_prune.config import PruneConfig, Training
 from megatron_prune.data.blend import HELD_OUT, TRAIN, Blend, BlendWindows, parse_blend
 from megatron_prune.data.training import held_out_windows, training_windows
 from megatron_prune.errors import UserError
+from tests.models import byte_tokenizer, tiny_llama
 
 SEQ, VOCAB = 7, 1000
 
@@ -220,3 +222,32 @@ def test_a_tokenizer_that_does_not_fit_the_model(prefixes: list[Path], tmp_path:
     (tmp_path / "b.json").write_text(json.dumps({"vocab_size": 1001}))
     with pytest.raises(UserError, match="vocabulary of 1001, the model's has 1000"):
         windows(blend, 80, tmp_path)
+
+
+def test_mistakes_end_the_program_with_status_2(
+    prefixes: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257))
+    assert main(["import", "--input", str(tmp_path / "hf"), "--output", str(tmp_path / "model")]) == 0
+    learn = [
+        "prune",
+        "--method",
+        "maskllm",
+        "--target",
+        "2:4",
+        "--input",
+        tmp_path / "model",
+        "--output",
+        tmp_path / "x",
+    ]
+    short = ["--seq-length", "16", "--global-batch-size", "1", "--train-iters", "1", "--data-cache", tmp_path / "cache"]
+    for data, message in (
+        (["0.5", prefixes[0], prefixes[1]], "WEIGHT PREFIX"),
+        ([tmp_path / "nothing"], "nothing.bin does not exist; give text in"),
+        ([prefixes[1]], "the tokenizer does not fit the model"),
+        ([prefixes[0], "--data-split", "0,1"], "must be above 0"),
+    ):
+        capsys.readouterr()
+        assert main([str(word) for word in [*learn, *short, "--data", *data]]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("megatron-prune: error: ") and message in line
