@@ -190,8 +190,8 @@ def _batches(job: Job, piece: Piece, tally: Tally, count: Count) -> Iterator[lis
     """Texts of a piece, some at a time; bad lines are counted into `tally`."""
     texts: list[str] = []
     characters = told = 0
-    progress = _Sum()
-    for number, text in read(piece, job.config.json_key, progress.add):
+    consumed = _Sum()
+    for number, text in read(piece, job.config.json_key, consumed.add):
         tally.lines = number
         if isinstance(text, BadDocument):
             _count_bad(job, piece, tally, str(text))
@@ -200,13 +200,15 @@ def _batches(job: Job, piece: Piece, tally: Tally, count: Count) -> Iterator[lis
             characters += len(text)
         if characters >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
             yield texts
-            count(progress.total - told)
-            texts, characters, told = [], 0, progress.total
+            count(consumed.total - told)
+            texts, characters, told = [], 0, consumed.total
     yield texts
-    count(progress.total - told)
+    count(consumed.total - told)
 
 
 class _Sum:
+    """Bytes read so far."""
+
     total = 0
 
     def add(self, number: int) -> None:
