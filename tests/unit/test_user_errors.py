@@ -174,6 +174,7 @@ def test_resuming_something_else(root: Path, capsys: pytest.CaptureFixture[str])
     assert main(learn(root, "finished")) == 0
     assert "already exists" in refused(learn(root, "finished"), capsys)
     assert "is finished" in refused(learn(root, "finished", "--resume"), capsys)
+    assert "is finished" in refused(learn(root, "finished", "--restartable"), capsys)
     assert "does not exist" in refused(learn(root, "unknown", "--resume"), capsys)
 
 
