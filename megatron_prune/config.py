@@ -24,6 +24,9 @@ class Parallelism(Options):
 
     tensor_model_parallel_size: int = option(1, "processes that share each layer", at_least=1)
     pipeline_model_parallel_size: int = option(1, "processes that share the stack of layers", at_least=1)
+    virtual_pipeline_model_parallel_size: int | None = option(
+        None, "chunks of layers on each pipeline stage, interleaved: a smaller bubble", at_least=2
+    )
     sequence_parallel: bool = option(False, "shard norms and dropouts over the tensor-parallel processes too")
     context_parallel_size: int = option(1, "processes that share each sequence", at_least=1)
     distributed_timeout_minutes: float = option(
@@ -105,6 +108,9 @@ class Training(Options):
     adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, at_most=1)
     adam_beta2: float = option(0.95, "decay of Adam's variance", at_least=0, at_most=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
+    use_distributed_optimizer: bool = option(
+        False, "shard optimizer state and master weights over the data-parallel processes"
+    )
     recompute: bool = option(False, "recompute each layer in the backward pass: less memory, a third more time")
     seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)
     log_interval: int = option(1, "optimizer steps between lines of metrics", at_least=1)

@@ -26,6 +26,7 @@ from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.target import NM, Target, parse_target
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.forward import sequence_parts
 from megatron_prune.model.import_hf import layout_of, packed_masks
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import ModelSource, open_model
@@ -228,15 +229,11 @@ def check_shards(config: ModelConfig, target: Target, layout: backend.Layout) ->
 
 def check_learning(training: Training, layout: backend.Layout) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
-    if training.recompute and layout.pipeline > 1:
+    parts = sequence_parts(layout)
+    if training.seq_length % parts:
         raise UserError(
-            f"--recompute was given with --pipeline-model-parallel-size {layout.pipeline}: the masks of several "
-            "micro-batches in flight cannot be drawn again; drop one of the two"
-        )
-    if layout.sequence_parallel and training.seq_length % layout.tensor:
-        raise UserError(
-            f"--seq-length {training.seq_length} was given; with --sequence-parallel it must be a multiple of "
-            f"--tensor-model-parallel-size {layout.tensor}"
+            f"--seq-length {training.seq_length} was given; with this layout it must be a multiple of {parts} "
+            "(2 x --context-parallel-size above 1, times --tensor-model-parallel-size with --sequence-parallel)"
         )
 
 

@@ -21,6 +21,8 @@ from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -31,7 +33,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.kernels.processor import has_bf16_products
+from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.family import ModelConfig, rotary_channels
 from megatron_prune.model.masked_linear import (
     MaskedColumnParallelLinear,
@@ -96,84 +98,6 @@ class LayerNorm(torch.nn.Module):
         return F.layer_norm(x, self.weight.shape, gain, self.bias, self.eps)
 
 
-ATTENTION_BLOCK = 64
-"""Queries whose scores are in memory at a time in `blockwise_attention`."""
-
-
-def _blockwise(query: Tensor) -> bool:
-    """Whether bf16 matrix products are what attention on this processor should be made of: inference only."""
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return on_cpu and not torch.is_grad_enabled() and has_bf16_products()
-
-
-def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention `[b, heads, s, d]` of query `[b, heads, s, d]`, key and value `[b, groups, s, d]`.
-
-    Plain matrix products over the keys that a block of queries can see; scores are rounded as transformers' "eager"
-    attention rounds them. Two to three times faster than the fused kernel, which ignores a CPU's bf16 instructions.
-    """
-    batch, heads, length, width = query.shape
-    groups = batch * key.shape[1]
-    queries = (query * (width**-0.5 if scale is None else scale)).reshape(groups, -1, length, width)
-    keys = key.reshape(groups, length, width).transpose(1, 2).contiguous()
-    values = value.reshape(groups, length, width)
-    context = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    for start in range(0, length, ATTENTION_BLOCK):
-        rows = queries[:, :, start : start + ATTENTION_BLOCK]
-        seen = start + rows.shape[2]
-        scores = (rows.flatten(1, 2) @ keys[:, :, :seen]).unflatten(1, rows.shape[1:3])
-        future = torch.ones(rows.shape[2], rows.shape[2], dtype=torch.bool, device=query.device).triu(1)
-        scores[..., start:].masked_fill_(future, -math.inf)
-        weights = torch.softmax(scores, dim=-1)
-        context[:, :, start:seen] = (weights.flatten(1, 2) @ values[:, :seen]).unflatten(1, rows.shape[1:3])
-    return context.view(batch, heads, length, width)
-
-
-class SDPACoreAttention(torch.nn.Module):
-    """Causal attention of this rank's heads by torch's fused kernel; `[s, b, heads, d]` in, `[s, b, heads * d]` out.
-
-    With a sliding window `w` a token sees itself and the `w - 1` tokens before it.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **kwargs: Any
-    ) -> None:
-        super().__init__()
-        if config.context_parallel_size != 1:
-            raise UserError(
-                f"context-parallel-size {config.context_parallel_size} was given; without Transformer Engine attention "
-                "sees only its own part of the sequence: use 1"
-            )
-        self.softmax_scale = softmax_scale
-        self.dropout = config.attention_dropout
-        self.window = config.window_size[0] + 1 if config.window_size else None
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Attention over the whole (causal) sequence; any mask argument must be None."""
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if _blockwise(query) and self.window is None:
-            return blockwise_attention(query, key, value, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
-        mask = self._window_mask(query.shape[2], query.device)
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.softmax_scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-    def _window_mask(self, length: int, device: torch.device) -> Tensor | None:
-        """Bool `[length, length]`, True = seen; None when no token has the window's length before it."""
-        if self.window is None or length <= self.window:
-            return None
-        seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return seen.triu(1 - self.window)
-
-
 def _te_modules() -> tuple[Any, Any] | None:
     """Transformer Engine's norm and attention when it is installed and a GPU is there."""
     if not backend.has_cuda():
@@ -222,14 +146,15 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm."""
+    """The layers of one chunk of this pipeline stage, and the final norm."""
     norm, _ = _norm_and_attention(config)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers_here(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers_in_chunk(config), layer_norm=norm)
 
 
-def layers_here(config: TransformerConfig) -> int:
-    """Number of decoder layers this pipeline rank holds."""
-    return config.num_layers // config.pipeline_model_parallel_size
+def layers_in_chunk(config: TransformerConfig) -> int:
+    """Number of consecutive decoder layers that a pipeline rank holds: all of its own, or of each virtual stage."""
+    stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    return config.num_layers // stages
 
 
 def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
@@ -239,6 +164,12 @@ def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
         ("query groups", config.num_query_groups, layout.tensor, "tensor-model-parallel-size"),
         ("ffn channels", config.ffn_hidden_size, layout.tensor, "tensor-model-parallel-size"),
         ("layers", config.num_layers, layout.pipeline, "pipeline-model-parallel-size"),
+        (
+            "layers",
+            config.num_layers,
+            layout.pipeline * layout.chunks,
+            "pipeline-model-parallel-size x virtual-pipeline-model-parallel-size",
+        ),
     ):
         if count % parts:
             allowed = [p for p in range(1, count + 1) if count % p == 0]
@@ -272,6 +203,7 @@ def transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence_parallel,
         params_dtype=dtype,
@@ -286,6 +218,10 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         cuda_graph_scope=[],
+        # Interleaved stages: batched sends between two ranks that are neighbours twice go astray, and gloo sends after
+        # the output has been released. Neither is noticed: the loss is wrong.
+        overlap_p2p_comm=layout.virtual_pipeline is not None,
+        batch_p2p_comm=layout.virtual_pipeline is None,
         deallocate_pipeline_outputs=backend.has_cuda(),
     )
     return TransformerConfig(**{**fields, **extra})
@@ -349,33 +285,57 @@ def _hide_padding(model: GPTModel, vocab_size: int, layout: backend.Layout) -> N
     model.output_layer.register_forward_hook(hook)
 
 
+def _mark_shards(model: GPTModel) -> None:
+    """Say which weights tensor parallelism splits; megatron-core does so only where it also initialises them.
+
+    Unmarked ones count once, as replicated ones do, in the gradient norm: it comes out too small, and nothing says so.
+    """
+    for module in model.modules():
+        axis = 1 if isinstance(module, RowParallelLinear) else 0
+        weight = getattr(module, "weight", None)
+        split = isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
+        if split and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, axis, 1)
+
+
 def build_model(
     config: ModelConfig,
     layout: backend.Layout,
     dtype: torch.dtype,
     **extra: Any,
-) -> GPTModel:
-    """This rank's part of the model, weights not initialised (load them next). Process groups must exist."""
+) -> list[GPTModel]:
+    """This rank's part of the model, weights not initialised (load them next). Process groups must exist.
+
+    One chunk, or as many as the layout has virtual pipeline stages.
+    """
     check_divisible(config, layout)
     core = transformer_config(config, layout, dtype, **extra)
+    return [_build_chunk(config, layout, dtype, core, number) for number in range(layout.chunks)]
+
+
+def _build_chunk(
+    config: ModelConfig, layout: backend.Layout, dtype: torch.dtype, core: TransformerConfig, number: int
+) -> GPTModel:
     model = GPTModel(
         config=core,
         transformer_layer_spec=block_spec(core),
         vocab_size=padded_vocab_size(config.vocab_size, layout.tensor),
         max_sequence_length=config.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=number),
         share_embeddings_and_output_weights=config.tie_word_embeddings,
         position_embedding_type="rope" if config.position_embedding == "rope" else "learned_absolute",
         rotary_percent=config.rotary_percent,
         rotary_base=config.rotary_base,
         parallel_output=True,
+        vp_stage=number if layout.virtual_pipeline else None,
     )
     if config.position_embedding == "rope":
         model.rotary_pos_emb.inv_freq = inverse_frequencies(config, backend.device())
     elif model.pre_process:
         model.embedding.position_embeddings.to(dtype)  # megatron-core makes them float32
     _hide_padding(model, config.vocab_size, layout)
+    _mark_shards(model)
     return model.to(backend.device())
 
 

@@ -209,7 +209,11 @@ def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokeniz
 
 
 def _weights_only(model: PrunableModel) -> dict[str, Any]:
-    state = model.model.sharded_state_dict(metadata=metadata())
+    return {f"chunk{number}": _weights_of(chunk) for number, chunk in enumerate(model.chunks)}
+
+
+def _weights_of(chunk: Any) -> dict[str, Any]:
+    state = chunk.sharded_state_dict(metadata=metadata())
     return {key: value for key, value in state.items() if "mask_logits" not in key}
 
 
@@ -235,11 +239,11 @@ def load_model(path: Path, layout: backend.Layout, dtype: str | None = None, **e
     description = read_description(path)
     check_manifest(path)
     config = description.config
-    model = build_model(config, layout, compute_dtype(dtype or config.dtype), **extra)
-    prunable = PrunableModel(config, layout, model)
+    prunable = PrunableModel(config, layout, build_model(config, layout, compute_dtype(dtype or config.dtype), **extra))
     state = load_sharded(path / "weights", _weights_only(prunable))
-    missing = model.load_state_dict(state, strict=False)
-    absent = [key for key in missing.missing_keys if "_extra_state" not in key and "mask_logits" not in key]
-    if absent or missing.unexpected_keys:
-        raise UserError(f"checkpoint {path} does not fit its own description: {absent + missing.unexpected_keys}")
+    for number, chunk in enumerate(prunable.chunks):
+        missing = chunk.load_state_dict(state[f"chunk{number}"], strict=False)
+        absent = [key for key in missing.missing_keys if "_extra_state" not in key and "mask_logits" not in key]
+        if absent or missing.unexpected_keys:
+            raise UserError(f"checkpoint {path} does not fit its own description: {absent + missing.unexpected_keys}")
     return prunable

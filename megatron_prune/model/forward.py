@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_prune.model import context
 from megatron_prune.model.prunable import PrunableModel
 
 
@@ -23,30 +24,44 @@ def _no_loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 def forward_only(model: PrunableModel, tokens: Tensor, labels: Tensor | None = None) -> Tensor | None:
     """Logits `[b, s, vocab / tp]` of tokens `[b, s]`, or per-token losses `[b, s]` given labels; last stage only.
 
-    Sequence parallelism needs a length that the tensor-parallel size divides: tokens are padded at the end, where
-    causal attention cannot see them, and the outputs cut back.
+    Sequence and context parallelism need a length that their sizes divide: tokens are padded at the end, where causal
+    attention cannot see them, and the outputs cut back. So is the batch for an interleaved pipeline, which must be
+    filled with micro-batches.
     """
-    length = tokens.shape[1]
+    batch, length = tokens.shape
+    layout = model.layout
     model.config.check_length(length)
-    padding = -length % model.layout.tensor if model.layout.sequence_parallel else 0
-    tokens = F.pad(tokens.to(backend.device()), (0, padding))
-    labels = F.pad(labels.to(backend.device()), (0, padding)) if labels is not None else None
+    count = layout.pipeline if layout.virtual_pipeline else 1
+    padding = (0, -length % sequence_parts(layout), 0, -batch % count)
+    inputs = [tokens] if labels is None else [tokens, labels]
+    micro = [context.part(F.pad(x.to(backend.device()), padding)).chunk(count) for x in inputs]
+    places = torch.arange(length + padding[1], device=backend.device()).clamp(max=length - 1)
+    positions = context.part(places.expand(micro[0][0].shape[0], -1))
 
-    def forward_step(_iterator: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).clamp(max=length - 1).expand_as(tokens)
-        return chunk(tokens, positions, None, labels=labels), _no_loss
+    def forward_step(batches: Iterator[Any], chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+        tokens, *labels = next(batches)
+        return chunk(tokens, positions, None, labels=labels[0] if labels else None), _no_loss
 
+    iterators = [zip(*micro, strict=True) for _ in model.chunks]
     with torch.no_grad():
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=None,
-            model=[model.model],
-            num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0],
+            data_iterator=iterators if layout.virtual_pipeline else iterators[0],
+            model=model.chunks,
+            num_microbatches=count,
+            seq_length=length + padding[1],
+            micro_batch_size=positions.shape[0],
             forward_only=True,
         )
-    return results[0]["output"][:, :length] if results else None
+    if not results:
+        return None
+    return context.whole(torch.cat([result["output"] for result in results]))[:batch, :length]
+
+
+def sequence_parts(layout: backend.Layout) -> int:
+    """What the length of a sequence must be a multiple of."""
+    shared = 2 * layout.context if layout.context > 1 else 1
+    return shared * (layout.tensor if layout.sequence_parallel else 1)
 
 
 def window_losses(model: PrunableModel, windows: Tensor, micro_batch_size: int = 1) -> tuple[float, int]:
@@ -55,14 +70,15 @@ def window_losses(model: PrunableModel, windows: Tensor, micro_batch_size: int =
     Within a window each token but the first is predicted from those before it. Windows are spread over data-parallel
     replicas; the loss is in float32, its sum in float64. Collective.
     """
-    model.model.eval()
+    model.eval()
     replicas = parallel_state.get_data_parallel_world_size()
     mine = windows[parallel_state.get_data_parallel_rank() :: replicas]
     totals = torch.zeros(2, dtype=torch.float64, device=backend.device())
+    micro_batch_size *= model.layout.pipeline if model.layout.virtual_pipeline else 1
     for start in range(0, mine.shape[0], micro_batch_size):
         batch = mine[start : start + micro_batch_size]
         output = forward_only(model, batch, torch.roll(batch, -1, dims=1))
-        if output is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+        if output is not None and model.tp_rank == 0 and parallel_state.get_context_parallel_rank() == 0:
             losses = output[:, :-1].double()
             totals += torch.stack([losses.sum(), totals.new_tensor(float(losses.numel()))])
     dist.all_reduce(totals)
@@ -71,7 +87,7 @@ def window_losses(model: PrunableModel, windows: Tensor, micro_batch_size: int =
 
 def logits(model: PrunableModel, tokens: Tensor) -> Tensor:
     """Logits `[b, s, vocab]` in float32 of tokens `[b, s]`, on every rank. Collective."""
-    model.model.eval()
+    model.eval()
     output = forward_only(model, tokens)
     shape = (*tokens.shape, model.config.vocab_size)
     whole = torch.empty(shape, dtype=torch.float32, device=backend.device())

@@ -29,6 +29,7 @@ def layout_of(parallelism: Parallelism) -> backend.Layout:
         pipeline=parallelism.pipeline_model_parallel_size,
         context=parallelism.context_parallel_size,
         sequence_parallel=parallelism.sequence_parallel,
+        virtual_pipeline=parallelism.virtual_pipeline_model_parallel_size,
     )
 
 

@@ -10,10 +10,11 @@ like the weight they belong to:
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -40,12 +41,23 @@ class MaskDraw:
     microbatch: int = 0
     """Global number of the micro-batch inside its step, over all data-parallel ranks."""
     noise: bool = True
+    recompute: bool = False
+    """Layers run again in the backward pass, each micro-batch in the order of its first run."""
     decoded: bool = False
     """Use each group's best pattern instead of a sample: what the finished mask will do."""
 
-    def draw(self, tensor_id: int) -> Draw | None:
-        """The noise key of one linear in this pass; None for the noiseless mask."""
-        return Draw(self.seed, self.step, self.microbatch, tensor_id) if self.noise else None
+    def draw(self, tensor_id: int, pending: deque[int]) -> Draw | None:
+        """The noise key of one linear in this pass; None for the noiseless mask.
+
+        With recomputation the backward pass of a micro-batch may come after the forward passes of others, so a linear
+        keeps the numbers of those that it has yet to run again in `pending`.
+        """
+        microbatch = self.microbatch
+        if self.recompute and not torch.is_grad_enabled():
+            pending.append(microbatch)
+        elif self.recompute:
+            microbatch = pending.popleft()
+        return Draw(self.seed, self.step, microbatch, tensor_id) if self.noise else None
 
 
 class MaskedLinear(torch.nn.Module):
@@ -72,6 +84,7 @@ class MaskedLinear(torch.nn.Module):
         logits.is_mask_logits = True  # type: ignore[attr-defined]
         self.mask_logits = logits
         self.mask_draw, self.position, self.tensor_id = mask_draw, position, tensor_id
+        self.pending: deque[int] = deque()
         self.gradient_accumulation_fusion = False
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -90,7 +103,7 @@ class MaskedLinear(torch.nn.Module):
             m=draw.m,
             scale=draw.scale,
             temperature=draw.temperature,
-            draw=draw.draw(self.tensor_id),
+            draw=draw.draw(self.tensor_id, self.pending),
             position=self.position,
             hard=draw.hard,
             regularization=draw.regularization if self.training else 0.0,
@@ -139,13 +152,3 @@ class MaskedRowParallelLinear(MaskedLinear, RowParallelLinear):
     """`[out, in / tp]`: every rank holds a slice of all rows."""
 
     shard_axis = 1
-
-
-__all__ = [
-    "MaskDraw",
-    "MaskedColumnParallelLinear",
-    "MaskedGatedLinear",
-    "MaskedLinear",
-    "MaskedRowParallelLinear",
-    "backend",
-]

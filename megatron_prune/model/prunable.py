@@ -45,25 +45,28 @@ class LocalLinear:
 
 
 class PrunableModel:
-    """A GPTModel in some layout, seen without its layout."""
+    """A GPTModel in some layout, seen without its layout.
 
-    def __init__(self, config: ModelConfig, layout: backend.Layout, model: GPTModel) -> None:
+    `chunks` are this rank's pieces of it: one, or one for each virtual pipeline stage.
+    """
+
+    def __init__(self, config: ModelConfig, layout: backend.Layout, chunks: list[GPTModel]) -> None:
         self.config = config
         self.layout = layout
-        self.model = model
+        self.chunks = chunks
         self.maps = get_family(config.family).weights(config)
         self.by_name = {m.megatron: m for m in self.maps}
         self.parameters = dict(self._local_parameters())
 
     def _local_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Unsharded Megatron name and this rank's shard of every weight of the table."""
-        first = self.first_layer
-        for name, parameter in self.model.named_parameters():
-            match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
-            if match:
-                name = f"decoder.layers.{int(match[1]) + first}.{match[2]}"
-            if not name.endswith("mask_logits"):
-                yield name, parameter
+        for number, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.named_parameters():
+                match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+                if match:
+                    name = f"decoder.layers.{int(match[1]) + self.first_layer(number)}.{match[2]}"
+                if not name.endswith("mask_logits"):
+                    yield name, parameter
 
     @property
     def tp_rank(self) -> int:
@@ -71,30 +74,36 @@ class PrunableModel:
         return parallel_state.get_tensor_model_parallel_rank()
 
     @property
-    def layers_per_stage(self) -> int:
-        """Decoder layers of one pipeline stage."""
-        return self.config.num_layers // self.layout.pipeline
+    def layers_per_chunk(self) -> int:
+        """Consecutive decoder layers that a process holds."""
+        return self.config.num_layers // (self.layout.pipeline * self.layout.chunks)
 
-    @property
-    def first_layer(self) -> int:
-        """Global number of this stage's first layer."""
-        return parallel_state.get_pipeline_model_parallel_rank() * self.layers_per_stage
+    def first_layer(self, chunk: int) -> int:
+        """Global number of the first layer of one of this rank's chunks."""
+        return (
+            chunk * self.layout.pipeline + parallel_state.get_pipeline_model_parallel_rank()
+        ) * self.layers_per_chunk
 
     def stage_of(self, map: WeightMap) -> int:
         """Pipeline stage that holds a weight."""
         if map.layer is not None:
-            return map.layer // self.layers_per_stage
+            return map.layer // self.layers_per_chunk % self.layout.pipeline
         return 0 if map.megatron.startswith("embedding") else self.layout.pipeline - 1
 
     def linears(self) -> list[LocalLinear]:
         """This rank's prunable linears in model order."""
         found = []
-        for index, layer in enumerate(self.model.decoder.layers):
-            number = self.first_layer + index
-            for kind, path in enumerate(LINEARS):
-                map = self.by_name[f"decoder.layers.{number}.{path}.weight"]
-                found.append(LocalLinear(map, layer.get_submodule(path), number, number * len(LINEARS) + kind))
+        for chunk, model in enumerate(self.chunks):
+            for number, layer in enumerate(model.decoder.layers, start=self.first_layer(chunk)):
+                for kind, path in enumerate(LINEARS):
+                    map = self.by_name[f"decoder.layers.{number}.{path}.weight"]
+                    found.append(LocalLinear(map, layer.get_submodule(path), number, number * len(LINEARS) + kind))
         return found
+
+    def eval(self) -> None:
+        """Set all chunks to inference."""
+        for chunk in self.chunks:
+            chunk.eval()
 
     def position(self, linear: LocalLinear, m: int) -> Position:
         """Where this rank's shard of a linear lies in the unsharded weight, in groups of `m`."""

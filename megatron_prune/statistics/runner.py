@@ -164,7 +164,7 @@ class _LayerWalk:
         if tokens is None:
             raise RuntimeError("this method needs calibration windows")
         self.device = backend.device()
-        self.layer = whole_layer(model.config, next(model.model.parameters()).dtype)
+        self.layer = whole_layer(model.config, next(model.chunks[0].parameters()).dtype)
         mine = units(*tokens.shape)[dist.get_rank() :: dist.get_world_size()]
         self.hidden = _embedded(model, [tokens[unit].t().to(self.device) for unit in mine])
         self.rotary = rotary(model.config, tokens.shape[1], backend.alone().cp)

@@ -79,10 +79,10 @@ class LearningRunner:
 
     def learn_masks(self, n: int, m: int, hard: bool, train_weights: bool) -> MaskDraw:
         """Give every prunable linear mask logits and freeze everything else (but the weights, on request)."""
-        for parameter in self.model.model.parameters():
-            parameter.requires_grad_(False)
+        for chunk in self.model.chunks:
+            chunk.requires_grad_(False)
         self.weights_trained = train_weights
-        self.draw = MaskDraw(n, m, seed=self.training.seed, hard=hard)
+        self.draw = MaskDraw(n, m, seed=self.training.seed, hard=hard, recompute=self.training.recompute)
         self.model.learn_masks(self.draw)
         for linear in self.model.linears():
             linear.module.weight.requires_grad_(train_weights)
@@ -260,7 +260,7 @@ class LearningRunner:
                 f"{run} was given as the start and has no checkpoints; give a run of a method that learns, or its mask "
                 "with --prior"
             )
-        chunks = [self.model.model]
+        chunks = self.model.chunks
         wanted = {
             chunk: {key: value for key, value in parameters.items() if key.endswith("mask_logits")}
             for chunk, parameters in trained_parameters(chunks).items()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any, Protocol
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from megatron_prune.config import Training
 from megatron_prune.errors import UserError
+from megatron_prune.model import context
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.training.state import load_training_state, training_state, use_fused_kernel
@@ -80,27 +82,28 @@ class Trainer:
         self.replicas = parallel_state.get_data_parallel_world_size()
         self.replica = parallel_state.get_data_parallel_rank()
         self.microbatches = training.num_microbatches(self.replicas)
-        if model.model.config.recompute_granularity == "full":
-            _let_gradients_reach_frozen_layers(model.model)
-        self.ddp = self._wrap()
+        check_interleaving(model.layout, self.microbatches)
+        if model.chunks[0].config.recompute_granularity == "full":
+            _let_gradients_reach_frozen_layers(model.chunks[0])
+        self.chunks = [self._wrap(chunk) for chunk in model.chunks]
         self.optimizer = self._make_optimizer(multipliers or {})
         self.scheduler = self._make_scheduler()
 
-    def _wrap(self) -> DistributedDataParallel:
-        core = self.model.model.config
-        core.finalize_model_grads_func = finalize_model_grads
+    def _wrap(self, chunk: Any) -> DistributedDataParallel:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
         return DistributedDataParallel(
-            config=core,
+            config=chunk.config,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=False,
+                use_distributed_optimizer=self.training.use_distributed_optimizer,
             ),
-            module=self.model.model,
+            module=chunk,
         )
 
     def _make_optimizer(self, multipliers: dict[str, float]) -> Any:
         t = self.training
-        core = self.model.model.config
+        core = self.model.chunks[0].config
         config = OptimizerConfig(
             optimizer="adam",
             lr=t.lr,
@@ -112,6 +115,7 @@ class Trainer:
             clip_grad=t.clip_grad,
             bf16=core.bf16,
             params_dtype=core.params_dtype,
+            use_distributed_optimizer=t.use_distributed_optimizer,
         )
         overrides = dict(get_standard_config_overrides(config))
         for pattern, factor in multipliers.items():
@@ -119,7 +123,7 @@ class Trainer:
             overrides[ParamKey(name=pattern)] = dict(
                 max_lr=t.lr * factor, min_lr=t.min_lr * factor, wd_mult=0.0, lr_mult=factor
             )
-        optimizer = get_megatron_optimizer(config, [self.ddp], config_overrides=overrides)
+        optimizer = get_megatron_optimizer(config, self.chunks, config_overrides=overrides)
         use_fused_kernel(optimizer)
         return optimizer
 
@@ -141,8 +145,9 @@ class Trainer:
 
     def step(self, step: int) -> StepResult:
         """One optimizer step, number `step` from 0; UserError naming the step when the loss is not a number."""
-        self.model.model.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         rates = self._learning_rates()
         losses = self._pass(self._batches(step), step)
@@ -180,21 +185,19 @@ class Trainer:
 
     def _pass(self, batches: Iterator[Tensor], step: int) -> list[dict[str, Tensor]]:
         """A step's micro-batches forward and backward through the pipeline; losses on the last stage only."""
-        sent = 0
 
-        def forward_step(iterator: Iterator[Tensor], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-            nonlocal sent
-            self.on_microbatch(step, sent * self.replicas + self.replica)
-            sent += 1
-            batch = next(iterator)
-            tokens, labels = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        def forward_step(batches: Iterator[tuple[int, Tensor]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            number, batch = next(batches)
+            self.on_microbatch(step, number * self.replicas + self.replica)
+            tokens, labels = context.part(batch[:, :-1]).contiguous(), context.part(batch[:, 1:]).contiguous()
+            positions = context.part(torch.arange(batch.shape[1] - 1, device=batch.device).expand(len(batch), -1))
             return model(tokens, positions, None, labels=labels), _mean
 
+        iterators = [enumerate(each) for each in tee(batches, len(self.chunks))]
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[self.ddp],
+            data_iterator=iterators if self.model.layout.virtual_pipeline else iterators[0],
+            model=self.chunks,
             num_microbatches=self.microbatches,
             seq_length=self.training.seq_length,
             micro_batch_size=self.training.micro_batch_size,
@@ -212,11 +215,20 @@ class Trainer:
 
     def state(self, is_loading: bool) -> dict[str, Any]:
         """The sharded state dict of what is trained: trainable parameters, optimizer and schedule."""
-        return training_state([self.model.model], self.optimizer, self.scheduler, is_loading)
+        return training_state(self.model.chunks, self.optimizer, self.scheduler, is_loading)
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state(is_loading=True)` described and a checkpoint filled."""
-        load_training_state([self.model.model], self.optimizer, self.scheduler, state)
+        load_training_state(self.model.chunks, self.optimizer, self.scheduler, state)
+
+
+def check_interleaving(layout: backend.Layout, microbatches: int) -> None:
+    """UserError when an interleaved pipeline could not be filled."""
+    if layout.virtual_pipeline and microbatches % layout.pipeline:
+        raise UserError(
+            f"a step has {microbatches} micro-batches on each replica; with --virtual-pipeline-model-parallel-size it "
+            f"must be a multiple of --pipeline-model-parallel-size {layout.pipeline}: change --global-batch-size"
+        )
 
 
 def _holds_mask_logits(group: dict[str, Any]) -> bool:
@@ -234,6 +246,9 @@ def _let_gradients_reach_frozen_layers(model: Any) -> None:
 
 
 def _mean(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a micro-batch from per-token losses `[b, s]`."""
+    """Loss of a micro-batch from per-token losses `[b, s]` of this rank's part of the sequence.
+
+    The schedule multiplies the first value by the number of parts, and divides it in place.
+    """
     loss = output.float().mean()
-    return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss in place
+    return loss / context.size(), {"loss": loss.detach().clone()}

@@ -1,29 +1,47 @@
-"""What a training checkpoint holds, as a sharded state dict: trained parameters, optimizer and schedule.
+"""What a training checkpoint holds, as a sharded state dict: trained parameters, optimizer state and schedule.
 
-The model comes as the list of chunks that a rank holds (one, or several with an interleaved pipeline). Tensors are
-named by their place in the whole model, so that any layout reads what any other wrote.
+The model comes as the list of chunks that a rank holds (one, or several with an interleaved pipeline). Everything is
+named by its place in the whole model and has the shape of the parameter it belongs to, so that any layout reads what
+any other wrote, with or without the distributed optimizer:
+
+    decoder.layers.mlp.linear_fc2.mask_logits                 the parameter
+    optimizer.exp_avg.decoder.layers.mlp.linear_fc2.mask_logits     Adam's mean, and likewise exp_avg_sq
+    optimizer.master.decoder.layers.mlp.linear_fc2.weight     the float32 master of a bf16 parameter
+
+megatron-core's own state dicts of optimizers are not used: each kind of optimizer has another, the plain
+mixed-precision one leaves out float32 parameters, and the distributed one loses Adam's step count without Apex.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
-from torch.nn import Module
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+from torch.nn import Module, Parameter
 
 from megatron_prune.model.checkpoint import metadata
 
-MASTERS = "fp32_from_fp16_params"
-"""Key of the float32 masters in a mixed-precision optimizer's state: one list of tensors for each parameter group."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's running means of the gradient and of its square, under torch's, Apex's and Transformer Engine's name."""
+MASTER = "master"
+
+Sharded = dict[str, dict[str, Any]]
+"""Sharded tensors by chunk and parameter name."""
 
 
 def training_state(chunks: Sequence[Module], optimizer: Any, scheduler: Any, is_loading: bool) -> dict[str, Any]:
-    """The sharded state dict to save, or with `is_loading` the one that a checkpoint fills."""
+    """The sharded state dict to save, or with `is_loading` the one that a checkpoint fills. Collective."""
     parameters = trained_parameters(chunks)
     return {
         "model": parameters,
-        "optimizer": _optimizer_state(optimizer, parameters, is_loading),
+        "optimizer": _optimizer_state(chunks, optimizer, parameters, is_loading),
         "scheduler": scheduler.state_dict(),
     }
 
@@ -31,12 +49,12 @@ def training_state(chunks: Sequence[Module], optimizer: Any, scheduler: Any, is_
 def load_training_state(chunks: Sequence[Module], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
     """Take over what `training_state(is_loading=True)` described and a checkpoint filled."""
     load_parameters(chunks, state["model"])
-    _load_optimizer_state(optimizer, state["optimizer"])
+    _load_optimizer_state(chunks, optimizer, state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
 
 
-def trained_parameters(chunks: Sequence[Module]) -> dict[str, dict[str, Any]]:
-    """Sharded tensors of the parameters that require gradients, by chunk and name."""
+def trained_parameters(chunks: Sequence[Module]) -> Sharded:
+    """Sharded tensors of the parameters that require gradients."""
     return {f"chunk{number}": _trained(chunk) for number, chunk in enumerate(chunks)}
 
 
@@ -46,7 +64,7 @@ def _trained(chunk: Any) -> dict[str, Any]:
     return {key: value for key, value in everything.items() if key in names}
 
 
-def load_parameters(chunks: Sequence[Module], state: dict[str, dict[str, Any]]) -> None:
+def load_parameters(chunks: Sequence[Module], state: Sharded) -> None:
     """Copy loaded tensors, laid out as by `trained_parameters`, into the chunks; other parameters stay."""
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"chunk{number}"], strict=False)
@@ -59,49 +77,132 @@ def use_fused_kernel(optimizer: Any) -> None:
             group["fused"] = True
 
 
-def _optimizer_state(optimizer: Any, parameters: dict[str, Any], is_loading: bool) -> dict[str, Any]:
-    """The optimizer's sharded state dict.
+@dataclass(frozen=True)
+class Slot:
+    """Where an optimizer keeps the state of one parameter, or of the part of it that this rank owns."""
 
-    Beside bf16 parameters megatron-core's mixed-precision optimizer also trains float32 ones, as mask logits are,
-    but its sharded_state_dict looks for the bf16 ones alone and fails. Each of our groups holds one kind, so for
-    this call the missing ones are put beside them.
-    """
-    mixed = [inner for inner in _parts(optimizer) if _is_mixed(inner)]
-    before = [inner.float16_groups for inner in mixed]
-    for inner in mixed:
-        inner.float16_groups = [a + b for a, b in zip(inner.float16_groups, inner.fp32_from_fp32_groups, strict=True)]
-    try:
-        return _lists_to_dicts(optimizer.sharded_state_dict(parameters, is_loading=is_loading))
-    finally:
-        for inner, groups in zip(mixed, before, strict=True):
-            inner.float16_groups = groups
+    adam: Any
+    """The optimizer that does the arithmetic: torch's, Apex's or Transformer Engine's."""
+    main: Tensor
+    """What it updates: the parameter, its float32 master, or a flat part of either."""
+    part: slice | None = None
+    """This rank's part of the flattened parameter; None when it has all of it."""
+    group: Any = None
+    """The ranks that have the other parts."""
 
-
-def _load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
-    if any(_is_mixed(inner) for inner in _parts(optimizer)):
-        state = _dicts_to_lists(state, len(optimizer.param_groups))
-    optimizer.load_state_dict(state)
-    use_fused_kernel(optimizer)
+    @property
+    def state(self) -> dict[str, Any]:
+        """Adam's state of the parameter; empty before the first step."""
+        return self.adam.state[self.main]
 
 
-def _parts(optimizer: Any) -> list[Any]:
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+def _slots(optimizer: Any) -> dict[Parameter, Slot]:
+    """The slot of every trained parameter of which this rank has optimizer state."""
+    found: dict[Parameter, Slot] = {}
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        find = _distributed_slots if isinstance(inner, DistributedOptimizer) else _plain_slots
+        found.update(find(inner))
+    return found
 
 
-def _is_mixed(optimizer: Any) -> bool:
-    return hasattr(optimizer, "fp32_from_fp32_groups")
+def _plain_slots(optimizer: Any) -> Iterator[tuple[Parameter, Slot]]:
+    for group in optimizer.optimizer.param_groups:
+        yield from ((parameter, Slot(optimizer.optimizer, parameter)) for parameter in group["params"])
+    pairs = zip(
+        getattr(optimizer, "float16_groups", ()), getattr(optimizer, "fp32_from_float16_groups", ()), strict=True
+    )
+    for parameters, masters in pairs:
+        for parameter, master in zip(parameters, masters, strict=True):
+            yield parameter, Slot(optimizer.optimizer, master)
 
 
-def _lists_to_dicts(state: dict[str, Any]) -> dict[str, Any]:
-    """Name the masters by group and place: distributed checkpoints lose empty lists, and with them the numbering."""
-    if MASTERS in state:
-        groups = enumerate(state[MASTERS])
-        state[MASTERS] = {str(g): {str(i): t for i, t in enumerate(group)} for g, group in groups if group}
+def _distributed_slots(optimizer: DistributedOptimizer) -> Iterator[tuple[Parameter, Slot]]:
+    for parameter, (group, place) in optimizer.model_param_group_index_map.items():
+        main = optimizer.optimizer.param_groups[group]["params"][place]
+        owned = optimizer._get_model_param_range_map(parameter)["param"]
+        yield parameter, Slot(optimizer.optimizer, main, slice(owned.start, owned.end), optimizer.data_parallel_group)
+
+
+def _group(optimizer: Any) -> Any:
+    """The ranks over which a distributed optimizer shares its state; None with a plain one."""
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    return inner.data_parallel_group if isinstance(inner, DistributedOptimizer) else None
+
+
+def _kinds(parameter: Parameter) -> tuple[str, ...]:
+    return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)
+
+
+def _optimizer_state(
+    chunks: Sequence[Module], optimizer: Any, parameters: Sharded, is_loading: bool
+) -> dict[str, dict[str, Any]]:
+    """Sharded tensors of the optimizer's state by kind, chunk and parameter, and the number of steps it has done."""
+    slots, group = _slots(optimizer), _group(optimizer)
+    state: dict[str, Any] = {"step": _steps(slots)}
+    for number, chunk in enumerate(chunks):
+        key = f"chunk{number}"
+        for name, parameter in chunk.named_parameters():
+            if name not in parameters[key]:
+                continue
+            for kind in _kinds(parameter):
+                if is_loading:
+                    tensor = torch.empty(parameter.shape, dtype=torch.float32)
+                else:
+                    tensor = _whole(parameter, slots.get(parameter), kind, group)
+                sharded = make_sharded_optimizer_tensor(parameters[key][name], tensor, f"optimizer.{kind}")
+                state.setdefault(kind, {}).setdefault(key, {})[name] = sharded
     return state
 
 
-def _dicts_to_lists(state: dict[str, Any], groups: int) -> dict[str, Any]:
-    """Inverse of `_lists_to_dicts`; a state in which no group has masters has lost the key too."""
-    named = state.get(MASTERS, {})
-    lists = [named.get(str(group), {}) for group in range(groups)]
-    return {**state, MASTERS: [[masters[str(i)] for i in range(len(masters))] for masters in lists]}
+def _whole(parameter: Parameter, slot: Slot | None, kind: str, group: Any) -> Tensor:
+    """One kind of state in the parameter's shape; on ranks that do not write it a tensor without memory. Collective."""
+    if group is None:
+        assert slot is not None
+        return _local(slot, kind)
+    flat = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if slot is not None:
+        flat[slot.part] = _local(slot, kind)
+    first = dist.get_process_group_ranks(group)[0]
+    dist.reduce(flat, first, group=group)
+    if dist.get_rank() != first:
+        return flat.new_empty(1).expand(parameter.shape)
+    return flat.view(parameter.shape).cpu()
+
+
+def _local(slot: Slot, kind: str) -> Tensor:
+    return slot.main.detach() if kind == MASTER else slot.state[kind]
+
+
+def _steps(slots: dict[Parameter, Slot]) -> int:
+    """Steps that the optimizer has done, the same for every parameter; 0 on a rank without any."""
+    for slot in slots.values():
+        if "step" in slot.state:
+            return int(slot.state["step"])
+        return int(slot.adam.param_groups[0].get("step", 0))
+    return 0
+
+
+@torch.no_grad()
+def _load_optimizer_state(chunks: Sequence[Module], optimizer: Any, state: dict[str, Any]) -> None:
+    slots = _slots(optimizer)
+    for number, chunk in enumerate(chunks):
+        for name, parameter in chunk.named_parameters():
+            slot = slots.get(parameter)
+            if slot is None or not parameter.requires_grad:
+                continue
+            loaded = {kind: state[kind][f"chunk{number}"][name].to(slot.main.device) for kind in _kinds(parameter)}
+            _fill(slot, loaded, state["step"])
+    use_fused_kernel(optimizer)
+
+
+def _fill(slot: Slot, loaded: dict[str, Tensor], step: int) -> None:
+    if slot.part is not None:
+        loaded = {kind: tensor.flatten()[slot.part] for kind, tensor in loaded.items()}
+    if MASTER in loaded:
+        slot.main.copy_(loaded.pop(MASTER))
+    slot.state.update({kind: tensor.clone() for kind, tensor in loaded.items()})
+    if isinstance(slot.adam, (torch.optim.Adam, torch.optim.AdamW)):
+        slot.state["step"] = torch.tensor(float(step))
+        return
+    for group in slot.adam.param_groups:
+        group["step"] = step

@@ -23,10 +23,14 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
+    context: int = 1
+    virtual: int | None = None
 
     def flags(self) -> list[str]:
         """Command-line flags of the layout."""
         flags = ["--tensor-model-parallel-size", str(self.tensor), "--pipeline-model-parallel-size", str(self.pipeline)]
+        flags += ["--context-parallel-size", str(self.context)]
+        flags += ["--virtual-pipeline-model-parallel-size", str(self.virtual)] if self.virtual else []
         return flags + (["--sequence-parallel"] if self.sequence_parallel else [])
 
 

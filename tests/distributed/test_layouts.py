@@ -173,7 +173,7 @@ def test_compensated_weights_are_the_same(root: Path, layout: Layout) -> None:
     with backend.running(backend.Layout()):
         name = Case("sparsegpt", "2:4").name
         a, b = (load_model(root / "runs" / "even" / x.name / name / "weights", backend.Layout()) for x in (ONE, layout))
-        for parameter, other in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        for parameter, other in zip(a.parameters.values(), b.parameters.values(), strict=True):
             assert torch.equal(parameter, other)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_prune.model.build import ATTENTION_BLOCK, blockwise_attention
+from megatron_prune.model.attention import ATTENTION_BLOCK, blockwise_attention
 
 
 @pytest.mark.parametrize("length", [1, ATTENTION_BLOCK - 1, ATTENTION_BLOCK, 2 * ATTENTION_BLOCK + 3])

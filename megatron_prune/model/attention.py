@@ -1,0 +1,94 @@
+"""Causal attention without Transformer Engine: torch's fused kernel, or plain products where those are faster."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_prune.kernels.processor import has_bf16_products
+from megatron_prune.model import context
+
+ATTENTION_BLOCK = 64
+"""Queries whose scores are in memory at a time in `blockwise_attention`."""
+
+
+def _blockwise(query: Tensor) -> bool:
+    """Whether bf16 matrix products are what attention on this processor should be made of: inference only."""
+    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return on_cpu and not torch.is_grad_enabled() and has_bf16_products()
+
+
+def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Causal attention `[b, heads, s, d]` of query `[b, heads, s, d]`, key and value `[b, groups, s, d]`.
+
+    Plain matrix products over the keys that a block of queries can see; scores are rounded as transformers' "eager"
+    attention rounds them. Two to three times faster than the fused kernel, which ignores a CPU's bf16 instructions.
+    """
+    batch, heads, length, width = query.shape
+    groups = batch * key.shape[1]
+    queries = (query * (width**-0.5 if scale is None else scale)).reshape(groups, -1, length, width)
+    keys = key.reshape(groups, length, width).transpose(1, 2).contiguous()
+    values = value.reshape(groups, length, width)
+    attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
+    for start in range(0, length, ATTENTION_BLOCK):
+        rows = queries[:, :, start : start + ATTENTION_BLOCK]
+        seen = start + rows.shape[2]
+        scores = (rows.flatten(1, 2) @ keys[:, :, :seen]).unflatten(1, rows.shape[1:3])
+        future = torch.ones(rows.shape[2], rows.shape[2], dtype=torch.bool, device=query.device).triu(1)
+        scores[..., start:].masked_fill_(future, -math.inf)
+        weights = torch.softmax(scores, dim=-1)
+        attended[:, :, start:seen] = (weights.flatten(1, 2) @ values[:, :seen]).unflatten(1, rows.shape[1:3])
+    return attended.view(batch, heads, length, width)
+
+
+class SDPACoreAttention(torch.nn.Module):
+    """Causal attention of this rank's heads by torch's fused kernel; `[s, b, heads, d]` in, `[s, b, heads * d]` out.
+
+    With a sliding window `w` a token sees itself and the `w - 1` tokens before it. With context parallelism every rank
+    attends from its own part of the sequence to the keys and values of all parts, which are gathered for it.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout
+        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.shared = config.context_parallel_size > 1
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention over the whole (causal) sequence; any mask argument must be None."""
+        mask = self._mask(query)
+        if self.shared:
+            key, value = context.gather(key), context.gather(value)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if mask is None and _blockwise(query):
+            return blockwise_attention(query, key, value, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+    def _mask(self, query: Tensor) -> Tensor | None:
+        """Bool `[queries here, keys]`, True = seen; None when plain causal attention over all tokens is meant."""
+        length = query.shape[0]
+        if not self.shared and (self.window is None or length <= self.window):
+            return None
+        everywhere = context.order(length, query.device) if self.shared else torch.arange(length, device=query.device)
+        here = context.positions(length, query.device) if self.shared else everywhere
+        distance = here[:, None] - everywhere[None, :]
+        return (distance >= 0) & (distance < (self.window or math.inf))

@@ -1,0 +1,120 @@
+"""Training in every layout follows training in one process: losses, gradient norms, held-out losses, final masks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.apply.decision import Masks
+from tests.distributed.launch import ONE, Layout, launch, must_pass
+from tests.models import byte_tokenizer, tiny_llama, words
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+DISTRIBUTED = "--use-distributed-optimizer"
+RECOMPUTE = "--recompute"
+WEIGHTS = "--train-weights"
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout and how it trains."""
+
+    layout: Layout
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return "_".join([self.layout.name, *(option.strip("-") for option in self.options)])
+
+    @property
+    def reference(self) -> Case:
+        """The run in one process that this one must follow."""
+        return Case(ONE, tuple(option for option in self.options if option == WEIGHTS))
+
+
+CASES = [
+    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (RECOMPUTE,)),
+    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (WEIGHTS, RECOMPUTE)),
+    Case(Layout("pp2", 2, pipeline=2), (RECOMPUTE,)),
+    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2)),
+    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2), (WEIGHTS, RECOMPUTE)),
+    Case(Layout("cp2", 2, context=2)),
+    Case(Layout("cp2", 2, context=2), (WEIGHTS, DISTRIBUTED)),
+    Case(Layout("dp2", 2), (DISTRIBUTED,)),
+    Case(Layout("dp2", 2), (WEIGHTS, DISTRIBUTED, RECOMPUTE)),
+    Case(Layout("pp4", 4, pipeline=4)),
+    Case(Layout("tp2pp2vpp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True, virtual=2), (WEIGHTS,)),
+    Case(Layout("tp2cp2sp", 4, tensor=2, context=2, sequence_parallel=True), (RECOMPUTE,)),
+    Case(Layout("pp2cp2", 4, pipeline=2, context=2), (WEIGHTS,)),
+    Case(Layout("pp2dp2", 4, pipeline=2), (DISTRIBUTED, RECOMPUTE)),
+    Case(Layout("tp2dp2sp", 4, tensor=2, sequence_parallel=True), (WEIGHTS, DISTRIBUTED)),
+]
+
+
+def command(root: Path, case: Case) -> list[str]:
+    """A mask-learning run: four windows a step, however they are spread; a held-out loss before and after."""
+    options = {
+        "--input": str(root / "dense"),
+        "--output": str(root / case.name),
+        "--data": str(root / "words.jsonl"),
+        "--eval-data": str(root / "words.jsonl"),
+        "--eval-windows": "3",
+        "--seq-length": "32",
+        "--global-batch-size": "4",
+        "--train-iters": str(STEPS),
+        "--lr": "4e-4",
+        "--temperature-end": "2",
+        "--weight-regularization": "1e-5",
+        "--prior": "magnitude",
+    }
+    words_of_options = [word for pair in options.items() for word in pair]
+    return [*"prune --method maskllm --target 2:4".split(), *words_of_options, *case.layout.flags(), *case.options]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case run, one start-up for each number of processes."""
+    root = tmp_path_factory.mktemp("training_layouts")
+    words(root / "words.jsonl")
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=257)
+    byte_tokenizer(tiny_llama(root / "hf", tie_word_embeddings=True, **sizes))
+    first = ["import", "--input", str(root / "hf"), "--output", str(root / "dense")]
+    references = sorted({case.reference for case in CASES}, key=lambda case: case.name)
+    must_pass(launch(1, [first, *(command(root, case) for case in references)], root / "commands"))
+    for processes in (2, 4):
+        cases = [case for case in CASES if case.layout.processes == processes]
+        must_pass(launch(processes, [command(root, case) for case in cases], root / "commands"))
+    return root
+
+
+def curve(root: Path, case: Case, key: str) -> list[float]:
+    """The values of a metric, step by step."""
+    lines = (root / case.name / "metrics.jsonl").read_text().splitlines()
+    return [record[key] for record in map(json.loads, lines) if key in record]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_follows_one_process(root: Path, case: Case) -> None:
+    for key, tolerance, count in (("loss", 1e-5, STEPS), ("grad_norm", 1e-4, STEPS), ("eval_loss", 1e-5, 2)):
+        found, expected = curve(root, case, key), curve(root, case.reference, key)
+        assert len(found) == count, key
+        assert found == pytest.approx(expected, abs=tolerance, rel=tolerance), key
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_masks_are_those_of_one_process(root: Path, case: Case) -> None:
+    found, expected = (Masks.load(root / each.name / "decision") for each in (case, case.reference))
+    differing = sum(int((found.get(name) != expected.get(name)).sum()) for name in expected.names())
+    assert differing <= 1e-3 * sum(expected.get(name).numel() for name in expected.names())
+
+
+def test_training_moves_what_is_compared(root: Path) -> None:
+    """Negative control: the tolerances above are far below what five steps and trained weights change."""
+    masks, weights = Case(ONE), Case(ONE, (WEIGHTS,))
+    assert abs(curve(root, masks, "loss")[-1] - curve(root, weights, "loss")[-1]) > 1e-3
+    assert abs(curve(root, weights, "eval_loss")[0] - curve(root, weights, "eval_loss")[1]) > 1e-2
