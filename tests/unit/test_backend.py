@@ -98,7 +98,8 @@ def test_process_groups_are_torn_down_after_an_error() -> None:
     [
         (backend.Layout(tensor=2), 3, "needs a multiple of 2 processes and 3 run"),
         (backend.Layout(tensor=2, pipeline=2), 2, "multiple of 4"),
-        (backend.Layout(context=2), 2, "context-parallel-size 2 was given"),
+        (backend.Layout(context=2), 3, "context 2 parallel needs a multiple of 2 processes and 3 run"),
+        (backend.Layout(virtual_pipeline=2), 1, "virtual-pipeline-model-parallel-size 2 was given"),
         (backend.Layout(sequence_parallel=True), 1, "sequence-parallel was given"),
     ],
 )
