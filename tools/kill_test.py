@@ -65,11 +65,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) 
         time.sleep(POLL_S)
 
 
-def kill_once(process: subprocess.Popen[bytes], run: Path, steps: int, generator: random.Random) -> str:
-    """End a run that has just been started at a moment drawn here; where it was: `ended` when it was quicker.
-
-    `steps` is how far beyond the checkpoint it may come on average.
-    """
+def kill_once(process: subprocess.Popen[bytes], run: Path, wanted: int, generator: random.Random) -> str:
+    """End a run that has just been started, after step `wanted`; says where: `ended` when the run was quicker."""
     moment = generator.choices(["starting", "stepping", "saving"], weights=[1, 5, 4])[0]
     left = half_written(run)
     if moment == "starting":
@@ -78,7 +75,6 @@ def kill_once(process: subprocess.Popen[bytes], run: Path, steps: int, generator
     else:
         before = metrics_version(run)
         wait_until(lambda: metrics_version(run) != before, process)
-        wanted = last_step(run) + generator.randrange(2 * steps)
         wait_until(lambda: last_step(run) >= wanted, process)
         if moment == "saving":
             wait_until(lambda: bool(half_written(run) - left), process)
@@ -99,12 +95,13 @@ def metrics_version(run: Path) -> tuple[int, int] | None:
 
 
 def kill_and_resume(flags: Sequence[str], run: Path, kills: int, steps: int, seed: int = 0) -> Counter[str]:
-    """Do a run of `steps` optimizer steps with `kills` interruptions; how many happened where."""
+    """Do a run of `steps` optimizer steps with `kills` interruptions spread over it; how many happened where."""
     generator = random.Random(seed)
     counts: Counter[str] = Counter()
-    for _ in range(kills):
+    for number in range(kills):
         process = start(flags, run)
-        counts[kill_once(process, run, max(1, steps // (2 * kills)), generator)] += 1
+        wanted = int((number + generator.random()) * steps / (kills + 1))
+        counts[kill_once(process, run, wanted, generator)] += 1
         print(f"killed {sum(counts.values())} of {kills}: {dict(counts)}, step {last_step(run)}", flush=True)
     finish(start(flags, run), run)
     return counts

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,15 +69,27 @@ def start_on_two(command: list[str], *more: str) -> subprocess.Popen[str]:
 
 def signal_rank(torchrun: subprocess.Popen[str], rank: int, number: signal.Signals, run: Path) -> None:
     """Once the run has a checkpoint, send a signal to one of torchrun's processes."""
+    child = wait_for(torchrun, lambda: process_of(torchrun, rank))
+    wait_for(torchrun, lambda: (run / "checkpoints" / "latest.json").exists())
+    os.kill(child, number)
+
+
+def process_of(torchrun: subprocess.Popen[str], rank: int) -> int | None:
+    """The process that torchrun started as `rank`, once there."""
+    for child in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    return None
+
+
+def wait_for(torchrun: subprocess.Popen[str], found: Callable[[], Any]) -> Any:
+    """What `found` returns once it is something."""
     deadline = time.monotonic() + 240
-    while not (run / "checkpoints" / "latest.json").exists():
+    while not (answer := found()):
         assert torchrun.poll() is None, torchrun.communicate()[0][-4000:]
         assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.02)
-    children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    marked = f"RANK={rank}".encode()
-    [child] = [pid for pid in children if marked in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
-    os.kill(int(child), number)
+        time.sleep(0.002)
+    return answer
 
 
 @dataclass(frozen=True)
