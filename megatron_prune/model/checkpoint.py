@@ -10,6 +10,7 @@ A model checkpoint is a folder
 
 from __future__ import annotations
 
+import pickle
 import queue
 import shutil
 from collections.abc import Iterable
@@ -24,14 +25,18 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.errors import UserError
 from megatron_prune.files import checksum, new_folder, read_json, write_json
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.untrusted import check_table, only_weights
 
 FORMAT = 1
+DAMAGE = (CheckpointingException, CheckpointException, KeyError, ValueError)
+"""What reading a checkpoint raises that is not whole or belongs to another model, beside what files raise."""
 DESCRIPTION = "megatron_prune.json"
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
@@ -137,10 +142,17 @@ def _write(request: Any, buckets: list[Any]) -> dict[str, str]:
 
 
 def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Read a sharded state dict in the present layout; UserError when the folder is damaged or does not fit."""
+    """Read a sharded state dict in the present layout; UserError when the folder is damaged or does not fit.
+
+    Nothing in the folder is executed.
+    """
     try:
-        return dist_checkpointing.load(state, str(folder))
-    except (CheckpointingException, KeyError, RuntimeError, OSError, EOFError, ValueError) as error:
+        check_table(folder)
+        with only_weights():
+            return dist_checkpointing.load(state, str(folder))
+    except UserError:
+        raise
+    except (*DAMAGE, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise UserError(
             f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); it is damaged or belongs to "
             "another model: use another checkpoint"
