@@ -114,6 +114,9 @@ class Training(Options):
     recompute: bool = option(False, "recompute each layer in the backward pass: less memory, a third more time")
     seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)
     log_interval: int = option(1, "optimizer steps between lines of metrics", at_least=1)
+    peak_tflops: float | None = option(
+        None, "TFLOP/s of one device, for the utilisation in the metrics; left out: from the GPU's name", above=0
+    )
     save_interval: int = option(100, "optimizer steps between checkpoints; the last step is always saved", at_least=1)
     keep_checkpoints: int = option(2, "newest checkpoints that stay; older ones are removed", at_least=1)
     async_save: bool = option(False, "write checkpoints in the background, from a copy in the host's memory")

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +27,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -74,9 +75,9 @@ def progress(title: str, total: int, unit: str = "") -> Iterator[Callable[[int],
     yield plain.advance
 
 
-def _bar(screen: Console, unit: str) -> Progress:
+def _bar(screen: Console, unit: str, auto_refresh: bool = True) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen)
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen, auto_refresh=auto_refresh)
 
 
 class _PlainProgress:
@@ -108,14 +109,13 @@ class MetricsLog:
         self._folder = folder
         self._file: TextIO | None = None
         self._events: Any = None
-        self._began = time.monotonic()
-        self._first = 0
-        self._done = 0
+        self._first = self._done = self._total = 0
+        self._began = 0.0
+        self._bar: tuple[Progress, TaskID] | None = None
 
     def resume_at(self, done: int) -> None:
         """Forget what was written about steps after `done`, everything at 0 (a run that died behind a checkpoint)."""
         self._first = self._done = done
-        self._began = time.monotonic()
         if not is_leader() or not self.path.exists():
             return
         self.close()
@@ -125,10 +125,26 @@ class MetricsLog:
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.path)
 
-    def write(self, record: dict[str, Any], total: int | None = None) -> None:
+    @contextlib.contextmanager
+    def steps(self, total: int) -> Iterator[None]:
+        """While a run goes from where it resumed to step `total`: a bar in a terminal, elsewhere the time left."""
+        self._total, self._began = total, time.monotonic()
+        screen = console()
+        if not screen.is_terminal or screen.quiet:
+            yield
+            return
+        with _bar(screen, "", auto_refresh=False) as bar:  # no thread of its own: a background save forks
+            self._bar = bar, bar.add_task(self.name, total=total, completed=self._first)
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def write(self, record: dict[str, Any], shown: Sequence[str] | None = None) -> None:
         """One line; `step` counts finished steps. Numbers go to TensorBoard too, a summary to the console.
 
-        `total` is the run's number of steps, for the time left. Values not finite become null.
+        `shown` are the keys for the console, all when left out; where there is a bar, the first of them stands in it
+        and no line is printed. Values not finite become null.
         """
         if not is_leader():
             return
@@ -139,7 +155,12 @@ class MetricsLog:
         if "step" in record:
             self._write_events(record)
             self._done = record["step"]
-        say(self._line(record, total))
+        if self._bar is None or shown is None:
+            say(self._line(record, shown))
+        else:
+            bar, task = self._bar
+            title = f"{self.name}  {_words(record, shown[:1])}"
+            bar.update(task, completed=self._done, description=escape(title), refresh=True)
 
     def sync(self) -> None:
         """Push the metrics to the disk, as a checkpoint that counts on them is."""
@@ -172,18 +193,18 @@ class MetricsLog:
                 self._events.add_scalar(key, value, record["step"])
         self._events.flush()
 
-    def _line(self, record: dict[str, Any], total: int | None) -> str:
-        words = [f"{key} {_short(value)}" for key, value in record.items() if key != "step"]
+    def _line(self, record: dict[str, Any], shown: Sequence[str] | None) -> str:
+        words = _words(record, [key for key in record if key != "step"] if shown is None else shown)
         if "step" not in record:
-            return "  ".join(words)
-        head = f"{self.name} {record['step']}" + (f"/{total}" if total else "")
-        return "  ".join([head, *words, *self._time_left(total)])
+            return words
+        head = f"{self.name} {record['step']}" + (f"/{self._total}" if self._total else "")
+        return "  ".join([head, words, *self._time_left()])
 
-    def _time_left(self, total: int | None) -> list[str]:
+    def _time_left(self) -> list[str]:
         steps = self._done - self._first
-        if not total or steps < 1 or self._done >= total:
+        if steps < 1 or self._done >= self._total:
             return []
-        left = (time.monotonic() - self._began) / steps * (total - self._done)
+        left = (time.monotonic() - self._began) / steps * (self._total - self._done)
         return [f"left {left / 60:.0f} min" if left >= 90 else f"left {left:.0f} s"]
 
 
@@ -195,6 +216,10 @@ def _complete_lines(path: Path) -> list[str]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _words(record: dict[str, Any], keys: Sequence[str]) -> str:
+    return "  ".join(f"{key} {_short(record[key])}" for key in keys if key in record)
 
 
 def _short(value: Any) -> str:

@@ -29,7 +29,7 @@ PATIENCE_S = 300.0
 STARTUP_S = 6.0
 SAVE_S = 0.04
 """Longest waits drawn before a kill: while starting up, and inside a save."""
-TIMINGS = ("tokens_per_s", "step_s")
+TIMINGS = ("tokens_per_s", "step_s", "model_tflop_per_s", "model_flop_utilisation", "peak_memory_gib")
 
 
 def start(flags: Sequence[str], run: Path) -> subprocess.Popen[bytes]:

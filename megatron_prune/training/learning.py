@@ -22,20 +22,23 @@ from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import gumbel
 from megatron_prune.kernels.philox import gumbel_noise
-from megatron_prune.log import MetricsLog, say
+from megatron_prune.log import MetricsLog, device_names, say
 from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
-from megatron_prune.model.prunable import LocalLinear, PrunableModel
+from megatron_prune.model.prunable import LINEARS, LocalLinear, PrunableModel
 from megatron_prune.training.checkpoints import Checkpoints, find_newest, read_about
 from megatron_prune.training.loop import Samples, StepResult, Trainer
 from megatron_prune.training.state import load_parameters, trained_parameters
 from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, largest
+from megatron_prune.training.throughput import GIB, flops_per_token, known_peak_tflops, peak_memory, speed
 
 INITIAL_STEP = 2**32 - 1
 """Step number under which a random start is drawn: no training step has it."""
 EULER_GAMMA = 0.5772156649015329
+SHOWN = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "peak_memory_gib")
+"""Metrics of a step on the console; metrics.jsonl and TensorBoard have all."""
 
 MaskSource = Callable[[str], Tensor]
 """Hugging Face weight name -> bool mask `[out, in]`."""
@@ -76,6 +79,10 @@ class LearningRunner:
         self.weights_trained = False
         self.start: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
+        self.flops = flops_per_token(model.config, training.seq_length)
+        self.peak_tflops = training.peak_tflops or known_peak_tflops(device_names()[0], model.config.dtype)
+        self.step_times: list[float] = []
+        """Seconds of the steps since the last line of metrics."""
 
     def learn_masks(self, n: int, m: int, hard: bool, train_weights: bool) -> MaskDraw:
         """Give every prunable linear mask logits and freeze everything else (but the weights, on request)."""
@@ -130,7 +137,7 @@ class LearningRunner:
         self.log.resume_at(first)
         if first == 0:
             self._evaluate(trainer, 0)
-        with self.stop:
+        with self.stop, self.log.steps(self.training.train_iters):
             try:
                 for step in range(first, self.training.train_iters):
                     self._step(trainer, step, on_step)
@@ -143,9 +150,9 @@ class LearningRunner:
         values = on_step(step, steps)
         began = time.perf_counter()
         result = trainer.step(step)
-        seconds = time.perf_counter() - began
+        self.step_times.append(time.perf_counter() - began)
         if done % self.training.log_interval == 0 or done == steps:
-            self._log_step(step, steps, result, values, seconds)
+            self._log_step(done, result, values)
         if done % self.training.eval_interval == 0 or done == steps:
             self._evaluate(trainer, done)
         self._save_or_stop(trainer, done)
@@ -175,56 +182,61 @@ class LearningRunner:
             "global_batch_size": t.global_batch_size,
         }
 
-    def _log_step(self, step: int, steps: int, result: StepResult, values: dict[str, float], seconds: float) -> None:
+    def _log_step(self, done: int, result: StepResult, values: dict[str, float]) -> None:
+        """Write the metrics of a step; times are means over the steps since the last line. Collective."""
+        seconds, count = sum(self.step_times), len(self.step_times)
+        self.step_times = []
         record = {
-            "step": step + 1,
+            "step": done,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rates.get("mask_logits", 0.0),
-            "tokens": result.tokens * (step + 1),
-            "tokens_per_s": result.tokens / seconds,
-            "step_s": seconds,
+            "tokens": result.tokens * done,
+            **speed(result.tokens * count, seconds, self.flops, dist.get_world_size(), self.peak_tflops),
+            "step_s": seconds / count,
+            "peak_memory_gib": largest(peak_memory())[0] / GIB,
             **values,
             **self._mask_statistics(),
         }
-        self.log.write(record, total=steps)
+        self.log.write(record, SHOWN)
 
     @torch.no_grad()
     def _mask_statistics(self) -> dict[str, float]:
-        """Over all groups: mean best probability, share changed since the last look and since the start."""
-        assert self.draw is not None
-        sums = torch.zeros(4, dtype=torch.float64, device=backend.device())
+        """Over all groups, and over those of each kind of linear: mean best probability, share whose best pattern has
+        changed since the last look and, over all, since the start. Collective.
+        """
+        sums = torch.zeros(len(LINEARS), 4, dtype=torch.float64, device=backend.device())
         for linear in self.model.linears():
-            logits, position = linear.module.mask_logits, linear.module.position
-            assert position is not None
-            now = gumbel.winners(logits)
-            best = gumbel.statistics(
-                logits,
-                linear.module.weight,
-                n=self.draw.n,
-                m=self.draw.m,
-                scale=self.draw.scale,
-                temperature=self.draw.temperature,
-                draw=None,
-                position=position,
-            )["sum_max_probability"]
-            sums += torch.tensor(
-                [
-                    float(best),
-                    float((now != self.last[linear.name]).sum()),
-                    float((now != self.start[linear.name]).sum()),
-                    float(now.numel()),
-                ],
-                dtype=torch.float64,
-                device=sums.device,
-            )
+            now = gumbel.winners(linear.module.mask_logits)
+            changed, moved = (int((now != before[linear.name]).sum()) for before in (self.last, self.start))
+            values = (self._sum_of_best(linear), changed, moved, now.numel())
+            sums[linear.tensor_id % len(LINEARS)] += torch.tensor(values, dtype=sums.dtype, device=sums.device)
             self.last[linear.name] = now
         dist.all_reduce(sums)
-        return {
-            "max_probability": float(sums[0] / sums[3]),
-            "changed_fraction": float(sums[1] / sums[3]),
-            "differs_from_start_fraction": float(sums[2] / sums[3]),
+        best, changed, moved, count = sums.sum(0).tolist()
+        record = {
+            "max_probability": best / count,
+            "changed_fraction": changed / count,
+            "differs_from_start_fraction": moved / count,
         }
+        for path, (best, changed, _moved, count) in zip(LINEARS, sums.tolist(), strict=True):
+            kind = path.split(".")[-1]
+            record |= {f"max_probability/{kind}": best / count, f"changed_fraction/{kind}": changed / count}
+        return record
+
+    def _sum_of_best(self, linear: LocalLinear) -> float:
+        """Sum over a linear's groups of the noiseless probability of the best pattern."""
+        assert self.draw is not None and linear.module.position is not None
+        return gumbel.statistics(
+            linear.module.mask_logits,
+            linear.module.weight,
+            n=self.draw.n,
+            m=self.draw.m,
+            scale=self.draw.scale,
+            temperature=self.draw.temperature,
+            draw=None,
+            position=linear.module.position,
+        )["sum_max_probability"]
 
     def _evaluate(self, trainer: Trainer, done: int) -> None:
         """Held-out loss with every group's best pattern."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from megatron_prune import log
 
@@ -19,12 +21,12 @@ def test_resume_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     with log.MetricsLog(tmp_path) as metrics:
         metrics.resume_at(0)
         for step in (1, 2, 3):
-            metrics.write({"step": step, "loss": 1.0 / step}, total=4)
+            metrics.write({"step": step, "loss": 1.0 / step})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     with log.MetricsLog(tmp_path) as metrics:
         metrics.resume_at(2)
-        metrics.write({"step": 3, "loss": 0.5}, total=4)
+        metrics.write({"step": 3, "loss": 0.5})
     assert steps(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -46,9 +48,35 @@ def test_only_process_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.console.cache_clear()
-    with log.MetricsLog(tmp_path, name="step") as metrics:
-        metrics.write({"step": 2, "loss": 1 / 3}, total=2)
-    assert capsys.readouterr().out == "step 2/2  loss 0.33333\n"
+    with log.MetricsLog(tmp_path, name="step") as metrics, metrics.steps(2):
+        metrics.write({"step": 2, "loss": 1 / 3, "tokens": 7})
+        metrics.write({"step": 2, "loss": 1 / 3, "tokens": 7}, shown=("loss", "absent"))
+    assert capsys.readouterr().out == "step 2/2  loss 0.33333  tokens 7\nstep 2/2  loss 0.33333\n"
+
+
+def test_time_left_counts_from_where_the_run_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.console.cache_clear()
+    with log.MetricsLog(tmp_path) as metrics:
+        metrics.resume_at(6)
+        with metrics.steps(8):
+            metrics._began -= 100.0
+            metrics.write({"step": 7, "loss": 2.0})
+    assert capsys.readouterr().out == "step 7/8  loss 2  left 2 min\n"
+
+
+def test_bar_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100, color_system=None, highlight=False)
+    monkeypatch.setattr(log, "console", lambda: terminal)
+    with log.MetricsLog(tmp_path) as metrics:
+        metrics.resume_at(1)
+        with metrics.steps(4):
+            metrics.write({"step": 2, "loss": 2.5, "tokens": 7}, shown=("loss", "tokens"))
+            metrics.write({"step": 2, "eval_loss": 2.25})
+    shown = screen.getvalue()
+    assert "step  loss 2.5" in shown and "2/4" in shown and "tokens" not in shown
+    assert "step 2/4  eval_loss 2.25" in shown
+    assert [record["step"] for record in steps(tmp_path)] == [2, 2]
 
 
 def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
