@@ -41,6 +41,7 @@ TP3 = Layout("tp3", 3, tensor=3)
 PP2 = Layout("pp2", 2, pipeline=2)
 DP2 = Layout("dp2", 2)
 TP2_PP2_SP = Layout("tp2pp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True)
+PP2_VPP2_CP2 = Layout("pp2vpp2cp2", 4, pipeline=2, context=2, virtual=2)
 
 
 def launch(processes: int, commands: Sequence[Sequence[str]], folder: Path) -> subprocess.CompletedProcess[str]:

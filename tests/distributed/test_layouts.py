@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from megatron_prune.apply.decision import Masks
-from tests.distributed.launch import DP2, ONE, PP2, TP2_PP2_SP, TP2_SP, TP3, Layout, launch, must_pass
+from tests.distributed.launch import (
+    DP2,
+    ONE,
+    PP2,
+    PP2_VPP2_CP2,
+    TP2_PP2_SP,
+    TP2_SP,
+    TP3,
+    Layout,
+    launch,
+    must_pass,
+)
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -43,7 +54,7 @@ CASES = [
     Case("sparsegpt", "0.5"),
 ]
 CONTROL = Case("layout_dependent", "2:4")
-LAYOUTS = [TP2_SP, PP2, DP2, TP3, TP2_PP2_SP]
+LAYOUTS = [TP2_SP, PP2, DP2, TP3, TP2_PP2_SP, PP2_VPP2_CP2]
 MODELS = {
     # 4 heads in 2 groups, untied: everything but TP=3
     "even": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=257),
