@@ -1,20 +1,29 @@
 """The `plan` verb: memory of each process of a mask-learning run, predicted from sizes alone; nothing is loaded.
 
-Weights, mask logits, gradients and optimizer state are counted tensor by tensor and exact. Activations are what
-autograd keeps of one micro-batch between forward and backward, counted operation by operation as in Korthikanti et al.
-2022 (arXiv:2205.05198, section 4), whose figures are for another layer (GELU, dropout, stored attention scores). For a
-gated layer without Transformer Engine, in elements of e bytes, with s tokens, b windows, h hidden, f ffn, q and k
-channels of all query heads and groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, else h:
+Weights, mask logits, gradients and optimizer state are counted tensor by tensor and exact. With the distributed
+optimizer the data-parallel and context-parallel processes share the state of what they train: each has an equal part of
+megatron-core's gradient buffers, which are padded, every tensor to 64 elements and a buffer to a multiple of 128 and of
+the number of processes. Which of them has less because padding is in its part is not said.
 
-    norms                 2 x s b h' x 4 bytes       the input in float32
-    inputs of qkv, fc1    2 x s b h' x e
-    attention             s b (3 q + 3 k) / t x e    the fused qkv, rotated q and k, the output
-    MLP                   5 x s b f / t x e          gate and up (2 f), activation, up + 0, their product
+Activations are what autograd keeps of one micro-batch between forward and backward, counted operation by operation as
+in Korthikanti et al. 2022 (arXiv:2205.05198, section 4), whose figures are for another layer (GELU, dropout, stored
+attention scores). For a gated layer without Transformer Engine, in elements of e bytes, with b windows of s tokens, of
+which each of c context-parallel processes has n = s / c, h hidden, f ffn, q and k channels of all query heads and
+groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, else h:
+
+    norms                 2 x n b h' x 4 bytes       the input in float32
+    inputs of qkv, fc1    2 x n b h' x e
+    attention, c = 1      s b (3 q + 3 k) / t x e    the fused qkv, rotated q and k, the output
+    attention, c > 1      n b (2 q + 2 c k) / t x e  rotated q and the output, k and v of all processes
+    attention's mask      n s x e                    with c > 1 or a sliding window below s
+    MLP                   5 x n b f / t x e          gate and up (2 f), activation, up + 0, their product
     masked weights        prunable weights / t x e   mask * weight, one copy for each micro-batch
 
-Stage p of P pipeline stages holds min(P - p, micro-batches) micro-batches at once (1F1B; Narayanan et al. 2021,
-arXiv:2104.04473). Not counted: temporaries inside an operation, buffers of communication, the allocator's gaps and what
-CUDA itself takes; keep a tenth of the GPU free for them.
+Before its first backward pass, stage p of P runs P - p - 1 micro-batches forward, and with v interleaved chunks on each
+stage 2 (P - p - 1) + (v - 1) P passes of one chunk, or all that the step has; then one forward and one backward in turn
+(Narayanan et al. 2021, arXiv:2104.04473, section 2.2). What is held at once is counted along that schedule. Not
+counted: temporaries inside an operation, buffers of communication, the allocator's gaps and what CUDA itself takes;
+keep a tenth of the GPU free for them.
 """
 
 from __future__ import annotations
@@ -45,7 +54,7 @@ class Memory:
     gradients: int
     """float32, of everything that is trained."""
     optimizer: int
-    """Adam's two moments in float32, and float32 masters of trained weights in another type."""
+    """Adam's two moments in float32, and float32 masters of trained weights in another type; shared, with padding."""
     masked_weights: int
     activations: int
     loss: int
@@ -62,11 +71,16 @@ def run(config: PlanConfig) -> None:
     target = parse_target(config.target)
     if not isinstance(target, NM):
         raise UserError(f"--target {target} was given; plan knows learned masks, allowed: N:M such as 2:4")
-    model = read_config(config.input)
-    layout = config.parallelism
-    replicas = layout.data_parallel_size(config.processes)
-    stages = plan(model, layout, config.training, target, replicas, bool(config.method_options.get("train_weights")))
-    _print(model, layout, replicas, stages)
+    job = Job(
+        read_config(config.input),
+        config.parallelism,
+        config.training,
+        target,
+        config.parallelism.data_parallel_size(config.processes),
+        bool(config.method_options.get("train_weights")),
+    )
+    stages = plan(job)
+    _print(job, stages)
     if config.output is not None:
         write_json(config.output, {"processes": config.processes, "stages": [asdict(stage) for stage in stages]})
 
@@ -79,79 +93,112 @@ def read_config(path: Path) -> ModelConfig:
     return family_of(found).from_hf(found)
 
 
-def plan(
-    model: ModelConfig, layout: Parallelism, training: Training, target: NM, replicas: int, train_weights: bool = False
-) -> list[Memory]:
+@dataclass(frozen=True)
+class Job:
+    """What is trained, how, and on how many processes."""
+
+    model: ModelConfig
+    layout: Parallelism
+    training: Training
+    target: NM
+    replicas: int
+    """Of the model: data-parallel processes."""
+    train_weights: bool = False
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return DTYPE_BYTES[self.model.dtype]
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel processes."""
+        return self.layout.tensor_model_parallel_size
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.layout.pipeline_model_parallel_size
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of the stack of layers on each stage."""
+        return self.layout.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def layers(self) -> int:
+        """Layers of a chunk."""
+        return self.model.num_layers // (self.stages * self.chunks)
+
+    @property
+    def sharers(self) -> int:
+        """Processes that share optimizer state: data-parallel and context-parallel ones, or none."""
+        together = self.replicas * self.layout.context_parallel_size
+        return together if self.training.use_distributed_optimizer else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on one process, outside the sequence-parallel parts."""
+        return self.training.seq_length * self.training.micro_batch_size // self.layout.context_parallel_size
+
+    @property
+    def hidden(self) -> int:
+        """Elements of the residual stream of a micro-batch on one process."""
+        return self.tokens * self.model.hidden_size // (self.tensor if self.layout.sequence_parallel else 1)
+
+
+def plan(job: Job) -> list[Memory]:
     """Memory of a process of each pipeline stage, first stage first."""
-    _check(model, layout)
-    count = training.num_microbatches(replicas)
-    stages = layout.pipeline_model_parallel_size
-    return [
-        _stage(model, layout, training, target, train_weights, stage, min(stages - stage, count))
-        for stage in range(stages)
-    ]
+    _check(job)
+    return [_stage(job, stage) for stage in range(job.stages)]
 
 
-def _check(model: ModelConfig, layout: Parallelism) -> None:
+def _check(job: Job) -> None:
+    model, layout = job.model, job.layout
     if model.dtype not in DTYPE_BYTES:
         raise UserError(f"the model is {model.dtype}; models are trained as {' or '.join(DTYPE_BYTES)}: import it so")
-    tensor, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    if layout.virtual_pipeline_model_parallel_size and job.stages == 1:
+        raise UserError(
+            "--virtual-pipeline-model-parallel-size was given; it needs --pipeline-model-parallel-size above 1"
+        )
+    halves = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
     for what, size, parts in (
-        ("query groups", model.num_query_groups, tensor),
-        ("ffn channels", model.ffn_hidden_size, tensor),
-        ("layers", model.num_layers, stages),
+        ("query groups", model.num_query_groups, job.tensor),
+        ("ffn channels", model.ffn_hidden_size, job.tensor),
+        ("layers", model.num_layers, job.stages * job.chunks),
+        ("tokens of a window", job.training.seq_length, halves * (job.tensor if layout.sequence_parallel else 1)),
+        ("micro-batches", job.training.num_microbatches(job.replicas), job.stages if job.chunks > 1 else 1),
     ):
         if size % parts:
-            raise UserError(f"{size} {what} cannot be shared by {parts} processes; allowed: a divisor of {size}")
+            raise UserError(f"{size} {what} were given; this layout needs a multiple of {parts}")
 
 
-def _stage(
-    model: ModelConfig,
-    layout: Parallelism,
-    training: Training,
-    target: NM,
-    train_weights: bool,
-    stage: int,
-    in_flight: int,
-) -> Memory:
-    tensor, element = layout.tensor_model_parallel_size, DTYPE_BYTES[model.dtype]
-    maps = _maps_of(model, layout, stage)
-    prunable = sum(_local_size(map, tensor) for map in maps if map.prunable)
-    logits = prunable // target.m * math.comb(target.m, target.n)
-    trained = logits + (prunable if train_weights else 0)
-    masters = prunable * FLOAT32 if train_weights and element != FLOAT32 else 0
-    last = stage == layout.pipeline_model_parallel_size - 1
-    layers, loss = _activations(model, layout, training, stage)
-    masked = prunable * element
-    if training.recompute:
-        one_layer, one_masked = (size // _layers_per_stage(model, layout) for size in (layers, masked))
-        layers, masked = _inputs_of_layers(model, layout, training) + one_layer, one_masked
-        loss = max(0, loss - one_layer - one_masked)  # the loss is done with before a layer is recomputed
+def _stage(job: Job, stage: int) -> Memory:
+    maps = _maps_of(job, stage)
+    prunable = [_local_size(map, job.tensor) for map in maps if map.prunable]
+    logits = [size // job.target.m * math.comb(job.target.m, job.target.n) for size in prunable]
+    weights = prunable if job.train_weights else []
+    masters = FLOAT32 if job.element != FLOAT32 else 0
     return Memory(
-        weights=sum(_local_size(map, tensor) for map in maps) * element,
-        mask_logits=logits * FLOAT32,
-        gradients=trained * FLOAT32,
-        optimizer=2 * trained * FLOAT32 + masters,
-        masked_weights=masked * in_flight,
-        activations=layers * in_flight,
-        loss=loss if last else 0,
+        weights=sum(_local_size(map, job.tensor) for map in maps) * job.element,
+        mask_logits=sum(logits) * FLOAT32,
+        gradients=_buffers(job, logits, weights) * FLOAT32,
+        optimizer=_buffers(job, logits, weights) // job.sharers * 2 * FLOAT32
+        + _buffers(job, [], weights) // job.sharers * masters,
+        **_kept(job, stage, sum(prunable) // job.chunks * job.element),
     )
 
 
-def _layers_per_stage(model: ModelConfig, layout: Parallelism) -> int:
-    return model.num_layers // layout.pipeline_model_parallel_size
-
-
-def _maps_of(model: ModelConfig, layout: Parallelism, stage: int) -> list[WeightMap]:
+def _maps_of(job: Job, stage: int) -> list[WeightMap]:
     """The weights of a stage; a tied output layer is a second copy of the embedding when they are apart."""
-    last = layout.pipeline_model_parallel_size - 1
+    last = job.stages - 1
     found = []
-    for map in get_family(model.family).weights(model):
+    for map in get_family(job.model.family).weights(job.model):
         if map.layer is not None:
-            where = map.layer // _layers_per_stage(model, layout)
+            where = map.layer // job.layers % job.stages
         else:
             where = 0 if map.megatron.startswith("embedding") else last
-        copied = model.tie_word_embeddings and map.megatron == "embedding.word_embeddings.weight"
+        copied = job.model.tie_word_embeddings and map.megatron == "embedding.word_embeddings.weight"
         if where == stage or (copied and stage == last):
             found.append(map)
     return found
@@ -165,37 +212,85 @@ def _local_size(map: WeightMap, tensor: int) -> int:
     return size if map.shard_dim is None else size // tensor
 
 
-def _tokens(layout: Parallelism, training: Training) -> int:
-    """Tokens of a micro-batch on one process, outside the sequence-parallel parts."""
-    return training.seq_length * training.micro_batch_size // layout.context_parallel_size
+def _buffers(job: Job, logits: list[int], weights: list[int]) -> int:
+    """Elements of megatron-core's gradient buffers: one for each chunk and type of parameter."""
+    kinds = [logits + weights] if job.element == FLOAT32 else [logits, weights]
+    return job.chunks * sum(_buffer(job, kind[: len(kind) // job.chunks]) for kind in kinds)
 
 
-def _inputs_of_layers(model: ModelConfig, layout: Parallelism, training: Training) -> int:
-    """Bytes of a stage's layer inputs: all that recomputation keeps."""
-    share = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-    size = _tokens(layout, training) * model.hidden_size // share * DTYPE_BYTES[model.dtype]
-    return size * _layers_per_stage(model, layout)
+def _buffer(job: Job, sizes: list[int]) -> int:
+    """Elements of one such buffer, with the padding that lets it be shared."""
+    if not job.training.use_distributed_optimizer:
+        return sum(sizes)
+    return _up(sum(_up(size, 64) for size in sizes), math.lcm(job.sharers, 128))
 
 
-def _activations(model: ModelConfig, layout: Parallelism, training: Training, stage: int) -> tuple[int, int]:
-    """Bytes kept of one micro-batch: of a stage's layers, and of the final norm and the loss."""
-    size, element = dimensions(model), DTYPE_BYTES[model.dtype]
-    tensor = layout.tensor_model_parallel_size
-    tokens = _tokens(layout, training)
-    hidden = tokens * model.hidden_size // (tensor if layout.sequence_parallel else 1)
-    norm = hidden * (FLOAT32 if model.normalization == "RMSNorm" else element)
-    query, key_value = tokens * size["query"] // tensor, tokens * size["key_value"] // tensor
-    attention = 3 * (query + key_value) * element + tokens * model.num_attention_heads // tensor * FLOAT32
-    if model.qk_layernorm:
-        attention += (query + key_value) * FLOAT32
-    if model.position_embedding == "rope":
-        attention += 4 * training.seq_length * rotary_channels(model) * element
-    mlp = _mlp_tensors(model) * tokens * model.ffn_hidden_size // tensor * element
-    layer = 2 * norm + 2 * hidden * element + attention + mlp
+def _up(size: int, unit: int) -> int:
+    """`size` rounded up to a multiple of `unit`."""
+    return -(-size // unit) * unit
+
+
+def held(stage: int, stages: int, chunks: int, microbatches: int) -> list[tuple[int, ...]]:
+    """Micro-batches that each chunk of a pipeline stage holds after each of its forward passes in a step."""
+    groups = range(0, microbatches, stages)
+    order = [
+        chunk for first in groups for chunk in range(chunks) for _ in range(first, min(first + stages, microbatches))
+    ]
+    ahead = stages - stage - 1
+    warmup = ahead if chunks == 1 else 2 * ahead + (chunks - 1) * stages
+    counts, found = [0] * chunks, []
+    for number, chunk in enumerate(order):
+        if number > warmup:
+            counts[chunks - 1 - order[number - warmup - 1]] -= 1
+        counts[chunk] += 1
+        found.append(tuple(counts))
+    return found
+
+
+def _kept(job: Job, stage: int, masked: int) -> dict[str, int]:
+    """What autograd keeps when it is most; `masked` are the bytes of a chunk's masked weights."""
+    microbatches = job.training.num_microbatches(job.replicas)
+    moments = held(stage, job.stages, job.chunks, microbatches)
+    return max((_at(job, stage, masked, moment) for moment in moments), key=lambda found: sum(found.values()))
+
+
+def _at(job: Job, stage: int, masked: int, counts: tuple[int, ...]) -> dict[str, int]:
+    """What is kept while each chunk of a stage holds `counts` micro-batches."""
+    layer, number = _layer(job), sum(counts)
+    loss = _loss(job) * counts[-1] if stage == job.stages - 1 else 0
+    if job.training.recompute:
+        inputs, one_masked = job.layers * job.hidden * job.element, masked // job.layers
+        loss = max(0, loss - layer - one_masked)  # the loss is done with before a layer is recomputed
+        return {"masked_weights": one_masked, "activations": number * inputs + layer, "loss": loss}
     # The first layer's first norm has no input that asks for a gradient: the embedding is frozen.
-    first = norm if stage == 0 and not training.recompute else 0
-    vocabulary = -(-model.vocab_size // tensor)
-    return _layers_per_stage(model, layout) * layer - first, norm + tokens * vocabulary * FLOAT32
+    first = _norm(job) * counts[0] if stage == 0 else 0
+    return {"masked_weights": number * masked, "activations": number * job.layers * layer - first, "loss": loss}
+
+
+def _norm(job: Job) -> int:
+    """Bytes kept of one micro-batch by a norm."""
+    return job.hidden * (FLOAT32 if job.model.normalization == "RMSNorm" else job.element)
+
+
+def _layer(job: Job) -> int:
+    """Bytes kept of one micro-batch by a decoder layer."""
+    mlp = _mlp_tensors(job.model) * job.tokens * job.model.ffn_hidden_size // job.tensor * job.element
+    return 2 * _norm(job) + 2 * job.hidden * job.element + _attention(job) + mlp
+
+
+def _attention(job: Job) -> int:
+    model, size, context = job.model, dimensions(job.model), job.layout.context_parallel_size
+    length = job.training.seq_length
+    query, key_value = (job.tokens * size[name] // job.tensor for name in ("query", "key_value"))
+    kept = 3 * (query + key_value) if context == 1 else 2 * (query + key_value * context)
+    if model.position_embedding == "rope":
+        kept += 4 * length // context * rotary_channels(model)
+    if context > 1 or (model.sliding_window or length) < length:
+        kept += length // context * length
+    wide = job.tokens * model.num_attention_heads // job.tensor  # of the softmax, for each query
+    if model.qk_layernorm:
+        wide += query + key_value
+    return kept * job.element + wide * FLOAT32
 
 
 def _mlp_tensors(model: ModelConfig) -> int:
@@ -205,11 +300,17 @@ def _mlp_tensors(model: ModelConfig) -> int:
     return 3 if model.activation == "relu2" else 2
 
 
-def _print(model: ModelConfig, layout: Parallelism, replicas: int, stages: list[Memory]) -> None:
+def _loss(job: Job) -> int:
+    """Bytes kept of one micro-batch by the final norm and the loss."""
+    return _norm(job) + job.tokens * -(-job.model.vocab_size // job.tensor) * FLOAT32
+
+
+def _print(job: Job, stages: list[Memory]) -> None:
+    model, interleaved = job.model, f" of {job.chunks} interleaved chunks" if job.chunks > 1 else ""
     say(
-        f"{model.family}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}; tensor "
-        f"{layout.tensor_model_parallel_size} x pipeline {len(stages)} x context {layout.context_parallel_size} x "
-        f"{replicas} replicas. GiB on each process:"
+        f"{model.family}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}; tensor {job.tensor} x "
+        f"pipeline {job.stages}{interleaved} x context {job.layout.context_parallel_size} x {job.replicas} replicas"
+        f"{', distributed optimizer' if job.training.use_distributed_optimizer else ''}. GiB on each process:"
     )
     names = [field.name for field in fields(Memory)] + ["total"]
     say("  " + "".join([f"{'stage':<16}"] + [f"{number:>9}" for number in range(len(stages))]))

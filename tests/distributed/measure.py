@@ -1,8 +1,9 @@
-"""Sizes of the real objects of mask-learning runs, under torchrun: `measure.py CASES.json FOLDER` -> RANK.json.
+"""Sizes of the real objects of mask-learning runs: `measure.py CASES.json FOLDER` -> FOLDER/PROCESSES_RANK.json.
 
-A case is a model directory, a parallel layout, whether weights are trained and whether layers are recomputed. For
-each, two steps are run and these bytes written down: parameters, mask logits, gradient buffers, optimizer state, and
-the largest sum of what autograd kept at one time, each storage counted once and parameters not at all.
+A case is a model directory, a number of processes, fields of `Parallelism` and of `Training`, and whether weights are
+trained. Each runs one step, and these bytes are written down: parameters, mask logits, gradient buffers and their
+padding, optimizer state, and the largest sum of what autograd kept at one time, each storage counted once and
+parameters not at all. The processes are forked from this one, which has imported everything: that costs most here.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from megatron_prune.config import Training
+from megatron_prune.config import Parallelism, Training
+from megatron_prune.model.import_hf import layout_of
 from megatron_prune.model.masked_linear import MaskDraw
 from megatron_prune.model.source import open_model
 from megatron_prune.prune import RECOMPUTE
@@ -72,8 +76,7 @@ class _Hold:
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
     """Bytes of one case on this rank."""
-    layout = backend.Layout(case["tensor"], case["pipeline"], sequence_parallel=case["sequence_parallel"])
-    training = Training(**case["training"])
+    layout, training = layout_of(Parallelism(**case["layout"])), Training(**case["training"])
     with backend.running(layout, 0):
         extra = RECOMPUTE if training.recompute else {}
         model = open_model(Path(case["model"])).load(layout, **extra)
@@ -88,10 +91,12 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
             trainer.step(0)
         named = dict(chunks.named_parameters())
         logits = sum(p.nbytes for name, p in named.items() if name.endswith("mask_logits"))
+        buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
         return {
             "weights": sum(p.nbytes for p in named.values()) - logits,
             "mask_logits": logits,
-            "gradients": sum(buffer.grad_data.nbytes for chunk in trainer.chunks for buffer in chunk.buffers),
+            "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+            "padding": 4 * sum(buffer.numel - sum(p.numel() for p in buffer.params) for buffer in buffers),
             "optimizer": _optimizer_bytes(trainer.optimizer),
             "kept": kept.peak,
         }
@@ -103,14 +108,27 @@ def _optimizer_bytes(optimizer: Any) -> int:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         states = part.optimizer.state.values()
         total += sum(t.nbytes for state in states for name, t in state.items() if name != "step")
-        masters = getattr(part, "fp32_from_float16_groups", [])
-        total += sum(t.nbytes for group in masters for t in group)
+        for name in ("fp32_from_float16_groups", "shard_fp32_from_float16_groups"):
+            total += sum(t.nbytes for group in getattr(part, name, []) for t in group)
     return total
 
 
-if __name__ == "__main__":
-    cases, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    backend.initialize(backend.Layout())
-    results = [measure(case) for case in json.loads(cases.read_text())]
-    (folder / f"{backend.rank()}.json").write_text(json.dumps(results))
+def run(rank: int, processes: int, cases: list[dict[str, Any]], folder: Path) -> None:
+    """Measure all cases of a number of processes as one of them."""
+    store = dist.FileStore(str(folder / f"{processes}.store"), processes)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    results = [measure(case) for case in cases]
+    (folder / f"{processes}_{rank}.json").write_text(json.dumps(results))
     backend.shutdown()
+
+
+def main(cases: list[dict[str, Any]], folder: Path) -> None:
+    """Measure every case, those of one number of processes one after another in the same processes."""
+    for processes in sorted({case["processes"] for case in cases}):
+        mine = [case for case in cases if case["processes"] == processes]
+        arguments = (processes, mine, folder)
+        multiprocessing.start_processes(run, arguments, nprocs=processes, start_method="fork")
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

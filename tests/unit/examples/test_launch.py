@@ -16,7 +16,7 @@ from megatron_prune.command_line import parse
 from megatron_prune.config import PruneConfig
 from megatron_prune.methods.target import NM
 from megatron_prune.model.families import family_of
-from megatron_prune.plan import GIB, plan
+from megatron_prune.plan import GIB, Job, plan
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "tools" / "launch.sh"
@@ -159,7 +159,7 @@ def test_the_memory_in_the_readme_is_what_plan_says(example: str) -> None:
     recipe = ROOT / "examples" / example / "learn.yaml"
     config = parse(PruneConfig, ["--config", str(recipe), "--input", "a", "--output", "b"], "prune")
     hf = LLAMA | dict(zip(SIZE_KEYS, SIZES[example], strict=True))
-    (stage,) = plan(family_of(hf).from_hf(hf), config.parallelism, config.training, NM(2, 4), replicas=1)
+    (stage,) = plan(Job(family_of(hf).from_hf(hf), config.parallelism, config.training, NM(2, 4), replicas=1))
     stated = re.search(r"predicted: ([\d.]+) GiB", (recipe.parent / "README.md").read_text())
     assert stated is not None and float(stated[1]) == round(stage.total / GIB, 1)
 
