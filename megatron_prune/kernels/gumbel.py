@@ -1,28 +1,32 @@
 """Learnable N:M masks (MaskLLM, Fang et al. 2024, arXiv 2409.17481, section 3.2): Gumbel-softmax over the
 patterns of every group, and the masked weight, differentiable in the logits. Forward and backward are one
 pass each; the backward draws the same counter-based noise again, so that nothing of the size of the logits is
-kept between them. Two implementations with one meaning: PyTorch on any device, row chunk by row chunk, and C
-on the CPU (csrc/gumbel.c), ten times faster than the formula spelt out in PyTorch."""
+kept between them. Three implementations with one meaning: PyTorch on any device, row chunk by row chunk; C on
+the CPU (csrc/gumbel.c), ten times faster than the formula spelt out in PyTorch; Triton on a GPU
+(triton_gumbel.py)."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import itertools
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_prune.kernels.compiled import load_library
+from megatron_prune.kernels.compiled import DISABLE_VARIABLE, enabled, load_library
 from megatron_prune.kernels.philox import gumbel_noise, hash_key
 
-Implementation = Literal["auto", "eager", "cpu"]
+Implementation = Literal["auto", "eager", "cpu", "triton"]
 
 MAX_M = 8
 CHUNK_LOGITS = {"cpu": 2**20, "accelerator": 2**22}
@@ -66,7 +70,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """What one evaluation needs besides weight and logits."""
 
     n: int
@@ -77,7 +81,7 @@ class _Call:
     position: Position
     hard: bool
     regularization: float
-    compiled: bool
+    implementation: str
     accumulate_into: Tensor | None = None
 
 
@@ -133,9 +137,9 @@ def masked_weight(
     _check(weight, logits, n, m, temperature, position)
     if accumulate_into is not None:
         _check_accumulator(accumulate_into, logits)
-    compiled = _use_compiled(implementation, weight, logits)
+    chosen = _choose(implementation, weight, logits)
     key = draw.key() if draw is not None else None
-    call = _Call(n, m, scale, temperature, key, position, hard, regularization, compiled, accumulate_into)
+    call = Call(n, m, scale, temperature, key, position, hard, regularization, chosen, accumulate_into)
     result: Tensor = _MaskedWeight.apply(weight, logits, call)  # type: ignore[no-untyped-call]
     return result
 
@@ -159,10 +163,10 @@ def statistics(
     sum_masked_square, the sum of (weight * mask)^2.
     """
     _check(weight, logits, n, m, temperature, position)
-    compiled = _use_compiled(implementation, weight, logits)
-    call = _Call(n, m, scale, temperature, draw.key() if draw else None, position, hard, 0.0, compiled)
+    chosen = _choose(implementation, weight, logits)
+    call = Call(n, m, scale, temperature, draw.key() if draw else None, position, hard, 0.0, chosen)
     with torch.no_grad():
-        sums = (_compiled_statistics if compiled else _eager_statistics)(weight, logits, call)
+        sums = _functions(chosen).statistics(weight, logits, call)
     groups = logits.shape[0] * logits.shape[1]
     return {"sum_max_probability": sums[0], "groups": groups, "sum_masked_square": sums[1]}
 
@@ -171,9 +175,8 @@ def winners(logits: Tensor, implementation: Implementation = "auto") -> Tensor:
     """Index of the largest logit of each group, the lowest where several are equal: uint8 [out, in / M]."""
     if logits.dim() != 3:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [out, groups, patterns]")
-    if _use_compiled(implementation, logits) and logits.is_contiguous():
-        return _compiled_winners(logits)
-    return logits.argmax(dim=-1).to(torch.uint8)
+    chosen = _choose(implementation, logits) if logits.is_contiguous() else "eager"
+    return _functions(chosen).winners(logits)
 
 
 def decode(logits: Tensor, n: int, m: int) -> Tensor:
@@ -207,21 +210,21 @@ class _MaskedWeight(torch.autograd.Function):
     """The differentiable core of `masked_weight`."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, logits: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, logits: Tensor, call: Call) -> Tensor:
         ctx.save_for_backward(weight, logits)
         ctx.call = call
-        return (_compiled_forward if call.compiled else _eager_forward)(weight, logits, call)
+        return _functions(call.implementation).forward(weight, logits, call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, logits = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: Call = ctx.call
         needs_weight, needs_logits = ctx.needs_input_grad[:2]
         add = call.accumulate_into is not None and needs_logits
         grad_weight = torch.empty_like(weight) if needs_weight else None
         grad_logits = call.accumulate_into if add else torch.empty_like(logits) if needs_logits else None
-        step = _compiled_backward if call.compiled else _eager_backward
+        step = _functions(call.implementation).backward
         step(weight, logits, grad_output.contiguous(), grad_weight, grad_logits, add, call)
         return grad_weight, None if add else grad_logits, None
 
@@ -240,7 +243,7 @@ def _compute_dtype(weight: Tensor, logits: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (weight.dtype, logits.dtype) else torch.float32
 
 
-def _noisy(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -> Tensor:
+def _noisy(logits: Tensor, rows: slice, call: Call, dtype: torch.dtype) -> Tensor:
     """scale * logits + g of the given rows, [rows, groups, patterns]."""
     noisy = logits[rows].to(dtype) * call.scale
     if call.key is None:
@@ -251,7 +254,7 @@ def _noisy(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -> Tens
     return noisy.add_(gumbel_noise(groups, logits.shape[-1], call.key))
 
 
-def _eager_masks(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _eager_masks(logits: Tensor, rows: slice, call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities [rows, groups, patterns], forward mask [rows, groups, m] and table [patterns, m]."""
     table = patterns(call.n, call.m).to(logits.device, dtype)
     noisy = _noisy(logits, rows, call, dtype)
@@ -263,7 +266,7 @@ def _eager_masks(logits: Tensor, rows: slice, call: _Call, dtype: torch.dtype) -
     return probabilities, mask, table
 
 
-def _eager_forward(weight: Tensor, logits: Tensor, call: _Call) -> Tensor:
+def _eager_forward(weight: Tensor, logits: Tensor, call: Call) -> Tensor:
     dtype = _compute_dtype(weight, logits)
     output = torch.empty_like(weight)
     for rows in _chunks(logits):
@@ -279,7 +282,7 @@ def _eager_backward(
     grad_weight: Tensor | None,
     grad_logits: Tensor | None,
     add: bool,
-    call: _Call,
+    call: Call,
 ) -> None:
     """Fills grad_weight and fills or adds to grad_logits, where they are wanted."""
     dtype = _compute_dtype(weight, logits)
@@ -301,7 +304,7 @@ def _eager_backward(
             grad_logits[rows] = grad.to(grad_logits.dtype)
 
 
-def _eager_statistics(weight: Tensor, logits: Tensor, call: _Call) -> tuple[float, float]:
+def _eager_statistics(weight: Tensor, logits: Tensor, call: Call) -> tuple[float, float]:
     dtype = _compute_dtype(weight, logits)
     sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
     for rows in _chunks(logits):
@@ -310,6 +313,10 @@ def _eager_statistics(weight: Tensor, logits: Tensor, call: _Call) -> tuple[floa
         sums[0] += probabilities.amax(dim=-1).sum(dtype=torch.float64)
         sums[1] += masked.square().sum(dtype=torch.float64)
     return float(sums[0]), float(sums[1])
+
+
+def _eager_winners(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1).to(torch.uint8)
 
 
 # ---- compiled C ----------------------------------------------------------------------------------------
@@ -330,16 +337,16 @@ class _Arguments(ctypes.Structure):
 
 
 @functools.cache
-def _pattern_bits(n: int, m: int) -> Tensor:
+def pattern_bits(n: int, m: int) -> Tensor:
     """uint8 [patterns]: bit i is set where the pattern keeps input i."""
     return (patterns(n, m) * 2 ** torch.arange(m)).sum(-1).to(torch.uint8)
 
 
-def _run(function: str, call: _Call, logits: Tensor, *extra: Tensor, **tensors: Tensor | None) -> None:
+def _run(function: str, call: Call, logits: Tensor, *extra: Tensor, **tensors: Tensor | None) -> None:
     """Call a function of the library: `tensors` fill the fields so named, `extra` follow as pointers."""
     library = load_library(SOURCE)
     assert library is not None
-    bits = _pattern_bits(call.n, call.m)
+    bits = pattern_bits(call.n, call.m)
     row_ids = call.position.row_ids.to("cpu", torch.int64).contiguous()
     grad_logits, weight = tensors.get("grad_logits"), tensors.get("weight")
     arguments = _Arguments(
@@ -370,7 +377,7 @@ def _run(function: str, call: _Call, logits: Tensor, *extra: Tensor, **tensors: 
         getattr(library, function)(ctypes.byref(arguments), *(ctypes.c_void_p(t.data_ptr()) for t in extra))
 
 
-def _compiled_forward(weight: Tensor, logits: Tensor, call: _Call) -> Tensor:
+def _compiled_forward(weight: Tensor, logits: Tensor, call: Call) -> Tensor:
     output = torch.empty_like(weight)
     _run("gumbel_forward", call, logits, weight=weight, masked_weight=output)
     return output
@@ -383,14 +390,14 @@ def _compiled_backward(
     grad_weight: Tensor | None,
     grad_logits: Tensor | None,
     add: bool,
-    call: _Call,
+    call: Call,
 ) -> None:
     """As `_eager_backward`."""
     gradients = {"grad_output": grad_output, "grad_weight": grad_weight, "grad_logits": grad_logits}
     _run("gumbel_backward", call, logits, weight=weight, **gradients)
 
 
-def _compiled_statistics(weight: Tensor, logits: Tensor, call: _Call) -> tuple[float, float]:
+def _compiled_statistics(weight: Tensor, logits: Tensor, call: Call) -> tuple[float, float]:
     sums = torch.zeros(2, dtype=torch.float64)
     _run("gumbel_statistics", call, logits, sums, weight=weight)
     return float(sums[0]), float(sums[1])
@@ -398,27 +405,92 @@ def _compiled_statistics(weight: Tensor, logits: Tensor, call: _Call) -> tuple[f
 
 def _compiled_winners(logits: Tensor) -> Tensor:
     index = torch.empty(logits.shape[:2], dtype=torch.uint8)
-    call = _Call(1, 1, 1.0, 1.0, None, Position.whole(*logits.shape[:2]), False, 0.0, True)
+    call = Call(1, 1, 1.0, 1.0, None, Position.whole(*logits.shape[:2]), False, 0.0, "cpu")
     _run("gumbel_winners", call, logits, index)
     return index
 
 
-# ---- checks --------------------------------------------------------------------------------------------
+# ---- Triton --------------------------------------------------------------------------------------------
 
 
-def _use_compiled(implementation: Implementation, *tensors: Tensor) -> bool:
-    """Whether to take the C path: asked for, or "auto", fp32 or bf16 tensors on the CPU and a compiler."""
-    if implementation not in ("auto", "eager", "cpu"):
-        raise ValueError(f"implementation {implementation!r} is unknown; allowed are auto, eager, cpu")
-    fits = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
-    if implementation == "eager" or (implementation == "auto" and not fits):
+@functools.cache
+def _triton() -> ModuleType | None:
+    """`triton_gumbel`; None, after one loud warning, without the triton package."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "megatron-prune: the triton package is not installed, so learned masks on this GPU are made by plain "
+            "PyTorch, many times slower: pip install the triton that your PyTorch names, or set "
+            f"{DISABLE_VARIABLE}=0 to accept the slow path without this warning.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+    from megatron_prune.kernels import triton_gumbel
+
+    return triton_gumbel
+
+
+# ---- choice and checks ---------------------------------------------------------------------------------
+
+
+class _Functions(NamedTuple):
+    """One implementation."""
+
+    forward: Callable[[Tensor, Tensor, Call], Tensor]
+    backward: Callable[..., None]
+    statistics: Callable[[Tensor, Tensor, Call], tuple[float, float]]
+    winners: Callable[[Tensor], Tensor]
+
+
+def _functions(implementation: str) -> _Functions:
+    """What `_choose` chose."""
+    if implementation == "triton":
+        kernels = _triton()
+        assert kernels is not None
+        return _Functions(kernels.forward, kernels.backward, kernels.statistics, kernels.winners)
+    if implementation == "cpu":
+        return _Functions(_compiled_forward, _compiled_backward, _compiled_statistics, _compiled_winners)
+    return _Functions(_eager_forward, _eager_backward, _eager_statistics, _eager_winners)
+
+
+def _choose(implementation: Implementation, *tensors: Tensor) -> str:
+    """The one asked for; for "auto" the fastest that works for these tensors."""
+    if implementation not in get_args(Implementation):
+        allowed = ", ".join(get_args(Implementation))
+        raise ValueError(f"implementation {implementation!r} is unknown; allowed are {allowed}")
+    if implementation == "cpu" and not _compiled_works(*tensors):
+        raise ValueError(
+            "implementation 'cpu' takes fp32 or bf16 tensors in CPU memory, and needs a working C compiler and "
+            f"{DISABLE_VARIABLE} not 0; use 'auto'"
+        )
+    if implementation == "triton" and not _triton_works(*tensors):
+        raise ValueError(
+            "implementation 'triton' takes fp32 or bf16 tensors in GPU memory, and needs the triton package and "
+            f"{DISABLE_VARIABLE} not 0; use 'auto'"
+        )
+    if implementation != "auto":
+        return implementation
+    on_gpu = tensors[0].device.type == "cuda"
+    fast, works = ("triton", _triton_works) if on_gpu else ("cpu", _compiled_works)
+    return fast if works(*tensors) else "eager"
+
+
+def _narrow(tensors: tuple[Tensor, ...]) -> bool:
+    return all(t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
+
+
+def _compiled_works(*tensors: Tensor) -> bool:
+    """Whether the C path can take these tensors."""
+    fits = _narrow(tensors) and all(t.device.type == "cpu" for t in tensors)
+    return fits and load_library(SOURCE) is not None
+
+
+def _triton_works(*tensors: Tensor) -> bool:
+    """Whether the Triton path can take these tensors: on a GPU, or anywhere in Triton's interpreter."""
+    if not _narrow(tensors) or not enabled():
         return False
-    if not fits:
-        raise ValueError("implementation 'cpu' takes fp32 or bf16 tensors in CPU memory; use 'auto'")
-    library = load_library(SOURCE)
-    if library is None and implementation == "cpu":
-        raise ValueError("implementation 'cpu' needs a working C compiler and MEGATRON_PRUNE_COMPILED not 0")
-    return library is not None
+    kernels = _triton()
+    return kernels is not None and (kernels.interpreted() or all(t.device.type == "cuda" for t in tensors))
 
 
 def _check(weight: Tensor, logits: Tensor, n: int, m: int, temperature: float, position: Position) -> None:

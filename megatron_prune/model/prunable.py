@@ -111,7 +111,7 @@ class PrunableModel:
         local_groups = linear.module.weight.shape[1] // m
         split = linear.module.shard_axis == 1
         return Position(
-            row_ids=rows,
+            row_ids=rows.to(linear.module.weight.device),
             first_group=local_groups * self.tp_rank if split else 0,
             groups_per_row=local_groups * (self.layout.tensor if split else 1),
         )
