@@ -21,6 +21,7 @@ from tests.distributed.launch import DP2, ONE, PP2, TP3, Layout, launch, must_pa
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from quality import HERE, hardware, versions
 
+TIMEOUT_S = 3600
 CASES = [
     ("magnitude", "2:4"),
     ("magnitude", "0.5"),
@@ -60,9 +61,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         first = ["import", "--input", str(given.model), "--output", str(root / "dense")]
-        must_pass(launch(1, [first, *(command(root, c4, *case, ONE) for case in CASES)], root / "commands"))
+        must_pass(launch(1, [first, *(command(root, c4, *case, ONE) for case in CASES)], root / "commands", TIMEOUT_S))
         for layout in LAYOUTS:
-            must_pass(launch(layout.processes, [command(root, c4, *case, layout) for case in CASES], root / "commands"))
+            commands = [command(root, c4, *case, layout) for case in CASES]
+            must_pass(launch(layout.processes, commands, root / "commands", TIMEOUT_S))
         for method, target in CASES:
             one = Masks.load(folder(root, method, target, ONE) / "decision")
             others = [Masks.load(folder(root, method, target, layout) / "decision") for layout in LAYOUTS]

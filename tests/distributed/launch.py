@@ -44,8 +44,13 @@ TP2_PP2_SP = Layout("tp2pp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True)
 PP2_VPP2_CP2 = Layout("pp2vpp2cp2", 4, pipeline=2, context=2, virtual=2)
 
 
-def launch(processes: int, commands: Sequence[Sequence[str]], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run the verbs on `processes` processes, one start-up for all of them; stdout and stderr are captured."""
+def launch(
+    processes: int, commands: Sequence[Sequence[str]], folder: Path, timeout: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
+    """Run the verbs on `processes` processes, one start-up for all of them; stdout and stderr are captured.
+
+    `timeout`: seconds for all of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     task = folder / f"commands-{processes}-{len(list(folder.iterdir()))}.json"
     task.write_text(json.dumps([[str(word) for word in command] for command in commands]))
@@ -55,7 +60,7 @@ def launch(processes: int, commands: Sequence[Sequence[str]], folder: Path) -> s
         [*torchrun, str(WORKER), str(task)],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout,
         env=environment,
         check=False,
     )
