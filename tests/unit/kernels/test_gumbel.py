@@ -1,9 +1,17 @@
-"""Learnable N:M masks: maths against autograd, C against PyTorch, sharding, and decoding."""
+"""Learnable N:M masks: maths against autograd, C and Triton against PyTorch, sharding, and decoding.
+
+Triton's kernels run on a GPU where there is one, otherwise in Triton's interpreter (tests/conftest.py)."""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,17 +21,33 @@ from torch import Tensor
 from megatron_prune.kernels import gumbel
 from megatron_prune.kernels.compiled import load_library
 from megatron_prune.kernels.gumbel import Draw, Position
-from megatron_prune.kernels.philox import gumbel_noise
+from megatron_prune.kernels.philox import gumbel_from_bits, gumbel_noise
 
 needs_compiled = pytest.mark.skipif(load_library(gumbel.SOURCE) is None, reason="no C compiler on this machine")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the triton package is not installed (pip install triton)"
+)
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+FAST = [pytest.param("cpu", marks=needs_compiled), pytest.param("triton", marks=needs_triton)]
 TARGETS = [(2, 4), (1, 4), (4, 8), (1, 2), (3, 4), (2, 3)]
 DRAW = Draw(seed=1234, step=5, microbatch=6, tensor_id=7)
 SETTINGS: dict[str, Any] = {"scale": 2.0, "temperature": 0.7, "draw": DRAW}
 
 
-@pytest.fixture(params=["eager", pytest.param("cpu", marks=needs_compiled)])
+@pytest.fixture(params=["eager", *FAST])
 def implementation(request: pytest.FixtureRequest) -> Any:
     return request.param
+
+
+@pytest.fixture(params=FAST)
+def fast(request: pytest.FixtureRequest) -> Any:
+    """The implementations that are compared with the PyTorch one."""
+    return request.param
+
+
+def on_device(implementation: str, *tensors: Tensor) -> list[Tensor]:
+    """The tensors where an implementation takes them."""
+    return [tensor.to(GPU if implementation == "triton" else "cpu") for tensor in tensors]
 
 
 def example(
@@ -40,12 +64,13 @@ def evaluate(
     weight: Tensor, logits: Tensor, grad: Tensor, n: int, m: int, learn_weight: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(output, gradient of the logits, gradient of the weight or None) of one call at the whole position."""
+    weight, logits, grad = on_device(options.get("implementation", "eager"), weight, logits, grad)
     weight, logits = weight.clone().requires_grad_(learn_weight), logits.clone().requires_grad_()
     position = Position.whole(*logits.shape[:2])
     output = gumbel.masked_weight(weight, logits, n=n, m=m, **{**SETTINGS, "position": position, **options})
     output.backward(grad)
     assert logits.grad is not None
-    return output.detach(), logits.grad, weight.grad
+    return output.detach().cpu(), logits.grad.cpu(), None if weight.grad is None else weight.grad.cpu()
 
 
 def formula(
@@ -115,43 +140,74 @@ def test_gradcheck_in_double(draw: Draw | None) -> None:
     assert torch.autograd.gradcheck(call, (weight, logits))
 
 
-@needs_compiled
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize(("n", "m"), TARGETS)
-def test_compiled_equals_eager(n: int, m: int, hard: bool) -> None:
+def test_fast_equals_eager(n: int, m: int, hard: bool, fast: Any) -> None:
     tensors = example(n, m)
     options: dict[str, Any] = {"hard": hard, "regularization": 0.1, "learn_weight": True}
     eager = evaluate(*tensors, n, m, implementation="eager", **options)
-    compiled = evaluate(*tensors, n, m, implementation="cpu", **options)
-    torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+    ours = evaluate(*tensors, n, m, implementation=fast, **options)
+    torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-5)
 
 
-@needs_compiled
+def test_fast_agrees_with_double(fast: Any) -> None:
+    """Against the fp64 path, which gradcheck above proves."""
+    tensors = example(2, 4)
+    options: dict[str, Any] = {"regularization": 0.1, "learn_weight": True}
+    double = evaluate(*(tensor.double() for tensor in tensors), 2, 4, implementation="eager", **options)
+    ours = evaluate(*tensors, 2, 4, implementation=fast, **options)
+    for value, reference in zip(ours, double, strict=True):
+        assert value is not None and reference is not None
+        torch.testing.assert_close(value.double(), reference, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+def test_hard_samples_are_the_same_bit_for_bit(n: int, m: int, fast: Any) -> None:
+    tensors = example(n, m)
+    options: dict[str, Any] = {"hard": True, "scale": 0.1}  # so that the noise decides
+    eager = evaluate(*tensors, n, m, implementation="eager", **options)[0]
+    assert torch.equal(evaluate(*tensors, n, m, implementation=fast, **options)[0], eager)
+    assert not torch.equal(eager, evaluate(*tensors, n, m, implementation="eager", **options | {"draw": None})[0])
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32])
-def test_compiled_equals_eager_in_bf16(weight_dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
+def test_fast_equals_eager_in_bf16(weight_dtype: torch.dtype, logits_dtype: torch.dtype, fast: Any) -> None:
     """Both compute in fp32 and round once: at most one bf16 step apart."""
     weight, logits, grad = example(2, 4)
     tensors = weight.to(weight_dtype), logits.to(logits_dtype), grad.to(weight_dtype)
     eager = evaluate(*tensors, 2, 4, implementation="eager", learn_weight=True)
-    compiled = evaluate(*tensors, 2, 4, implementation="cpu", learn_weight=True)
-    assert [t.dtype for t in compiled if t is not None] == [weight_dtype, logits_dtype, weight_dtype]
-    for ours, reference in zip(compiled, eager, strict=True):
+    compared = evaluate(*tensors, 2, 4, implementation=fast, learn_weight=True)
+    assert [t.dtype for t in compared if t is not None] == [weight_dtype, logits_dtype, weight_dtype]
+    for ours, reference in zip(compared, eager, strict=True):
         assert ours is not None and reference is not None
         tolerance = 2.0**-7 if ours.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=tolerance)
-        assert (ours == reference).float().mean() > 0.99 or ours.dtype == torch.float32
+        if ours.dtype == torch.bfloat16 and not (fast == "triton" and GPU == "cpu"):  # the interpreter cuts off
+            assert (ours == reference).float().mean() > 0.99
 
 
-@needs_compiled
-def test_late_schedule_stays_finite_and_close() -> None:
+def test_late_schedule_stays_finite_and_close(fast: Any) -> None:
     """Scale 500 and temperature 0.05 (the end of training), where exponents reach 10^4."""
     weight, logits, grad = example(2, 4)
     options: dict[str, Any] = {"scale": 500.0, "temperature": 0.05}
     eager = evaluate(weight, 0.01 * logits, grad, 2, 4, implementation="eager", **options)
-    compiled = evaluate(weight, 0.01 * logits, grad, 2, 4, implementation="cpu", **options)
-    assert compiled[1].isfinite().all()
-    torch.testing.assert_close(compiled[0], eager[0], atol=1e-4, rtol=1e-4)
+    ours = evaluate(weight, 0.01 * logits, grad, 2, 4, implementation=fast, **options)
+    assert ours[1].isfinite().all()
+    torch.testing.assert_close(ours[0], eager[0], atol=1e-4, rtol=1e-4)
+
+
+def test_noise_of_extreme_words_is_the_definition() -> None:
+    """Words at both ends and at the seams of the approximation, one by one, in Triton's arithmetic."""
+    pytest.importorskip("triton", reason="the triton package is not installed (pip install triton)")
+    from tests.unit.kernels.gumbel_of_words import gumbel_of_words
+
+    seams = torch.tensor([3 * 2**30, 2**31, 2**24, 2**25])
+    words = torch.cat(
+        [torch.arange(256), 2**32 - 1 - torch.arange(256), *(seam + torch.arange(-512, 512) for seam in seams)]
+    )
+    expected = gumbel_from_bits(words)
+    torch.testing.assert_close(gumbel_of_words(words.to(GPU)).cpu(), expected, atol=2e-6, rtol=2e-7)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
@@ -204,7 +260,7 @@ def test_number_of_threads_does_not_change_the_result(threads: int) -> None:
 
 
 def test_saves_only_its_inputs(implementation: Any) -> None:
-    weight, logits, _ = example(2, 4)
+    weight, logits, _ = on_device(implementation, *example(2, 4))
     saved: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -227,6 +283,7 @@ def test_saves_only_its_inputs(implementation: Any) -> None:
 def test_accumulate_into_adds_the_ordinary_gradient(implementation: Any) -> None:
     weight, logits, grad = example(2, 4)
     _, expected, _ = evaluate(weight, logits, grad, 2, 4, regularization=0.1, implementation=implementation)
+    weight, logits, grad, expected = on_device(implementation, weight, logits, grad, expected)
     accumulator, leaf = torch.ones_like(logits), logits.clone().requires_grad_()
     for _ in range(2):
         gumbel.masked_weight(
@@ -247,6 +304,7 @@ def test_accumulate_into_adds_the_ordinary_gradient(implementation: Any) -> None
 def test_frozen_weight_gets_no_gradient_and_frozen_logits_none(implementation: Any) -> None:
     weight, logits, grad = example(2, 4)
     assert evaluate(weight, logits, grad, 2, 4, implementation=implementation)[2] is None
+    weight, logits, grad = on_device(implementation, weight, logits, grad)
     weight.requires_grad_()
     options: dict[str, Any] = {
         "n": 2,
@@ -274,8 +332,7 @@ def test_statistics_are_sums_of_the_definition(implementation: Any) -> None:
     weight, logits, _ = example(2, 4)
     options: dict[str, Any] = {"n": 2, "m": 4, "scale": 2.0, "temperature": 0.7}
     sums = gumbel.statistics(
-        logits,
-        weight,
+        *on_device(implementation, logits, weight),
         draw=None,
         position=Position.whole(5, 37),
         implementation=implementation,
@@ -298,17 +355,17 @@ def test_decode_and_pattern_index_round_trip(n: int, m: int) -> None:
 
 def test_ties_go_to_the_lowest_pattern(implementation: Any) -> None:
     logits = torch.tensor([[[0.0, 0, 0, 0, 0, 0], [0, 3, 1, 3, 3, 0], [-1, -1, -1, -1, -1, 2]]])
-    assert gumbel.winners(logits, implementation).tolist() == [[0, 1, 5]]
+    assert gumbel.winners(*on_device(implementation, logits), implementation).tolist() == [[0, 1, 5]]
     weight = torch.ones(1, 12)
     hard = evaluate(weight, logits, weight, 2, 4, draw=None, hard=True, implementation=implementation)[0]
     assert hard.tolist() == [[1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 1, 1]]
 
 
-@needs_compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_winners_agree(dtype: torch.dtype) -> None:
+def test_winners_agree(dtype: torch.dtype, fast: Any) -> None:
+    """Bit for bit; bf16 logits bring ties."""
     _, logits, _ = example(4, 8, dtype=dtype)
-    assert torch.equal(gumbel.winners(logits, "cpu"), gumbel.winners(logits, "eager"))
+    assert torch.equal(gumbel.winners(*on_device(fast, logits), fast).cpu(), gumbel.winners(logits, "eager"))
 
 
 def test_pattern_index_refuses_other_masks() -> None:
@@ -328,7 +385,7 @@ def test_pattern_index_refuses_other_masks() -> None:
         ({"position": Position.whole(4, 37)}, "row ids for 5 rows"),
         ({"position": Position(torch.arange(5), 1, 37)}, "outside a row"),
         ({"accumulate_into": torch.zeros(5, 37, 5)}, "contiguous fp32"),
-        ({"implementation": "gpu"}, "allowed are auto, eager, cpu"),
+        ({"implementation": "gpu"}, "allowed are auto, eager, cpu, triton"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
@@ -344,3 +401,42 @@ def test_noncontiguous_inputs_are_refused_and_outgoing_gradients_are_not() -> No
     assert output.shape == (5, 148)
     with pytest.raises(ValueError, match="contiguous"):
         evaluate(weight.T.contiguous().T, logits, weight, 2, 4)
+
+
+def fake(device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """What the choice of an implementation looks at in a tensor."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+
+
+@needs_triton
+def test_gpu_tensors_go_through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gumbel._choose("auto", fake("cuda")) == "triton"
+    assert gumbel._choose("auto", fake("cuda", torch.float64)) == "eager"
+    assert gumbel._choose("auto", fake("cpu")) != "triton"
+    monkeypatch.setenv("MEGATRON_PRUNE_COMPILED", "0")
+    assert gumbel._choose("auto", fake("cuda")) == "eager"
+    with pytest.raises(ValueError, match="MEGATRON_PRUNE_COMPILED not 0"):
+        gumbel._choose("triton", fake("cuda"))
+
+
+def test_without_triton_a_gpu_falls_back_loudly_and_once(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    gumbel._triton.cache_clear()
+    try:
+        assert [gumbel._choose("auto", fake("cuda")) for _ in range(3)] == ["eager"] * 3
+    finally:
+        gumbel._triton.cache_clear()
+    assert [str(warning.message) for warning in recwarn if "triton package is not installed" in str(warning.message)]
+    assert len(recwarn) == 1
+
+
+@needs_triton
+def test_kernels_compile_for_a_gpu() -> None:
+    """For NVIDIA's compute capability 9.0, by Triton's compiler, which needs no GPU; the interpreter skips all that."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_for_gpu.py"
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["forward", "backward", "statistics", "winners"]
