@@ -41,6 +41,7 @@ setup(
         "dev": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
+            "triton>=3.3",  # its interpreter runs the GPU kernels in tests; CUDA builds of PyTorch bring their own
             "hypothesis>=6.100",
             "ruff>=0.14",
             "mypy>=1.18",
