@@ -1,4 +1,4 @@
-"""Causal attention without Transformer Engine: torch's fused kernel, or plain products where those are faster."""
+"""Causal attention without Transformer Engine: torch's fused kernel, whatever part of the sequence is here."""
 
 from __future__ import annotations
 
@@ -11,40 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_prune.kernels.processor import has_bf16_products
 from megatron_prune.model import context
-
-ATTENTION_BLOCK = 64
-"""Queries whose scores are in memory at a time in `blockwise_attention`."""
-
-
-def _blockwise(query: Tensor) -> bool:
-    """Whether bf16 matrix products are what attention on this processor should be made of: inference only."""
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return on_cpu and not torch.is_grad_enabled() and has_bf16_products()
-
-
-def blockwise_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """Causal attention `[b, heads, s, d]` of query `[b, heads, s, d]`, key and value `[b, groups, s, d]`.
-
-    Plain matrix products over the keys that a block of queries can see; scores are rounded as transformers' "eager"
-    attention rounds them. Two to three times faster than the fused kernel, which ignores a CPU's bf16 instructions.
-    """
-    batch, heads, length, width = query.shape
-    groups = batch * key.shape[1]
-    queries = (query * (width**-0.5 if scale is None else scale)).reshape(groups, -1, length, width)
-    keys = key.reshape(groups, length, width).transpose(1, 2).contiguous()
-    values = value.reshape(groups, length, width)
-    attended = torch.empty_like(queries, memory_format=torch.contiguous_format)
-    for start in range(0, length, ATTENTION_BLOCK):
-        rows = queries[:, :, start : start + ATTENTION_BLOCK]
-        seen = start + rows.shape[2]
-        scores = (rows.flatten(1, 2) @ keys[:, :, :seen]).unflatten(1, rows.shape[1:3])
-        future = torch.ones(rows.shape[2], rows.shape[2], dtype=torch.bool, device=query.device).triu(1)
-        scores[..., start:].masked_fill_(future, -math.inf)
-        weights = torch.softmax(scores, dim=-1)
-        attended[:, :, start:seen] = (weights.flatten(1, 2) @ values[:, :seen]).unflatten(1, rows.shape[1:3])
-    return attended.view(batch, heads, length, width)
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -69,8 +36,6 @@ class SDPACoreAttention(torch.nn.Module):
         if self.shared:
             key, value = context.gather(key), context.gather(value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if mask is None and _blockwise(query):
-            return blockwise_attention(query, key, value, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
         attended = F.scaled_dot_product_attention(
             query,
             key,

@@ -16,8 +16,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megatron_prune.kernels.processor import has_bf16_products
-
 TILE_CPU = 256
 TILE_GPU = 2048
 
@@ -60,6 +58,12 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if WIDE_PRODUCTS and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(left.t(), right, out_dtype=torch.float32)
     return left.float().t() @ right.float()
+
+
+def has_bf16_products() -> bool:
+    """Whether this processor multiplies bf16 itself and this PyTorch (2.10 on) tells so and can be asked to."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)
+    return capabilities is not None and bool(capabilities().get("avx512_bf16", False))
 
 
 @contextmanager
