@@ -68,34 +68,44 @@ def _run(kernel: Any, logits: Tensor, call: Call, own: tuple[Any, ...], **flags:
     low, high = call.key or (0, 0)
     key = low | (high - ((high & 0x80000000) << 1)) << 32  # as int64: one type, so one compilation
     where = call.position
-    _launch(
-        kernel,
-        logits,
-        (
-            *(logits, where.row_ids.to(logits.device), logits.shape[0] * logits.shape[1], logits.shape[1]),
-            *(where.first_group, where.groups_per_row, key, call.scale, 1.0 / call.temperature),
-            *own,
-        ),
-        TABLE=_table(call.n, call.m),
-        M=call.m,
-        NOISE=call.key is not None,
-        HARD=call.hard,
-        HARDWARE=torch.version.cuda is not None and not interpreted(),
-        M_LOAD=_chunk(call.m) if logits.shape[2] > MAX_CHUNK else 1,
-        M_CHUNK=_chunk(call.m),
-        P_CHUNK=_chunk(logits.shape[2]),
-        **flags,
+    arguments = (
+        *(logits, where.row_ids.to(logits.device), logits.shape[0] * logits.shape[1], logits.shape[1]),
+        *(where.first_group, where.groups_per_row, key, call.scale, 1.0 / call.temperature),
     )
+    _launch(kernel, logits, (*arguments, *own), **mask_constants(call, logits.shape[2]), **flags)
 
 
-def _launch(kernel: Any, logits: Tensor, arguments: tuple[Any, ...], **constants: Any) -> None:
-    patterns = logits.shape[2]
-    constants |= {"P": patterns, "P_LOAD": MAX_CHUNK if patterns > MAX_CHUNK else 1, "BLOCK": BLOCK}
-    elements = (_programs(logits) + 1) * BLOCK * max(patterns, 8)  # 8: inputs of a group, at most
+def _launch(kernel: Any, logits: Tensor, arguments: tuple[Any, ...], **more: Any) -> None:
+    known = constants(logits.shape[2]) | more
+    elements = (_programs(logits) + 1) * BLOCK * max(logits.shape[2], 8)  # 8: inputs of a group, at most
     index = tl.int64 if elements >= 2**31 else tl.int32
     if logits.numel():
         with torch.cuda.device_of(logits):
-            kernel[(_programs(logits),)](*arguments, INDEX=index, **constants, num_warps=BLOCK // 32)
+            kernel[(_programs(logits),)](*arguments, INDEX=index, **known, num_warps=BLOCK // 32)
+
+
+def constants(patterns: int) -> dict[str, Any]:
+    """What every kernel knows when it is compiled."""
+    return {"P": patterns, "P_LOAD": MAX_CHUNK if patterns > MAX_CHUNK else 1, "BLOCK": BLOCK}
+
+
+def mask_constants(call: Call, patterns: int) -> dict[str, Any]:
+    """What the kernels that draw masks know besides."""
+    return {
+        "TABLE": _table(call.n, call.m),
+        "M": call.m,
+        "NOISE": call.key is not None,
+        "HARD": call.hard,
+        "HARDWARE": on_nvidia(),
+        "M_LOAD": _chunk(call.m) if patterns > MAX_CHUNK else 1,
+        "M_CHUNK": _chunk(call.m),
+        "P_CHUNK": _chunk(patterns),
+    }
+
+
+def on_nvidia() -> bool:
+    """Whether kernels may use instructions of NVIDIA's."""
+    return torch.version.cuda is not None and not interpreted()
 
 
 def _programs(logits: Tensor) -> int:
