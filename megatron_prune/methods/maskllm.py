@@ -49,6 +49,7 @@ def geometric_schedule(start: float, end: float, step: int, steps: int) -> float
     return math.exp(linear_schedule(math.log(start), math.log(end), step, steps))
 
 
+DRAWS = ("microbatch", "step")
 SCHEDULES = {"linear": linear_schedule, "geometric": geometric_schedule}
 
 
@@ -82,6 +83,7 @@ class MaskLLM(PruningMethod):
     lr_multiplier: float = hyperparameter(10.0, "learning rate of the mask logits, in units of --lr")
     weight_regularization: float = hyperparameter(1e-5, "weight of -sum((W * mask)^2), falling to 0")
     hard: bool = hyperparameter(False, "sample whole patterns, straight-through gradient")
+    mask_draw: str = hyperparameter("microbatch", "a new mask for each micro-batch (the paper's), or one for a step")
     train_weights: bool = hyperparameter(False, "train the weights too; the paper freezes them")
 
     def __post_init__(self) -> None:
@@ -93,6 +95,8 @@ class MaskLLM(PruningMethod):
             raise UserError(
                 f"maskllm: schedule_shape {self.schedule_shape!r} was given; allowed: {', '.join(SCHEDULES)}"
             )
+        if self.mask_draw not in DRAWS:
+            raise UserError(f"maskllm: mask_draw {self.mask_draw!r} was given; allowed: {', '.join(DRAWS)}")
         if self.weight_regularization < 0:
             raise UserError(
                 f"maskllm: weight_regularization {self.weight_regularization} was given; allowed: 0 or more"
@@ -102,7 +106,8 @@ class MaskLLM(PruningMethod):
         """Learn the mask logits of every prunable linear and keep each group's best pattern."""
         self.accept(target)
         assert isinstance(target, NM)
-        draw = runner.learn_masks(target.n, target.m, hard=self.hard, train_weights=self.train_weights)
+        per_step = self.mask_draw == "step"
+        draw = runner.learn_masks(target.n, target.m, self.hard, self.train_weights, per_step)
         runner.start_logits(
             lambda mask: prior_logits(mask, target.n, target.m, self.prior_strength, self.std), self.std
         )

@@ -41,6 +41,8 @@ class MaskDraw:
     microbatch: int = 0
     """Global number of the micro-batch inside its step, over all data-parallel ranks."""
     noise: bool = True
+    per_step: bool = False
+    """All micro-batches of a step see one mask, that of micro-batch 0."""
     recompute: bool = False
     """Layers run again in the backward pass, each micro-batch in the order of its first run."""
     decoded: bool = False
@@ -57,7 +59,7 @@ class MaskDraw:
             pending.append(microbatch)
         elif self.recompute:
             microbatch = pending.popleft()
-        return Draw(self.seed, self.step, microbatch, tensor_id) if self.noise else None
+        return Draw(self.seed, self.step, 0 if self.per_step else microbatch, tensor_id) if self.noise else None
 
 
 class MaskedLinear(torch.nn.Module):

@@ -84,12 +84,16 @@ class LearningRunner:
         self.step_times: list[float] = []
         """Seconds of the steps since the last line of metrics."""
 
-    def learn_masks(self, n: int, m: int, hard: bool, train_weights: bool) -> MaskDraw:
-        """Give every prunable linear mask logits and freeze everything else (but the weights, on request)."""
+    def learn_masks(self, n: int, m: int, hard: bool, train_weights: bool, per_step: bool = False) -> MaskDraw:
+        """Give every prunable linear mask logits and freeze everything else (but the weights, on request).
+
+        hard and per_step are MaskDraw's.
+        """
         for chunk in self.model.chunks:
             chunk.requires_grad_(False)
         self.weights_trained = train_weights
-        self.draw = MaskDraw(n, m, seed=self.training.seed, hard=hard, recompute=self.training.recompute)
+        t = self.training
+        self.draw = MaskDraw(n, m, seed=t.seed, hard=hard, per_step=per_step, recompute=t.recompute)
         self.model.learn_masks(self.draw)
         for linear in self.model.linears():
             linear.module.weight.requires_grad_(train_weights)

@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 DISTRIBUTED = "--use-distributed-optimizer"
 RECOMPUTE = "--recompute"
 WEIGHTS = "--train-weights"
+ONE_DRAW = "--mask-draw=step"
 STEPS = 5
 
 
@@ -34,7 +35,7 @@ class Case:
     @property
     def reference(self) -> Case:
         """The run in one process that this one must follow."""
-        return Case(ONE, tuple(option for option in self.options if option == WEIGHTS))
+        return Case(ONE, tuple(option for option in self.options if option in (WEIGHTS, ONE_DRAW)))
 
 
 CASES = [
@@ -47,6 +48,7 @@ CASES = [
     Case(Layout("cp2", 2, context=2), (WEIGHTS, DISTRIBUTED)),
     Case(Layout("dp2", 2), (DISTRIBUTED,)),
     Case(Layout("dp2", 2), (WEIGHTS, DISTRIBUTED, RECOMPUTE)),
+    Case(Layout("dp2", 2), (ONE_DRAW, RECOMPUTE)),
     Case(Layout("pp4", 4, pipeline=4)),
     Case(Layout("tp2pp2vpp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True, virtual=2), (WEIGHTS,)),
     Case(Layout("tp2cp2sp", 4, tensor=2, context=2, sequence_parallel=True), (RECOMPUTE,)),

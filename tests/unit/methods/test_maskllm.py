@@ -56,6 +56,33 @@ def test_unknown_schedules_are_refused() -> None:
         MaskLLM(schedule_shape="cosine")
 
 
+def test_unknown_draws_are_refused() -> None:
+    with pytest.raises(UserError, match="allowed: microbatch, step"):
+        MaskLLM(mask_draw="epoch")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_mask_for_each_micro_batch_or_one_for_the_step(recompute: bool) -> None:
+    from collections import deque
+
+    from megatron_prune.model.masked_linear import MaskDraw
+
+    def keys(per_step: bool, step: int) -> list[tuple[int, int]]:
+        draw = MaskDraw(2, 4, seed=0, step=step, per_step=per_step, recompute=recompute)
+        found, pending = [], deque[int]()
+        for draw.microbatch in range(3):
+            if recompute:
+                with torch.no_grad():
+                    found.append(draw.draw(7, pending).key())
+            found.append(draw.draw(7, pending).key())
+        return found
+
+    assert len(set(keys(False, 0))) == 3
+    assert len(set(keys(True, 0))) == 1
+    assert keys(True, 0)[0] == keys(False, 0)[0]
+    assert keys(True, 1)[0] != keys(True, 0)[0]
+
+
 def test_the_schedule_moves_the_draw() -> None:
     from types import SimpleNamespace
 
