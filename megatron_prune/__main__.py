@@ -6,6 +6,7 @@ A verb's module is imported only when the verb runs, so `--help` and a mistyped 
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -61,6 +62,7 @@ VERBS = {
         "megatron_prune.evaluation.verify:run",
         "prove pattern, zeros, density and equal logits",
     ),
+    "bench": Verb(config.BenchConfig, "megatron_prune.bench:run", "time an exported 2:4 model, dense against sparse"),
     "inspect": Verb(
         config.InspectConfig,
         "megatron_prune.inspect_run:run",
@@ -83,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _told_to_launcher(_run)(list(sys.argv[1:] if argv is None else argv)) or 0
     except UserError as error:
         _report(str(error))
+        return 2
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _report(f"{error}: give a place that can be read and written and has room")
         return 2
     except KeyboardInterrupt:
         return 130

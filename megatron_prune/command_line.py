@@ -43,6 +43,7 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     kinds = {entry.key: entry.kind for entry in known.values()}
     kinds |= {f"{METHOD_OPTIONS}.{name}": field.type for name, field in hyper.items()}
     tokens = []
+    _refuse_repeated_lists(_read_flags(argv, switches), known)
     for key, values in given:
         name = _resolve(key, known, hyper)
         tokens += _tokens(name, values, kinds[name])
@@ -115,6 +116,15 @@ def _read_flags(argv: list[str], switches: set[str]) -> list[Pair]:
             key, equals, value = key[3:], "=", "false"
         pairs.append((key, [value] if equals else []))
     return [(key, values or (["true"] if key in switches else [])) for key, values in pairs]
+
+
+def _refuse_repeated_lists(flags: list[Pair], known: Mapping[str, Entry]) -> None:
+    """A flag given twice means its last value; for a list that would drop files without a word."""
+    seen: set[str] = set()
+    for key, _values in flags:
+        if key in seen and key in known and get_origin(known[key].kind) is tuple:
+            raise UserError(f"{flag(key)}: given more than once; give all its values after one {flag(key)}")
+        seen.add(key)
 
 
 # --- keys ---
@@ -206,6 +216,8 @@ def _add(parser: Any, entry: Entry) -> None:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, tuple) and value:
+        return " ".join(map(str, value))
     return "none" if value is None or value == () else str(value).lower() if isinstance(value, bool) else str(value)
 
 

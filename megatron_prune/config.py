@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_prune.errors import UserError
 from megatron_prune.options import REQUIRED, Options, group, option, parse_documents, parse_split
 
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,8 @@ class Training(Options):
     lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "shape from --lr to --min-lr")
     lr_warmup_iters: int = option(0, "optimizer steps of linear warm-up", at_least=0)
     clip_grad: float = option(1.0, "largest norm of all gradients together; 0 = no limit", at_least=0)
-    adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, at_most=1)
-    adam_beta2: float = option(0.95, "decay of Adam's variance", at_least=0, at_most=1)
+    adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, below=1)
+    adam_beta2: float = option(0.95, "decay of Adam's variance", at_least=0, below=1)
     adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
     use_distributed_optimizer: bool = option(
         False, "shard optimizer state and master weights over the data-parallel processes"
@@ -250,9 +250,34 @@ class EvaluateConfig(Options):
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2)
     windows: int = option(32, "windows evaluated, from the start of the text; 0 = all", at_least=0)
-    dtype: Dtype | None = option(None, "type of the weights while evaluating; left out: the checkpoint's own")
+    dtype: Dtype | Literal["float16"] | None = option(
+        None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
+    )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1)
     parallelism: Parallelism = group(Parallelism)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Options):
+    """What 2:4 sparsity brings an exported model here: prefill, decode and memory, dense and sparse"""
+
+    input: str = option(REQUIRED, "2:4 model from `export`: Hugging Face directory or hub id")
+    output: Path | None = option(None, "JSON file for the result; left out: printed only")
+    batch_sizes: tuple[int, ...] = option((1, 8), "sequences at a time, each measured")
+    prompt_length: int = option(512, "tokens of each prompt", at_least=1)
+    new_tokens: int = option(32, "tokens decoded after the prompt", at_least=1)
+    repeats: int = option(3, "runs of which the best counts, after one that does not", at_least=1)
+    dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UserError(f"--batch-sizes: {self.batch_sizes} given; allowed: one or more numbers from 1")
+
+    @property
+    def path(self) -> Path:
+        """`input` as a path."""
+        return Path(self.input)
 
 
 @dataclass(frozen=True, kw_only=True)

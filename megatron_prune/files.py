@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,22 @@ def _barrier() -> None:
         dist.barrier()
 
 
+def by_leader(work: Callable[[], None]) -> None:
+    """Let rank 0 alone look at files or change them; when it cannot, every rank raises its UserError. Collective."""
+    told: list[str | None] = [None]
+    if _leader():
+        try:
+            work()
+        except UserError as error:
+            told[0] = str(error)
+        except OSError as error:
+            told[0] = f"{error}: give a place that can be written and has room; what was there before is untouched"
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(told, src=0)
+    if told[0] is not None:
+        raise UserError(told[0])
+
+
 def refuse_existing(path: Path, what: str = "output") -> None:
     """UserError when `path` exists: results are never overwritten silently."""
     if path.exists():
@@ -38,23 +54,27 @@ def refuse_existing(path: Path, what: str = "output") -> None:
 
 def begin_folder(path: Path) -> Path:
     """The folder that everything meant for `path` is written into, empty. Collective; `path` must not exist."""
-    refuse_existing(path)
     partial = path.with_name(path.name + PARTIAL)
-    if _leader():
+
+    def begin() -> None:
+        refuse_existing(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _barrier()
+
+    by_leader(begin)
     return partial
 
 
 def publish_folder(partial: Path, path: Path) -> None:
     """Give a folder from `begin_folder` its name, once it is on the disk whole. Collective: rank 0 renames."""
-    _barrier()
-    if _leader():
+
+    def publish() -> None:
         sync(partial)
         os.replace(partial, path)
         _fsync(path.parent)
+
     _barrier()
+    by_leader(publish)
 
 
 @contextlib.contextmanager
@@ -99,6 +119,7 @@ def checksum(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` so that a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(content, indent=2) + "\n")
     _fsync(partial)

@@ -26,10 +26,11 @@ def option(
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
+    below: float | None = None,
     key: str | None = None,
 ) -> Any:
     """A dataclass field: `help` says what it is, with unit and scope; bounds are checked when it is set."""
-    metadata = {"help": help, "at_least": at_least, "above": above, "at_most": at_most, "key": key}
+    metadata = {"help": help, "at_least": at_least, "above": above, "at_most": at_most, "below": below, "key": key}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -54,10 +55,11 @@ def check_range(key: str, value: Any, bounds: Any) -> None:
     """Raises a `UserError` naming the flag when a number is outside the bounds declared with `option`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    low, above, high = bounds["at_least"], bounds["above"], bounds["at_most"]
-    fits = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+    low, above, high, below = (bounds.get(name) for name in ("at_least", "above", "at_most", "below"))
+    fits = (low is None or value >= low) and (above is None or value > above)
+    fits = fits and (high is None or value <= high) and (below is None or value < below)
     if not fits or value != value:
-        words = [("at least", low), ("above", above), ("at most", high)]
+        words = [("at least", low), ("above", above), ("at most", high), ("below", below)]
         allowed = " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
         raise UserError(f"{flag(key)}: {value} given; allowed: {allowed or 'a number'}")
 

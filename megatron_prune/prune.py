@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.apply.decision import MaskInfo, Masks, MaskWriter
+from megatron_prune.apply.decision import MaskInfo, Masks, MaskWriter, check_mask, prunable_shapes
 from megatron_prune.apply.run_folder import RunDescription, decision_of, read_run, write_run
 from megatron_prune.config import PruneConfig, Training
 from megatron_prune.data.calibration import CalibrationSet, windows
@@ -33,6 +35,7 @@ from megatron_prune.model.source import ModelSource, open_model
 from megatron_prune.options import save_yaml
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.training.learning import LearningRunner
+from megatron_prune.training.loop import check_interleaving
 from megatron_prune.training.stopping import Stopped, StopRequest
 
 RECOMPUTE: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -53,7 +56,7 @@ def run(config: PruneConfig) -> None:
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
         if may_go_on and not config.resume:
             config = replace(config, resume=_goes_on(config))
-        if backend.restarted() and config.resume and _finished_by_this_launch(config.output):
+        if backend.restarted() and config.resume and _finished_by_this_launch(config):
             say(f"{config.output} was finished when a process was lost")
         elif method.learned:
             _learn(config, source, method, target, layout, stop)
@@ -67,7 +70,7 @@ def _goes_on(config: PruneConfig) -> bool:
     Rank 0 looks: a shared file system shows a new folder on some nodes later. Without --restartable only the run of
     the launch that restarted this process will do, any other output is refused.
     """
-    found = [(config.output.exists(), config.restartable or _launch_of(config.output) == backend.launch())]
+    found = [(config.output.exists(), config.restartable or _of_this_launch(config.output))]
     dist.broadcast_object_list(found, src=0)
     exists, own = found[0]
     if exists and not own:
@@ -75,13 +78,21 @@ def _goes_on(config: PruneConfig) -> bool:
     return exists
 
 
-def _launch_of(folder: Path) -> str | None:
-    return read_run(folder).launch if (folder / "run.json").exists() else None
+def _of_this_launch(folder: Path) -> bool:
+    """Whether a run was written by the launcher that started this process; jobs of other days may share its name."""
+    file = folder / "run.json"
+    if not file.exists() or file.stat().st_mtime < psutil.Process(os.getppid()).create_time():
+        return False
+    return read_run(folder).launch == backend.launch()
 
 
-def _finished_by_this_launch(folder: Path) -> bool:
-    found = read_run(folder)
-    return found.state == "decided" and found.launch == backend.launch()
+def _finished_by_this_launch(config: PruneConfig) -> bool:
+    """Whether the run that this process was restarted for is complete. Collective: rank 0 looks."""
+    found = [_of_this_launch(config.output) and read_run(config.output).state == "decided"]
+    dist.broadcast_object_list(found, src=0)
+    if found[0]:
+        _check_same(config)
+    return found[0]
 
 
 def check_target(config: ModelConfig, target: Target) -> None:
@@ -158,6 +169,12 @@ def _learn(
     stop: StopRequest,
 ) -> None:
     folder = config.output
+    prior = _given_prior(config, source.config, target)
+    if config.initial_logits and not (config.initial_logits / "checkpoints").is_dir():
+        raise UserError(
+            f"--initial-logits {config.initial_logits} has no checkpoints; give a run of a method that learns, or "
+            "its mask with --prior"
+        )
     if config.resume:
         _check_resume(config)
         _forget_unfinished_decision(folder)
@@ -165,6 +182,7 @@ def _learn(
     if not t.data:
         raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
     check_learning(t, layout)
+    check_interleaving(layout, t.num_microbatches(layout.data))
     source.config.check_length(t.seq_length)
     check_shards(source.config, target, layout)
     model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
@@ -175,6 +193,8 @@ def _learn(
         with new_folder(folder) as new:
             if backend.rank() == 0:
                 _describe(new, config, "learning")
+    else:
+        _note_resumption(config, folder)
     info = mask_info(method, target, model.config, seed=t.seed, notes={"data": data.info()})
     runner = LearningRunner(
         model,
@@ -183,11 +203,12 @@ def _learn(
         folder,
         writer=lambda: MaskWriter(folder / "decision", info) if backend.rank() == 0 else None,
         log=MetricsLog(folder),
-        prior=_prior(config, source, model, target, folder),
+        prior=prior or _made_prior(config, source, model, target, folder),
         initial_logits=config.initial_logits,
         eval_windows=_windows(held_out, t.eval_windows),
         resume=config.resume,
         stop=stop,
+        identity={"data": data.info(), "method_options": method.options()},
     )
     try:
         kept, size = method.prune(model, runner, target)
@@ -245,8 +266,15 @@ def _windows(held_out: Windows | None, count: int) -> Tensor | None:
     return torch.stack([held_out.sample(i)[:-1] for i in range(count)])
 
 
-def _check_resume(config: PruneConfig) -> None:
-    """The run that is resumed must be the same one, unfinished."""
+def _note_resumption(config: PruneConfig, folder: Path) -> None:
+    """Keep what a run is resumed with: the learning rate, say, may differ from what it was begun with."""
+    if backend.rank() == 0:
+        number = len(list(folder.glob("config.resumed.*.yaml"))) + 1
+        save_yaml(config, folder / f"config.resumed.{number}.yaml")
+
+
+def _check_same(config: PruneConfig) -> None:
+    """UserError when the output holds another run than the one asked for."""
     found = read_run(config.output)
     given = (str(config.input.resolve()), config.method, str(config.target))
     if (found.input, found.method, found.target) != given:
@@ -254,34 +282,57 @@ def _check_resume(config: PruneConfig) -> None:
             f"--resume: {config.output} is a {found.method} {found.target} run of {found.input}; "
             f"{config.method} {config.target} of {config.input} was given: give the same, or a new --output"
         )
-    if found.state == "decided":
+
+
+def _check_resume(config: PruneConfig) -> None:
+    """The run that is resumed must be the same one, unfinished."""
+    _check_same(config)
+    if read_run(config.output).state == "decided":
         raise UserError(f"--resume: the run {config.output} is finished; trim or evaluate it, or give a new --output")
 
 
-def _prior(
-    config: PruneConfig, source: ModelSource, model: PrunableModel, target: Target, folder: Path
-) -> Callable[[str], Tensor] | None:
-    """The mask that learning starts from, by Hugging Face weight name; made here when a one-shot method is named."""
-    if config.prior is None:
+def _given_prior(config: PruneConfig, model: ModelConfig, target: Target) -> Callable[[str], Tensor] | None:
+    """The mask that learning starts from, by Hugging Face weight name; any mask will do, one off the target is told.
+
+    None without one, and when a method is named, which makes it later.
+    """
+    if config.prior is None or config.prior in _one_shot_methods():
         return None
-    names = {info.name for info in methods()}
-    if config.prior in names:
-        path = folder / "prior"
-        if not path.exists():
-            method = get_method(config.prior)
-            method = get_method(config.prior, **method.mask_only)
-            calibration = _calibration(config, source) if method.calibrated else None
-            decide(model, method, target, calibration, path)
-        dist.barrier()  # the folder is complete when rank 0 arrives
-        return Masks.load(path).get
     path = Path(config.prior)
     if path.suffix == ".npz":
-        return packed_masks(path, model.config)
-    if not path.is_dir():
+        masks = packed_masks(path, model)
+    elif path.is_dir():
+        found = Masks.load(decision_of(path))
+        found.check_model(model)
+        masks = found.get
+    else:
         raise UserError(
             f"--prior {config.prior} is neither a run, a decision folder, a mask .npz nor a method "
-            f"({', '.join(sorted(names))})"
+            f"({', '.join(_one_shot_methods())})"
         )
-    masks = Masks.load(decision_of(path))
-    masks.check_model(model.config)
-    return masks.get
+    name = next(iter(prunable_shapes(model)))
+    try:
+        check_mask(get_family(model.family).as_rows(masks(name)), target, name)
+    except UserError as error:
+        say(f"--prior {config.prior} is no {target} mask: {error}; each group starts from the pattern closest to it")
+    return masks
+
+
+def _one_shot_methods() -> list[str]:
+    return sorted(info.name for info in methods() if not get_method(info.name).learned)
+
+
+def _made_prior(
+    config: PruneConfig, source: ModelSource, model: PrunableModel, target: Target, folder: Path
+) -> Callable[[str], Tensor] | None:
+    """The mask of the one-shot method that `--prior` names, made in `folder` unless it is there. Collective."""
+    if config.prior is None:
+        return None
+    path = folder / "prior"
+    if not path.exists():
+        method = get_method(config.prior)
+        method = get_method(config.prior, **method.mask_only)
+        calibration = _calibration(config, source) if method.calibrated else None
+        decide(model, method, target, calibration, path)
+    dist.barrier()  # the folder is complete when rank 0 arrives
+    return Masks.load(path).get

@@ -96,6 +96,7 @@ def run(config: PreprocessConfig) -> None:
     job.work.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(job.work / "lock", timeout=10):
+            _refuse_finished(job)  # by another process, while this one waited
             _check_plan(job)
             if not job.joined.exists():
                 _make_parts(job)

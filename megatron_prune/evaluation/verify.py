@@ -40,6 +40,8 @@ class ZeroCount:
     negative_zeros: int
     broken_groups: int
     """Groups with more weights than the pattern keeps."""
+    rounding: int
+    """Weights by which a method may keep more than the sparsity asked for: one for each row or column."""
 
 
 @dataclass
@@ -75,7 +77,8 @@ def count_zeros(weight: Tensor, target: Target | None) -> ZeroCount:
     if isinstance(target, NM):
         kept = (~zero).unflatten(1, (-1, target.m)).sum(2)
         broken = int((kept > target.n).sum())
-    return ZeroCount(weight.numel(), int(zero.sum()), int((zero & torch.signbit(weight)).sum()), broken)
+    rounding = 0 if target is None or isinstance(target, NM) else max(weight.shape)
+    return ZeroCount(weight.numel(), int(zero.sum()), int((zero & torch.signbit(weight)).sum()), broken, rounding)
 
 
 def projections(
@@ -137,6 +140,7 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
     zeros = sum(c.zeros for c in counts.values())
     negative = sum(c.negative_zeros for c in counts.values())
     broken = {name: c.broken_groups for name, c in counts.items() if c.broken_groups}
+    dense = [name for name, c in counts.items() if target is not None and _kept_too_many(c, target)]
     density = 1 - zeros / size
     result: dict[str, Any] = {"input": str(source.path), "kind": source.kind}
     if target is not None:
@@ -144,11 +148,17 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
         result["pattern"] = {
             "target": str(target),
             "broken_groups": broken,
-            "holds": not broken and density <= target.density + len(counts) * 1e-6,
+            "too_dense": dense,
+            "holds": not broken and not dense,
         }
     result["zeros"] = {"zeros": zeros, "negative_zeros": negative, "holds": negative == 0}
     result["density"] = {"weights": size, "density": density, "per_weight": _densities(counts)}
     return result
+
+
+def _kept_too_many(count: ZeroCount, target: Target) -> bool:
+    """Whether one weight is denser than the target; kept weights that are zero themselves make it sparser."""
+    return count.size - count.zeros > target.density * count.size + count.rounding + 1e-6
 
 
 def _densities(counts: dict[str, ZeroCount]) -> dict[str, float]:
@@ -180,8 +190,9 @@ def _compare(source: Source, other: Source, layout: backend.Layout, config: Veri
 def _print(result: dict[str, Any]) -> None:
     pattern, zeros, density = result.get("pattern"), result["zeros"], result["density"]
     if pattern:
-        broken = sum(pattern["broken_groups"].values())
-        say(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else f'BROKEN in {broken} groups'}")
+        broken, dense = sum(pattern["broken_groups"].values()), len(pattern["too_dense"])
+        failure = f"BROKEN in {broken} groups, {dense} weights are too dense"
+        say(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else failure}")
     else:
         say("pattern: none recorded and no --target given, not checked")
     say(f"zeros: {zeros['zeros']} of {density['weights']}, {zeros['negative_zeros']} of them stored as -0.0")

@@ -36,6 +36,9 @@ class SDPACoreAttention(torch.nn.Module):
         if self.shared:
             key, value = context.gather(key), context.gather(value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if query.is_cuda and query.shape[1] != key.shape[1] and (mask is not None or query.dtype == torch.float32):
+            # No kernel that saves memory takes both groups and a mask, or groups in float32.
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         attended = F.scaled_dot_product_attention(
             query,
             key,

@@ -102,16 +102,23 @@ def _te_modules() -> tuple[Any, Any] | None:
     """Transformer Engine's norm and attention when it is installed and a GPU is there."""
     if not backend.has_cuda():
         return None
-    try:
-        from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
-    except ImportError:
+    from megatron.core.extensions import transformer_engine  # importable, with hollow classes, where it is missing
+
+    if not transformer_engine.HAVE_TE:
         return None
-    return TENorm, TEDotProductAttention
+    return transformer_engine.TENorm, transformer_engine.TEDotProductAttention
 
 
 def _norm_and_attention(config: TransformerConfig) -> tuple[Any, Any]:
-    """The machine's best modules for the norm of `config` and for attention."""
-    return _te_modules() or (RMSNorm if config.normalization == "RMSNorm" else LayerNorm, SDPACoreAttention)
+    """The machine's best modules for the norm of `config` and for attention.
+
+    Transformer Engine's attention has no kernel for a shared sequence with a sliding window or in float32.
+    """
+    ours = RMSNorm if config.normalization == "RMSNorm" else LayerNorm, SDPACoreAttention
+    norm, attention = _te_modules() or ours
+    if config.context_parallel_size > 1 and (config.window_size or config.params_dtype == torch.float32):
+        attention = SDPACoreAttention
+    return norm, attention
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec:

@@ -28,7 +28,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import checksum, new_folder, read_json, write_json
+from megatron_prune.files import by_leader, checksum, new_folder, read_json, write_json
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
@@ -76,7 +76,8 @@ class ShardedSave:
         )
         buckets = _buckets(self._request)
         writer = ThreadPoolExecutor(1)
-        self._written = writer.submit(_write, self._request, _on_host(buckets, copy=in_background))
+        copy = in_background and not backend.has_cuda()  # tensors of a GPU become copies, others are made for this
+        self._written = writer.submit(_write, self._request, _on_host(buckets, copy))
         writer.shutdown(wait=False)
 
     def busy(self) -> bool:
@@ -102,11 +103,12 @@ class ShardedSave:
             )
         for finalize in self._request.finalize_fns:
             finalize()
-        if backend.rank() == 0:
-            checksums = {name: value for outcome in outcomes for name, value in outcome.items()}
-            rest = [path for path in self.folder.iterdir() if path.name not in checksums]
-            checksums.update((path.name, checksum(path)) for path in rest)
-            write_json(self.folder / CHECKSUMS, checksums)
+        by_leader(lambda: self._write_checksums({name: value for found in outcomes for name, value in found.items()}))
+
+    def _write_checksums(self, checksums: dict[str, str]) -> None:
+        """Beside those of the data files, which their writers have read back, those of what megatron-core added."""
+        rest = [path for path in self.folder.iterdir() if path.name not in checksums]
+        write_json(self.folder / CHECKSUMS, checksums | {path.name: checksum(path) for path in rest})
 
 
 def _buckets(request: Any) -> list[Any]:
@@ -225,8 +227,9 @@ def _weights_only(model: PrunableModel) -> dict[str, Any]:
 
 
 def _weights_of(chunk: Any) -> dict[str, Any]:
+    """Without `_extra_state`, which some versions of Transformer Engine have and other machines do not."""
     state = chunk.sharded_state_dict(metadata=metadata())
-    return {key: value for key, value in state.items() if "mask_logits" not in key}
+    return {key: value for key, value in state.items() if "mask_logits" not in key and "_extra_state" not in key}
 
 
 def read_description(path: Path) -> Description:
@@ -242,7 +245,8 @@ def read_description(path: Path) -> Description:
 def compute_dtype(name: str) -> torch.dtype:
     """The torch type of a dtype name; UserError for one that models cannot have here."""
     if name not in DTYPES:
-        raise UserError(f"dtype {name!r} was given; allowed are {', '.join(DTYPES)}")
+        allowed = ", ".join(DTYPES)
+        raise UserError(f"weights of type {name} are not supported; allowed are {allowed}: give --dtype bfloat16 to import")
     return DTYPES[name]
 
 

@@ -83,7 +83,6 @@ class MaskedLinear(torch.nn.Module):
         )
         set_tensor_model_parallel_attributes(logits, True, self.shard_axis, 1)
         logits.allreduce = True  # type: ignore[attr-defined]
-        logits.is_mask_logits = True  # type: ignore[attr-defined]
         self.mask_logits = logits
         self.mask_draw, self.position, self.tensor_id = mask_draw, position, tensor_id
         self.pending: deque[int] = deque()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import megatron_prune.backend as backend
 from megatron_prune.errors import UserError
-from megatron_prune.files import begin_folder, publish_folder, read_json, write_json
+from megatron_prune.files import begin_folder, by_leader, publish_folder, read_json, write_json
 from megatron_prune.log import say
 from megatron_prune.model.checkpoint import ShardedSave, damage_of, write_manifest
 
@@ -44,12 +44,13 @@ class Checkpoints:
         """Write a sharded state after `about["step"]` steps; in the background it is complete after `finish`."""
         self.finish()
         path = self.folder / f"step_{about['step']:07d}"
-        if path.exists():
+        there = [path.exists()]
+        dist.broadcast_object_list(there, src=0)  # a shared file system may tell another node something older
+        if there[0]:
             return
         partial = begin_folder(path)
         save = ShardedSave(partial, state, self.in_background)
-        if backend.rank() == 0:
-            write_json(partial / DESCRIPTION, about)
+        by_leader(lambda: write_json(partial / DESCRIPTION, about))
         self._pending = (save, path)
         if not self.in_background:
             self.finish()
@@ -69,11 +70,10 @@ class Checkpoints:
             if backend.rank() == 0:
                 shutil.rmtree(save.folder, ignore_errors=True)
             raise
-        if backend.rank() == 0:
-            write_manifest(save.folder)
+        by_leader(lambda: write_manifest(save.folder))
         publish_folder(save.folder, path)
+        by_leader(lambda: write_json(self.folder / LATEST, {"step": int(path.name[5:])}))
         if backend.rank() == 0:
-            write_json(self.folder / LATEST, {"step": int(path.name[5:])})
             self._remove_old()
         dist.barrier()
 
@@ -81,7 +81,7 @@ class Checkpoints:
         kept = {LATEST, *(path.name for path in complete(self.folder)[: self.keep])}
         for path in self.folder.iterdir():
             if path.name not in kept:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # what another program holds open goes with a later one
 
     def newest(self) -> Path | None:
         """The newest good checkpoint, None when there is none yet; damaged ones are named and set aside.

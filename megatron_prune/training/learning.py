@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.apply.decision import MaskWriter
+from megatron_prune.apply.run_folder import read_run
 from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import gumbel
@@ -61,7 +62,10 @@ class LearningRunner:
         eval_windows: Tensor | None = None,
         resume: bool = False,
         stop: StopRequest | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
+        """`identity`: plain values that a resumed run must share with the one that wrote its checkpoint."""
+        self.identity = identity or {}
         self.model = model
         self.training = training
         self.data = data
@@ -184,6 +188,9 @@ class LearningRunner:
             "seed": t.seed,
             "seq_length": t.seq_length,
             "global_batch_size": t.global_batch_size,
+            "micro_batch_size": t.micro_batch_size,
+            "train_iters": t.train_iters,
+            **self.identity,
         }
 
     def _log_step(self, done: int, result: StepResult, values: dict[str, float]) -> None:
@@ -259,8 +266,8 @@ class LearningRunner:
             return 0
         found = read_about(path)
         for key, given in self._about(found["step"]).items():
-            if found[key] != given:
-                raise UserError(f"--resume: {path} has {key} {found[key]} and {given} was given: give the same")
+            if found.get(key) != given:
+                raise UserError(f"--resume: {path} has {key} {found.get(key)} and {given} was given: give the same")
         state = load_sharded(path, {**trainer.state(is_loading=True), "step": 0})
         trainer.load_state(state)
         for linear in self.model.linears():
@@ -275,6 +282,12 @@ class LearningRunner:
             raise UserError(
                 f"{run} was given as the start and has no checkpoints; give a run of a method that learns, or its mask "
                 "with --prior"
+            )
+        assert self.draw is not None
+        found, mine = read_run(run).target, f"{self.draw.n}:{self.draw.m}"
+        if found != mine:
+            raise UserError(
+                f"--initial-logits {run} has learned {found} and the target is {mine}: give a run of {mine}"
             )
         chunks = self.model.chunks
         wanted = {

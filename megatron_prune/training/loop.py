@@ -141,6 +141,8 @@ class Trainer:
             end_wd=0.0,
             wd_incr_steps=t.train_iters,
             wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,  # a run may be resumed with another learning rate
         )
 
     def step(self, step: int) -> StepResult:
@@ -232,7 +234,8 @@ def check_interleaving(layout: backend.Layout, microbatches: int) -> None:
 
 
 def _holds_mask_logits(group: dict[str, Any]) -> bool:
-    return any(getattr(parameter, "is_mask_logits", False) for parameter in group["params"])
+    """By what megatron-core calls a group without settings of its own; a group's tensors may be nameless shards."""
+    return not group["default_config"]
 
 
 def _let_gradients_reach_frozen_layers(model: Any) -> None:

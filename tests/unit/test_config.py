@@ -150,7 +150,7 @@ MISTAKES = {
         "--tensor-model-parallel-size: 0 given; allowed: at least 1",
     ),
     "on an open bound": (["--lr", "0"], "--lr: 0.0 given; allowed: above 0"),
-    "above the range": (["--adam-beta1", "1.5"], "at least 0 and at most 1"),
+    "above the range": (["--adam-beta1", "1.5"], "at least 0 and below 1"),
     "not finite": (["--lr", "nan"], "--lr: nan given"),
     "a group's field": (["--calibration-samples", "0"], "--calibration-samples: 0 given"),
     "two values for one": (["--seed", "1", "2"], "--seed: 1 2 given"),

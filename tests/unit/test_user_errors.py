@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_prune.__main__ import main
 from megatron_prune.errors import UserError
@@ -73,6 +75,10 @@ def test_mistakes_are_one_line(root: Path, name: str, capsys: pytest.CaptureFixt
 PRUNE_CASES = {
     "pattern_does_not_divide": (["--method", "wanda", "--target", "2:16"], "not a multiple of 16"),
     "impossible_pattern": (["--method", "wanda", "--target", "4:2"], "0 < N < M"),
+    "repeated_list": (
+        ["--method", "wanda", "--target", "2:4", "--calibration", "other.jsonl"],
+        "--calibration: given more than once",
+    ),
     "unknown_method": (["--method", "wadna", "--target", "2:4"], "did you mean 'wanda'"),
     "unknown_option": (["--method", "sparsegpt", "--target", "2:4", "--precdamp", "0.1"], "percdamp"),
     "unreachable_target": (["--method", "maskllm", "--target", "0.5"], "N:M"),
@@ -148,6 +154,17 @@ def test_an_unsupported_model(root: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "supported: gpt2, llama" in refused(["import", "--input", str(other), "--output", str(root / "x")], capsys)
 
 
+def test_float16_weights(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = byte_tokenizer(tiny_llama(root / "half_hf", vocab_size=257, dtype=torch.float16))
+    command = ["import", "--input", str(half), "--output", str(root / "x")]
+    message = refused(command, capsys)
+    assert "weights of type float16 are not supported; allowed are float32, bfloat16" in message
+    assert "give --dtype bfloat16 to import" in message
+    assert "float16" in refused([*command, "--dtype", "float16"], capsys)
+    assert untouched(root, "x")
+    assert main([*command[:-1], str(root / "half"), "--dtype", "bfloat16"]) == 0
+
+
 def test_a_damaged_checkpoint(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["import", "--input", str(root / "hf"), "--output", str(root / "damaged")]) == 0
     file = sorted((root / "damaged" / "weights").glob("*.distcp"))[0]
@@ -183,3 +200,59 @@ def test_an_uneven_batch(root: Path) -> None:
 
     with pytest.raises(UserError, match="multiple of micro batch 2 x 4"):
         Training(global_batch_size=12, micro_batch_size=2).num_microbatches(4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prior", "pior"], "--prior pior is neither"),
+        (["--prior", "maskllm"], "--prior maskllm is neither"),
+        (["--initial-logits", "nowhere"], "has no checkpoints"),
+        (["--micro-batch-size", "3"], "--global-batch-size"),
+        (["--adam-beta2", "1"], "below 1"),
+    ],
+)
+def test_learning_mistakes_leave_no_run(
+    root: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(learn(root, "mistaken", *more), capsys)
+    assert untouched(root, "mistaken")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--scale-end", "7"], "method_options"),
+        (["--train-iters", "9"], "train_iters"),
+        (["--data-documents", "3"], "data"),
+    ],
+)
+def test_a_run_is_resumed_with_what_it_was_begun_with(
+    root: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = root / "begun"
+    if not run.exists():
+        assert main(learn(root, "begun")) == 0
+        about = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
+    assert message in refused(learn(root, "begun", "--resume", *more), capsys)
+
+
+def test_a_resumed_run_may_have_another_learning_rate(root: Path) -> None:
+    """As the message about a loss that is no number says; what it was resumed with is kept beside its config."""
+    assert main(learn(root, "hot", "--lr", "1e-3", "--min-lr", "1e-4")) == 0
+    run = root / "hot"
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
+    shutil.rmtree(run / "checkpoints" / "step_0000003")
+    assert main(learn(root, "hot", "--resume", "--lr", "1e-6", "--min-lr", "1e-7")) == 0
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = {record["step"]: record["learning_rate"] for record in records if "learning_rate" in record}
+    assert rates[3] < rates[2] / 100
+    assert "lr: 1.0e-06" in (run / "config.resumed.1.yaml").read_text()
+
+
+def test_a_place_that_cannot_be_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "file").write_text("")
+    message = refused(["export", "--input", str(root / "model"), "--output", str(root / "file" / "x")], capsys)
+    assert "file" in message
