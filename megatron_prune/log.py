@@ -230,17 +230,21 @@ def write_environment(folder: Path, **more: Any) -> None:
     """`environment.json`: versions, devices and process count, plus what the caller adds."""
     if not is_leader():
         return
-    content = {
+    content = {**environment(), **more}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, threads and process count."""
+    return {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _installed(name))},
         "devices": device_names(),
         "cpu_threads": torch.get_num_threads(),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "platform": f"{sys.platform} {platform.machine()}",
-        **more,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def device_names() -> list[str]:
