@@ -36,11 +36,13 @@ from megatron_prune.config import Parallelism, PlanConfig, Training
 from megatron_prune.errors import UserError
 from megatron_prune.files import read_json, write_json
 from megatron_prune.log import say
+from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.methods.target import NM, parse_target
 from megatron_prune.model.families import family_of, get_family
 from megatron_prune.model.family import ModelConfig, WeightMap, dimensions, rotary_channels
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of an element of a model; one in float16 is imported as bfloat16."""
 FLOAT32 = 4
 GIB = 2**30
 
@@ -155,8 +157,6 @@ def plan(job: Job) -> list[Memory]:
 
 def _check(job: Job) -> None:
     model, layout = job.model, job.layout
-    if model.dtype not in DTYPE_BYTES:
-        raise UserError(f"the model is {model.dtype}; models are trained as {' or '.join(DTYPE_BYTES)}: import it so")
     if layout.virtual_pipeline_model_parallel_size and job.stages == 1:
         raise UserError(
             "--virtual-pipeline-model-parallel-size was given; it needs --pipeline-model-parallel-size above 1"
@@ -171,6 +171,9 @@ def _check(job: Job) -> None:
     ):
         if size % parts:
             raise UserError(f"{size} {what} were given; this layout needs a multiple of {parts}")
+    model.check_length(job.training.seq_length)
+    check_target(model, job.target)
+    check_shards(model, job.target, job.tensor)
 
 
 def _stage(job: Job, stage: int) -> Memory:
@@ -307,8 +310,9 @@ def _loss(job: Job) -> int:
 
 def _print(job: Job, stages: list[Memory]) -> None:
     model, interleaved = job.model, f" of {job.chunks} interleaved chunks" if job.chunks > 1 else ""
+    dtype = "float16, imported as bfloat16" if model.dtype == "float16" else model.dtype
     say(
-        f"{model.family}, {model.num_layers} layers of {model.hidden_size}, {model.dtype}; tensor {job.tensor} x "
+        f"{model.family}, {model.num_layers} layers of {model.hidden_size}, {dtype}; tensor {job.tensor} x "
         f"pipeline {job.stages}{interleaved} x context {job.layout.context_parallel_size} x {job.replicas} replicas"
         f"{', distributed optimizer' if job.training.use_distributed_optimizer else ''}. GiB on each process:"
     )

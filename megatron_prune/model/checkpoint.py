@@ -246,7 +246,9 @@ def compute_dtype(name: str) -> torch.dtype:
     """The torch type of a dtype name; UserError for one that models cannot have here."""
     if name not in DTYPES:
         allowed = ", ".join(DTYPES)
-        raise UserError(f"weights of type {name} are not supported; allowed are {allowed}: give --dtype bfloat16 to import")
+        raise UserError(
+            f"weights of type {name} are not supported; allowed are {allowed}: give --dtype bfloat16 to import"
+        )
     return DTYPES[name]
 
 

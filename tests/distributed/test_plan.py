@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,32 @@ def test_layouts_that_do_not_fit_are_refused(root: Path) -> None:
     ):
         with pytest.raises(UserError, match=said):
             plan(case.job(root))
+
+
+def test_patterns_and_windows_that_the_run_refuses_are_refused(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "float32", intermediate_size=88)
+    job = Case("", processes=2, tensor=2).job(tmp_path)
+    assert plan(job), "44 inputs on each process are a multiple of 4"
+    assert plan(replace(job, target=NM(4, 8), layout=Parallelism())), "88 inputs are a multiple of 8"
+    with pytest.raises(UserError, match="gives each rank 44 inputs of .*linear_fc2.*, not a multiple of 8"):
+        plan(replace(job, target=NM(4, 8)))
+    with pytest.raises(UserError, match="its 88 inputs are not a multiple of 16"):
+        plan(replace(job, target=NM(2, 16), layout=Parallelism()))
+    tiny_model(tmp_path / "gpt2", "gpt2", n_positions=64)
+    assert plan(Case("", "gpt2").job(tmp_path))
+    with pytest.raises(UserError, match="sequences of 128 tokens"):
+        plan(Case("", "gpt2").job(tmp_path, seq_length=128))
+
+
+def test_a_float16_model_counts_as_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        tiny_llama(tmp_path / name, dtype=dtype)
+    for weights in (False, True):
+        case = Case("", "float16", train_weights=weights)
+        assert plan(case.job(tmp_path)) == plan(replace(case, model="bfloat16").job(tmp_path))
+    options = ["--method", "maskllm", "--target", "2:4", "--seq-length", "64", "--processes", "1"]
+    assert main(["plan", "--input", str(tmp_path / "float16"), *options]) == 0
+    assert "float16, imported as bfloat16" in capsys.readouterr().out
 
 
 def test_the_verb_prints_and_writes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
