@@ -3,7 +3,7 @@
 #
 #     examples/NAME/launch.sh STEP [options of tools/launch.sh] [-- flags of the verb]
 #
-#     import      $HUB, a Hugging Face id or directory     -> runs/NAME/dense
+#     import      $HUB, a Hugging Face id or directory     -> runs/NAME/dense, in bfloat16
 #     preprocess  $C4/c4-train.*.json.gz                   -> runs/NAME/c4.bin and .idx, on this node's processors
 #     prior       SparseGPT on the first of those files    -> runs/NAME/prior
 #     learn       masks, from the prior, on the tokens     -> runs/NAME/learned; start it again to go on
@@ -38,7 +38,7 @@ runs=${RUNS:-runs}/$example
 c4=${C4:-data/c4}
 alone=(--nproc-per-node 1)
 case $step in
-    import) verb=(import --input "$HUB" --output "$runs/dense") ;;
+    import) verb=(import --input "$HUB" --output "$runs/dense" --dtype bfloat16) ;;
     preprocess) verb=(preprocess --input "$c4"/c4-train.*.json.gz --tokenizer "$runs/dense/tokenizer" --append-eod
         --output "$runs/c4") ;;
     prior) alone=(); verb=(prune --config "$recipes/prior.yaml" --input "$runs/dense" --output "$runs/prior"
@@ -47,7 +47,7 @@ case $step in
         --prior "$runs/prior" --data "$runs/c4" --data-cache "$runs/c4_cache" --restartable) ;;
     trim) verb=(trim --input "$runs/learned" --output "$runs/sparse") ;;
     export) verb=(export --input "$runs/sparse" --output "$runs/hf" --format hf) ;;
-    evaluate) alone=(); verb=(evaluate --input "$runs/hf" --text "${TEXT:-data/wiki.test.txt}" --window 4096 --windows 0
+    evaluate) verb=(evaluate --input "$runs/hf" --text "${TEXT:-data/wiki.test.txt}" --window 4096 --windows 0
         --output "$runs/perplexity.json") ;;
     *) fail "step $step was given; allowed: $steps" ;;
 esac

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_prune.__main__ import VERBS
 from megatron_prune.command_line import parse
-from megatron_prune.config import PruneConfig
+from megatron_prune.config import ImportConfig, PruneConfig
 from megatron_prune.methods.target import NM
 from megatron_prune.model.families import family_of
 from megatron_prune.plan import GIB, Job, plan
@@ -21,14 +21,18 @@ from megatron_prune.plan import GIB, Job, plan
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "tools" / "launch.sh"
 STEPS = "import preprocess prior learn trim export evaluate".split()
-LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
+ONE_PROCESS = "import preprocess trim export evaluate".split()
+LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5}
 SIZES = {
-    "llama2_7b_maskllm": (32, 4096, 11008, 32, 32, 32000),
-    "llama2_13b_maskllm": (40, 5120, 13824, 40, 40, 32000),
-    "llama3_8b_maskllm": (32, 4096, 14336, 32, 8, 128256),
-    "llama3.1_8b_maskllm": (32, 4096, 14336, 32, 8, 128256),
+    "llama2_7b_maskllm": (32, 4096, 11008, 32, 32, 32000, "float16"),
+    "llama2_13b_maskllm": (40, 5120, 13824, 40, 40, 32000, "float16"),
+    "llama3_8b_maskllm": (32, 4096, 14336, 32, 8, 128256, "bfloat16"),
+    "llama3.1_8b_maskllm": (32, 4096, 14336, 32, 8, 128256, "bfloat16"),
 }
-SIZE_KEYS = "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size".split()
+"""Of config.json, in the order of `SIZE_KEYS`, as the hub has it."""
+SIZE_KEYS = (
+    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size torch_dtype"
+).split()
 EXAMPLES = sorted(path.parent.name for path in ROOT.glob("examples/*/launch.sh"))
 
 
@@ -104,6 +108,27 @@ def test_slurm(tmp_path: Path) -> None:
     assert flag(words, "--rdzv-endpoint") == "mine:29500" and flag(words, "--nnodes") == "2"
 
 
+def test_slurm_in_a_container_without_scontrol(tmp_path: Path) -> None:
+    """The batch script asks on the host; `srun` here starts its command where there is no `scontrol`, as pyxis does."""
+    environment, container = slurm(tmp_path), tmp_path / "container"
+    container.mkdir()
+    for tool in ("bash", "dirname", "env"):
+        (container / tool).symlink_to(shutil.which(tool) or tool)
+    inside = {**environment, "PATH": str(container)}
+    assert "no --master-addr" in run(LAUNCH, "--dry-run", "prune", **inside).stderr
+    words = command(LAUNCH, "--dry-run", "prune", **inside, MASTER_ADDR="n1")
+    assert flag(words, "--rdzv-endpoint") == "n1:29500"
+
+    srun = tmp_path / "srun"
+    srun.write_text(f'#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nPATH={container} exec "$@"\n')
+    srun.chmod(0o755)
+    batch = {**environment, "SLURM_SUBMIT_DIR": str(ROOT), "PYTHON": shutil.which("echo") or "echo"}
+    script = ["bash", "docker/slurm.sbatch"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=batch)
+    assert done.returncode == 0, done.stderr
+    assert flag(done.stdout.split(), "--rdzv-endpoint") == "n1:29500"
+
+
 def test_slurm_with_a_task_for_every_gpu(tmp_path: Path) -> None:
     done = run(LAUNCH, "--dry-run", "prune", **slurm(tmp_path), SLURM_LOCALID="1")
     assert done.returncode == 2 and "--ntasks-per-node=1" in done.stderr
@@ -141,6 +166,15 @@ def test_every_step_is_a_command_that_the_package_reads(example: str, step: str)
     config = parse(VERBS[verb].config, rest, verb)
     if isinstance(config, PruneConfig):
         assert config.target == "2:4" and config.method == {"prior": "sparsegpt", "learn": "maskllm"}[step]
+    if isinstance(config, ImportConfig):
+        assert config.dtype == "bfloat16", "the hub has LLaMA-2 as float16"
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_steps_for_one_process_start_one(example: str, step: str) -> None:
+    words = command(ROOT / "examples" / example / "launch.sh", step, "--dry-run", NPROC_PER_NODE="8")
+    assert flag(words, "--nproc-per-node") == ("1" if step in ONE_PROCESS else "8")
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

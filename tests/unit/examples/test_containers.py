@@ -1,0 +1,56 @@
+"""The CPU image's constraints: everything that its environment installs has one version, which the package allows."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[3]
+EXTRAS = ("dev", "quickstart")
+"""Those that tools/setup_env.sh installs."""
+
+
+def pinned() -> dict[str, str]:
+    """Version of each package in docker/constraints.txt."""
+    lines = (ROOT / "docker" / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def stated() -> list[Requirement]:
+    """The requirements of the package and its extras, from setup.py."""
+    (call,) = [
+        node.value
+        for node in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]
+    given = {word.arg: word.value for word in call.keywords}
+    extras = ast.literal_eval(given["extras_require"])
+    lines = ast.literal_eval(given["install_requires"]) + [line for name in EXTRAS for line in extras[name]]
+    return [Requirement(line) for line in lines]
+
+
+def needed(requirement: Requirement) -> list[Requirement]:
+    """What an installed package needs itself, here. Left out: PyTorch, whose needs differ from build to build."""
+    if requirement.name == "torch":
+        return []
+    found = [Requirement(line) for line in importlib.metadata.requires(requirement.name) or []]
+    extras = requirement.extras or {""}
+    return [item for item in found if not item.marker or any(item.marker.evaluate({"extra": e}) for e in extras)]
+
+
+def test_every_package_of_the_cpu_image_is_pinned() -> None:
+    versions, open_, seen = pinned(), stated(), set()
+    for requirement in open_:
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+    while open_:
+        requirement = open_.pop()
+        name = canonicalize_name(requirement.name)
+        if name not in seen:
+            seen.add(name)
+            open_ += needed(requirement)
+    assert sorted(seen - set(versions)) == []
