@@ -41,6 +41,7 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "transformer-engine",
+    "triton",
 )
 PLAIN_INTERVAL_S = 10.0
 """Seconds between lines of progress outside a terminal."""
