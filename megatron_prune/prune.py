@@ -25,7 +25,8 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, refuse_existing
 from megatron_prune.log import MetricsLog, progress, say, write_environment
 from megatron_prune.methods.base import PruningMethod, get_method, methods
-from megatron_prune.methods.target import NM, Target, parse_target
+from megatron_prune.methods.fit import check_shards, check_target
+from megatron_prune.methods.target import Target, parse_target
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import sequence_parts
@@ -93,13 +94,6 @@ def _finished_by_this_launch(config: PruneConfig) -> bool:
     if found[0]:
         _check_same(config)
     return found[0]
-
-
-def check_target(config: ModelConfig, target: Target) -> None:
-    """UserError when a prunable weight's width does not allow the target."""
-    for map in get_family(config.family).weights(config):
-        if map.prunable:
-            target.check(map.shape[1], map.megatron)
 
 
 def _calibration(config: PruneConfig, source: ModelSource) -> CalibrationSet:
@@ -184,7 +178,7 @@ def _learn(
     check_learning(t, layout)
     check_interleaving(layout, t.num_microbatches(layout.data))
     source.config.check_length(t.seq_length)
-    check_shards(source.config, target, layout)
+    check_shards(source.config, target, layout.tensor)
     model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
     tokenizer = load_tokenizer(source.tokenizer, model.config.vocab_size)
     data = training_windows(t, tokenizer, model.config.vocab_size)
@@ -233,19 +227,6 @@ def _forget_unfinished_decision(folder: Path) -> None:
         for name in ("decision", "weights"):
             shutil.rmtree(folder / name, ignore_errors=True)
     dist.barrier()
-
-
-def check_shards(config: ModelConfig, target: Target, layout: backend.Layout) -> None:
-    """UserError when a group of M inputs would lie across tensor-parallel ranks, where no rank could learn it."""
-    for map in get_family(config.family).weights(config):
-        if map.prunable and map.shard_dim == 1 and isinstance(target, NM):
-            width, rest = divmod(map.shape[1], layout.tensor)
-            if rest or width % target.m:
-                raise UserError(
-                    f"--tensor-model-parallel-size {layout.tensor} gives each rank {map.shape[1] / layout.tensor:g} "
-                    f"inputs of {map.megatron}, not a multiple of {target.m} as {target} needs: use a smaller size or "
-                    "another pattern"
-                )
 
 
 def check_learning(training: Training, layout: backend.Layout) -> None:

@@ -120,15 +120,14 @@ def test_layouts_the_model_does_not_allow() -> None:
 
 
 def test_a_shard_that_cuts_groups_is_refused(root: Path) -> None:
-    import megatron_prune.backend as backend
+    from megatron_prune.methods.fit import check_shards
     from megatron_prune.model.checkpoint import read_description
-    from megatron_prune.prune import check_shards
 
     model = read_description(root / "model").config  # ffn 88: 44 on each of two ranks is no multiple of 8
     assert get_family(model.family)
-    check_shards(model, parse_target("2:4"), backend.Layout(tensor=2))
+    check_shards(model, parse_target("2:4"), 2)
     with pytest.raises(UserError, match="gives each rank 44 inputs of .*linear_fc2.*not a multiple of 8"):
-        check_shards(model, parse_target("4:8"), backend.Layout(tensor=2))
+        check_shards(model, parse_target("4:8"), 2)
 
 
 def test_a_tokenizer_that_does_not_fit(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
