@@ -105,12 +105,14 @@ def test_training_follows_one_process(root: Path, case: Case) -> None:
     for key, tolerance, count in (
         ("loss", 1e-5, STEPS),
         ("grad_norm", 1e-4, STEPS),
+        ("learning_rate", 1e-12, STEPS),
         ("max_probability/linear_fc2", 1e-5, STEPS),
         ("eval_loss", 1e-5, 2),
     ):
         found, expected = curve(root, case, key), curve(root, case.reference, key)
         assert len(found) == count, key
         assert found == pytest.approx(expected, abs=tolerance, rel=tolerance), key
+    assert min(curve(root, case, "learning_rate")) > 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

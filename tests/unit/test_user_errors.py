@@ -251,6 +251,13 @@ def test_a_resumed_run_may_have_another_learning_rate(root: Path) -> None:
     assert "lr: 1.0e-06" in (run / "config.resumed.1.yaml").read_text()
 
 
+def test_logits_of_another_pattern_are_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1:4 and 3:4 have as many patterns, so that shapes alone would not tell."""
+    assert main(learn(root, "one_of_four", "--target", "1:4")) == 0
+    more = ["--target", "3:4", "--initial-logits", str(root / "one_of_four")]
+    assert "has learned 1:4 and the target is 3:4" in refused(learn(root, "three_of_four", *more), capsys)
+
+
 def test_a_place_that_cannot_be_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "file").write_text("")
     message = refused(["export", "--input", str(root / "model"), "--output", str(root / "file" / "x")], capsys)
