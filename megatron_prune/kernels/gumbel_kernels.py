@@ -13,6 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+SIZES = ("total", "groups", "first_group", "groups_per_row", "key")
+"""Arguments whose values are not compiled in: one compilation for weights of all shapes."""
+
 
 @triton.jit
 def _log2(x, HARDWARE: tl.constexpr):
@@ -215,7 +218,7 @@ def _store(pointer, values, flat, inside, WIDTH: tl.constexpr, CHUNK: tl.constex
         tl.store(where, tile.to(pointer.dtype.element_ty), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=SIZES)
 def forward(
     logits, row_ids, total, groups, first_group, groups_per_row, key, scale, inverse_temperature,
     weight, output,
@@ -236,7 +239,7 @@ def forward(
     _store(output, result, flat, inside, M, M_CHUNK, False)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=SIZES)
 def backward(
     logits, row_ids, total, groups, first_group, groups_per_row, key, scale, inverse_temperature,
     weight, grad_output, grad_weight, grad_logits, regularization,
@@ -274,7 +277,7 @@ def backward(
         _store(grad_logits, result, flat, inside, P, P_CHUNK, ADD)
 
 
-@triton.jit(do_not_specialize=["key"])
+@triton.jit(do_not_specialize=SIZES)
 def statistics(
     logits, row_ids, total, groups, first_group, groups_per_row, key, scale, inverse_temperature,
     weight, sums,
@@ -297,7 +300,7 @@ def statistics(
     tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(square, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("total",))
 def winners(logits, winners, total, P: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, P_LOAD: tl.constexpr):
     """winners[g]: pattern with the largest logit."""
     flat = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)

@@ -20,6 +20,9 @@ BLOCK = 128
 MAX_CHUNK = 8
 """Widest tile that is read or written at once, in values of a group; no more than that is read value by value."""
 
+WIDE_FROM = 2**31
+"""Elements from which on they are counted in 64 bits, which is slower."""
+
 
 def interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on tensors in CPU memory."""
@@ -78,7 +81,7 @@ def _run(kernel: Any, logits: Tensor, call: Call, own: tuple[Any, ...], **flags:
 def _launch(kernel: Any, logits: Tensor, arguments: tuple[Any, ...], **more: Any) -> None:
     known = constants(logits.shape[2]) | more
     elements = (_programs(logits) + 1) * BLOCK * max(logits.shape[2], 8)  # 8: inputs of a group, at most
-    index = tl.int64 if elements >= 2**31 else tl.int32
+    index = tl.int64 if elements >= WIDE_FROM else tl.int32
     if logits.numel():
         with torch.cuda.device_of(logits):
             kernel[(_programs(logits),)](*arguments, INDEX=index, **known, num_warps=BLOCK // 32)

@@ -197,6 +197,17 @@ def test_late_schedule_stays_finite_and_close(fast: Any) -> None:
     torch.testing.assert_close(ours[0], eager[0], atol=1e-4, rtol=1e-4)
 
 
+@needs_triton
+def test_tensors_of_more_than_2_31_elements_are_counted_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_prune.kernels import triton_gumbel
+
+    tensors = example(2, 4)
+    narrow = evaluate(*tensors, 2, 4, implementation="triton", learn_weight=True)
+    monkeypatch.setattr(triton_gumbel, "WIDE_FROM", 0)
+    wide = evaluate(*tensors, 2, 4, implementation="triton", learn_weight=True)
+    torch.testing.assert_close(wide, narrow, atol=0, rtol=0)
+
+
 def test_noise_of_extreme_words_is_the_definition() -> None:
     """Words at both ends and at the seams of the approximation, one by one, in Triton's arithmetic."""
     pytest.importorskip("triton", reason="the triton package is not installed (pip install triton)")
