@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import warnings
@@ -163,3 +164,12 @@ def test_mask_logits_are_a_parameter_group_of_their_own() -> None:
         identities = [(g["wd_mult"], g["lr_mult"]) for g in groups]
         assert len(set(identities)) == len(identities) >= 2
         assert sorted(g["max_lr"] for g in groups)[-1] == pytest.approx(1e-2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="Transformer Engine is here")
+def test_a_gpu_without_transformer_engine_gets_our_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core's module for it can be imported without it, and its classes then fail when a model is built."""
+    from megatron_prune.model import build
+
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    assert build._te_modules() is None
