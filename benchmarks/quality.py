@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--only", help="do just this recipe (and what it needs), without a result file")
+    parser.add_argument("--note", default="", help="what the result file must say of how these rows came about")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(given.model, given.shared, given.work)
@@ -161,7 +162,7 @@ def main() -> None:
         "columns": ["method", "kept", "perplexity", "other tools", "wall s", "CPU s", "peak GiB"],
         "rows": rows,
         "protocol": "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16; calibration C1: 64 x 512 tokens of "
-        "C4. Other tools: same model, text and protocol, measured earlier on a machine of the same kind.",
+        "C4. Other tools: same model, text and protocol, measured earlier on a machine of the same kind. " + given.note,
         "hardware": hardware(),
         "date": today,
         "versions": versions(),
