@@ -57,7 +57,7 @@ def run(config: PruneConfig) -> None:
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
         if may_go_on and not config.resume:
             config = replace(config, resume=_goes_on(config))
-        if backend.restarted() and config.resume and _finished_by_this_launch(config):
+        if may_go_on and config.resume and _finished_by_this_launch(config):
             say(f"{config.output} was finished when a process was lost")
         elif method.learned:
             _learn(config, source, method, target, layout, stop)
@@ -88,8 +88,12 @@ def _of_this_launch(folder: Path) -> bool:
 
 
 def _finished_by_this_launch(config: PruneConfig) -> bool:
-    """Whether the run that this process was restarted for is complete. Collective: rank 0 looks."""
-    found = [_of_this_launch(config.output) and read_run(config.output).state == "decided"]
+    """Whether the run that processes were restarted for is complete. Collective.
+
+    Rank 0 looks, and says whether it was restarted: on a node that is new to the job processes are started first.
+    """
+    own = backend.restarted() and _of_this_launch(config.output)
+    found = [own and read_run(config.output).state == "decided"]
     dist.broadcast_object_list(found, src=0)
     if found[0]:
         _check_same(config)

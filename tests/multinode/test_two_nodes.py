@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 18
 SAVED = 6
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 
 
 def learn(root: Path, name: str, *more: str) -> list[str]:
