@@ -8,6 +8,7 @@ needs, and objects are read with torch's `weights_only`.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import pickle
 from collections.abc import Iterator
@@ -34,10 +35,19 @@ NAMES = {
 }
 
 
+def _member(owner: Any, name: str) -> enum.Enum:
+    """What early Python 3.11 and older write `getattr` for: a member of an enumeration, and nothing else."""
+    if not (isinstance(owner, type) and issubclass(owner, enum.Enum) and name in owner.__members__):
+        raise pickle.UnpicklingError(f"builtins.getattr({owner!r}, {name!r}) has no place in a checkpoint")
+    return owner[name]
+
+
 class _TableReader(pickle.Unpickler):
     """Knows the names of a table of contents and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and (module, name) not in NAMES:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_prune.__main__ import main
 from megatron_prune.errors import UserError
@@ -46,6 +48,28 @@ def test_a_table_that_runs_code_is_refused(tmp_path: Path, protocol: int) -> Non
     with pytest.raises(UserError, match="would run code"):
         check_table(tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+class ByGetattr:
+    """Pickled as early Python 3.11 pickles a member of an enumeration."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enumerations_are_read_however_python_wrote_them(tmp_path: Path) -> None:
+    (tmp_path / TABLE).write_bytes(pickle.dumps(ByGetattr(WriteItemType, "TENSOR")))
+    check_table(tmp_path)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Metadata, "__init__"), (WriteItemType, "mro"), ("text", "format")])
+def test_other_attributes_are_refused(tmp_path: Path, owner: Any, name: str) -> None:
+    (tmp_path / TABLE).write_bytes(pickle.dumps(ByGetattr(owner, name)))
+    with pytest.raises(UserError, match="would run code"):
+        check_table(tmp_path)
 
 
 def test_names_reached_through_an_allowed_module_are_refused(tmp_path: Path) -> None:
