@@ -92,8 +92,11 @@ class Kept(NamedTuple):
 class Runner(Protocol):
     """Passes over the model, whatever its layout."""
 
-    def layerwise(self, statistic: Callable[..., Any] | None) -> Iterator[Any]:
-        """Prunable layers in model order; the statistics of later ones see the earlier ones pruned."""
+    def layerwise(self, statistic: Callable[..., Any] | None, sequential: bool = False) -> Iterator[Any]:
+        """Prunable linears in model order; the statistics of later layers see the earlier ones pruned.
+
+        With ``sequential`` those of later linears of the same layer do, too.
+        """
 
     def masks(self) -> Kept:
         """How much was kept so far; the masks themselves are with the run."""

@@ -52,6 +52,7 @@ class SparseGPT(PruningMethod):
     update_weights: bool = hyperparameter(True, "change the weights that stay, to make up for those removed")
     percdamp: float = hyperparameter(0.01, "damping, as a share of the mean diagonal of the Hessian")
     block_size: int = hyperparameter(128, "columns between updates of the columns to their right")
+    true_sequential: bool = hyperparameter(False, "calibrate each matrix on the pruned ones before it in its layer too")
 
     def __post_init__(self) -> None:
         if not 0 < self.percdamp < float("inf"):
@@ -62,7 +63,7 @@ class SparseGPT(PruningMethod):
     def prune(self, model: Any, runner: Runner, target: Target) -> Kept:
         """Decide every prunable weight, layer by layer; later layers see the pruned ones."""
         self.accept(target)
-        for linear in runner.layerwise(Hessian):
+        for linear in runner.layerwise(Hessian, sequential=self.true_sequential):
             weight = finite(linear.name, linear.weight(), "weights")
             mask, compensated = self._solve(weight, self._factor(linear), linear, target)
             linear.keep(mask, compensated if self.update_weights else None)

@@ -11,7 +11,7 @@ activations.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -105,22 +105,27 @@ class Runner:
         self.size = 0
 
     @torch.no_grad()
-    def layerwise(self, statistic: Callable[..., Any] | None) -> Iterator[WholeLinear]:
+    def layerwise(self, statistic: Callable[..., Any] | None, sequential: bool = False) -> Iterator[WholeLinear]:
         """Every prunable linear in model order, with its statistic over all calibration windows.
 
         `statistic(in_features, device)` is updated with the inputs `[tokens, in]` of one unit of windows at a time;
         None asks for no data at all. Each linear must be given a decision with `keep` before the next one is taken;
-        the inputs of later layers come from the pruned earlier ones.
+        the inputs of later layers come from the pruned earlier ones. With `sequential` this also holds inside a
+        layer, at the price of one more pass over part of the layer for each of its linears.
         """
         layers = self.model.config.num_layers
         walk = _LayerWalk(self.model, self.tokens) if statistic else None
         for number in range(layers):
-            maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in LINEARS]
             whole = {map.megatron: self.model.whole(map) for map in self._layer_maps(number)}
-            statistics = walk.collect(whole, number, statistic) if walk and statistic else [None] * len(maps)
-            linears = [WholeLinear(self, m, whole[m.megatron], s) for m, s in zip(maps, statistics, strict=True)]
-            yield from linears
-            self._settle(number, linears, whole)
+            masks: dict[str, Tensor] = {}
+            for paths in [[path] for path in LINEARS] if sequential else [list(LINEARS)]:
+                maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
+                found = walk.collect(whole, number, statistic, paths) if walk and statistic else [None] * len(maps)
+                linears = [WholeLinear(self, m, whole[m.megatron], s) for m, s in zip(maps, found, strict=True)]
+                yield from linears
+                masks.update(self._settle(linears, whole))
+            if self.writer is not None:
+                self.writer.add_layer(number, masks)
             if walk:
                 walk.advance(whole, number)
             self.progress(1)
@@ -132,8 +137,8 @@ class Runner:
     def _layer_maps(self, number: int) -> list[WeightMap]:
         return [map for map in self.model.maps if map.layer == number]
 
-    def _settle(self, number: int, linears: list[WholeLinear], whole: dict[str, Tensor]) -> None:
-        """Join the rows decided by all ranks, record the masks, and prune the whole layer of every rank."""
+    def _settle(self, linears: list[WholeLinear], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Join the rows decided by all ranks, prune every rank's whole layer; the masks by Hugging Face name."""
         hf_masks: dict[str, Tensor] = {}
         for linear in linears:
             if linear.mask is None:
@@ -149,12 +154,11 @@ class Runner:
             self.kept += int(mask.sum())
             self.size += mask.numel()
             hf_masks.update(zip(linear.map.hf, convert.split(linear.map, mask, self.model.config), strict=True))
-        if self.writer is not None:
-            self.writer.add_layer(number, hf_masks)
+        return hf_masks
 
 
 class _InputsKnown(Exception):
-    """Every linear of the layer has seen its input; its last product would be thrown away."""
+    """Every linear that was asked for has seen its input; what follows would be thrown away."""
 
 
 class _LayerWalk:
@@ -169,14 +173,14 @@ class _LayerWalk:
         self.hidden = _embedded(model, [tokens[unit].t().to(self.device) for unit in mine])
         self.rotary = rotary(model.config, tokens.shape[1], backend.alone().cp)
         self.inputs: dict[str, Tensor] = {}
-        self.stop_early = False
+        self.last_wanted: str | None = None
         for path in LINEARS:
             self.layer.get_submodule(path).register_forward_pre_hook(self._remember(path))
 
     def _remember(self, path: str) -> Callable[..., None]:
         def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
             self.inputs[path] = inputs[0].flatten(0, 1)
-            if self.stop_early and path == LINEARS[-1]:
+            if path == self.last_wanted:
                 raise _InputsKnown
 
         return hook
@@ -189,18 +193,20 @@ class _LayerWalk:
     def _forward(self, hidden: Tensor) -> Tensor:
         return self.layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary)[0]
 
-    def collect(self, whole: dict[str, Tensor], number: int, statistic: Callable[..., Any]) -> list[Any]:
-        """Statistics of the layer's linears over the windows of all ranks, inputs from the layer as given."""
+    def collect(
+        self, whole: dict[str, Tensor], number: int, statistic: Callable[..., Any], paths: Sequence[str]
+    ) -> list[Any]:
+        """Statistics of these linears of the layer over the windows of all ranks, inputs from the layer as given."""
         self._load(whole, number)
-        found = {path: statistic(self.layer.get_submodule(path).weight.shape[1], self.device) for path in LINEARS}
-        self.stop_early = True
+        found = {path: statistic(self.layer.get_submodule(path).weight.shape[1], self.device) for path in paths}
+        self.last_wanted = paths[-1]
         for hidden in self.hidden:
             with contextlib.suppress(_InputsKnown):
                 self._forward(hidden)
-            for path in LINEARS:
+            for path in paths:
                 found[path].update(self.inputs[path])
-        self.stop_early = False
-        for path in LINEARS:
+        self.last_wanted = None
+        for path in paths:
             for tensor in found[path].tensors():
                 dist.all_reduce(tensor)
         return list(found.values())

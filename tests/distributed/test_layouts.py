@@ -51,6 +51,7 @@ CASES = [
     Case("sparsegpt", "2:4"),
     Case("sparsegpt", "2:4", ("--no-update-weights",)),
     Case("sparsegpt", "1:4", ("--no-update-weights",)),
+    Case("sparsegpt", "2:4", ("--true-sequential",)),
     Case("sparsegpt", "0.5"),
 ]
 CONTROL = Case("layout_dependent", "2:4")

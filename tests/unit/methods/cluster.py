@@ -61,7 +61,7 @@ class RankRunner:
     cluster: Cluster
     rank: int
 
-    def layerwise(self, statistic: Callable[[int], Any] | None) -> Iterator[RankLinear]:
+    def layerwise(self, statistic: Callable[[int], Any] | None, sequential: bool = False) -> Iterator[RankLinear]:
         windows = self.cluster.windows
         for name, weight in self.cluster.weights.items():
             linear = RankLinear(self, name, weight, statistic and collect(statistic, windows))
