@@ -23,12 +23,12 @@ from torch.sparse import to_sparse_semi_structured
 from megatron_prune.apply.decision import prunable_shapes
 from megatron_prune.config import BenchConfig
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.perplexity import is_megatron
 from megatron_prune.evaluation.verify import projections
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.log import device_names, environment, progress, say
 from megatron_prune.methods.target import NM
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.families import get_family
 
 KERNELS_FROM = (8, 0)
@@ -91,7 +91,7 @@ def missing_kernels() -> str | None:
 
 def _open(config: BenchConfig) -> HFReader:
     """The model, found to be 2:4 and long enough; UserError otherwise."""
-    if is_megatron(config.path):
+    if is_checkpoint(config.path):
         raise UserError(
             f"{config.input} is a Megatron checkpoint; bench takes a Hugging Face directory: export it first"
         )

@@ -9,7 +9,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -17,6 +17,7 @@ from megatron_prune.errors import UserError
 
 PARTIAL = ".partial"
 """Suffix of a folder that is still being written."""
+T = TypeVar("T")
 
 
 def _leader() -> bool:
@@ -26,6 +27,14 @@ def _leader() -> bool:
 def _barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def from_leader(value: T) -> T:
+    """Rank 0's `value` on every rank: what files say may differ between nodes of a shared file system. Collective."""
+    box = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def by_leader(work: Callable[[], None]) -> None:
@@ -38,10 +47,9 @@ def by_leader(work: Callable[[], None]) -> None:
             told[0] = str(error)
         except OSError as error:
             told[0] = f"{error}: give a place that can be written and has room; what was there before is untouched"
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(told, src=0)
-    if told[0] is not None:
-        raise UserError(told[0])
+    complaint = from_leader(told[0])
+    if complaint is not None:
+        raise UserError(complaint)
 
 
 def refuse_existing(path: Path, what: str = "output") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import Masks
@@ -13,14 +12,13 @@ from megatron_prune.errors import UserError
 from megatron_prune.export.mask_file import mask_npz_pattern
 from megatron_prune.files import read_json
 from megatron_prune.log import say
-
-CHECKPOINT = "megatron_prune.json"
+from megatron_prune.model.description import is_checkpoint, read_description
 
 
 def run(config: InspectConfig) -> None:
     """Print what `config.input` is."""
     path = config.input
-    if (path / CHECKPOINT).is_file():
+    if is_checkpoint(path):
         _checkpoint(path)
     elif (path / run_folder.DESCRIPTION).is_file():
         _run(path)
@@ -33,12 +31,12 @@ def run(config: InspectConfig) -> None:
 
 
 def _checkpoint(path: Path) -> None:
-    about = read_json(path / CHECKPOINT, "a checkpoint")
-    model: dict[str, Any] = about["model"]
+    about = read_description(path)
+    model = about.config.to_dict()
     say(f"{path}: Megatron checkpoint of a {model['family']} model, {model['dtype']}")
     sizes = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size".split()
     say("  " + ", ".join(f"{name} {model[name]}" for name in sizes))
-    for key, value in about["source"].items():
+    for key, value in about.source.items():
         if value is not None:
             say(f"  {key}: {value}")
 

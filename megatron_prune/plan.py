@@ -38,6 +38,7 @@ from megatron_prune.files import read_json, write_json
 from megatron_prune.log import say
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.methods.target import NM, parse_target
+from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
 from megatron_prune.model.family import ModelConfig, WeightMap, dimensions, rotary_channels
 
@@ -89,8 +90,8 @@ def run(config: PlanConfig) -> None:
 
 def read_config(path: Path) -> ModelConfig:
     """The sizes of a Megatron checkpoint or of a Hugging Face directory, of which config.json is enough."""
-    if (path / "megatron_prune.json").is_file():
-        return ModelConfig.from_dict(read_json(path / "megatron_prune.json", "a checkpoint")["model"])
+    if is_checkpoint(path):
+        return read_description(path).config
     found = read_json(path / "config.json", "a model")
     return family_of(found).from_hf(found)
 

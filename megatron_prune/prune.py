@@ -22,7 +22,7 @@ from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.data.training import Windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder, refuse_existing
+from megatron_prune.files import from_leader, new_folder, refuse_existing
 from megatron_prune.log import MetricsLog, progress, say, write_environment
 from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.fit import check_shards, check_target
@@ -57,7 +57,7 @@ def run(config: PruneConfig) -> None:
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
         if may_go_on and not config.resume:
             config = replace(config, resume=_goes_on(config))
-        if may_go_on and config.resume and _finished_by_this_launch(config):
+        if config.resume and _finished_by_this_launch(config):
             say(f"{config.output} was finished when a process was lost")
         elif method.learned:
             _learn(config, source, method, target, layout, stop)
@@ -71,9 +71,7 @@ def _goes_on(config: PruneConfig) -> bool:
     Rank 0 looks: a shared file system shows a new folder on some nodes later. Without --restartable only the run of
     the launch that restarted this process will do, any other output is refused.
     """
-    found = [(config.output.exists(), config.restartable or _of_this_launch(config.output))]
-    dist.broadcast_object_list(found, src=0)
-    exists, own = found[0]
+    exists, own = from_leader((config.output.exists(), config.restartable or _of_this_launch(config.output)))
     if exists and not own:
         refuse_existing(config.output)
     return exists
@@ -93,11 +91,10 @@ def _finished_by_this_launch(config: PruneConfig) -> bool:
     Rank 0 looks, and says whether it was restarted: on a node that is new to the job processes are started first.
     """
     own = backend.restarted() and _of_this_launch(config.output)
-    found = [own and read_run(config.output).state == "decided"]
-    dist.broadcast_object_list(found, src=0)
-    if found[0]:
+    finished = from_leader(own and read_run(config.output).state == "decided")
+    if finished:
         _check_same(config)
-    return found[0]
+    return finished
 
 
 def _calibration(config: PruneConfig, source: ModelSource) -> CalibrationSet:
@@ -180,7 +177,6 @@ def _learn(
     if not t.data:
         raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
     check_learning(t, layout)
-    check_interleaving(layout, t.num_microbatches(layout.data))
     source.config.check_length(t.seq_length)
     check_shards(source.config, target, layout.tensor)
     model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
@@ -241,6 +237,7 @@ def check_learning(training: Training, layout: backend.Layout) -> None:
             f"--seq-length {training.seq_length} was given; with this layout it must be a multiple of {parts} "
             "(2 x --context-parallel-size above 1, times --tensor-model-parallel-size with --sequence-parallel)"
         )
+    check_interleaving(layout, training.num_microbatches(layout.data))
 
 
 def _windows(held_out: Windows | None, count: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.import_hf import layout_of
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import open_model
+from megatron_prune.model.source import ModelSource, open_model
 
 
 @torch.no_grad()
@@ -27,12 +27,13 @@ def apply_masks(model: PrunableModel, masks: Masks) -> None:
         weight.masked_fill_(~model.shard(linear.map, whole).to(weight.device), 0.0)
 
 
-def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> PrunableModel:
-    """The model of a run with its decision applied. Collective."""
+def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> tuple[PrunableModel, ModelSource]:
+    """The model of a run with its decision applied, and where its weights come from. Collective."""
     decision = decision_of(run)
-    model = open_model(weights_of(run)).load(layout, dtype)
+    weights = open_model(weights_of(run))
+    model = weights.load(layout, dtype)
     apply_masks(model, Masks.load(decision))
-    return model
+    return model, weights
 
 
 def run(config: TrimConfig) -> None:
@@ -41,7 +42,6 @@ def run(config: TrimConfig) -> None:
     about = read_run(config.input)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
-        model = load_pruned(config.input, layout)
-        weights = open_model(weights_of(config.input))
+        model, weights = load_pruned(config.input, layout)
         history = {**weights.history, "method": about.method, "target": about.target}
         save_model(config.output, model, history, weights.tokenizer_files)

@@ -18,7 +18,6 @@ from typing import Any
 
 import megatron_prune.backend  # noqa: F401  # isort: skip  (before megatron.core)
 import torch
-import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -27,7 +26,7 @@ from torch import Tensor
 from megatron_prune.data.indexed import check_ids, open_indexed
 from megatron_prune.data.text import SUFFIXES
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder
+from megatron_prune.files import from_leader, new_folder
 from megatron_prune.options import flag
 
 TRAIN, HELD_OUT = 0, 1
@@ -85,7 +84,7 @@ class BlendWindows:
         self.tokens = [_tokens(prefix, blend.split, part, vocab_size) for prefix in blend.prefixes]
         self.weights = _normalized(blend.weights or self.tokens)
         self.num_windows = count if part == TRAIN else min(count, self._one_pass())
-        self.key = _shared(self._cache_key(part))
+        self.key = from_leader(self._cache_key(part))
         self.windows = self._build(part, cache / f"blend-{self.key[:32]}")
 
     def _one_pass(self) -> int:
@@ -115,7 +114,7 @@ class BlendWindows:
 
     def _build(self, part: int, folder: Path) -> Any:
         """megatron-core's data set, its index arrays cached in `folder`, which appears whole."""
-        if not _shared(folder.exists()):
+        if not from_leader(folder.exists()):
             with new_folder(folder) as partial:
                 self._load(part, partial)
         return self._load(part, folder)
@@ -196,10 +195,3 @@ def _bounds(split: Sequence[float]) -> list[tuple[float, float] | None]:
 
 def _normalized(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(weight / sum(weights) for weight in weights)
-
-
-def _shared(value: Any) -> Any:
-    """Process 0's value: all must decide alike."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]

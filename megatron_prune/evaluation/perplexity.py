@@ -21,15 +21,11 @@ from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.model.build import DTYPES
-from megatron_prune.model.checkpoint import DESCRIPTION, load_model
+from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.import_hf import layout_of
-
-
-def is_megatron(path: Path) -> bool:
-    """Whether a folder is one of our checkpoints."""
-    return (path / DESCRIPTION).is_file()
 
 
 def run(config: EvaluateConfig) -> None:
@@ -37,7 +33,7 @@ def run(config: EvaluateConfig) -> None:
     if config.output is not None:
         refuse_existing(config.output)
     path = Path(config.input)
-    result = _megatron(config, path) if is_megatron(path) else _hugging_face(config)
+    result = _megatron(config, path) if is_checkpoint(path) else _hugging_face(config)
     if backend.rank() == 0:
         print(f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})")
         if config.output is not None:

@@ -23,8 +23,9 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.log import say
 from megatron_prune.methods.target import NM, Target, parse_target
-from megatron_prune.model.checkpoint import DESCRIPTION, load_model, read_description
+from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
 from megatron_prune.model.import_hf import layout_of
@@ -60,7 +61,7 @@ class Source:
 def open_source(given: str | Path) -> Source:
     """Find out what a path (or hub id) is; UserError when it is no model."""
     path = Path(given)
-    if (path / DESCRIPTION).is_file():
+    if is_checkpoint(path):
         about = read_description(path)
         return Source(path, "checkpoint", about.config, about.source.get("target"))
     if (path / run_folder.DESCRIPTION).is_file():
@@ -99,7 +100,7 @@ def _load(source: Source, layout: backend.Layout, dtype: str | None) -> Any:
     if source.kind == "checkpoint":
         return load_model(source.path, layout, dtype)
     if source.kind == "run":
-        return load_pruned(source.path, layout, dtype)
+        return load_pruned(source.path, layout, dtype)[0]
     return None
 
 

@@ -15,7 +15,6 @@ import queue
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_prune.errors import UserError
 from megatron_prune.files import by_leader, checksum, new_folder, read_json, write_json
 from megatron_prune.model.build import DTYPES, build_model
-from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.description import Description, read_description
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.untrusted import check_table, only_weights
 
-FORMAT = 1
 DAMAGE = (CheckpointingException, CheckpointException, KeyError, ValueError)
 """What reading a checkpoint raises that is not whole or belongs to another model, beside what files raise."""
-DESCRIPTION = "megatron_prune.json"
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a checkpoint folder says about itself."""
-
-    config: ModelConfig
-    source: dict[str, Any] = field(default_factory=dict)
-    """Where the weights came from and what was done to them, newest last."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As written to disk."""
-        return {"format": FORMAT, "model": self.config.to_dict(), "source": self.source}
 
 
 def metadata() -> dict[str, Any]:
@@ -211,7 +195,7 @@ def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokeniz
     """Write a model checkpoint from any layout. Collective; `path` must not exist."""
     with new_folder(path) as folder:
         if backend.rank() == 0:
-            write_json(folder / DESCRIPTION, Description(model.config, source).to_dict())
+            Description(model.config, source).write(folder)
             (folder / "tokenizer").mkdir()
             for file in tokenizer:
                 shutil.copyfile(file, folder / "tokenizer" / file.name)
@@ -230,16 +214,6 @@ def _weights_of(chunk: Any) -> dict[str, Any]:
     """Without `_extra_state`, which some versions of Transformer Engine have and other machines do not."""
     state = chunk.sharded_state_dict(metadata=metadata())
     return {key: value for key, value in state.items() if "mask_logits" not in key and "_extra_state" not in key}
-
-
-def read_description(path: Path) -> Description:
-    """What a checkpoint folder holds; UserError when it is none."""
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist; give a folder written by import, trim or train")
-    about = read_json(path / DESCRIPTION, "a megatron_prune checkpoint (import makes one from a Hugging Face model)")
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {about.get('format')}; this version reads format {FORMAT}")
-    return Description(ModelConfig.from_dict(about["model"]), about["source"])
 
 
 def compute_dtype(name: str) -> torch.dtype:

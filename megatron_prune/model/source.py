@@ -10,8 +10,9 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.checkpoint import DESCRIPTION, load_model, read_description
+from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.import_hf import read_hf
 from megatron_prune.model.prunable import PrunableModel
@@ -33,7 +34,7 @@ class ModelSource:
 
 def open_model(path: Path) -> ModelSource:
     """Find out what `path` holds, without reading weights; UserError when it is no model."""
-    if (path / DESCRIPTION).is_file():
+    if is_checkpoint(path):
         about = read_description(path)
         folder = path / "tokenizer"
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 import megatron_prune.backend as backend
 from megatron_prune.errors import UserError
-from megatron_prune.files import begin_folder, by_leader, publish_folder, read_json, write_json
+from megatron_prune.files import begin_folder, by_leader, from_leader, publish_folder, read_json, write_json
 from megatron_prune.log import say
 from megatron_prune.model.checkpoint import ShardedSave, damage_of, write_manifest
 
@@ -44,9 +44,7 @@ class Checkpoints:
         """Write a sharded state after `about["step"]` steps; in the background it is complete after `finish`."""
         self.finish()
         path = self.folder / f"step_{about['step']:07d}"
-        there = [path.exists()]
-        dist.broadcast_object_list(there, src=0)  # a shared file system may tell another node something older
-        if there[0]:
+        if from_leader(path.exists()):
             return
         partial = begin_folder(path)
         save = ShardedSave(partial, state, self.in_background)
@@ -112,11 +110,9 @@ def find_newest(folder: Path) -> tuple[Path | None, list[Path]]:
 
     All ranks get the same answer. UserError when there are checkpoints and none is good.
     """
-    candidates: list[Any] = [complete(folder)]
-    dist.broadcast_object_list(candidates, src=0)
     damaged: list[Path] = []
     told: list[str] = []
-    for path in candidates[0]:
+    for path in from_leader(complete(folder)):
         damage = damage_of(path)
         if not damage:
             return path, damaged

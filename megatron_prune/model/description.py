@@ -1,0 +1,42 @@
+"""What a model checkpoint says about itself; read without megatron-core, and without any weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_prune.errors import UserError
+from megatron_prune.files import read_json, write_json
+from megatron_prune.model.family import ModelConfig
+
+FORMAT = 1
+DESCRIPTION = "megatron_prune.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """The description file of a checkpoint folder."""
+
+    config: ModelConfig
+    source: dict[str, Any] = field(default_factory=dict)
+    """Where the weights came from and what was done to them, newest last."""
+
+    def write(self, folder: Path) -> None:
+        """Make `folder` a checkpoint's."""
+        write_json(folder / DESCRIPTION, {"format": FORMAT, "model": self.config.to_dict(), "source": self.source})
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one of our model checkpoints."""
+    return (path / DESCRIPTION).is_file()
+
+
+def read_description(path: Path) -> Description:
+    """What a checkpoint folder holds; UserError when it is none."""
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist; give a folder written by import, trim or train")
+    about = read_json(path / DESCRIPTION, "a megatron_prune checkpoint (import makes one from a Hugging Face model)")
+    if about.get("format") != FORMAT:
+        raise UserError(f"{path} has checkpoint format {about.get('format')}; this version reads format {FORMAT}")
+    return Description(ModelConfig.from_dict(about["model"]), about["source"])
