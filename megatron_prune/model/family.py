@@ -116,6 +116,8 @@ class WeightMap:
     """Hugging Face names, in the order the transform takes them."""
     shapes: tuple[tuple[int, ...], ...]
     """Shape of each Hugging Face tensor as it is stored."""
+    symbols: tuple[tuple[str, ...], ...]
+    """Symbolic shape of each Hugging Face tensor, rows first."""
     transform: Transform
     shard_dim: int | None
     """Dimension split over tensor-parallel ranks; None: the same on every rank."""
@@ -306,6 +308,7 @@ def _weight_map(row: WeightPattern, config: ModelConfig, layer: int | None, conv
         megatron=row.megatron.format(layer=layer),
         hf=tuple(name.format(layer=layer) for name in row.hf),
         shapes=tuple(shape[::-1] for shape in shapes) if transposed else shapes,
+        symbols=tuple(tuple(shape) for shape in row.hf.values()),
         transform=row.transform,
         shard_dim=row.shard_dim,
         shard_unit=size[row.shard_unit],
