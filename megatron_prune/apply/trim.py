@@ -9,6 +9,7 @@ import torch
 
 from megatron_prune.apply.decision import Masks
 from megatron_prune.apply.run_folder import decision_of, read_run, weights_of
+from megatron_prune.apply.trimming import Trim, cut, is_trim
 from megatron_prune.config import TrimConfig
 from megatron_prune.files import refuse_existing
 from megatron_prune.model import convert
@@ -32,6 +33,10 @@ def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> 
     decision = decision_of(run)
     weights = open_model(weights_of(run))
     model = weights.load(layout, dtype)
+    if is_trim(decision):
+        trim = Trim.load(decision)
+        trim.check_model(model.config)
+        return cut(model, trim.units), weights
     apply_masks(model, Masks.load(decision))
     return model, weights
 

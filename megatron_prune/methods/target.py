@@ -1,21 +1,26 @@
-"""What a pruned weight must look like: N:M patterns and unstructured sparsity.
+"""What to prune to: N:M patterns and unstructured sparsity of weights, or the shape or size of a smaller model.
 
-Written ``2:4`` or ``0.5`` on the command line, ``{n: 2, m: 4}`` or ``{sparsity: 0.5}`` in a file.
+Written ``2:4``, ``0.5``, ``num_layers=24,ffn_hidden_size=1152`` or ``parameters=100M`` on the command line, a mapping
+(``{n: 2, m: 4}``, ``{sparsity: 0.5}``, ``{num_layers: 24}``) in a file.
 **N:M means N kept of every M consecutive inputs of an output row**; several other tools count N removed.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from megatron_prune.errors import UserError
 
 MAX_M = 16
-_ALLOWED = "N:M such as 2:4 (N kept of every M inputs) or a sparsity between 0 and 1 such as 0.5 (share removed)"
+_ALLOWED = (
+    "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), sizes such as "
+    "num_layers=24,ffn_hidden_size=1152, or parameters=100M"
+)
 
 
 def pruned_count(size: int, sparsity: float) -> int:
@@ -86,12 +91,67 @@ class Unstructured:
         """Every width fits; here so that callers need not tell the targets apart."""
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a smaller model, in Megatron's names; what is left out stays as it is.
+
+    With fewer query groups and no number of heads the groups keep their heads.
+    """
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given()
+        wrong = [f"{key}={value}" for key, value in given.items() if not isinstance(value, int) or value < 1]
+        if wrong or not given:
+            raise UserError(
+                f"target {', '.join(wrong) or 'without a size'} is not possible; give sizes of 1 or more, allowed: "
+                f"{', '.join(field.name for field in fields(self))}"
+            )
+
+    def given(self) -> dict[str, int]:
+        """The sizes that were asked for."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self.given().items())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of parameters that the smaller model may have at most; the method looks for its shape."""
+
+    parameters: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parameters, int) or self.parameters < 1:
+            raise UserError(f"target parameters={self.parameters} is not possible; give a whole number such as 100M")
+
+    def __str__(self) -> str:
+        return f"parameters={self.parameters}"
+
+
 Target = NM | Unstructured
+"""Of methods that decide about single weights."""
+StructuredTarget = Shape | Budget
+"""Of methods that remove whole units."""
 
 
 def parse_target(given: object) -> Target:
+    """As `parse_any_target`, where only single weights can be meant."""
+    found = parse_any_target(given)
+    if isinstance(found, (Shape, Budget)):
+        raise UserError(f"target {found} is the size of a model; a pattern of weights is needed, such as 2:4 or 0.5")
+    return found
+
+
+def parse_any_target(given: object) -> Target | StructuredTarget:
     """The target meant by a string, a number, a mapping or a target; UserError says what is allowed."""
-    if isinstance(given, (NM, Unstructured)):
+    if isinstance(given, (NM, Unstructured, Shape, Budget)):
         return given
     if isinstance(given, Mapping):
         return _from_mapping(given)
@@ -103,10 +163,12 @@ def parse_target(given: object) -> Target:
     raise UserError(f"target {given!r} is not understood; give {_ALLOWED}{hint}")
 
 
-def _from_string(text: str) -> Target:
+def _from_string(text: str) -> Target | StructuredTarget:
     pattern = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
     if pattern:
         return NM(int(pattern[1]), int(pattern[2]))
+    if "=" in text:
+        return _from_mapping(dict(_pair(text, part) for part in text.split(",")))
     try:
         return Unstructured(float(text))
     except UserError:
@@ -115,9 +177,35 @@ def _from_string(text: str) -> Target:
         raise UserError(f"target {text!r} is not understood; give {_ALLOWED}") from None
 
 
-def _from_mapping(given: Mapping[object, object]) -> Target:
+def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
     if set(given) == {"n", "m"}:
         return NM(given["n"], given["m"])  # type: ignore[arg-type]  # NM checks
     if set(given) == {"sparsity"}:
         return Unstructured(given["sparsity"])  # type: ignore[arg-type]  # Unstructured checks
-    raise UserError(f"target {dict(given)} is not understood; give {{n: 2, m: 4}} or {{sparsity: 0.5}}")
+    if set(given) == {"parameters"}:
+        return Budget(_count(given["parameters"]))
+    names = [field.name for field in fields(Shape)]
+    unknown = [str(key) for key in given if key not in names]
+    if given and not unknown:
+        return Shape(**{str(key): _count(value) for key, value in given.items()})
+    near = difflib.get_close_matches(unknown[0], [*names, "parameters"], n=1) if unknown else []
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise UserError(f"target {dict(given)} is not understood{hint}; give {_ALLOWED}")
+
+
+def _pair(text: str, part: str) -> tuple[str, str]:
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise UserError(f"target {text!r} is not understood: {part!r} has no '='; give {_ALLOWED}")
+    return key.strip().replace("-", "_"), value.strip()
+
+
+def _count(given: object) -> int:
+    """A whole number; K, M and B (or G) stand for thousand, million and billion."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGB]?)", str(given).strip(), re.IGNORECASE)
+    if not number or isinstance(given, bool):
+        raise UserError(f"{given!r} is not a number of units; give a whole number such as 1152 or 1.1B")
+    value = Fraction(number[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}[number[2].upper()]
+    if value.denominator != 1:
+        raise UserError(f"{given!r} is not a whole number of units; give one such as 1152 or 1.1B")
+    return int(value)

@@ -351,3 +351,10 @@ def whole_layer(config: ModelConfig, dtype: torch.dtype) -> TransformerLayer:
     core = transformer_config(config, backend.Layout(), dtype)
     layer = TransformerLayer(core, layer_spec(core).submodules, layer_number=1, pg_collection=backend.alone())
     return layer.to(backend.device()).eval()
+
+
+def whole_norm(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """A norm over the residual stream as the layers of `whole_layer` have it, gain not filled."""
+    core = transformer_config(config, backend.Layout(), dtype)
+    norm, _ = _norm_and_attention(core)
+    return norm(config=core, hidden_size=config.hidden_size, eps=config.layernorm_epsilon).to(backend.device())

@@ -1,20 +1,15 @@
-"""Passes over calibration data, the same in every parallel layout.
+"""Passes over calibration data for methods that decide weight by weight, the same in every parallel layout.
 
-`layerwise` visits the decoder layers in order. Every rank rebuilds the *whole* layer and runs it, unsharded, on its own
-share of the calibration windows: weights travel between ranks, activations never do. A window is therefore computed by
-the same arithmetic in every layout, statistics are sums over fixed units of windows kept in float64, and the decision
-drawn from them is the same on one process and on many. It also uses all ranks, those of other pipeline stages too, and
-needs no tensor-parallel communication inside a layer; it costs one layer's weights and one rank's share of the
-activations.
+`layerwise` visits the decoder layers in order, on whole layers as `statistics/walk.py` runs them. Statistics are sums
+over fixed units of windows kept in float64, so the decision drawn from them is the same on one process and on many.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,18 +18,9 @@ from torch import Tensor
 from megatron_prune.apply.decision import MaskWriter
 from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
-from megatron_prune.model.build import rotary, whole_layer
 from megatron_prune.model.families import WeightMap
 from megatron_prune.model.prunable import LINEARS, PrunableModel
-
-UNIT_TOKENS = 2048
-"""Calibration windows are run and accumulated in units of about so many tokens, the same units in every layout."""
-
-
-def units(windows: int, length: int) -> list[slice]:
-    """Fixed groups of consecutive windows: what is computed together never depends on who computes it."""
-    width = max(1, UNIT_TOKENS // length)
-    return [slice(start, start + width) for start in range(0, windows, width)]
+from megatron_prune.statistics.walk import LayerWalk, WholeWeights, inner, sum_over_ranks
 
 
 def row_span(rows: int, part: int, parts: int) -> tuple[int, int]:
@@ -114,28 +100,27 @@ class Runner:
         layer, at the price of one more pass over part of the layer for each of its linears.
         """
         layers = self.model.config.num_layers
-        walk = _LayerWalk(self.model, self.tokens) if statistic else None
+        weights = WholeWeights(self.model)
+        walk = LayerWalk(weights, self.tokens) if statistic else None
         for number in range(layers):
-            whole = {map.megatron: self.model.whole(map) for map in self._layer_maps(number)}
+            whole = weights.layer(number)
             masks: dict[str, Tensor] = {}
             for paths in [[path] for path in LINEARS] if sequential else [list(LINEARS)]:
                 maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
-                found = walk.collect(whole, number, statistic, paths) if walk and statistic else [None] * len(maps)
-                linears = [WholeLinear(self, m, whole[m.megatron], s) for m, s in zip(maps, found, strict=True)]
+                found = _collect(walk, whole, statistic, paths) if walk and statistic else [None] * len(maps)
+                linears = [WholeLinear(self, m, whole[inner(m.megatron)], s) for m, s in zip(maps, found, strict=True)]
                 yield from linears
                 masks.update(self._settle(linears, whole))
             if self.writer is not None:
                 self.writer.add_layer(number, masks)
             if walk:
-                walk.advance(whole, number)
+                walk.load(whole)
+                walk.advance()
             self.progress(1)
 
     def masks(self) -> Kept:
         """How much the method kept; the masks themselves are in the writer's folder."""
         return Kept(self.kept, self.size)
-
-    def _layer_maps(self, number: int) -> list[WeightMap]:
-        return [map for map in self.model.maps if map.layer == number]
 
     def _settle(self, linears: list[WholeLinear], whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """Join the rows decided by all ranks, prune every rank's whole layer; the masks by Hugging Face name."""
@@ -150,79 +135,23 @@ class Runner:
                 self.model.assign(linear.map, dense * mask)
             else:
                 dense = linear.whole_weight
-            whole[linear.name] = dense * mask
+            whole[inner(linear.name)] = dense * mask
             self.kept += int(mask.sum())
             self.size += mask.numel()
             hf_masks.update(zip(linear.map.hf, convert.split(linear.map, mask, self.model.config), strict=True))
         return hf_masks
 
 
-class _InputsKnown(Exception):
-    """Every linear that was asked for has seen its input; what follows would be thrown away."""
-
-
-class _LayerWalk:
-    """Hidden states of this rank's calibration windows, moved through the model one whole layer at a time."""
-
-    def __init__(self, model: PrunableModel, tokens: Tensor | None) -> None:
-        if tokens is None:
-            raise RuntimeError("this method needs calibration windows")
-        self.device = backend.device()
-        self.layer = whole_layer(model.config, next(model.chunks[0].parameters()).dtype)
-        mine = units(*tokens.shape)[dist.get_rank() :: dist.get_world_size()]
-        self.hidden = _embedded(model, [tokens[unit].t().to(self.device) for unit in mine])
-        self.rotary = rotary(model.config, tokens.shape[1], backend.alone().cp)
-        self.inputs: dict[str, Tensor] = {}
-        self.last_wanted: str | None = None
-        for path in LINEARS:
-            self.layer.get_submodule(path).register_forward_pre_hook(self._remember(path))
-
-    def _remember(self, path: str) -> Callable[..., None]:
-        def hook(_module: Any, inputs: tuple[Tensor, ...]) -> None:
-            self.inputs[path] = inputs[0].flatten(0, 1)
-            if path == self.last_wanted:
-                raise _InputsKnown
-
-        return hook
-
-    def _load(self, whole: dict[str, Tensor], number: int) -> None:
-        prefix = f"decoder.layers.{number}."
-        for name, parameter in self.layer.named_parameters():
-            parameter.copy_(whole[prefix + name])
-
-    def _forward(self, hidden: Tensor) -> Tensor:
-        return self.layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary)[0]
-
-    def collect(
-        self, whole: dict[str, Tensor], number: int, statistic: Callable[..., Any], paths: Sequence[str]
-    ) -> list[Any]:
-        """Statistics of these linears of the layer over the windows of all ranks, inputs from the layer as given."""
-        self._load(whole, number)
-        found = {path: statistic(self.layer.get_submodule(path).weight.shape[1], self.device) for path in paths}
-        self.last_wanted = paths[-1]
-        for hidden in self.hidden:
-            with contextlib.suppress(_InputsKnown):
-                self._forward(hidden)
-            for path in paths:
-                found[path].update(self.inputs[path])
-        self.last_wanted = None
+def _collect(
+    walk: LayerWalk, whole: dict[str, Tensor], statistic: Callable[..., Any], paths: Sequence[str]
+) -> list[Any]:
+    """Statistics of these linears of a layer over the windows of all ranks, inputs from the layer as given."""
+    walk.load(whole)
+    found = {path: statistic(whole[f"{path}.weight"].shape[1], walk.device) for path in paths}
+    for hidden in walk.hidden:
+        seen, _ = walk.watch(paths, hidden)
         for path in paths:
-            for tensor in found[path].tensors():
-                dist.all_reduce(tensor)
-        return list(found.values())
-
-    def advance(self, whole: dict[str, Tensor], number: int) -> None:
-        """Replace the hidden states by the layer's outputs, with the layer's present (pruned) weights."""
-        self._load(whole, number)
-        self.hidden = [self._forward(hidden) for hidden in self.hidden]
-
-
-def _embedded(model: PrunableModel, tokens: list[Tensor]) -> list[Tensor]:
-    """Hidden states `[s, b, hidden]` before the first layer of tokens `[s, b]`. Collective."""
-    words = model.whole(model.by_name["embedding.word_embeddings.weight"])
-    hidden = [F.embedding(unit, words) for unit in tokens]
-    positions = model.by_name.get("embedding.position_embeddings.weight")
-    if positions is None:
-        return hidden
-    learned = model.whole(positions)
-    return [x + learned[: x.shape[0], None] for x in hidden]
+            found[path].update(seen[path].flatten(0, 1))
+    for path in paths:
+        sum_over_ranks(found[path].tensors())
+    return list(found.values())

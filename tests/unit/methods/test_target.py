@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_prune.errors import UserError
-from megatron_prune.methods.target import MAX_M, NM, Unstructured, parse_target, pruned_count
+from megatron_prune.methods.target import (
+    MAX_M,
+    NM,
+    Budget,
+    Shape,
+    Unstructured,
+    parse_any_target,
+    parse_target,
+    pruned_count,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +33,30 @@ from megatron_prune.methods.target import MAX_M, NM, Unstructured, parse_target,
 )
 def test_written_forms(written: object, meant: object) -> None:
     assert parse_target(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("num_layers=24", Shape(num_layers=24)),
+        ("ffn-hidden-size = 1152, num_attention_heads=6", Shape(ffn_hidden_size=1152, num_attention_heads=6)),
+        ({"hidden_size": 432}, Shape(hidden_size=432)),
+        ("parameters=100M", Budget(100_000_000)),
+        ("parameters=1.1B", Budget(1_100_000_000)),
+        (Budget(7), Budget(7)),
+    ],
+)
+def test_sizes_of_a_smaller_model(written: object, meant: object) -> None:
+    assert parse_any_target(written) == meant
+    assert parse_any_target(str(meant)) == meant
+    with pytest.raises(UserError, match="a pattern of weights is needed"):
+        parse_target(written)
+
+
+@pytest.mark.parametrize("written", ["num_layers=0", "num_layers=-1", "ffn_hidden_size=1.5", "num_layer=3", "a=b,c"])
+def test_impossible_sizes(written: object) -> None:
+    with pytest.raises(UserError, match="give"):
+        parse_any_target(written)
 
 
 @pytest.mark.parametrize(

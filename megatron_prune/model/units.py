@@ -1,0 +1,156 @@
+"""Units of a model that structured pruning removes, and how its weights are cut to those that stay.
+
+Units are numbered as in the unsharded model: decoder layers, and in each of them query heads, query groups (with the
+key and value head their query heads share) and MLP neurons; channels of the residual stream, the same in all layers.
+What a unit is made of is not listed again: the family's table says, for every Hugging Face tensor, what each of its
+dimensions counts (`WeightMap.symbols`), so one rule cuts every weight, bias, norm and embedding of every family. This
+is the only place that knows which query heads share a group: head h is of group h // (heads / groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_prune.model import convert
+from megatron_prune.model.families import ModelConfig, WeightMap, dimensions
+
+
+@dataclass(frozen=True)
+class BlockUnits:
+    """Units of one decoder layer, numbers rising; each group has equally many heads."""
+
+    groups: tuple[int, ...]
+    heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Units:
+    """What stays of a model."""
+
+    layers: tuple[int, ...]
+    hidden: tuple[int, ...]
+    blocks: tuple[BlockUnits, ...]
+    """One for each layer that stays."""
+
+    @classmethod
+    def all(cls, config: ModelConfig) -> Units:
+        """Everything stays."""
+        layers = range(config.num_layers)
+        return cls(tuple(layers), tuple(range(config.hidden_size)), tuple(all_of_block(config, n) for n in layers))
+
+    def without_layers(self, removed: Iterable[int]) -> Units:
+        """The same without some layers, by their numbers in the whole model."""
+        gone = set(removed)
+        stay = [(layer, block) for layer, block in zip(self.layers, self.blocks, strict=True) if layer not in gone]
+        return replace(self, layers=tuple(n for n, _ in stay), blocks=tuple(block for _, block in stay))
+
+    def config(self, whole: ModelConfig) -> ModelConfig:
+        """Sizes of the smaller model. ValueError for units that `whole` does not have or that make no model."""
+        self._check(whole)
+        sizes = [(len(block.heads), len(block.groups), len(block.ffn)) for block in self.blocks]
+        if len(set(sizes)) > 1:
+            raise ValueError("layers of different sizes")
+        heads, groups, ffn = sizes[0]
+        return replace(
+            whole,
+            num_layers=len(self.layers),
+            hidden_size=len(self.hidden),
+            num_attention_heads=heads,
+            num_query_groups=groups,
+            ffn_hidden_size=ffn,
+        )
+
+    def cut(self, whole: ModelConfig, map: WeightMap, tensor: Tensor, smaller: WeightMap) -> Tensor:
+        """An unsharded Megatron tensor of the whole model -> what stays of it, which is `smaller`'s tensor."""
+        parts = convert.split(map, tensor, whole)
+        cut = []
+        for part, symbols in zip(parts, map.symbols, strict=True):
+            rows_first = part.t() if map.transposed else part
+            for dim, symbol in enumerate(symbols):
+                kept = self.indices(whole, map.layer, symbol)
+                if kept is not None:
+                    rows_first = rows_first.index_select(dim, kept.to(part.device))
+            cut.append(rows_first.t() if map.transposed else rows_first)
+        return convert.merge(smaller, cut, self.config(whole))
+
+    def mask(self, whole: ModelConfig, map: WeightMap) -> Tensor:
+        """Bool in the shape of the unsharded Megatron tensor: True where both (all) its dimensions stay."""
+        parts = []
+        for shape, symbols in zip(map.row_shapes, map.symbols, strict=True):
+            part = torch.ones(shape, dtype=torch.bool)
+            for dim, symbol in enumerate(symbols):
+                kept = self.indices(whole, map.layer, symbol)
+                if kept is not None:
+                    stays = torch.zeros(shape[dim], dtype=torch.bool).index_fill_(0, kept, True)
+                    part &= stays.unflatten(0, (-1, *[1] * (len(shape) - dim - 1)))
+            parts.append(part.t() if map.transposed else part)
+        return convert.merge(map, parts, whole)
+
+    def indices(self, whole: ModelConfig, layer: int | None, symbol: str) -> Tensor | None:
+        """Numbers int64 of what stays along a dimension of that symbolic size; None: all of it."""
+        if symbol == "hidden":
+            return torch.tensor(self.hidden)
+        if layer is None:
+            return None
+        block = self.blocks[self.layers.index(layer)]
+        size = dimensions(whole)
+        query = _channels(block.heads, size["head"])
+        key_value = _channels(block.groups, size["head"])
+        rows = {
+            "ffn": torch.tensor(block.ffn, dtype=torch.int64),
+            "query": query,
+            "key_value": key_value,
+            "qkv": torch.cat([query, size["query"] + key_value, size["query"] + size["key_value"] + key_value]),
+        }
+        return rows.get(symbol)
+
+    def _check(self, whole: ModelConfig) -> None:
+        _check_numbers("layers", self.layers, whole.num_layers)
+        _check_numbers("hidden", self.hidden, whole.hidden_size)
+        if len(self.blocks) != len(self.layers):
+            raise ValueError(f"{len(self.layers)} layers stay and {len(self.blocks)} are described")
+        for layer, block in zip(self.layers, self.blocks, strict=True):
+            available = all_of_block(whole, layer)
+            for name in ("groups", "heads", "ffn"):
+                _check_numbers(f"{name} of layer {layer}", getattr(block, name), len(getattr(available, name)))
+            counts = dict.fromkeys(block.groups, 0)
+            for head in block.heads:
+                counts[group_of(whole, head)] += 1
+            if len(set(counts.values())) != 1:
+                raise ValueError(f"query groups of layer {layer} keep different numbers of heads: {counts}")
+
+
+def group_of(config: ModelConfig, head: int) -> int:
+    """The query group of a query head."""
+    return head // (config.num_attention_heads // config.num_query_groups)
+
+
+def heads_of(config: ModelConfig, group: int) -> range:
+    """The query heads of a query group."""
+    count = config.num_attention_heads // config.num_query_groups
+    return range(group * count, (group + 1) * count)
+
+
+def all_of_block(config: ModelConfig, layer: int) -> BlockUnits:
+    """Every unit of a decoder layer."""
+    del layer  # until layers differ
+    return BlockUnits(
+        tuple(range(config.num_query_groups)),
+        tuple(range(config.num_attention_heads)),
+        tuple(range(config.ffn_hidden_size)),
+    )
+
+
+def _channels(units: Sequence[int], width: int) -> Tensor:
+    """Numbers of the channels of units that are `width` wide."""
+    return (torch.tensor(units, dtype=torch.int64)[:, None] * width + torch.arange(width)).flatten()
+
+
+def _check_numbers(what: str, numbers: tuple[int, ...], count: int) -> None:
+    if not numbers or list(numbers) != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
+        raise ValueError(f"{what}: {numbers} are not rising numbers below {count}, at least one")

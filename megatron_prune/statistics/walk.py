@@ -1,0 +1,221 @@
+"""Whole decoder layers, run one after the other over calibration windows, the same in every parallel layout.
+
+Every rank rebuilds the *whole* layer and runs it, unsharded, on its own share of the windows: weights travel between
+ranks, activations never do. A window is therefore computed by the same arithmetic in every layout, and statistics are
+sums over fixed units of windows. All ranks work, those of other pipeline stages too; a walk holds one layer's weights
+and this rank's share of the hidden states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_prune.model.build import rotary, whole_layer, whole_norm
+from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.units import Units
+
+UNIT_TOKENS = 2048
+"""Calibration windows are run and accumulated in units of about so many tokens, the same units in every layout."""
+LOSS_TOKENS = 512
+"""Logits are held for about so many tokens at a time."""
+WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
+OUTPUT, FINAL_NORM = "output_layer.weight", "decoder.final_layernorm"
+
+
+def units_of(windows: int, length: int) -> list[slice]:
+    """Fixed groups of consecutive windows: what is computed together never depends on who computes it."""
+    width = max(1, UNIT_TOKENS // length)
+    return [slice(start, start + width) for start in range(0, windows, width)]
+
+
+class Weights(Protocol):
+    """Unsharded weights of a model, a layer at a time. Every method is collective."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """A decoder layer's tensors by their Megatron names inside the layer."""
+
+    def outer(self, name: str) -> Tensor | None:
+        """A tensor outside the decoder layers; None when the model has none of that name."""
+
+
+class WholeWeights:
+    """Those of a model as it is."""
+
+    def __init__(self, model: PrunableModel) -> None:
+        self.model = model
+        self.config = model.config
+        self.dtype = next(iter(model.parameters.values())).dtype
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """See `Weights`."""
+        return {inner(map.megatron): self.model.whole(map) for map in self.model.maps if map.layer == number}
+
+    def outer(self, name: str) -> Tensor | None:
+        """See `Weights`."""
+        map = self.model.by_name.get(name)
+        return None if map is None else self.model.whole(map)
+
+
+class CutWeights:
+    """Those of the smaller model that some units of a model are; `change` may correct a layer before it is cut."""
+
+    def __init__(
+        self,
+        model: PrunableModel,
+        units: Units,
+        change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] = lambda layer, tensors: tensors,
+    ) -> None:
+        self.whole = WholeWeights(model)
+        self.units = units
+        self.change = change
+        self.config = units.config(model.config)
+        self.dtype = self.whole.dtype
+        self.maps = {map.megatron: map for map in get_family(self.config.family).weights(self.config)}
+
+    def layer(self, number: int) -> dict[str, Tensor]:
+        """See `Weights`."""
+        source = self.units.layers[number]
+        tensors = self.change(source, self.whole.layer(source))
+        return {
+            name: self._cut(f"decoder.layers.{source}.{name}", tensor, f"decoder.layers.{number}.{name}")
+            for name, tensor in tensors.items()
+        }
+
+    def outer(self, name: str) -> Tensor | None:
+        """See `Weights`."""
+        tensor = self.whole.outer(name)
+        return None if tensor is None else self._cut(name, tensor, name)
+
+    def _cut(self, source: str, tensor: Tensor, target: str) -> Tensor:
+        model = self.whole.model
+        return self.units.cut(model.config, model.by_name[source], tensor, self.maps[target])
+
+
+class _Stop(Exception):
+    """Everything that was asked for has been seen; what follows would be thrown away."""
+
+
+class LayerWalk:
+    """Hidden states `[s, b, hidden]` of this rank's calibration windows, moved through a model layer by layer.
+
+    tokens: `[windows, length]` int64, the same on every rank; `unit_windows` overrides how many are run together.
+    """
+
+    def __init__(self, weights: Weights, tokens: Tensor | None, unit_windows: int | None = None) -> None:
+        if tokens is None:
+            raise RuntimeError("this method needs calibration windows")
+        self.weights = weights
+        self.device = backend.device()
+        self.module = whole_layer(weights.config, weights.dtype)
+        slices = units_of(*tokens.shape)
+        if unit_windows is not None:
+            slices = [slice(i, i + unit_windows) for i in range(0, tokens.shape[0], unit_windows)]
+        mine = slices[dist.get_rank() :: dist.get_world_size()]
+        self.tokens = [tokens[unit].t().to(self.device) for unit in mine]
+        self.hidden = self._embedded()
+        self.rotary = rotary(weights.config, tokens.shape[1], backend.alone().cp)
+
+    @torch.no_grad()
+    def _embedded(self) -> list[Tensor]:
+        """Hidden states before the first layer."""
+        words = self.weights.outer(WORDS)
+        assert words is not None
+        words = words.to(self.weights.dtype)
+        hidden = [F.embedding(unit, words) for unit in self.tokens]
+        learned = self.weights.outer(POSITIONS)
+        if learned is None:
+            return hidden
+        return [x + learned[: x.shape[0], None].to(x.dtype) for x in hidden]
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Give the layer that is run these weights, by their names inside a layer."""
+        for name, parameter in self.module.named_parameters():
+            parameter.copy_(tensors[name])
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """The layer that was loaded last: `[s, b, hidden]` in and out."""
+        return self.module(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary)[0]
+
+    @torch.no_grad()
+    def watch(self, paths: Sequence[str], hidden: Tensor, whole: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs `[s, b, in]` of the layer's submodules at `paths`, and its output where `whole` asks for it."""
+        seen: dict[str, Tensor] = {}
+
+        def hook(path: str) -> Callable[..., None]:
+            def remember(_module: Any, inputs: tuple[Tensor, ...]) -> None:
+                seen[path] = inputs[0]
+                if not whole and len(seen) == len(paths):
+                    raise _Stop
+
+            return remember
+
+        handles = [self.module.get_submodule(path).register_forward_pre_hook(hook(path)) for path in paths]
+        output = hidden
+        try:
+            with contextlib.suppress(_Stop):
+                output = self.run(hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen, output
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replace the hidden states by the loaded layer's outputs."""
+        self.hidden = [self.run(hidden) for hidden in self.hidden]
+
+    def losses(self, states: Sequence[Tensor]) -> Tensor:
+        """Summed next-token loss and number of predicted tokens, float64 `[2]`, after the last layer. This rank's."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        head = Head(self.weights)
+        for tokens, hidden in zip(self.tokens, states, strict=True):
+            for loss in head.pieces(hidden, tokens):
+                total += torch.stack([loss.double().sum(), total.new_tensor(float(loss.numel()))])
+        return total
+
+
+class Head:
+    """The final norm and the output layer, whole."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.norm = whole_norm(weights.config, weights.dtype)
+        with torch.no_grad():
+            for name, parameter in self.norm.named_parameters():
+                found = weights.outer(f"{FINAL_NORM}.{name}")
+                assert found is not None
+                parameter.copy_(found)
+        output = weights.outer(OUTPUT)
+        if output is None:  # tied
+            output = weights.outer(WORDS)
+        assert output is not None
+        self.output = output.to(weights.dtype)
+
+    def pieces(self, hidden: Tensor, tokens: Tensor) -> Iterator[Tensor]:
+        """Next-token losses (nats, float32) of windows `hidden [s, b, h]`, `tokens [s, b]`, some tokens at a time."""
+        inputs, labels = hidden[:-1].flatten(0, 1), tokens[1:].flatten()
+        for x, label in zip(inputs.split(LOSS_TOKENS), labels.split(LOSS_TOKENS), strict=True):
+            yield F.cross_entropy(F.linear(self.norm(x), self.output).float(), label, reduction="none")
+
+
+def inner(name: str) -> str:
+    """`decoder.layers.3.mlp.linear_fc2.weight` -> `mlp.linear_fc2.weight`."""
+    return name.split(".", 3)[3]
+
+
+def sum_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Add up the accumulators of all ranks, in place. Collective."""
+    for tensor in tensors:
+        dist.all_reduce(tensor)
