@@ -51,7 +51,7 @@ def merge(map: WeightMap, tensors: Sequence[Tensor], config: ModelConfig) -> Ten
     if map.transform == "fused_qkv":
         parts = list(parts[0].split(_part_rows(map, config)))
     if map.transform in ("qkv", "fused_qkv"):
-        return torch.cat([part.unflatten(0, (config.num_query_groups, -1)) for part in parts], dim=1).flatten(0, 1)
+        return torch.cat([part.unflatten(0, (_groups(map, config), -1)) for part in parts], dim=1).flatten(0, 1)
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -63,7 +63,7 @@ def split(map: WeightMap, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
         raise ValueError(f"{map.megatron} has {map.shape[0]} rows, a tensor with {tensor.shape[0]} was given")
     rows = _part_rows(map, config)
     if map.transform in ("qkv", "fused_qkv"):
-        groups = config.num_query_groups
+        groups = _groups(map, config)
         grouped = tensor.unflatten(0, (groups, -1)).split([count // groups for count in rows], dim=1)
         parts = [part.flatten(0, 1) for part in grouped]
     else:
@@ -73,11 +73,16 @@ def split(map: WeightMap, tensor: Tensor, config: ModelConfig) -> list[Tensor]:
     return [(part.t() if map.transposed else part).contiguous() for part in parts]
 
 
+def _groups(map: WeightMap, config: ModelConfig) -> int:
+    """Query groups of the layer that the tensor is of."""
+    return config.block(map.layer).num_query_groups
+
+
 def _part_rows(map: WeightMap, config: ModelConfig) -> list[int]:
     """Rows of each matrix that the Megatron tensor is made of; a fused one counts as query, key and value."""
     if map.transform != "fused_qkv":
         return [shape[0] for shape in map.row_shapes]
-    size = dimensions(config)
+    size = dimensions(config, map.layer)
     return [size["query"], size["key_value"], size["key_value"]]
 
 

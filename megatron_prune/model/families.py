@@ -10,9 +10,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_prune.errors import UserError
+from megatron_prune.model.blocks import KEY, SUFFIX, Block
 from megatron_prune.model.family import Family, ModelConfig, WeightMap, WeightPattern, dimensions
 
-__all__ = ["FAMILIES", "Family", "ModelConfig", "WeightMap", "WeightPattern", "dimensions", "family_of", "get_family"]
+__all__ = [
+    "FAMILIES",
+    "Block",
+    "Family",
+    "ModelConfig",
+    "WeightMap",
+    "WeightPattern",
+    "check_exportable",
+    "dimensions",
+    "family_of",
+    "get_family",
+]
 
 
 def get_family(name: str) -> Family:
@@ -27,11 +39,20 @@ def get_family(name: str) -> Family:
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """The family of a config.json, by its ``model_type``; UserError lists the supported ones."""
     model_type = hf_config.get("model_type")
+    end = SUFFIX if KEY in hf_config else ""
     for family in FAMILIES.values():
-        if model_type in family.model_types:
+        if model_type in [name + end for name in family.model_types]:
             return family
     allowed = sorted(name for family in FAMILIES.values() for name in family.model_types)
     raise UserError(f"config.json has model_type {model_type!r}; supported: {', '.join(allowed)}")
+
+
+def check_exportable(config: ModelConfig) -> None:
+    """UserError when no config.json can say what ``config`` is, or transformers would not open it: before work starts.
+
+    A model whose layers differ is exportable when it can be padded to an ordinary one.
+    """
+    get_family(config.family).to_hf(config)
 
 
 _HF = "model.layers.{layer}."

@@ -5,7 +5,7 @@ device or a process group.
 Symbolic sizes of the tables (``dimensions`` gives the numbers):
 ``vocab``, ``positions``, ``hidden``, ``ffn``, ``head`` = kv_channels, ``query`` = heads * kv_channels,
 ``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value, ``group_rows`` = rows of one query group in
-linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj.
+linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj. Those of a layer are that layer's own.
 """
 
 from __future__ import annotations
@@ -13,18 +13,22 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.model import blocks as block_list
+from megatron_prune.model.blocks import Block, widest
 
 Transform = Literal["copy", "qkv", "fused_qkv", "gated"]
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _FULL_ATTENTION = "full_attention"
+_ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
+"""Start of the Megatron names of a layer's first half; the rest of the layer is the MLP."""
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -73,6 +77,35 @@ class ModelConfig:
     """Share of a head, from its first channel on, that is rotated."""
     sliding_window: int | None = None
     """Tokens that a token sees, itself included; None: all before it."""
+    blocks: tuple[Block, ...] | None = None
+    """Sizes of each layer where they differ, as `with_blocks` sets them; then the heads, groups and ffn above are those
+    of the smallest layer that holds them all. None: they are every layer's."""
+
+    def __post_init__(self) -> None:
+        if self.blocks is None:
+            return
+        if len(self.blocks) != self.num_layers or self._layer_sizes() != widest(self.blocks):
+            raise ValueError("the sizes of the layers contradict those of the model; set them by with_blocks")
+
+    def _layer_sizes(self) -> Block:
+        return Block(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
+
+    def block(self, layer: int | None) -> Block:
+        """Sizes of a layer; of the widest without a number."""
+        return self._layer_sizes() if self.blocks is None or layer is None else self.blocks[layer]
+
+    def with_blocks(self, blocks: Sequence[Block]) -> ModelConfig:
+        """The model with these layers, one entry for each; ``blocks`` stays None when all are alike and whole.
+
+        UserError when no layer keeps its attention, or none its MLP.
+        """
+        most = widest(blocks)
+        for what, count in (("attention", most.num_attention_heads), ("MLP", most.ffn_hidden_size)):
+            if not count:
+                raise UserError(f"no layer keeps its {what}; at least one of the {len(blocks)} must")
+        sizes = {name: getattr(most, name) for name in Block.__dataclass_fields__}
+        different = None if set(blocks) == {most} else tuple(blocks)
+        return replace(self, num_layers=len(blocks), blocks=different, **sizes)
 
     def check_length(self, length: int) -> None:
         """UserError when a sequence is longer than the learned position embeddings."""
@@ -84,7 +117,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; ``from_dict`` inverts it."""
-        return copy.deepcopy(asdict(self))
+        values = copy.deepcopy(asdict(self))
+        if self.blocks is None:
+            del values["blocks"]  # as configs of uniform models have always been written
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -96,7 +132,10 @@ class ModelConfig:
                 f"model config has unknown fields {sorted(set(values) - names)} and lacks "
                 f"{sorted(needed - set(values))}; was it written by another version?"
             )
-        return cls(**copy.deepcopy(dict(values)))
+        given = copy.deepcopy(dict(values))
+        if given.get("blocks") is not None:
+            given["blocks"] = tuple(Block(**block) for block in given["blocks"])
+        return cls(**given)
 
     def fingerprint(self) -> str:
         """sha256 of the sizes and constants (not of hf_config): equal for models whose tensors are
@@ -156,6 +195,10 @@ class WeightPattern:
     untied_only: bool = False
     """Absent when the output layer shares the embedding's weight."""
 
+    def present(self, block: Block) -> bool:
+        """Whether a layer of these sizes has the half that this row is of."""
+        return bool(block.num_attention_heads if self.megatron.startswith(_ATTENTION) else block.ffn_hidden_size)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -188,6 +231,8 @@ class Family:
         """Sizes from a config.json in the style of transformers 4 or 5; UserError for what cannot be
         represented.
         """
+        if block_list.KEY in hf_config:
+            return self._from_blocks(hf_config)
         self._check_supported(hf_config)
         values = {name: self._value(hf_config, key) for name, key in self.keys.items()}
         _check_values(values)
@@ -202,8 +247,23 @@ class Family:
         _check_heads(config)
         return config
 
+    def _from_blocks(self, hf_config: Mapping[str, Any]) -> ModelConfig:
+        """A config.json with a list of layers; what is kept of it is the ordinary one of the widest layer."""
+        plain, blocks = block_list.remove(hf_config)
+        config = self.from_hf(plain)
+        if len(blocks) != config.num_layers:
+            raise UserError(
+                f"config.json has {config.num_layers} layers and {len(blocks)} {block_list.KEY}; there is one for each"
+            )
+        return config.with_blocks(blocks)
+
     def to_hf(self, config: ModelConfig) -> dict[str, Any]:
-        """The original config.json with the sizes of ``config``; verbatim when nothing changed."""
+        """The original config.json with the sizes of ``config``; verbatim when nothing changed.
+
+        One whose layers differ has their list, and a ``model_type`` of its own: `block_configs` in ``blocks``.
+        """
+        if config.blocks is not None:
+            return block_list.add(self.to_hf(self.uniform(config)), config.blocks)
         written = copy.deepcopy(config.hf_config)
         original = self.from_hf(config.hf_config)
         if _rotary(original) != _rotary(config):
@@ -226,14 +286,43 @@ class Family:
             )
         return written
 
+    def uniform(self, config: ModelConfig) -> ModelConfig:
+        """The smallest model without ``blocks`` into which every layer of ``config`` fits and that transformers opens.
+
+        Heads that are added fill groups or are groups of their own; ``config`` itself where it is one already.
+        UserError when there is none.
+        """
+        heads, groups = config.num_attention_heads, config.num_query_groups
+        shapes = [
+            (count, count // parts, parts)
+            for count in range(heads, config.hidden_size + 1)
+            if self._opens(config, count)
+            for parts in range(groups, count * groups // heads + 1)
+            if count % parts == 0 and ("num_query_groups" in self.keys or parts == count)
+        ]
+        if not shapes:
+            raise UserError(
+                f"hidden_size {config.hidden_size} has no divisor from {heads} on that could be the number of attention"
+                f" heads of a {self.name} model in transformers: keep fewer heads or a larger hidden size"
+            )
+        count, _, parts = min(shapes)
+        return replace(config, num_attention_heads=count, num_query_groups=parts, blocks=None)
+
+    def _opens(self, config: ModelConfig, heads: int) -> bool:
+        """Whether transformers opens a model of ``config`` with this many heads."""
+        implied = "kv_channels" not in self.keys and heads * config.kv_channels != config.hidden_size
+        return config.hidden_size % heads == 0 and not implied
+
     def weights(self, config: ModelConfig) -> list[WeightMap]:
-        """Every Megatron tensor of the model, in model order."""
+        """Every Megatron tensor of the model, in model order; none for the absent halves of layers."""
         layers = [row for row in self.table if "{layer}" in row.megatron]
         first = self.table.index(layers[0])
         before, after = self.table[:first], [row for row in self.table[first:] if row not in layers]
         after = [row for row in after if not (row.untied_only and config.tie_word_embeddings)]
         places: list[tuple[WeightPattern, int | None]] = [(row, None) for row in before]
-        places += [(row, layer) for layer in range(config.num_layers) for row in layers]
+        places += [
+            (row, layer) for layer in range(config.num_layers) for row in layers if row.present(config.block(layer))
+        ]
         places += [(row, None) for row in after]
         return [_weight_map(row, config, layer, self.conv1d) for row, layer in places]
 
@@ -277,21 +366,21 @@ class Family:
         return value
 
 
-def dimensions(config: ModelConfig) -> dict[str, int]:
-    """Numbers for the symbolic sizes of the tables."""
-    heads_per_group = config.num_attention_heads // config.num_query_groups
+def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
+    """Numbers for the symbolic sizes of the tables, in a layer, or without its number in the widest one."""
+    block = config.block(layer)
     return {
         "one": 1,
         "vocab": config.vocab_size,
         "positions": config.max_position_embeddings,
         "hidden": config.hidden_size,
-        "ffn": config.ffn_hidden_size,
+        "ffn": block.ffn_hidden_size,
         "head": config.kv_channels,
-        "query": config.num_attention_heads * config.kv_channels,
-        "key_value": config.num_query_groups * config.kv_channels,
-        "qkv": (config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels,
-        "group_rows": (heads_per_group + 2) * config.kv_channels,
-        "group_inputs": heads_per_group * config.kv_channels,
+        "query": block.num_attention_heads * config.kv_channels,
+        "key_value": block.num_query_groups * config.kv_channels,
+        "qkv": (block.num_attention_heads + 2 * block.num_query_groups) * config.kv_channels,
+        "group_rows": (block.group_heads + 2) * config.kv_channels,
+        "group_inputs": block.group_heads * config.kv_channels,
     }
 
 
@@ -301,7 +390,7 @@ def rotary_channels(config: ModelConfig) -> int:
 
 
 def _weight_map(row: WeightPattern, config: ModelConfig, layer: int | None, conv1d: bool) -> WeightMap:
-    size = dimensions(config)
+    size = dimensions(config, layer)
     transposed = conv1d and row.prunable
     shapes = tuple(tuple(size[symbol] for symbol in shape) for shape in row.hf.values())
     return WeightMap(
