@@ -1,13 +1,11 @@
 """What a method that learns masks asks for: logits on every linear, a start, optimizer steps, a decision.
 
-`LearningRunner` owns the run folder of such a method: metrics, checkpoints, resume and the final masks. A resumed run
-needs no generator state (noise and data are functions of the step) and may continue in another layout.
+`LearningRunner` is such a method's training session, from the logits' start to the final masks.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,74 +17,49 @@ from torch import Tensor
 
 from megatron_prune.apply.decision import MaskWriter
 from megatron_prune.apply.run_folder import read_run
-from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import gumbel
 from megatron_prune.kernels.philox import gumbel_noise
-from megatron_prune.log import MetricsLog, device_names, say
 from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
-from megatron_prune.model.prunable import LINEARS, LocalLinear, PrunableModel
-from megatron_prune.training.checkpoints import Checkpoints, find_newest, read_about
-from megatron_prune.training.loop import Samples, StepResult, Trainer
+from megatron_prune.model.prunable import LINEARS, LocalLinear
+from megatron_prune.training.checkpoints import find_newest
+from megatron_prune.training.loop import Trainer
+from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
-from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, largest
-from megatron_prune.training.throughput import GIB, flops_per_token, known_peak_tflops, peak_memory, speed
 
 INITIAL_STEP = 2**32 - 1
 """Step number under which a random start is drawn: no training step has it."""
 EULER_GAMMA = 0.5772156649015329
-SHOWN = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "peak_memory_gib")
-"""Metrics of a step on the console; metrics.jsonl and TensorBoard have all."""
-
 MaskSource = Callable[[str], Tensor]
 """Hugging Face weight name -> bool mask `[out, in]`."""
 
 
-class LearningRunner:
+class LearningRunner(TrainingSession):
     """Learns mask logits in `folder`; `prior` and `initial_logits` say where learning starts."""
+
+    trained = "mask_logits"
 
     def __init__(
         self,
-        model: PrunableModel,
-        training: Training,
-        data: Samples,
-        folder: Path,
-        *,
+        *args: Any,
         writer: Callable[[], MaskWriter | None],
-        log: MetricsLog,
         prior: MaskSource | None = None,
         initial_logits: Path | None = None,
-        eval_windows: Tensor | None = None,
-        resume: bool = False,
-        stop: StopRequest | None = None,
-        identity: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
-        """`identity`: plain values that a resumed run must share with the one that wrote its checkpoint."""
-        self.identity = identity or {}
-        self.model = model
-        self.training = training
-        self.data = data
-        self.folder = folder
+        """`args` and `kwargs` are TrainingSession's."""
+        super().__init__(*args, **kwargs)
         self.writer = writer
-        self.log = log
         self.prior = prior
         self.initial_logits = initial_logits
-        self.eval_windows = eval_windows
-        self.resume = resume
-        self.stop = stop or StopRequest()
-        self.checkpoints = Checkpoints(folder, training.keep_checkpoints, training.async_save)
         self.draw: MaskDraw | None = None
         self.microbatches = 1
         self.weights_trained = False
         self.start: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
-        self.flops = flops_per_token(model.config, training.seq_length)
-        self.peak_tflops = training.peak_tflops or known_peak_tflops(device_names()[0], model.config.dtype)
-        self.step_times: list[float] = []
-        """Seconds of the steps since the last line of metrics."""
 
     def learn_masks(self, n: int, m: int, hard: bool, train_weights: bool, per_step: bool = False) -> MaskDraw:
         """Give every prunable linear mask logits and freeze everything else (but the weights, on request).
@@ -141,75 +114,11 @@ class LearningRunner:
 
         trainer = Trainer(self.model, self.training, self.data, multipliers, on_microbatch)
         self.microbatches = trainer.microbatches
-        first = self._resume(trainer) if self.resume else 0
-        self.log.resume_at(first)
-        if first == 0:
-            self._evaluate(trainer, 0)
-        with self.stop, self.log.steps(self.training.train_iters):
-            try:
-                for step in range(first, self.training.train_iters):
-                    self._step(trainer, step, on_step)
-            except UserError:  # all ranks raise it: what is being written is still good
-                self.checkpoints.finish()
-                raise
+        self.take_steps(trainer, on_step)
 
-    def _step(self, trainer: Trainer, step: int, on_step: Callable[[int, int], dict[str, float]]) -> None:
-        steps, done = self.training.train_iters, step + 1
-        values = on_step(step, steps)
-        began = time.perf_counter()
-        result = trainer.step(step)
-        self.step_times.append(time.perf_counter() - began)
-        if done % self.training.log_interval == 0 or done == steps:
-            self._log_step(done, result, values)
-        if done % self.training.eval_interval == 0 or done == steps:
-            self._evaluate(trainer, done)
-        self._save_or_stop(trainer, done)
-
-    def _save_or_stop(self, trainer: Trainer, done: int) -> None:
-        """Save when it is time; Stopped, after saving, when any rank was asked to end before the last step."""
-        last = done == self.training.train_iters
-        reason, busy = largest(self.stop.code(), self.checkpoints.busy())
-        if not busy:
-            self.checkpoints.finish()
-        if reason or last or done % self.training.save_interval == 0:
-            self.log.sync()
-            self.checkpoints.save(self._about(done), {**trainer.state(is_loading=False), "step": done})
-        if reason or last:
-            self.checkpoints.finish()
-        if reason and not last:
-            raise Stopped(f"{REASONS[reason]}: saved after step {done} of {self.training.train_iters}")
-
-    def _about(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: how far it is, and what must be the same when it is resumed."""
-        t = self.training
-        return {
-            "step": step,
-            "samples": step * t.global_batch_size,
-            "seed": t.seed,
-            "seq_length": t.seq_length,
-            "global_batch_size": t.global_batch_size,
-            "micro_batch_size": t.micro_batch_size,
-            "train_iters": t.train_iters,
-            **self.identity,
-        }
-
-    def _log_step(self, done: int, result: StepResult, values: dict[str, float]) -> None:
-        """Write the metrics of a step; times are means over the steps since the last line. Collective."""
-        seconds, count = sum(self.step_times), len(self.step_times)
-        self.step_times = []
-        record = {
-            "step": done,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rates.get("mask_logits", 0.0),
-            "tokens": result.tokens * done,
-            **speed(result.tokens * count, seconds, self.flops, dist.get_world_size(), self.peak_tflops),
-            "step_s": seconds / count,
-            "peak_memory_gib": largest(peak_memory())[0] / GIB,
-            **values,
-            **self._mask_statistics(),
-        }
-        self.log.write(record, SHOWN)
+    def measure(self) -> dict[str, float]:
+        """What has become of the masks."""
+        return self._mask_statistics()
 
     @torch.no_grad()
     def _mask_statistics(self) -> dict[str, float]:
@@ -249,31 +158,18 @@ class LearningRunner:
             position=linear.module.position,
         )["sum_max_probability"]
 
-    def _evaluate(self, trainer: Trainer, done: int) -> None:
-        """Held-out loss with every group's best pattern."""
-        if self.eval_windows is None:
-            return
+    def held_out_loss(self, trainer: Trainer, windows: Tensor) -> float:
+        """With every group's best pattern."""
         assert self.draw is not None
         self.draw.decoded = True
-        loss = trainer.evaluate(self.eval_windows)
+        loss = super().held_out_loss(trainer, windows)
         self.draw.decoded = False
-        self.log.write({"step": done, "eval_loss": loss, "eval_windows": int(self.eval_windows.shape[0])})
+        return loss
 
-    def _resume(self, trainer: Trainer) -> int:
-        """Load the newest good checkpoint of this run; the number of steps it has done, 0 without one."""
-        path = self.checkpoints.newest()
-        if path is None:
-            return 0
-        found = read_about(path)
-        for key, given in self._about(found["step"]).items():
-            if found.get(key) != given:
-                raise UserError(f"--resume: {path} has {key} {found.get(key)} and {given} was given: give the same")
-        state = load_sharded(path, {**trainer.state(is_loading=True), "step": 0})
-        trainer.load_state(state)
+    def resumed(self) -> None:
+        """Changes of masks count from here."""
         for linear in self.model.linears():
             self.last[linear.name] = gumbel.winners(linear.module.mask_logits)
-        say(f"resumed from {path}")
-        return int(state["step"])
 
     def _load_logits(self, run: Path) -> None:
         """Take the mask logits of another run's newest good checkpoint (transfer)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import tee
 from typing import Any, Protocol
 
@@ -58,6 +58,8 @@ class StepResult:
     grad_norm: float
     learning_rates: dict[str, float]
     tokens: int
+    parts: dict[str, float] = field(default_factory=dict)
+    """The losses that `loss` is a weighted sum of, when there are several."""
 
 
 class Trainer:
