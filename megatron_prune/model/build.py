@@ -8,8 +8,11 @@ minus infinity, so the loss is the same in every layout.
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,14 +29,21 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.model import blocks as block_list
 from megatron_prune.model.attention import SDPACoreAttention
+from megatron_prune.model.blocks import Block
 from megatron_prune.model.family import ModelConfig, rotary_channels
 from megatron_prune.model.masked_linear import (
     MaskedColumnParallelLinear,
@@ -53,6 +63,26 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 """Activations by their names in transformers."""
+
+
+@dataclass
+class BlocksTransformerConfig(HeterogeneousTransformerConfig):
+    """Megatron-core's configuration of a model whose layers differ, here in their number of heads too.
+
+    With it megatron-core asks for each layer's own configuration and gives checkpoints a key for each layer.
+    """
+
+    blocks: tuple[Block, ...] = ()
+    """Of the whole model."""
+
+    def get_config_for_layer(self, layer_number: int) -> TransformerConfig:
+        """The same configuration with the sizes of one layer, numbered from 1; those of absent halves stay."""
+        config, block = copy.copy(self), self.blocks[layer_number - 1]
+        if block.num_attention_heads:
+            config.num_attention_heads, config.num_query_groups = block.num_attention_heads, block.num_query_groups
+        if block.ffn_hidden_size:
+            config.ffn_hidden_size = block.ffn_hidden_size
+        return config
 
 
 class RMSNorm(torch.nn.Module):
@@ -121,41 +151,52 @@ def _norm_and_attention(config: TransformerConfig) -> tuple[Any, Any]:
     return norm, attention
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One decoder layer: unfused norms, masked linears, the machine's best attention."""
+def layer_spec(config: TransformerConfig, block: Block) -> ModuleSpec:
+    """One decoder layer: unfused norms, masked linears, the machine's best attention; absent halves are identities."""
+    halves = (_attention_half(config) if block.num_attention_heads else {}) | (
+        _mlp_half(config) if block.ffn_hidden_size else {}
+    )
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**halves))
+
+
+def _attention_half(config: TransformerConfig) -> dict[str, Any]:
     norm, attention = _norm_and_attention(config)
     head_norm = norm if config.qk_layernorm else None
-    fc1 = MaskedGatedLinear if config.gated_linear_unit else MaskedColumnParallelLinear
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=MaskedColumnParallelLinear,
-                    core_attention=attention,
-                    linear_proj=MaskedRowParallelLinear,
-                    q_layernorm=head_norm,
-                    k_layernorm=head_norm,
-                ),
+    return {
+        "input_layernorm": norm,
+        "self_attention": ModuleSpec(
+            module=SelfAttention,
+            params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=MaskedColumnParallelLinear,
+                core_attention=attention,
+                linear_proj=MaskedRowParallelLinear,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=MaskedRowParallelLinear),
-            ),
-            mlp_bda=get_bias_dropout_add,
         ),
-    )
+        "self_attn_bda": get_bias_dropout_add,
+    }
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of one chunk of this pipeline stage, and the final norm."""
+def _mlp_half(config: TransformerConfig) -> dict[str, Any]:
     norm, _ = _norm_and_attention(config)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers_in_chunk(config), layer_norm=norm)
+    fc1 = MaskedGatedLinear if config.gated_linear_unit else MaskedColumnParallelLinear
+    return {
+        "pre_mlp_layernorm": norm,
+        "mlp": ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=MaskedRowParallelLinear)),
+        "mlp_bda": get_bias_dropout_add,
+    }
+
+
+def block_spec(
+    config: ModelConfig, core: TransformerConfig, virtual_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of one chunk of this pipeline stage, and the final norm."""
+    norm, _ = _norm_and_attention(core)
+    first = get_transformer_layer_offset(core, virtual_stage)
+    layers = [layer_spec(core, config.block(number)) for number in range(first, first + layers_in_chunk(core))]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def layers_in_chunk(config: TransformerConfig) -> int:
@@ -167,9 +208,15 @@ def layers_in_chunk(config: TransformerConfig) -> int:
 def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
     """Refuse a layout that the model's shape does not allow, naming both."""
     for what, count, parts, flag in (
-        ("attention heads", config.num_attention_heads, layout.tensor, "tensor-model-parallel-size"),
-        ("query groups", config.num_query_groups, layout.tensor, "tensor-model-parallel-size"),
-        ("ffn channels", config.ffn_hidden_size, layout.tensor, "tensor-model-parallel-size"),
+        *(
+            (f"{what}{where}", count, layout.tensor, "tensor-model-parallel-size")
+            for where, block in _different_blocks(config)
+            for what, count in (
+                ("attention heads", block.num_attention_heads),
+                ("query groups", block.num_query_groups),
+                ("ffn channels", block.ffn_hidden_size),
+            )
+        ),
         ("layers", config.num_layers, layout.pipeline, "pipeline-model-parallel-size"),
         (
             "layers",
@@ -184,6 +231,13 @@ def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
                 f"{flag} {parts} was given and the model has {count} {what}; allowed are the divisors of {count}: "
                 f"{', '.join(map(str, allowed[:12]))}"
             )
+
+
+def _different_blocks(config: ModelConfig) -> list[tuple[str, Block]]:
+    """The sizes that layers have, and words for where the first layer of these sizes is."""
+    if config.blocks is None:
+        return [("", config.block(None))]
+    return [(f" in layer {config.blocks.index(block)}", block) for block in dict.fromkeys(config.blocks)]
 
 
 def transformer_config(
@@ -231,7 +285,11 @@ def transformer_config(
         batch_p2p_comm=layout.virtual_pipeline is None,
         deallocate_pipeline_outputs=backend.has_cuda(),
     )
-    return TransformerConfig(**{**fields, **extra})
+    fields |= extra
+    if config.blocks is None:
+        return TransformerConfig(**fields)
+    listed = json.dumps({block_list.KEY: block_list.to_list(config.blocks)})
+    return BlocksTransformerConfig(**fields, blocks=config.blocks, heterogeneous_layers_config_encoded_json=listed)
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -323,9 +381,10 @@ def build_model(
 def _build_chunk(
     config: ModelConfig, layout: backend.Layout, dtype: torch.dtype, core: TransformerConfig, number: int
 ) -> GPTModel:
+    virtual_stage = number if layout.virtual_pipeline else None
     model = GPTModel(
         config=core,
-        transformer_layer_spec=block_spec(core),
+        transformer_layer_spec=block_spec(config, core, virtual_stage),
         vocab_size=padded_vocab_size(config.vocab_size, layout.tensor),
         max_sequence_length=config.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=number),
@@ -335,7 +394,7 @@ def _build_chunk(
         rotary_percent=config.rotary_percent,
         rotary_base=config.rotary_base,
         parallel_output=True,
-        vp_stage=number if layout.virtual_pipeline else None,
+        vp_stage=virtual_stage,
     )
     if config.position_embedding == "rope":
         model.rotary_pos_emb.inv_freq = inverse_frequencies(config, backend.device())
@@ -346,11 +405,17 @@ def _build_chunk(
     return model.to(backend.device())
 
 
-def whole_layer(config: ModelConfig, dtype: torch.dtype) -> TransformerLayer:
-    """One decoder layer, unsharded on this rank by itself, whatever the model's layout. Collective on first use."""
+def whole_layer(config: ModelConfig, dtype: torch.dtype, layer: int = 0) -> TransformerLayer:
+    """A decoder layer, unsharded on this rank by itself, whatever the model's layout. Collective on first use.
+
+    `layer` matters only where layers differ.
+    """
     core = transformer_config(config, backend.Layout(), dtype)
-    layer = TransformerLayer(core, layer_spec(core).submodules, layer_number=1, pg_collection=backend.alone())
-    return layer.to(backend.device()).eval()
+    spec = layer_spec(core, config.block(layer))
+    if config.blocks is not None:
+        core = core.get_config_for_layer(layer + 1)
+    module = TransformerLayer(core, spec.submodules, layer_number=1, pg_collection=backend.alone())
+    return module.to(backend.device()).eval()
 
 
 def whole_norm(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:

@@ -96,7 +96,9 @@ class PrunableModel:
         for chunk, model in enumerate(self.chunks):
             for number, layer in enumerate(model.decoder.layers, start=self.first_layer(chunk)):
                 for kind, path in enumerate(LINEARS):
-                    map = self.by_name[f"decoder.layers.{number}.{path}.weight"]
+                    map = self.by_name.get(f"decoder.layers.{number}.{path}.weight")
+                    if map is None:  # this half of the layer is absent
+                        continue
                     found.append(LocalLinear(map, layer.get_submodule(path), number, number * len(LINEARS) + kind))
         return found
 
