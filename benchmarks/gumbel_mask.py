@@ -1,13 +1,14 @@
-"""Times the learnable 2:4 mask, forward and backward, against the published formulation spelt out in PyTorch
-(uniform noise to Gumbel, softmax, product with the patterns, product with the weight; gradients by autograd).
-They take turns in one run; the best of the repeats counts. Peak memory of each is read from the operating
-system in a process of its own (Linux). Writes benchmarks/results/gumbel_mask_DTYPE_THREADS_DATE.json.
+"""Times the learnable mask, forward and backward, against the published formulation spelt out in PyTorch (uniform
+noise to Gumbel, softmax, product with the patterns, product with the weight; gradients by autograd). They take turns in
+one run; the best of the repeats counts. Peak memory of each is read from the operating system in a process of its own
+(Linux), above inputs, outputs and the gradient, give or take some 100 KB, so that "none" may read as less. Then the
+same for growing weights and for other patterns. Writes benchmarks/results/gumbel_mask_DATE.json.
 
 With --device cuda: seconds on the GPU between events, queued behind other work so that the time Python takes to launch
 does not count (call_s has it); the bytes that must be read and written; and the share of the bandwidth of a plain copy,
 measured in the same run, at which they go. Writes gumbel_mask_cuda_DTYPE_DATE.json.
 
-    python benchmarks/gumbel_mask.py [--device cuda] [--size 4096] [--repeats 7] [--dtype float32] [--output DIR]
+    python benchmarks/gumbel_mask.py [--device cuda] [--size 4096] [--repeats 5] [--output DIR]
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality import hardware as machine
 from torch import Tensor
 
 from megatron_prune.kernels import compiled
 from megatron_prune.kernels.gumbel import SOURCE, Draw, Position, masked_weight, patterns
 
 SCALE, TEMPERATURE = 100.0, 4.0
-SMOLLM2_135M_GROUPS = 26_542_080
-"""Groups of four in the prunable weights of SmolLM2-135M: 30 layers x 3,538,944 weights / 4."""
 
 
 def published(weight: Tensor, logits: Tensor, table: Tensor) -> Tensor:
     """The formula step by step, as its paper writes it (arXiv 2409.17481, equations 5 to 7)."""
     noise = -torch.log(-torch.log(torch.rand_like(logits)))
     probabilities = torch.softmax((SCALE * logits + noise) / TEMPERATURE, dim=-1)
-    return weight * (probabilities @ table).flatten(1)
+    return weight * (probabilities @ table.to(logits.dtype)).flatten(1).to(weight.dtype)
 
 
 @functools.cache
@@ -54,8 +55,8 @@ def ours(weight: Tensor, logits: Tensor, table: Tensor, implementation: Any = No
     return masked_weight(
         weight,
         logits,
-        n=2,
-        m=4,
+        n=int(table[0].sum()),
+        m=table.shape[1],
         scale=SCALE,
         temperature=TEMPERATURE,
         draw=Draw(1, 2, 3, 4),
@@ -75,22 +76,44 @@ CANDIDATES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def problem(size: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(weight, fp32 logits, pattern table, gradient of the output) of one size x size layer."""
-    torch.manual_seed(0)
-    weight, grad = (torch.randn(size, size).to(device, dtype) for _ in range(2))
-    logits = (0.01 * torch.randn(size, size // 4, 6)).to(device).requires_grad_()
-    return weight, logits, patterns(2, 4).float().to(device), grad
+Problem = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(weight, logits, pattern table, gradient of the output)"""
 
 
-def once(name: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Case:
+    """One size x size layer."""
+
+    size: int
+    weight: str = "bfloat16"
+    logits: str = "float32"
+    n: int = 2
+    m: int = 4
+
+    def make(self, device: str = "cpu") -> Problem:
+        """Its tensors."""
+        torch.manual_seed(0)
+        weight, grad = (torch.randn(self.size, self.size).to(device, getattr(torch, self.weight)) for _ in range(2))
+        table = patterns(self.n, self.m).float().to(device)
+        logits = 0.01 * torch.randn(self.size, self.size // self.m, len(table))
+        return weight, logits.to(device, getattr(torch, self.logits)).requires_grad_(), table, grad
+
+
+DTYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
+"""Of weight and logits."""
+GROWTH = [Case(size) for size in (1024, 2048, 4096, 8192)] + [
+    Case(2304, n=n, m=m) for n, m in ((1, 2), (1, 4), (2, 4), (3, 4), (2, 6), (3, 6), (1, 8), (2, 8), (4, 8))
+]
+
+
+def once(name: str, tensors: Problem) -> dict[str, float]:
     """Seconds of one forward and one backward, by the clock and of processor time over all threads."""
     weight, logits, table, grad = tensors
     logits.grad = None
     start, processor_start = time.perf_counter(), time.process_time()
     output = CANDIDATES[name](weight, logits, table)
     middle = time.perf_counter()
-    output.backward(grad.to(output.dtype))
+    output.backward(grad)
     end, processor_end = time.perf_counter(), time.process_time()
     return {
         "forward_s": middle - start,
@@ -100,39 +123,37 @@ def once(name: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str,
     }
 
 
-def timings(size: int, dtype: torch.dtype, repeats: int) -> dict[str, dict[str, float]]:
+def timings(case: Case, repeats: int, names: Iterable[str] = CANDIDATES) -> dict[str, dict[str, float]]:
     """The smallest of each time of every candidate, taken in turns after one warm-up each."""
-    tensors = problem(size, dtype)
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}
+    tensors = case.make()
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(repeats + 1):
         for name, times in runs.items():
             times.append(once(name, tensors))
     return {name: {key: min(t[key] for t in times[1:]) for key in times[0]} for name, times in runs.items()}
 
 
-def _status(field: str) -> int:
+def process_bytes(field: str) -> int:
     """A field of /proc/self/status in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def extra_memory(name: str, size: int, dtype: torch.dtype) -> int:
+def extra_memory(name: str, case: Case) -> int:
     """Peak bytes above inputs, output and gradient of the logits, of this process (Linux only)."""
-    once(name, problem(64, dtype))
-    weight, logits, table, grad = problem(size, dtype)
+    once(name, replace(case, size=48 * case.m).make())
+    weight, logits, table, grad = case.make()
     Path("/proc/self/clear_refs").write_text("5")  # restarts the peak
-    before = _status("VmRSS")
+    before = process_bytes("VmRSS")
     once(name, (weight, logits, table, grad))
     unavoidable = weight.nbytes + logits.nbytes
-    return _status("VmHWM") - before - unavoidable
+    return process_bytes("VmHWM") - before - unavoidable
 
 
-def measured_memory(size: int, dtype: str) -> dict[str, int]:
-    command = [sys.executable, __file__, "--size", str(size), "--dtype", dtype, "--memory-of"]
+def measured_memory(case: Case) -> dict[str, int]:
+    """Of every candidate, each in a process of its own."""
+    command = [sys.executable, __file__, "--case", json.dumps(asdict(case)), "--memory-of"]
     return {name: int(subprocess.check_output([*command, name], text=True)) for name in CANDIDATES}
-
-
-Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def queued(work: Callable[[], None]) -> None:
@@ -154,7 +175,7 @@ def gpu_once(name: str, tensors: Problem) -> dict[str, float]:
         events[0].record()
         output = CANDIDATES[name](weight, logits, table)
         events[1].record()
-        output.backward(grad.to(output.dtype))
+        output.backward(grad)
         events[2].record()
 
     queued(work)
@@ -215,8 +236,8 @@ def largest_difference(tensors: Problem) -> dict[str, float]:
     return {n: float((a - b).abs().max() / b.abs().max()) for n, a, b in zip(names, *results, strict=True)}
 
 
-def gpu_report(size: int, dtype: str, repeats: int) -> dict[str, Any]:
-    tensors = problem(size, getattr(torch, dtype), "cuda")
+def gpu_report(case: Case, repeats: int) -> dict[str, Any]:
+    tensors = case.make("cuda")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}
     for _ in range(repeats + 1):
         for name, found in runs.items():
@@ -240,7 +261,7 @@ def gpu_report(size: int, dtype: str, repeats: int) -> dict[str, Any]:
             "triton": version("triton"),
             "cuda": torch.version.cuda,
         },
-        "problem": _problem(size, dtype, repeats),
+        "problem": asdict(case) | {"repeats": repeats},
         "times": times,
         "extra_bytes": memory,
         "necessary_bytes": needed,
@@ -253,40 +274,64 @@ def gpu_report(size: int, dtype: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _problem(size: int, dtype: str, repeats: int) -> dict[str, Any]:
-    return {"weight": [size, size], "weight_dtype": dtype, "logits_dtype": "float32", "repeats": repeats}
-
-
-def hardware() -> dict[str, Any]:
-    models = [x for x in compiled.processor().splitlines() if x.startswith("model name")]
-    model = models[0].split(":")[1].strip() if models else platform.machine()
-    load = os.getloadavg()[0]  # other work on the machine; trust times only near or below the number of threads
-    return {"cpu": model, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_before": load}
-
-
-def report(size: int, dtype: str, repeats: int) -> dict[str, Any]:
-    machine = hardware()
-    times = timings(size, getattr(torch, dtype), repeats)
-    memory = measured_memory(size, dtype)
-    base = times["published"]
-    per_group = times["ours"]["total_s"] / (size * size / 4)
+def compare(case: Case, repeats: int) -> dict[str, Any]:
+    """Times and memory of all candidates."""
+    times, memory = timings(case, repeats), measured_memory(case)
     return {
-        "benchmark": "learnable 2:4 mask, forward and backward, noise on",
+        "problem": asdict(case) | {"repeats": repeats},
+        "times": times,
+        "extra_bytes": memory,
+        "speedup_over_published": {n: times["published"]["total_s"] / t["total_s"] for n, t in times.items()},
+        "extra_memory_over_published": {n: m / memory["published"] for n, m in memory.items()},
+    }
+
+
+def grow(case: Case, repeats: int) -> dict[str, Any]:
+    """Times alone, and what a weight takes."""
+    times = timings(case, repeats, ("published", "ours"))
+    return {
+        "problem": asdict(case) | {"repeats": repeats},
+        "patterns": math.comb(case.m, case.n),
+        "times": times,
+        "speedup_over_published": times["published"]["total_s"] / times["ours"]["total_s"],
+        "ours_ns_per_weight": times["ours"]["total_s"] * 1e9 / case.size**2,
+    }
+
+
+def report(size: int, repeats: int) -> dict[str, Any]:
+    """Everything on the CPU."""
+    load = os.getloadavg()[0]
+    cases = [compare(Case(size, weight, logits), repeats) for weight, logits in DTYPES]
+    return {
+        "columns": [
+            "2:4, forward and backward",
+            "published ms",
+            "ours ms",
+            "times faster",
+            "published MiB",
+            "ours MiB",
+        ],
+        "rows": [_row(case) for case in cases],
+        "protocol": f"A {size} x {size} weight; MiB: at the peak, beyond inputs, outputs and the gradient. "
+        f"{torch.get_num_threads()} threads.",
+        "hardware": machine(),
         "date": datetime.date.today().isoformat(),
-        "hardware": machine,
+        "load_before": load,  # other work on the machine; trust times only near or below the number of threads
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "compiler": _compiler(),
         },
-        "problem": _problem(size, dtype, repeats),
-        "times": times,
-        "extra_bytes": memory,
-        "speedup_over_published": {name: base["total_s"] / t["total_s"] for name, t in times.items()},
-        "processor_time_over_published": {name: t["processor_s"] / base["processor_s"] for name, t in times.items()},
-        "extra_memory_over_published": {name: m / memory["published"] for name, m in memory.items()},
-        "smollm2_135m_all_layers_s": per_group * SMOLLM2_135M_GROUPS,
+        "cases": cases,
+        "growth": [grow(case, max(1, repeats // 2)) for case in GROWTH],
     }
+
+
+def _row(found: dict[str, Any]) -> list[Any]:
+    case, times, memory = found["problem"], found["times"], found["extra_bytes"]
+    cells = [f"{case['weight']} weight, {case['logits']} logits"]
+    cells += [times[name]["total_s"] * 1e3 for name in ("published", "ours")]
+    return [*cells, found["speedup_over_published"]["ours"], *(memory[n] / 2**20 for n in ("published", "ours"))]
 
 
 def _compiler() -> str | None:
@@ -300,23 +345,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of the weight, on a GPU")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--memory-of", choices=list(CANDIDATES), help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
-        print(extra_memory(options.memory_of, options.size, getattr(torch, options.dtype)))
+        print(extra_memory(options.memory_of, Case(**options.case)))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda was given and PyTorch sees no GPU")
-    measure, kind = (gpu_report, "cuda_") if options.device == "cuda" else (report, "")
-    result = measure(options.size, options.dtype, options.repeats)
+    if options.device == "cuda":
+        result, name = gpu_report(Case(options.size, options.dtype), options.repeats), f"cuda_{options.dtype}_"
+    else:
+        result, name = report(options.size, options.repeats), ""
     options.output.mkdir(parents=True, exist_ok=True)
-    threads = "" if options.device == "cuda" else f"_threads{torch.get_num_threads()}"
-    path = options.output / f"gumbel_mask_{kind}{options.dtype}{threads}_{result['date']}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    path = options.output / f"gumbel_mask_{name}{result['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
