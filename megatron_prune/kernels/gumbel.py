@@ -145,38 +145,27 @@ def masked_weight(
 
 
 def statistics(
-    logits: Tensor,
-    weight: Tensor,
-    *,
-    n: int,
-    m: int,
-    scale: float,
-    temperature: float,
-    draw: Draw | None,
-    position: Position,
-    hard: bool = False,
-    implementation: Implementation = "auto",
-) -> dict[str, float]:
-    """Sums for logging, arguments as in `masked_weight`; sums over shards add up to those of the whole.
+    logits: Tensor, *, scale: float, temperature: float, implementation: Implementation = "auto"
+) -> tuple[Tensor, float]:
+    """What is logged of the masks as they are without noise, in one pass over the logits [out, groups, patterns].
 
-    sum_max_probability over groups (divide by groups: 1 / patterns undecided, 1 decided), groups, and
-    sum_masked_square, the sum of (weight * mask)^2.
+    The winners, and the sum over groups of their probability (divide by groups: 1 / patterns undecided, 1 decided);
+    sums over shards add up to that of the whole.
     """
-    _check(weight, logits, n, m, temperature, position)
-    chosen = _choose(implementation, weight, logits)
-    call = Call(n, m, scale, temperature, draw.key() if draw else None, position, hard, 0.0, chosen)
-    with torch.no_grad():
-        sums = _functions(chosen).statistics(weight, logits, call)
-    groups = logits.shape[0] * logits.shape[1]
-    return {"sum_max_probability": sums[0], "groups": groups, "sum_masked_square": sums[1]}
+    index, best = _winners(logits, scale / temperature, implementation)
+    return index, float(best)
 
 
 def winners(logits: Tensor, implementation: Implementation = "auto") -> Tensor:
     """Index of the largest logit of each group, the lowest where several are equal: uint8 [out, in / M]."""
+    return _winners(logits, 1.0, implementation)[0]
+
+
+def _winners(logits: Tensor, sharpness: float, implementation: Implementation) -> tuple[Tensor, Tensor]:
     if logits.dim() != 3:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; expected [out, groups, patterns]")
     chosen = _choose(implementation, logits) if logits.is_contiguous() else "eager"
-    return _functions(chosen).winners(logits)
+    return _functions(chosen).winners(logits, sharpness)
 
 
 def decode(logits: Tensor, n: int, m: int) -> Tensor:
@@ -304,19 +293,15 @@ def _eager_backward(
             grad_logits[rows] = grad.to(grad_logits.dtype)
 
 
-def _eager_statistics(weight: Tensor, logits: Tensor, call: Call) -> tuple[float, float]:
-    dtype = _compute_dtype(weight, logits)
-    sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
+def _eager_winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """Winners, and the sum of their noiseless probabilities, softmax(sharpness * logits)."""
+    index = torch.empty(logits.shape[:2], dtype=torch.uint8, device=logits.device)
+    best = torch.zeros((), dtype=torch.float64, device=logits.device)
     for rows in _chunks(logits):
-        probabilities, mask, _ = _eager_masks(logits, rows, call, dtype)
-        masked = weight[rows].to(dtype) * mask.flatten(1)
-        sums[0] += probabilities.amax(dim=-1).sum(dtype=torch.float64)
-        sums[1] += masked.square().sum(dtype=torch.float64)
-    return float(sums[0]), float(sums[1])
-
-
-def _eager_winners(logits: Tensor) -> Tensor:
-    return logits.argmax(dim=-1).to(torch.uint8)
+        z = logits[rows].to(_compute_dtype(logits, logits))
+        index[rows] = z.argmax(dim=-1)
+        best += ((z - z.amax(dim=-1, keepdim=True)) * sharpness).softmax(dim=-1).amax(dim=-1).sum(dtype=torch.float64)
+    return index, best
 
 
 # ---- compiled C ----------------------------------------------------------------------------------------
@@ -397,17 +382,12 @@ def _compiled_backward(
     _run("gumbel_backward", call, logits, weight=weight, **gradients)
 
 
-def _compiled_statistics(weight: Tensor, logits: Tensor, call: Call) -> tuple[float, float]:
-    sums = torch.zeros(2, dtype=torch.float64)
-    _run("gumbel_statistics", call, logits, sums, weight=weight)
-    return float(sums[0]), float(sums[1])
-
-
-def _compiled_winners(logits: Tensor) -> Tensor:
+def _compiled_winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
     index = torch.empty(logits.shape[:2], dtype=torch.uint8)
-    call = Call(1, 1, 1.0, 1.0, None, Position.whole(*logits.shape[:2]), False, 0.0, "cpu")
-    _run("gumbel_winners", call, logits, index)
-    return index
+    best = torch.zeros((), dtype=torch.float64)
+    call = Call(1, 1, sharpness, 1.0, None, Position.whole(*logits.shape[:2]), False, 0.0, "cpu")
+    _run("gumbel_winners", call, logits, index, best)
+    return index, best
 
 
 # ---- Triton --------------------------------------------------------------------------------------------
@@ -438,8 +418,7 @@ class _Functions(NamedTuple):
 
     forward: Callable[[Tensor, Tensor, Call], Tensor]
     backward: Callable[..., None]
-    statistics: Callable[[Tensor, Tensor, Call], tuple[float, float]]
-    winners: Callable[[Tensor], Tensor]
+    winners: Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
 def _functions(implementation: str) -> _Functions:
@@ -447,10 +426,10 @@ def _functions(implementation: str) -> _Functions:
     if implementation == "triton":
         kernels = _triton()
         assert kernels is not None
-        return _Functions(kernels.forward, kernels.backward, kernels.statistics, kernels.winners)
+        return _Functions(kernels.forward, kernels.backward, kernels.winners)
     if implementation == "cpu":
-        return _Functions(_compiled_forward, _compiled_backward, _compiled_statistics, _compiled_winners)
-    return _Functions(_eager_forward, _eager_backward, _eager_statistics, _eager_winners)
+        return _Functions(_compiled_forward, _compiled_backward, _compiled_winners)
+    return _Functions(_eager_forward, _eager_backward, _eager_winners)
 
 
 def _choose(implementation: Implementation, *tensors: Tensor) -> str:

@@ -277,33 +277,21 @@ def backward(
         _store(grad_logits, result, flat, inside, P, P_CHUNK, ADD)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def statistics(
-    logits, row_ids, total, groups, first_group, groups_per_row, key, scale, inverse_temperature,
-    weight, sums,
-    TABLE: tl.constexpr, M: tl.constexpr, P: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
-    NOISE: tl.constexpr, HARD: tl.constexpr, HARDWARE: tl.constexpr,
-    M_LOAD: tl.constexpr, P_LOAD: tl.constexpr, M_CHUNK: tl.constexpr, P_CHUNK: tl.constexpr,
-):  # fmt: skip
-    """sums[program] = (sum of the best probabilities, sum of squares of the masked weight) of its groups."""
-    flat = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
-    inside = flat < total
-    index = _place(row_ids, groups, first_group, groups_per_row, flat, inside)
-    z = _noisy(logits, flat, inside, index, key, scale, P, NOISE, HARDWARE, P_LOAD)
-    _, inverse_sum, _, mask = _masks(z, inverse_temperature, TABLE, M, P, HARD, HARDWARE)
-    square = tl.zeros_like(inverse_sum)
-    w = _load(weight, flat, inside, M, M_LOAD)
-    for i in tl.static_range(M):
-        square += w[i] * mask[i] * w[i] * mask[i]
-    best = tl.where(inside, inverse_sum, 0.0)  # the largest e is exactly 1
-    tl.store(sums + tl.program_id(0) * 2, tl.sum(best, axis=0))
-    tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(square, axis=0))
-
-
 @triton.jit(do_not_specialize=("total",))
-def winners(logits, winners, total, P: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, P_LOAD: tl.constexpr):
-    """winners[g]: pattern with the largest logit."""
+def winners(
+    logits, winners, sums, total, sharpness,
+    P: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, P_LOAD: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
+    """winners[g]: pattern with the largest logit; sums[program]: their probabilities without noise, added up.
+
+    sharpness is scale / temperature.
+    """
     flat = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = flat < total
-    _, winner = _winner(_load(logits, flat, inside, P, P_LOAD), P)
+    z = _load(logits, flat, inside, P, P_LOAD)
+    largest, winner = _winner(z, P)
+    weight = tl.zeros_like(largest)
+    for k in tl.static_range(P):
+        weight += _exp2((z[k] - largest) * (sharpness * 1.4426950408889634), HARDWARE)
+    tl.store(sums + tl.program_id(0), tl.sum(tl.where(inside, 1.0 / weight, 0.0), axis=0))
     tl.store(winners + flat, winner.to(tl.uint8), mask=inside)

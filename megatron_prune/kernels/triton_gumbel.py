@@ -51,19 +51,12 @@ def backward(
     _run(kernels.backward, logits, call, (weight, grad_output, *gradients, call.regularization), **flags)
 
 
-def statistics(weight: Tensor, logits: Tensor, call: Call) -> tuple[float, float]:
-    """Sums over groups of the best probability, and over weights of (weight * mask)^2."""
-    sums = torch.empty(_programs(logits), 2, device=logits.device)
-    _run(kernels.statistics, logits, call, (weight, sums))
-    best, square = sums.double().sum(0).tolist()
-    return best, square
-
-
-def winners(logits: Tensor) -> Tensor:
-    """Index of the largest logit of each group: uint8 [out, groups]."""
+def winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """Index of the largest logit of each group, uint8 [out, groups], and the sum of their probabilities."""
     index = torch.empty(logits.shape[:2], dtype=torch.uint8, device=logits.device)
-    _launch(kernels.winners, logits, (logits, index, index.numel()))
-    return index
+    sums = torch.empty(_programs(logits), device=logits.device)
+    _launch(kernels.winners, logits, (logits, index, sums, index.numel(), sharpness), HARDWARE=on_nvidia())
+    return index, sums.sum(dtype=torch.float64)
 
 
 def _run(kernel: Any, logits: Tensor, call: Call, own: tuple[Any, ...], **flags: bool) -> None:

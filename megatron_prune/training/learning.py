@@ -125,11 +125,13 @@ class LearningRunner(TrainingSession):
         """Over all groups, and over those of each kind of linear: mean best probability, share whose best pattern has
         changed since the last look and, over all, since the start. Collective.
         """
+        draw = self.draw
+        assert draw is not None
         sums = torch.zeros(len(LINEARS), 4, dtype=torch.float64, device=backend.device())
         for linear in self.model.linears():
-            now = gumbel.winners(linear.module.mask_logits)
-            changed, moved = (int((now != before[linear.name]).sum()) for before in (self.last, self.start))
-            values = (self._sum_of_best(linear), changed, moved, now.numel())
+            now, best = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
+            changed, moved = (int((now != before[linear.name]).count_nonzero()) for before in (self.last, self.start))
+            values = (best, changed, moved, now.numel())
             sums[linear.tensor_id % len(LINEARS)] += torch.tensor(values, dtype=sums.dtype, device=sums.device)
             self.last[linear.name] = now
         dist.all_reduce(sums)
@@ -143,20 +145,6 @@ class LearningRunner(TrainingSession):
             kind = path.split(".")[-1]
             record |= {f"max_probability/{kind}": best / count, f"changed_fraction/{kind}": changed / count}
         return record
-
-    def _sum_of_best(self, linear: LocalLinear) -> float:
-        """Sum over a linear's groups of the noiseless probability of the best pattern."""
-        assert self.draw is not None and linear.module.position is not None
-        return gumbel.statistics(
-            linear.module.mask_logits,
-            linear.module.weight,
-            n=self.draw.n,
-            m=self.draw.m,
-            scale=self.draw.scale,
-            temperature=self.draw.temperature,
-            draw=None,
-            position=linear.module.position,
-        )["sum_max_probability"]
 
     def held_out_loss(self, trainer: Trainer, windows: Tensor) -> float:
         """With every group's best pattern."""
@@ -207,7 +195,7 @@ class LearningRunner(TrainingSession):
                 mask = self.model.gather(map, None if local is None else local.to(torch.uint8)).bool()
                 kept, size = kept + int(mask.sum()), size + mask.numel()
                 masks.update(zip(map.hf, convert.split(map, mask, self.model.config), strict=True))
-            if writer is not None:
+            if writer is not None and masks:
                 writer.add_layer(layer, masks)
         if writer is not None:
             writer.close()

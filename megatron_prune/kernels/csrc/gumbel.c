@@ -351,32 +351,22 @@ void gumbel_backward(const Arguments *a) {
     }
 }
 
-/* sums[0]: probability of each group's likeliest pattern; sums[1]: squares of the masked weight. */
-void gumbel_statistics(const Arguments *a, double *sums) {
-    double probability = 0, square = 0;
-    FOR_TILES("omp parallel for schedule(static) num_threads(a->threads) reduction(+ : probability, square)") {
+/* winners[g]: pattern with the largest logit, the lowest where several are equal; *sum: their probabilities, without
+ * noise, added up. */
+void gumbel_winners(const Arguments *a, uint8_t *winners, double *sum) {
+    float sharpness = a->scale * a->inverse_temperature;
+    double probability = 0;
+    FOR_TILES("omp parallel for schedule(static) num_threads(a->threads) reduction(+ : probability)") {
         TILE_RANGE;
         Tile s;
-        compute_mask(a, first, count, &s);
-        for (int t = 0; t < count; t++) probability += s.inverse_sum[t]; /* the largest e is exactly 1 */
-        for (int j = 0; j < a->m; j++)
-            for (int t = 0; t < count; t++) {
-                double y = s.weight[j][t] * s.mask[j][t];
-                square += y * y;
-            }
-    }
-    sums[0] = probability;
-    sums[1] = square;
-}
-
-/* winners[g]: pattern with the largest logit, the lowest where several are equal. */
-void gumbel_winners(const Arguments *a, uint8_t *winners) {
-    FOR_TILES("omp parallel for schedule(dynamic, 32) num_threads(a->threads)") {
-        TILE_RANGE;
-        Tile s;
-        float largest[TILE];
+        float largest[TILE], total[TILE] = {0};
         load_tile(s.e, a->logits, a->logits_bf16, first, count, a->patterns);
         find_winner(a, &s, largest);
-        for (int t = 0; t < count; t++) winners[first + t] = (uint8_t)s.winner[t];
+        for (int k = 0; k < a->patterns; k++) LANES total[t] += fast_exp((s.e[k][t] - largest[t]) * sharpness);
+        for (int t = 0; t < count; t++) {
+            winners[first + t] = (uint8_t)s.winner[t];
+            probability += 1.0f / total[t];
+        }
     }
+    *sum = probability;
 }
