@@ -24,6 +24,7 @@ from megatron_prune.apply.decision import prunable_shapes
 from megatron_prune.config import BenchConfig
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.verify import projections
+from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.log import device_names, environment, progress, say
 from megatron_prune.methods.target import NM
@@ -114,12 +115,11 @@ def _open(config: BenchConfig) -> HFReader:
 
 
 def _load(config: BenchConfig, reader: HFReader) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     dtype = getattr(torch, config.dtype or reader.model_config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(reader.directory, dtype=dtype)
+    model = in_transformers(reader, dtype)
     return torch.nn.Module.to(model, backend.device()).eval().requires_grad_(False)
 
 

@@ -238,6 +238,11 @@ class ExportConfig(Options):
     input: Path = option(REQUIRED, "Megatron checkpoint (hf) or run folder (mask-npz)")
     output: Path = option(REQUIRED, "directory (hf) or file (mask-npz) to write; must not exist")
     format: Literal["hf", "mask-npz"] = option("hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight")
+    layers: Literal["padded", "custom", "blocks"] | None = option(
+        None,
+        "form of a model whose layers differ: padded with zeros (left out: this), custom: with a modelling file that "
+        "the reader must trust, blocks: sizes in config.json, without code",
+    )
     parallelism: Parallelism = group(Parallelism)
 
 

@@ -19,6 +19,7 @@ from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.dataset import EvaluationText, evaluation_windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
+from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.checkpoint import load_model
@@ -79,8 +80,6 @@ def _check_length(window: int, longest: int) -> None:
 
 
 def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-
     if backend.world_size() > 1:
         raise UserError(
             f"{config.input} is a Hugging Face model and {backend.world_size()} processes were started: use one "
@@ -90,7 +89,7 @@ def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
     text = _text(config, reader.directory, reader.model_config.vocab_size)
     _check_length(config.window, reader.model_config.max_position_embeddings)
     dtype = config.dtype or reader.model_config.dtype
-    model = AutoModelForCausalLM.from_pretrained(reader.directory, dtype=DTYPES.get(dtype, torch.float16))
+    model = in_transformers(reader, DTYPES.get(dtype, torch.float16))
     torch.nn.Module.to(model, backend.device()).eval()
     loss, tokens = 0.0, 0
     for batch in text.tokens.split(config.micro_batch_size):

@@ -7,10 +7,15 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from megatron_prune.apply.decision import Masks
 from megatron_prune.apply.run_folder import decision_of
 from megatron_prune.config import ExportConfig
+from megatron_prune.export.forms import costs, form_of
 from megatron_prune.export.huggingface import write_hf
 from megatron_prune.export.mask_file import save_mask_npz
+from megatron_prune.export.padding import padded
 from megatron_prune.files import refuse_existing
+from megatron_prune.log import say
 from megatron_prune.model.checkpoint import load_model
+from megatron_prune.model.description import read_description
+from megatron_prune.model.families import check_exportable, get_family
 from megatron_prune.model.import_hf import layout_of
 
 
@@ -21,12 +26,20 @@ def run(config: ExportConfig) -> None:
         if backend.rank() == 0:
             save_mask_npz(config.output, Masks.load(decision_of(config.input)))
         return
+    stored = read_description(config.input).config
+    form = form_of(stored, config.layers)
+    written = get_family(stored.family).uniform(stored) if form == "padded" else stored
+    check_exportable(written)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = load_model(config.input, layout)
         weights = model.hf_weights()
+        if form == "padded":
+            weights = padded(stored, weights)
         if backend.rank() == 0:
-            write_hf(config.output, model.config, weights, config.input / "tokenizer")
+            write_hf(config.output, written, weights, config.input / "tokenizer", with_code=form == "custom")
+            for line in costs(stored, form) if form else []:
+                say(line)
         else:
             for _ in weights:  # every rank takes part in gathering each tensor
                 pass

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.export.forms import auto_map, code_file
 from megatron_prune.files import PARTIAL, refuse_existing, sync
 from megatron_prune.model.convert import tokenizer_files
 from megatron_prune.model.families import ModelConfig, get_family
@@ -35,12 +36,14 @@ def write_hf(
     weights: Iterator[tuple[str, Tensor]],
     tokenizer_dir: Path | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
+    with_code: bool = False,
 ) -> None:
     """Write the model to ``directory``, which must not exist and appears only when complete.
 
     ``weights``: Hugging Face name and tensor, each of the model's exactly once, in any order, on any device;
     dtypes are kept, -0.0 becomes +0.0, an output layer tied to the embedding is left out. Tokenizer, chat
-    template and generation config files are copied from ``tokenizer_dir``. One process writes.
+    template and generation config files are copied from ``tokenizer_dir``. ``with_code``: the modelling file that
+    transformers needs for layers that differ is written too. One process writes.
     """
     refuse_existing(directory, "export")
     if tokenizer_dir is not None and not tokenizer_dir.is_dir():
@@ -50,7 +53,12 @@ def write_hf(
     partial.mkdir(parents=True)
     try:
         _write_weights(partial, config, weights, max_shard_bytes)
-        _write_json(partial / "config.json", get_family(config.family).to_hf(config))
+        hf_config = get_family(config.family).to_hf(config)
+        if with_code:
+            name, code = code_file(config)
+            (partial / name).write_text(code, encoding="utf-8")
+            hf_config["auto_map"] = auto_map(config)
+        _write_json(partial / "config.json", hf_config)
         for file in tokenizer_files(tokenizer_dir) if tokenizer_dir is not None else []:
             shutil.copyfile(file, partial / file.name)
         sync(partial)

@@ -497,5 +497,5 @@ def _check_loadable(config: ModelConfig) -> None:
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"hidden_size {config.hidden_size} is not a multiple of the {config.num_attention_heads} "
-            "attention heads; transformers opens no such model: choose a multiple"
+            "attention heads; transformers opens no such model: choose a multiple, or export with --layers padded"
         )

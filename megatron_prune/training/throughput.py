@@ -7,8 +7,9 @@ arXiv:2204.02311: 6 N + 12 L H Q T), a multiply-add being 2:
                                               weights: the gradient of mask * weight, from which that of the mask logits
                                               follows; needed with frozen weights as with trained ones
     output layer, frozen      4 vocab hidden  no gradient of its weight; the embedding is a look-up
-    attention                 12 L q k        q query channels, k = sequence length (or the sliding window): scores and
-                                              values, all pairs, whether or not a kernel leaves out the masked half
+    attention                 12 L q k        L q query channels of all layers, k = sequence length (or the sliding
+                                              window): scores and values, all pairs, whether or not a kernel leaves out
+                                              the masked half
 
 Not counted: what is linear in the width (norms, activations, drawing the masks) and what recomputation does again. So
 FLOPs per second divided by the device's peak is the model FLOP utilisation (MFU) of that appendix.
@@ -46,7 +47,7 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     """Forward and backward FLOPs of one token of a window when masks are learned: see above."""
     linears = sum(math.prod(map.shape) for map in get_family(model.family).weights(model) if map.prunable)
     seen = min(seq_length, model.sliding_window or seq_length)
-    attention = model.num_layers * dimensions(model)["query"] * seen
+    attention = sum(dimensions(model, layer)["query"] for layer in range(model.num_layers)) * seen
     return 6 * linears + 4 * model.vocab_size * model.hidden_size + 12 * attention
 
 

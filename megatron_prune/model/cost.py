@@ -1,0 +1,31 @@
+"""What a model of given sizes costs, exactly, from the family's table: nothing is loaded or run."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_prune.model.families import ModelConfig, dimensions, get_family
+
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def parameters(config: ModelConfig) -> int:
+    """Weights, biases and gains; a tied output layer counts once."""
+    return sum(math.prod(map.shape) for map in get_family(config.family).weights(config))
+
+
+def kv_cache_bytes(config: ModelConfig) -> int:
+    """Bytes that a token adds to the key and value cache of all layers, in the model's own type."""
+    return 2 * _over_layers(config, "key_value") * BYTES[config.dtype]
+
+
+def forward_flops(config: ModelConfig, context: int) -> int:
+    """FLOPs of one token that sees `context` tokens, a multiply-add being 2: linear layers, output layer, attention."""
+    linears = sum(math.prod(map.shape) for map in get_family(config.family).weights(config) if map.prunable)
+    attention = 2 * _over_layers(config, "query") * min(context, config.sliding_window or context)
+    return 2 * (linears + config.vocab_size * config.hidden_size + attention)
+
+
+def _over_layers(config: ModelConfig, symbol: str) -> int:
+    """Sum of a size over the layers."""
+    return sum(dimensions(config, layer)[symbol] for layer in range(config.num_layers))
