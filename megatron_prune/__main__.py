@@ -46,6 +46,9 @@ VERBS = {
         config.PruneConfig, "megatron_prune.prune:run", "decide which weights stay, by a method from a paper"
     ),
     "plan": Verb(config.PlanConfig, "megatron_prune.plan:run", "memory that learning masks will take on each GPU"),
+    "train": Verb(
+        config.TrainConfig, "megatron_prune.train:run", "recover a pruned model: text, a teacher, LoRA; zeros stay"
+    ),
     "trim": Verb(config.TrimConfig, "megatron_prune.apply.trim:run", "apply a decision: a checkpoint with true zeros"),
     "export": Verb(
         config.ExportConfig,

@@ -223,10 +223,81 @@ class PlanConfig(PruneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Losses(Options):
+    """What is learned from the text and from a teacher"""
+
+    teacher: Path | None = option(
+        None, "model to learn from, usually the unpruned one: Megatron checkpoint, run or Hugging Face directory"
+    )
+    teacher_dtype: Dtype | None = option(None, "type of the teacher's weights; left out: its own")
+    lm_weight: float | None = option(None, "weight of the next-token loss; left out: 1, with a teacher 0", at_least=0)
+    distillation_weight: float | None = option(
+        None, "weight of T^2 KL(teacher || student) of the next token; left out: 1 with a teacher", at_least=0
+    )
+    distillation_temperature: float = option(1.0, "T: both models' logits are divided by it", above=0)
+    hidden_weight: float = option(
+        0.0, "weight of the distance between the outputs of layers at the same depth, their mean", at_least=0
+    )
+    hidden_loss: Literal["cosine", "mse"] = option("cosine", "that distance: 1 - cosine, or squared per channel")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is None and (self.distillation_weight or self.hidden_weight):
+            raise UserError("--distillation-weight or --hidden-weight: given without --teacher; give --teacher MODEL")
+        if not (self.lm or self.distillation or self.hidden_weight):
+            raise UserError("all weights of losses are 0: give --lm-weight, --distillation-weight or --hidden-weight")
+
+    @property
+    def lm(self) -> float:
+        """`lm_weight`, or what follows from the teacher."""
+        return self.lm_weight if self.lm_weight is not None else float(self.teacher is None)
+
+    @property
+    def distillation(self) -> float:
+        """`distillation_weight`, or what follows from the teacher."""
+        return self.distillation_weight if self.distillation_weight is not None else float(self.teacher is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Options):
+    """Low-rank adapters, merged into the weights at the end"""
+
+    rank: int = option(0, "rank of the adapters; 0 = none, all weights are trained", at_least=0, key="lora_rank")
+    alpha: float = option(16.0, "their change of a weight is alpha / rank * B A", above=0, key="lora_alpha")
+    dropout: float = option(
+        0.0,
+        "share of an adapter's input channels left out, drawn anew each step",
+        at_least=0,
+        below=1,
+        key="lora_dropout",
+    )
+    targets: tuple[str, ...] = option(
+        ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+        "linears that get one, by Megatron's names or Hugging Face's (q_proj k_proj v_proj ...)",
+        key="lora_targets",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Options):
+    """A pruned model -> the same model with better weights: recovery, distillation, continued pretraining"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint, run folder or Hugging Face directory")
+    output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
+    keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
+    resume: bool = option(False, "go on from the last checkpoint in --output")
+    restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
+    losses: Losses = group(Losses)
+    lora: LoRA = group(LoRA)
+    training: Training = group(Training)
+    parallelism: Parallelism = group(Parallelism)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrimConfig(Options):
     """A pruning run -> a released checkpoint: removed weights zero, training state gone"""
 
-    input: Path = option(REQUIRED, "run folder of `prune`")
+    input: Path = option(REQUIRED, "run folder of `prune` or `train`")
     output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
     parallelism: Parallelism = group(Parallelism)
 

@@ -43,7 +43,7 @@ def _checkpoint(path: Path) -> None:
 
 def _run(path: Path) -> None:
     about = run_folder.read_run(path)
-    say(f"{path}: {about.method} {about.target} run of {about.input}, {about.state}")
+    say(f"{path}: {about.kind} run of {about.input}, {about.state}")
     latest = path / "checkpoints" / "latest.json"
     if latest.is_file():
         say(f"  newest checkpoint: step {read_json(latest, 'a run')['step']}")

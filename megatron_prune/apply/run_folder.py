@@ -3,8 +3,8 @@
 run.json           what was asked: checkpoint, method, target; `state` is "learning" until the decision is there
 config.yaml        the merged configuration; environment.json versions and hardware
 decision/          the masks
-weights/           a Megatron checkpoint with the weights a method compensated (only where it did)
-checkpoints/       resumable state of methods that learn; metrics.jsonl and TensorBoard events beside it
+weights/           a Megatron checkpoint: the weights, where a method compensated them or `train` trained them
+checkpoints/       resumable state of what is trained; metrics.jsonl and TensorBoard events beside it
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import read_json, write_json
 
 DESCRIPTION = "run.json"
+TRAINED = "trained"
+FINISHED = ("decided", TRAINED)
+"""States of a run that nothing is left to do for."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,20 @@ class RunDescription:
     """What a run folder says about itself."""
 
     input: str
-    """The model that was pruned."""
+    """The model that was pruned or trained."""
     method: str
-    target: str
+    """A pruning method, or `train`."""
+    target: str | None
+    """None: trained without one."""
     state: str
-    """`learning` or `decided`."""
+    """`learning` or `decided`; of recovery training `training` or `trained`."""
     launch: str | None = None
     """The launch that began or finished the run, as `backend.launch` names it."""
+
+    @property
+    def kind(self) -> str:
+        """What was done, in words."""
+        return " ".join(filter(None, (self.method, self.target)))
 
 
 def write_run(folder: Path, description: RunDescription) -> None:
@@ -49,6 +59,8 @@ def decision_of(folder: Path) -> Path:
     if (folder / "decision.json").is_file():
         return folder
     description = read_run(folder)
+    if description.method == "train":
+        raise UserError(f"run {folder} has trained weights and decided nothing: give {folder / 'weights'}")
     if description.state != "decided":
         raise UserError(
             f"run {folder} has no decision yet (its {description.method} run has not finished): finish it with "
@@ -58,6 +70,8 @@ def decision_of(folder: Path) -> Path:
 
 
 def weights_of(folder: Path) -> Path:
-    """The model whose weights a run's masks apply to."""
+    """The model whose weights a run's masks apply to, or that it has trained; UserError while it trains."""
     weights = folder / "weights"
+    if read_run(folder).state == "training":
+        raise UserError(f"run {folder} has not finished training: finish it with train --resume")
     return weights if weights.is_dir() else Path(read_run(folder).input)

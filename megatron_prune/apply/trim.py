@@ -29,7 +29,10 @@ def apply_masks(model: PrunableModel, masks: Masks) -> None:
 
 
 def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> tuple[PrunableModel, ModelSource]:
-    """The model of a run with its decision applied, and where its weights come from. Collective."""
+    """The model of a run with its decision applied, or trained, and where its weights come from. Collective."""
+    if read_run(run).method == "train":
+        weights = open_model(weights_of(run))
+        return weights.load(layout, dtype), weights
     decision = decision_of(run)
     weights = open_model(weights_of(run))
     model = weights.load(layout, dtype)
@@ -48,5 +51,7 @@ def run(config: TrimConfig) -> None:
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model, weights = load_pruned(config.input, layout)
-        history = {**weights.history, "method": about.method, "target": about.target}
+        history = weights.history
+        if about.method != "train":
+            history = {**history, "method": about.method, "target": about.target}
         save_model(config.output, model, history, weights.tokenizer_files)

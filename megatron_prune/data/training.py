@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -51,6 +52,13 @@ def held_out_windows(t: Training, tokenizer: PreTrainedTokenizerBase, vocab_size
     else:
         return None
     return BlendWindows(held_out, HELD_OUT, t.eval_windows, t.seq_length, 0, vocab_size, _cache(t))
+
+
+def first_windows(windows: Windows | None, count: int) -> Tensor | None:
+    """The first `count` windows without their last token, `[n, seq_length]`, fewer when the text has fewer."""
+    if windows is None:
+        return None
+    return torch.stack([windows.sample(i)[:-1] for i in range(min(count, windows.num_windows))])
 
 
 def _blend(t: Training) -> Blend | None:

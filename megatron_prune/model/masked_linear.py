@@ -11,6 +11,7 @@ like the weight they belong to:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,12 @@ class MaskedLinear(torch.nn.Module):
     weight: torch.nn.Parameter
     tp_group: Any
 
+    changed_weight: Callable[[Tensor], Tensor] | None = None
+    """Makes a forward pass's weight from the stored one (adapters of `training.lora`)."""
+    lora_a: torch.nn.Parameter
+    lora_b: torch.nn.Parameter
+    extra_axes: dict[str, int] = {}
+    """Axis that tensor parallelism splits, by name of such a parameter; others are replicated."""
     mask_draw: MaskDraw | None = None
     position: Position | None = None
     tensor_id: int = -1
@@ -91,6 +98,8 @@ class MaskedLinear(torch.nn.Module):
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.mask_draw is not None:
             weight = self._masked(weight, self.mask_draw)
+        elif self.changed_weight is not None:
+            weight = self.changed_weight(weight)
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
     def _masked(self, weight: Tensor, draw: MaskDraw) -> Tensor:
@@ -113,7 +122,7 @@ class MaskedLinear(torch.nn.Module):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Weight and mask logits split along the same axis, so that any layout loads what another saved."""
-        axes = {"weight": self.shard_axis, "mask_logits": self.shard_axis}
+        axes = {"weight": self.shard_axis, "mask_logits": self.shard_axis, **self.extra_axes}
         if self.shard_axis == 0:
             axes["bias"] = 0
         return make_sharded_tensors_for_checkpoint(
@@ -135,17 +144,17 @@ class MaskedColumnParallelLinear(MaskedLinear, ColumnParallelLinear):
 class MaskedGatedLinear(MaskedColumnParallelLinear):
     """`linear_fc1` of a gated MLP: this rank's rows are `[gate_r; up_r]`, not a contiguous slice of `[gate; up]`.
 
-    MLP.sharded_state_dict knows that only for the weight; without the same treatment mask logits saved under one
-    tensor-parallel size load permuted, and silently, under another.
+    MLP.sharded_state_dict knows that only for the weight; without the same treatment mask logits and adapters saved
+    under one tensor-parallel size load permuted, and silently, under another.
     """
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """As the base class, with the mask logits split into their gate and up halves."""
+        """As the base class, with what is split like the weight in gate and up halves."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        key = f"{prefix}mask_logits"
-        if key in state:
-            single = (metadata or {}).get("singleton_local_shards", False)
-            state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets, single)
+        single = (metadata or {}).get("singleton_local_shards", False)
+        for key in (f"{prefix}{name}" for name in ("mask_logits", *self.extra_axes)):
+            if key in state:
+                state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets, single)
         return state
 
 

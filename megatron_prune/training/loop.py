@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import tee
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.model import context
-from megatron_prune.model.forward import window_losses
+from megatron_prune.model.forward import sequence_parts, window_losses
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.training.state import load_training_state, training_state, use_fused_kernel
 
@@ -62,11 +62,56 @@ class StepResult:
     """The losses that `loss` is a weighted sum of, when there are several."""
 
 
+RECOMPUTE: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+"""Megatron-core's settings for recomputing every layer in the backward pass."""
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Output of the last pipeline stage -> what is differentiated, and the losses to log, by name."""
+
+
+class MicroBatch(NamedTuple):
+    """This rank's part of a micro-batch's sequences, int64 `[b, s / cp]` each."""
+
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+
+
+def micro_batch(windows: Tensor) -> MicroBatch:
+    """Inputs and labels from windows `[b, s + 1]`."""
+    tokens, labels = context.part(windows[:, :-1]).contiguous(), context.part(windows[:, 1:]).contiguous()
+    positions = context.part(torch.arange(windows.shape[1] - 1, device=windows.device).expand(len(windows), -1))
+    return MicroBatch(tokens, positions, labels)
+
+
+class NextToken:
+    """What training lowers: the mean next-token loss. Subclasses add other losses."""
+
+    names: tuple[str, ...] = ("loss",)
+    """The losses that are logged."""
+
+    def begin(self, batches: Iterator[Tensor], count: int) -> None:
+        """Called before the `count` micro-batches of a step, windows `[b, s + 1]`, go through the pipeline."""
+
+    def forward(self, model: Any, windows: Tensor) -> tuple[Tensor, LossFunction]:
+        """One micro-batch through this rank's chunk of the model."""
+        tokens, positions, labels = micro_batch(windows)
+        return model(tokens, positions, None, labels=labels), _mean
+
+    def elsewhere(self) -> dict[str, float]:
+        """Sums over the step's micro-batches of losses that are not the last stage's; their sum over ranks counts."""
+        return {}
+
+    def total(self, losses: dict[str, float]) -> float:
+        """The loss from its parts."""
+        return losses["loss"]
+
+
 class Trainer:
     """Trains the parameters of a model that require gradients.
 
     `multipliers` gives parameters whose name matches a pattern a multiple of the base learning rate.
-    `on_microbatch(step, number)` is called before each forward pass with the micro-batch's global number in its step.
+    `on_microbatch(step, number)` is called before each forward pass with the micro-batch's global number in its step,
+    `before_update` between the last backward pass of a step and the optimizer.
     """
 
     def __init__(
@@ -76,11 +121,15 @@ class Trainer:
         data: Samples,
         multipliers: dict[str, float] | None = None,
         on_microbatch: Callable[[int, int], None] = lambda step, number: None,
+        objective: NextToken | None = None,
+        before_update: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.training = training
         self.data = data
         self.on_microbatch = on_microbatch
+        self.objective = objective or NextToken()
+        self.before_update = before_update
         self.replicas = parallel_state.get_data_parallel_world_size()
         self.replica = parallel_state.get_data_parallel_rank()
         self.microbatches = training.num_microbatches(self.replicas)
@@ -154,13 +203,15 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         rates = self._learning_rates()
-        losses = self._pass(self._batches(step), step)
-        loss = self._mean_loss(losses)
+        self.objective.begin(self._batches(step), self.microbatches)
+        parts = self._mean_losses(self._pass(self._batches(step), step))
+        loss = self.objective.total(parts)
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of step {step} is {loss}; nothing was updated and the last checkpoint is kept: lower the "
                 "learning rate, or resume from that checkpoint with other settings"
             )
+        self.before_update()
         ok, grad_norm, _zeros = self.optimizer.step()
         if not ok or not math.isfinite(float(grad_norm or 0.0)):
             raise UserError(
@@ -168,7 +219,7 @@ class Trainer:
             )
         self.scheduler.step(increment=1)
         tokens = self.training.global_batch_size * self.training.seq_length
-        return StepResult(loss, float(grad_norm or 0.0), rates, tokens)
+        return StepResult(loss, float(grad_norm or 0.0), rates, tokens, parts)
 
     def _learning_rates(self) -> dict[str, float]:
         groups = self.optimizer.param_groups
@@ -190,12 +241,10 @@ class Trainer:
     def _pass(self, batches: Iterator[Tensor], step: int) -> list[dict[str, Tensor]]:
         """A step's micro-batches forward and backward through the pipeline; losses on the last stage only."""
 
-        def forward_step(batches: Iterator[tuple[int, Tensor]], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        def forward_step(batches: Iterator[tuple[int, Tensor]], model: Any) -> tuple[Tensor, LossFunction]:
             number, batch = next(batches)
             self.on_microbatch(step, number * self.replicas + self.replica)
-            tokens, labels = context.part(batch[:, :-1]).contiguous(), context.part(batch[:, 1:]).contiguous()
-            positions = context.part(torch.arange(batch.shape[1] - 1, device=batch.device).expand(len(batch), -1))
-            return model(tokens, positions, None, labels=labels), _mean
+            return self.objective.forward(model, batch)
 
         iterators = [enumerate(each) for each in tee(batches, len(self.chunks))]
         return get_forward_backward_func()(
@@ -208,14 +257,18 @@ class Trainer:
             forward_only=False,
         )
 
-    def _mean_loss(self, losses: list[dict[str, Tensor]]) -> float:
-        """The global batch's mean loss on every rank."""
-        total = torch.zeros(2, dtype=torch.float64, device=backend.device())
+    def _mean_losses(self, losses: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The global batch's mean losses on every rank."""
+        names, sums = self.objective.names, self.objective.elsewhere()
+        count = 0
         if parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0:
-            total[0] = sum(float(x["loss"]) for x in losses)
-            total[1] = len(losses)
+            sums |= {name: sum(float(x[name]) for x in losses) for name in names if name not in sums}
+            count = len(losses)
+        values = [*(sums.get(name, 0.0) for name in names), count]
+        total = torch.tensor(values, dtype=torch.float64, device=backend.device())
         dist.all_reduce(total)
-        return float(total[0] / total[1])
+        *means, _ones = (total / total[-1]).tolist()
+        return dict(zip(names, means, strict=True))
 
     def state(self, is_loading: bool) -> dict[str, Any]:
         """The sharded state dict of what is trained: trainable parameters, optimizer and schedule."""
@@ -224,6 +277,17 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state(is_loading=True)` described and a checkpoint filled."""
         load_training_state(self.model.chunks, self.optimizer, self.scheduler, state)
+
+
+def check_learning(training: Training, layout: backend.Layout) -> None:
+    """Refuse what cannot be trained, before anything is loaded."""
+    parts = sequence_parts(layout)
+    if training.seq_length % parts:
+        raise UserError(
+            f"--seq-length {training.seq_length} was given; with this layout it must be a multiple of {parts} "
+            "(2 x --context-parallel-size above 1, times --tensor-model-parallel-size with --sequence-parallel)"
+        )
+    check_interleaving(layout, training.num_microbatches(layout.data))
 
 
 def check_interleaving(layout: backend.Layout, microbatches: int) -> None:
@@ -250,10 +314,14 @@ def _let_gradients_reach_frozen_layers(model: Any) -> None:
         model.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
 
 
-def _mean(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a micro-batch from per-token losses `[b, s]` of this rank's part of the sequence.
-
-    The schedule multiplies the first value by the number of parts, and divides it in place.
+def mean_part(losses: Tensor) -> Tensor:
+    """Mean of this rank's per-token losses, as the schedule wants it: it multiplies by the number of parts of a
+    sequence, and divides in place.
     """
-    loss = output.float().mean()
-    return loss / context.size(), {"loss": loss.detach().clone()}
+    return losses.float().mean() / context.size()
+
+
+def _mean(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a micro-batch from per-token losses `[b, s]` of this rank's part of the sequence."""
+    loss = mean_part(output)
+    return loss, {"loss": loss.detach() * context.size()}

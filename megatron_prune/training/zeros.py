@@ -1,0 +1,58 @@
+"""Pruned weights stay zero while the others train.
+
+A gradient of exactly zero never moves a weight: Adam's means stay zero, and so do the float32 master and the bf16 copy
+that is made from it. So gradients of pruned weights are cleared before each optimizer step, in one place for every kind
+of optimizer; the norm that clipping looks at is then that of the weights that can move.
+"""
+
+from __future__ import annotations
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.model.prunable import LocalLinear, PrunableModel
+
+
+class Zeros:
+    """The weights of a model's prunable linears that are zero when this is made; each becomes +0.0."""
+
+    @torch.no_grad()
+    def __init__(self, model: PrunableModel) -> None:
+        self.linears = model.linears()
+        self.masks = {linear.name: linear.module.weight == 0 for linear in self.linears}
+        for linear in self.linears:
+            linear.module.weight.masked_fill_(self.masks[linear.name], 0.0)
+
+    def clear_gradients(self) -> None:
+        """Between the backward pass and the optimizer's step."""
+        for linear in self.linears:
+            if linear.module.weight.requires_grad:
+                linear.module.weight.main_grad.masked_fill_(self.masks[linear.name], 0.0)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def check(self, when: str) -> int:
+        """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        counts = torch.zeros(2, dtype=torch.int64, device=backend.device())
+        for linear in self.linears:
+            found = _used(linear)[self.masks[linear.name]]
+            counts[0] += found.numel() if replica == 0 else 0
+            counts[1] += ((found != 0) | torch.signbit(found)).sum()
+        dist.all_reduce(counts)
+        zeros, wrong = counts.tolist()
+        if wrong:
+            raise UserError(
+                f"{wrong} of the {zeros} weights that must stay zero are not +0.0 {when}: what was saved then cannot "
+                "be used; resume from an earlier checkpoint, or begin a new run"
+            )
+        return zeros
+
+
+def _used(linear: LocalLinear) -> Tensor:
+    """The weight as the forward pass uses it, adapters included."""
+    changed = linear.module.changed_weight
+    return linear.module.weight if changed is None else changed(linear.module.weight)
