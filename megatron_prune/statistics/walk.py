@@ -174,8 +174,9 @@ class LayerWalk:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Replace the hidden states by the loaded layer's outputs."""
-        self.hidden = [self.run(hidden) for hidden in self.hidden]
+        """Replace the hidden states by the loaded layer's outputs, in place: never two layers' at once."""
+        for i, hidden in enumerate(self.hidden):
+            self.hidden[i] = self.run(hidden)
 
     def losses(self, states: Sequence[Tensor]) -> Tensor:
         """Summed next-token loss and number of predicted tokens, float64 `[2]`, after the last layer. This rank's."""
