@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import Masks
+from megatron_prune.apply.trimming import FILE as TRIM
+from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.config import InspectConfig
 from megatron_prune.errors import UserError
 from megatron_prune.export.mask_file import mask_npz_pattern
@@ -22,7 +24,7 @@ def run(config: InspectConfig) -> None:
         _checkpoint(path)
     elif (path / run_folder.DESCRIPTION).is_file():
         _run(path)
-    elif (path / "decision.json").is_file():
+    elif (path / "decision.json").is_file() or is_trim(path):
         _decision(path)
     elif path.suffix == ".npz" and path.is_file():
         say(f"{path}: mask file, pattern {mask_npz_pattern(path) or 'not stated'}")
@@ -52,6 +54,9 @@ def _run(path: Path) -> None:
 
 
 def _decision(path: Path) -> None:
+    if is_trim(path):
+        _trim(path)
+        return
     masks = Masks.load(path)
     say(f"{path}: {masks.info.method} {masks.info.target}, density {masks.density:.6f}")
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -60,3 +65,10 @@ def _decision(path: Path) -> None:
         sums[row.projection][1] += row.size
     for name, (kept, size) in sums.items():
         say(f"  {name:<10} {kept} of {size} kept ({kept / size:.6f})")
+
+
+def _trim(path: Path) -> None:
+    trim, about = Trim.load(path), read_json(path / TRIM, "a structured decision")
+    say(f"{path}: {trim.info.method} {trim.info.target}, layers that stay: {' '.join(map(str, trim.units.layers))}")
+    for name, after in about["after"].items():
+        say(f"  {name:<20} {about['before'][name]} -> {after}")

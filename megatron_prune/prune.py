@@ -14,22 +14,26 @@ from torch import Tensor
 
 from megatron_prune.apply.decision import MaskInfo, Masks, MaskWriter, check_mask, prunable_shapes
 from megatron_prune.apply.run_folder import RunDescription, decision_of
+from megatron_prune.apply.trimming import Trim
 from megatron_prune.config import PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.data.training import first_windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder
+from megatron_prune.files import from_leader, new_folder
 from megatron_prune.log import MetricsLog, progress, say
 from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.fit import check_shards, check_target
-from megatron_prune.methods.target import Target, parse_target
+from megatron_prune.methods.structured import StructuredMethod
+from megatron_prune.methods.target import Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import save_model
+from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.import_hf import layout_of, packed_masks
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import ModelSource, open_model
 from megatron_prune.resume import check_resume, describe, finished_by_this_launch, goes_on, may_go_on, note_resumption
+from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import RECOMPUTE, check_learning
@@ -39,7 +43,7 @@ from megatron_prune.training.stopping import Stopped, StopRequest
 def run(config: PruneConfig) -> None:
     """Prune `config.input` into the run folder `config.output`."""
     stop = StopRequest(config.training.time_limit)
-    method, target = get_method(config.method, **config.method_options), parse_target(config.target)
+    method, target = get_method(config.method, **config.method_options), parse_any_target(config.target)
     method.accept(target)
     source = open_model(config.input)
     check_target(source.config, target)
@@ -50,6 +54,11 @@ def run(config: PruneConfig) -> None:
             config = replace(config, resume=goes_on(config))
         if config.resume and finished_by_this_launch(config.output, _about(config)):
             say(f"{config.output} was finished when a process was lost")
+        elif isinstance(method, StructuredMethod):
+            assert isinstance(target, (Shape, Budget))
+            _structured(config, source, method, target, layout)
+        elif isinstance(target, (Shape, Budget)):
+            raise AssertionError(f"{method.name} accepted {target}")
         elif method.learned:
             _learn(config, source, method, target, layout, stop)
         else:
@@ -71,8 +80,7 @@ def decide(
     model: PrunableModel, method: PruningMethod, target: Target, calibration: CalibrationSet | None, folder: Path
 ) -> Runner:
     """Run a one-shot method and write its masks to `folder`. Collective."""
-    about = calibration.info() if calibration else None
-    info = mask_info(method, target, model.config, seed=calibration.seed if calibration else None, calibration=about)
+    info = mask_info(method, target, model.config, **_origin(calibration))
     writer = MaskWriter(folder, info) if backend.rank() == 0 else None
     with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
         runner = Runner(model, calibration.tokens if calibration else None, writer, advance)
@@ -82,7 +90,7 @@ def decide(
     return runner
 
 
-def mask_info(method: PruningMethod, target: Target, config: ModelConfig, **more: Any) -> MaskInfo:
+def mask_info(method: PruningMethod, target: Target | StructuredTarget, config: ModelConfig, **more: Any) -> MaskInfo:
     """What a decision says about where it comes from."""
     return MaskInfo(method.name, str(target), method.options(), config.family, config.fingerprint(), **more)
 
@@ -99,6 +107,38 @@ def _one_shot(
         if backend.rank() == 0:
             describe(folder, config, _about(config, "decided"))
     _say(config, runner.kept, runner.size)
+
+
+def _structured(
+    config: PruneConfig,
+    source: ModelSource,
+    method: StructuredMethod,
+    target: StructuredTarget,
+    layout: backend.Layout,
+) -> None:
+    """Choose units, correct the weights for those that go, and write both."""
+    model = source.load(layout)
+    calibration = _calibration(config, source) if method.calibrated else None
+    tokens = calibration.tokens if calibration else None
+    with new_folder(config.output) as folder:
+        with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
+            units = from_leader(method.choose(model.config, Passes(model, tokens, advance), target))
+        smaller = units.config(model.config)
+        with progress("compensation", model.config.num_layers, "layers") as advance:
+            changed = method.compensate(model, units, tokens, advance)
+        if changed:
+            _save_weights(source, model, folder / "weights", method)
+        info = mask_info(method, target, model.config, **_origin(calibration))
+        if backend.rank() == 0:
+            Trim(info, units).save(folder / "decision", model.config)
+            describe(folder, config, _about(config, "decided"))
+    before, after = parameters(model.config), parameters(smaller)
+    say(f"{method.name} {target}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}")
+
+
+def _origin(calibration: CalibrationSet | None) -> dict[str, Any]:
+    """What a decision says about the text it was made with."""
+    return {"seed": calibration.seed, "calibration": calibration.info()} if calibration else {}
 
 
 def _about(config: PruneConfig, state: str = "") -> RunDescription:
@@ -212,7 +252,7 @@ def _given_prior(config: PruneConfig, model: ModelConfig, target: Target) -> Cal
 
 
 def _one_shot_methods() -> list[str]:
-    return sorted(info.name for info in methods() if not get_method(info.name).learned)
+    return sorted(info.name for info in methods() if get_method(info.name).makes_masks)
 
 
 def _made_prior(

@@ -2,7 +2,7 @@
 
 run.json           what was asked: checkpoint, method, target; `state` is "learning" until the decision is there
 config.yaml        the merged configuration; environment.json versions and hardware
-decision/          the masks
+decision/          the masks, or the units that stay
 weights/           a Megatron checkpoint: the weights, where a method compensated them or `train` trained them
 checkpoints/       resumable state of what is trained; metrics.jsonl and TensorBoard events beside it
 """
@@ -56,7 +56,7 @@ def read_run(folder: Path) -> RunDescription:
 
 def decision_of(folder: Path) -> Path:
     """The decision of a run (or the folder itself when it is a decision); UserError while there is none yet."""
-    if (folder / "decision.json").is_file():
+    if (folder / "decision.json").is_file() or (folder / "trim.json").is_file():
         return folder
     description = read_run(folder)
     if description.method == "train":

@@ -9,14 +9,16 @@ import torch
 
 from megatron_prune.apply.decision import Masks
 from megatron_prune.apply.run_folder import decision_of, read_run, weights_of
-from megatron_prune.apply.trimming import Trim, cut, is_trim
+from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.config import TrimConfig
 from megatron_prune.files import refuse_existing
 from megatron_prune.model import convert
+from megatron_prune.model.build import build_model
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.import_hf import layout_of
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import ModelSource, open_model
+from megatron_prune.model.units import Units
 
 
 @torch.no_grad()
@@ -26,6 +28,21 @@ def apply_masks(model: PrunableModel, masks: Masks) -> None:
         whole = convert.merge(linear.map, [masks.get(name) for name in linear.map.hf], model.config)
         weight = linear.module.weight
         weight.masked_fill_(~model.shard(linear.map, whole).to(weight.device), 0.0)
+
+
+@torch.no_grad()
+def cut(model: PrunableModel, units: Units) -> PrunableModel:
+    """The smaller model in the same layout and types. Collective; UserError when the layout does not fit it."""
+    config = units.config(model.config)
+    dtype = next(iter(model.parameters.values())).dtype
+    smaller = PrunableModel(config, model.layout, build_model(config, model.layout, dtype))
+    for map in smaller.maps:
+        name = map.megatron
+        if map.layer is not None:
+            name = name.replace(f"layers.{map.layer}.", f"layers.{units.layers[map.layer]}.", 1)
+        source = model.by_name[name]
+        smaller.assign(map, units.cut(model.config, source, model.whole(source), map))
+    return smaller
 
 
 def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> tuple[PrunableModel, ModelSource]:

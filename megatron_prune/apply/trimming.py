@@ -1,11 +1,10 @@
-"""A structured decision on disk and its application: which units stay, and the smaller model that follows from it.
+"""A structured decision on disk: which units of a model stay.
 
     DIR/trim.json           what decided (method, target, seed, calibration), sizes before and after, checksum
     DIR/units.safetensors   int32: layers, hidden, and for each layer that stays its heads, groups and ffn
                             ("layers.00017.heads", numbered as in the whole model)
 
-The folder appears whole or not at all. Cutting moves one unsharded tensor at a time between any two models whose
-shapes fit, so it works in every layout.
+The folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ from safetensors.torch import load_file, save_file
 from megatron_prune.apply.decision import MaskInfo
 from megatron_prune.errors import UserError
 from megatron_prune.files import read_json, refuse_existing, write_json
-from megatron_prune.model.build import build_model
 from megatron_prune.model.families import ModelConfig
-from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.units import BlockUnits, Units
 
 FILE = "trim.json"
@@ -83,21 +80,6 @@ def sizes(config: ModelConfig) -> dict[str, Any]:
     """The sizes that structured pruning changes."""
     names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups".split()
     return {name: getattr(config, name) for name in names}
-
-
-@torch.no_grad()
-def cut(model: PrunableModel, units: Units) -> PrunableModel:
-    """The smaller model in the same layout and types. Collective; UserError when the layout does not fit it."""
-    config = units.config(model.config)
-    dtype = next(iter(model.parameters.values())).dtype
-    smaller = PrunableModel(config, model.layout, build_model(config, model.layout, dtype))
-    for map in smaller.maps:
-        name = map.megatron
-        if map.layer is not None:
-            name = name.replace(f"layers.{map.layer}.", f"layers.{units.layers[map.layer]}.", 1)
-        source = model.by_name[name]
-        smaller.assign(map, units.cut(model.config, source, model.whole(source), map))
-    return smaller
 
 
 def _tensors(units: Units) -> dict[str, torch.Tensor]:

@@ -18,13 +18,16 @@ from torch import Tensor
 from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import prunable_shapes
 from megatron_prune.apply.trim import load_pruned
+from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.config import VerifyConfig
 from megatron_prune.errors import UserError
+from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.log import say
-from megatron_prune.methods.target import NM, Target, parse_target
+from megatron_prune.methods.target import NM, Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
@@ -65,8 +68,10 @@ def open_source(given: str | Path) -> Source:
         about = read_description(path)
         return Source(path, "checkpoint", about.config, about.source.get("target"))
     if (path / run_folder.DESCRIPTION).is_file():
-        config = open_model(run_folder.weights_of(path)).config
-        return Source(path, "run", config, run_folder.read_run(path).target)
+        config, pruning = open_model(run_folder.weights_of(path)).config, run_folder.read_run(path)
+        if pruning.method != "train" and is_trim(run_folder.decision_of(path)):
+            config = Trim.load(run_folder.decision_of(path)).units.config(config)
+        return Source(path, "run", config, pruning.target)
     reader = HFReader(str(given))
     return Source(path, "hugging face", reader.model_config, None, reader)
 
@@ -108,9 +113,7 @@ def _logits(source: Source, layout: backend.Layout, tokens: Tensor) -> Tensor:
     """Logits `[b, s, vocab]` in float32 of a source's own software: megatron-core or transformers."""
     if source.reader is None:
         return logits(_load(source, layout, "float32"), tokens).cpu()
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source.reader.directory, dtype=torch.float32).eval()
+    model = in_transformers(source.reader, torch.float32).eval()
     with torch.no_grad():
         return model(tokens).logits.float()
 
@@ -121,11 +124,14 @@ def run(config: VerifyConfig) -> int:
         refuse_existing(config.output)
     source = open_source(config.input)
     recorded = config.target or source.target
-    target = parse_target(recorded) if recorded else None
+    asked = parse_any_target(recorded) if recorded else None
+    target = None if isinstance(asked, (Shape, Budget)) else asked
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         counts = projections(_weights(source, _load(source, layout, None)), source.config, target)
         result = _zero_checks(source, target, counts)
+        if isinstance(asked, (Shape, Budget)):
+            result["shape"] = _shape_check(source, asked)
         if config.against is not None:
             result["logits"] = _compare(source, open_source(config.against), layout, config)
     result["holds"] = all(check["holds"] for check in result.values() if isinstance(check, dict) and "holds" in check)
@@ -155,6 +161,18 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
     result["zeros"] = {"zeros": zeros, "negative_zeros": negative, "holds": negative == 0}
     result["density"] = {"weights": size, "density": density, "per_weight": _densities(counts)}
     return result
+
+
+def _shape_check(source: Source, target: StructuredTarget) -> dict[str, Any]:
+    """Whether a model has the sizes, or the number of parameters, that it was pruned to."""
+    config = source.config
+    found = {"parameters": parameters(config)}
+    if isinstance(target, Shape):
+        found |= {name: getattr(config, name) for name in target.given()}
+        holds = all(found[name] == wanted for name, wanted in target.given().items())
+    else:
+        holds = found["parameters"] <= target.parameters
+    return {"target": str(target), **found, "holds": holds}
 
 
 def _kept_too_many(count: ZeroCount, target: Target) -> bool:
@@ -194,8 +212,11 @@ def _print(result: dict[str, Any]) -> None:
         broken, dense = sum(pattern["broken_groups"].values()), len(pattern["too_dense"])
         failure = f"BROKEN in {broken} groups, {dense} weights are too dense"
         say(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else failure}")
-    else:
+    elif "shape" not in result:
         say("pattern: none recorded and no --target given, not checked")
+    if "shape" in result:
+        shape = result["shape"]
+        say(f"shape {shape['target']}: {'holds' if shape['holds'] else 'BROKEN'}, {shape['parameters']} parameters")
     say(f"zeros: {zeros['zeros']} of {density['weights']}, {zeros['negative_zeros']} of them stored as -0.0")
     say(f"density: {density['density']:.6f} over {len(density['per_weight'])} weights")
     if "logits" in result:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
-from megatron_prune.methods.target import Target
+from megatron_prune.methods.target import StructuredTarget, Target
 
 __all__ = [
     "HyperParameter",
@@ -115,8 +115,15 @@ class PruningMethod:
     """Whether it looks at calibration text (or, when it learns, at training text)."""
     learned: ClassVar[bool] = False
     """Whether it trains; its runner is then `training.learning.LearningRunner`."""
+    structured: ClassVar[bool] = False
+    """Whether it removes whole units; it is then a `methods.structured.StructuredMethod`."""
     mask_only: ClassVar[Mapping[str, Any]] = {}
     """Hyper-parameters under which it leaves the kept weights alone, as a prior of mask learning."""
+
+    @property
+    def makes_masks(self) -> bool:
+        """Whether it gives a mask in one shot, which mask learning may start from."""
+        return not (self.learned or self.structured)
 
     def options(self) -> dict[str, Any]:
         """This method's hyper-parameters, for the record."""
@@ -129,7 +136,7 @@ class PruningMethod:
         """
         raise NotImplementedError
 
-    def accept(self, target: Target) -> None:
+    def accept(self, target: Target | StructuredTarget) -> None:
         """Raise UserError when this method cannot produce ``target``."""
         if type(target) not in self.targets:
             allowed = "; ".join(self.targets.values())

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from megatron_prune.errors import UserError
-from megatron_prune.methods.target import NM, Target
+from megatron_prune.methods.target import NM, Budget, Shape, StructuredTarget, Target
+from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import get_family
 from megatron_prune.model.family import ModelConfig
 
 
-def check_target(config: ModelConfig, target: Target) -> None:
-    """UserError when a prunable weight's width does not allow the target."""
+def check_target(config: ModelConfig, target: Target | StructuredTarget) -> None:
+    """UserError when the model cannot be pruned to the target: a weight's width, or a size that it does not have."""
+    if isinstance(target, Shape):
+        _check_shape(config, target)
+    elif isinstance(target, Budget):
+        if target.parameters >= parameters(config):
+            raise UserError(f"target {target}: the model has {parameters(config)} parameters; give fewer")
+    else:
+        _check_widths(config, target)
+
+
+def _check_shape(config: ModelConfig, target: Shape) -> None:
+    for name, wanted in target.given().items():
+        if wanted > getattr(config, name):
+            raise UserError(f"target {name}={wanted}: the model has {getattr(config, name)}; give that or less")
+    groups = target.num_query_groups or config.num_query_groups
+    heads = target.num_attention_heads
+    most = config.num_attention_heads // config.num_query_groups
+    if heads is not None and (heads % groups or heads // groups > most):
+        allowed = ", ".join(str(groups * count) for count in range(1, most + 1))
+        raise UserError(
+            f"target num_attention_heads={heads} with {groups} query groups: every group keeps equally many heads, "
+            f"allowed: {allowed}"
+        )
+
+
+def _check_widths(config: ModelConfig, target: Target) -> None:
     for map in get_family(config.family).weights(config):
         if map.prunable:
             target.check(map.shape[1], map.megatron)

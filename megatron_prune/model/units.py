@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron_prune.model import convert
-from megatron_prune.model.families import ModelConfig, WeightMap, dimensions
+from megatron_prune.model.families import Block, ModelConfig, WeightMap, dimensions
 
 
 @dataclass(frozen=True)
 class BlockUnits:
-    """Units of one decoder layer, numbers rising; each group has equally many heads."""
+    """Units of one decoder layer, numbers rising; each group has equally many heads. None of a kind: that half of the
+    layer is absent, an identity.
+    """
 
     groups: tuple[int, ...]
     heads: tuple[int, ...]
@@ -49,21 +51,16 @@ class Units:
         stay = [(layer, block) for layer, block in zip(self.layers, self.blocks, strict=True) if layer not in gone]
         return replace(self, layers=tuple(n for n, _ in stay), blocks=tuple(block for _, block in stay))
 
+    def thins(self, whole: ModelConfig) -> bool:
+        """Whether more goes than whole layers."""
+        return self != Units.all(whole).without_layers(set(range(whole.num_layers)) - set(self.layers))
+
     def config(self, whole: ModelConfig) -> ModelConfig:
         """Sizes of the smaller model. ValueError for units that `whole` does not have or that make no model."""
         self._check(whole)
-        sizes = [(len(block.heads), len(block.groups), len(block.ffn)) for block in self.blocks]
-        if len(set(sizes)) > 1:
-            raise ValueError("layers of different sizes")
-        heads, groups, ffn = sizes[0]
-        return replace(
-            whole,
-            num_layers=len(self.layers),
-            hidden_size=len(self.hidden),
-            num_attention_heads=heads,
-            num_query_groups=groups,
-            ffn_hidden_size=ffn,
-        )
+        smaller = replace(whole, num_layers=len(self.layers), hidden_size=len(self.hidden), blocks=None)
+        sizes = [Block(len(block.heads), len(block.groups), len(block.ffn)) for block in self.blocks]
+        return smaller.with_blocks(sizes)
 
     def cut(self, whole: ModelConfig, map: WeightMap, tensor: Tensor, smaller: WeightMap) -> Tensor:
         """An unsharded Megatron tensor of the whole model -> what stays of it, which is `smaller`'s tensor."""
@@ -98,7 +95,7 @@ class Units:
         if layer is None:
             return None
         block = self.blocks[self.layers.index(layer)]
-        size = dimensions(whole)
+        size = dimensions(whole, layer)
         query = _channels(block.heads, size["head"])
         key_value = _channels(block.groups, size["head"])
         rows = {
@@ -117,32 +114,35 @@ class Units:
         for layer, block in zip(self.layers, self.blocks, strict=True):
             available = all_of_block(whole, layer)
             for name in ("groups", "heads", "ffn"):
-                _check_numbers(f"{name} of layer {layer}", getattr(block, name), len(getattr(available, name)))
+                kept, there = getattr(block, name), getattr(available, name)
+                if kept:
+                    _check_numbers(f"{name} of layer {layer}", kept, len(there))
             counts = dict.fromkeys(block.groups, 0)
             for head in block.heads:
-                counts[group_of(whole, head)] += 1
-            if len(set(counts.values())) != 1:
+                group = group_of(whole, layer, head)
+                counts[group] = counts.get(group, 0) + 1
+            if len(set(counts.values())) > 1 or set(counts) != set(block.groups):
                 raise ValueError(f"query groups of layer {layer} keep different numbers of heads: {counts}")
 
 
-def group_of(config: ModelConfig, head: int) -> int:
+def group_of(config: ModelConfig, layer: int, head: int) -> int:
     """The query group of a query head."""
-    return head // (config.num_attention_heads // config.num_query_groups)
+    return head // config.block(layer).group_heads
 
 
-def heads_of(config: ModelConfig, group: int) -> range:
+def heads_of(config: ModelConfig, layer: int, group: int) -> range:
     """The query heads of a query group."""
-    count = config.num_attention_heads // config.num_query_groups
+    count = config.block(layer).group_heads
     return range(group * count, (group + 1) * count)
 
 
 def all_of_block(config: ModelConfig, layer: int) -> BlockUnits:
     """Every unit of a decoder layer."""
-    del layer  # until layers differ
+    block = config.block(layer)
     return BlockUnits(
-        tuple(range(config.num_query_groups)),
-        tuple(range(config.num_attention_heads)),
-        tuple(range(config.ffn_hidden_size)),
+        tuple(range(block.num_query_groups)),
+        tuple(range(block.num_attention_heads)),
+        tuple(range(block.ffn_hidden_size)),
     )
 
 

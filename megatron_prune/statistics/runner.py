@@ -105,16 +105,17 @@ class Runner:
         for number in range(layers):
             whole = weights.layer(number)
             masks: dict[str, Tensor] = {}
-            for paths in [[path] for path in LINEARS] if sequential else [list(LINEARS)]:
+            there = [path for path in LINEARS if f"{path}.weight" in whole]
+            for paths in [[path] for path in there] if sequential else [there]:
                 maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
-                found = _collect(walk, whole, statistic, paths) if walk and statistic else [None] * len(maps)
+                found = _collect(walk, number, whole, statistic, paths) if walk and statistic else [None] * len(maps)
                 linears = [WholeLinear(self, m, whole[inner(m.megatron)], s) for m, s in zip(maps, found, strict=True)]
                 yield from linears
                 masks.update(self._settle(linears, whole))
-            if self.writer is not None:
+            if self.writer is not None and masks:
                 self.writer.add_layer(number, masks)
             if walk:
-                walk.load(whole)
+                walk.load(number, whole)
                 walk.advance()
             self.progress(1)
 
@@ -143,10 +144,10 @@ class Runner:
 
 
 def _collect(
-    walk: LayerWalk, whole: dict[str, Tensor], statistic: Callable[..., Any], paths: Sequence[str]
+    walk: LayerWalk, number: int, whole: dict[str, Tensor], statistic: Callable[..., Any], paths: Sequence[str]
 ) -> list[Any]:
     """Statistics of these linears of a layer over the windows of all ranks, inputs from the layer as given."""
-    walk.load(whole)
+    walk.load(number, whole)
     found = {path: statistic(whole[f"{path}.weight"].shape[1], walk.device) for path in paths}
     for hidden in walk.hidden:
         seen, _ = walk.watch(paths, hidden)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prune.model.build import rotary, whole_layer, whole_norm
-from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.families import Block, ModelConfig, get_family
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.units import Units
 
@@ -118,7 +118,9 @@ class LayerWalk:
             raise RuntimeError("this method needs calibration windows")
         self.weights = weights
         self.device = backend.device()
-        self.module = whole_layer(weights.config, weights.dtype)
+        self.modules: dict[Block, Any] = {}
+        """An empty layer of each size."""
+        self.module: Any = None
         slices = units_of(*tokens.shape)
         if unit_windows is not None:
             slices = [slice(i, i + unit_windows) for i in range(0, tokens.shape[0], unit_windows)]
@@ -140,8 +142,13 @@ class LayerWalk:
         return [x + learned[: x.shape[0], None].to(x.dtype) for x in hidden]
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Give the layer that is run these weights, by their names inside a layer."""
+    def load(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Make layer `number` the one that is run, with these weights, by their names inside the layer."""
+        config = self.weights.config
+        block = config.block(number)
+        if block not in self.modules:
+            self.modules[block] = whole_layer(config, self.weights.dtype, number)
+        self.module = self.modules[block]
         for name, parameter in self.module.named_parameters():
             parameter.copy_(tensors[name])
 

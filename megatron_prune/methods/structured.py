@@ -1,0 +1,83 @@
+"""What structured methods share: they choose units, and the same compensation may follow each of them.
+
+A method sees the model through `Passes` and answers with the units that stay; cutting, compensation and the record
+are the same for all (`apply/`). Helpers here are pure functions of scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.methods.base import PruningMethod, hyperparameter
+from megatron_prune.methods.target import Budget, Shape, StructuredTarget
+from megatron_prune.model.units import Units
+
+if TYPE_CHECKING:
+    from megatron_prune.model.prunable import PrunableModel
+    from megatron_prune.statistics.passes import Passes
+
+REFITS = ("none", "mean", "local", "propagated")
+
+
+@dataclass(frozen=True)
+class StructuredMethod(PruningMethod):
+    """Base of methods that remove whole units; subclass as a frozen dataclass, as other methods are."""
+
+    structured: ClassVar[bool] = True
+
+    refit: str = hyperparameter("propagated", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
+    refit_damping: float = hyperparameter(0.01, "damping of the fit, as a share of the mean diagonal")
+    norm_gain: bool = hyperparameter(True, "correct norms for the size of the channels that they lost")
+
+    def __post_init__(self) -> None:
+        if self.refit not in REFITS:
+            raise UserError(f"{self.name}: refit {self.refit!r} was given; allowed: {', '.join(REFITS)}")
+        if not 0 < self.refit_damping < float("inf"):
+            raise UserError(f"{self.name}: refit_damping {self.refit_damping} was given; allowed: above 0")
+
+    def compensate(
+        self, model: PrunableModel, units: Units, tokens: Tensor | None, progress: Callable[[int], None]
+    ) -> bool:
+        """Correct what stays for what goes, in place; whether anything changed. Collective."""
+        from megatron_prune.apply.compensation import Compensation
+
+        if tokens is None or not units.thins(model.config):
+            return False
+        return Compensation(model, units, tokens, self.refit, self.refit_damping, self.norm_gain).run(progress)
+
+    def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
+        """The units that stay. Collective, and the same on every rank; UserError when target or data do not allow it.
+
+        `config` is the `ModelConfig` of the whole model.
+        """
+        raise NotImplementedError
+
+
+def allowed_sizes(target: StructuredTarget, sizes: Sequence[str], method: str) -> Shape:
+    """The target as a Shape of these sizes only; UserError for anything else."""
+    if isinstance(target, Budget) or not set(target.given()) <= set(sizes):
+        raise UserError(f"method {method} cannot prune to {target}; it supports {', '.join(sizes)}")
+    return target
+
+
+def keep_best(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Numbers, rising, of the `count` highest scores `[n]`; of equal ones the later stay, as with N:M masks."""
+    order = torch.sort(scores.double(), stable=True).indices
+    return tuple(sorted(order[len(scores) - count :].tolist()))
+
+
+def lowest(scores: Sequence[float], count: int, protected: Mapping[int, Any] | Sequence[int] = ()) -> tuple[int, ...]:
+    """Numbers, rising, of the `count` lowest scores that are not protected; of equal ones the first."""
+    free = [n for n in range(len(scores)) if n not in protected]
+    return tuple(sorted(sorted(free, key=lambda n: (scores[n], n))[:count]))
+
+
+def layers_to_remove(config: Any, target: Shape) -> int:
+    """How many layers the target removes."""
+    return config.num_layers - (target.num_layers or config.num_layers)

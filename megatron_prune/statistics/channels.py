@@ -1,0 +1,140 @@
+"""Statistics of the channels that enter a submodule, and of what a layer does to the residual stream.
+
+All are sums in float64 over windows or tokens, so that ranks' shares add up to the same numbers in every layout; they
+are small (a few numbers a channel), can be saved and serve any target.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESIDUAL = "layer"
+"""The site whose statistic sees the residual stream before and after a layer; all others are submodules' inputs."""
+Aggregation = Literal["mean", "l2", "var"]
+"""Of absolute values over the tokens of a window, or of windows: mean(|x|), sqrt(sum x^2), variance."""
+
+
+class ChannelActivations:
+    """Size of each channel, aggregated over the tokens of every window and then over windows.
+
+    Minitron (Muralidharan et al. 2024, arXiv:2407.14679, section 2.2): importance agg_batch(agg_seq(|x|)).
+    """
+
+    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.windows = zeros(1)
+        self.token_count = zeros(1)
+        self.sums = zeros(2, channels)
+        """Over tokens: of x and of x^2."""
+        self.aggregated: dict[Aggregation, Tensor] = {name: zeros(2, channels) for name in ("mean", "l2", "var")}
+        """By the aggregation over a window's tokens: sum over windows of the aggregate, and of its square."""
+
+    def update(self, x: Tensor) -> None:
+        """Add windows x `[s, b, channels]`."""
+        x = x.double()
+        squares = x.square()
+        self.windows += x.shape[1]
+        self.token_count += x.shape[0] * x.shape[1]
+        self.sums += torch.stack([x.sum((0, 1)), squares.sum((0, 1))])
+        magnitudes = x.abs()
+        seen = {"mean": magnitudes.mean(0), "l2": squares.sum(0).sqrt(), "var": magnitudes.var(0, unbiased=False)}
+        for name, value in seen.items():
+            self.aggregated[name] += torch.stack([value.sum(0), value.square().sum(0)])  # type: ignore[index]
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators."""
+        return [self.windows, self.token_count, self.sums, *self.aggregated.values()]
+
+    def importance(self, batch: Aggregation = "l2", sequence: Aggregation = "mean") -> Tensor:
+        """float64 `[channels]`."""
+        total, squares = self.aggregated[sequence]
+        if batch == "l2":
+            return squares.sqrt()
+        mean = total / self.windows
+        return mean if batch == "mean" else (squares / self.windows - mean.square()).clamp(min=0)
+
+    def norm(self) -> Tensor:
+        """L2 norm of each channel over all tokens, float64 `[channels]`."""
+        return self.sums[1].sqrt()
+
+    def mean(self) -> Tensor:
+        """Of each channel over all tokens, float64 `[channels]`."""
+        return self.sums[0] / self.token_count
+
+    def variance(self) -> Tensor:
+        """Of each channel over all tokens, float64 `[channels]`: how much it fluctuates."""
+        return (self.sums[1] / self.token_count - self.mean().square()).clamp(min=0)
+
+
+class BlockInfluence:
+    """1 - mean cosine of a layer's input and output over all tokens (ShortGPT, Men et al. 2024, arXiv:2403.03853)."""
+
+    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
+        del channels
+        self.total = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Add windows: hidden states `[s, b, hidden]` before and after the layer."""
+        cosines = F.cosine_similarity(before.float(), after.float(), dim=-1).double()
+        self.total += torch.stack([cosines.sum(), self.total.new_tensor(float(cosines.numel()))])
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators."""
+        return [self.total]
+
+    def value(self) -> float:
+        """0 where the layer only scales its input."""
+        return float(1 - self.total[0] / self.total[1])
+
+
+class Regression:
+    """What is needed to fit `targets = W a` from `b`: sums of a b^T, b b^T, a and b over tokens."""
+
+    def __init__(self, wide: int, narrow: int, device: torch.device | str | None = None) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.cross, self.gram = zeros(wide, narrow), zeros(narrow, narrow)
+        self.wide_sum, self.narrow_sum = zeros(wide), zeros(narrow)
+        self.count = zeros(1)
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Add tokens `a [..., wide]`, `b [..., narrow]`."""
+        a, b = a.flatten(0, -2).float(), b.flatten(0, -2).float()
+        self.cross += a.t() @ b
+        self.gram += b.t() @ b
+        self.wide_sum += a.sum(0, dtype=torch.float64)
+        self.narrow_sum += b.sum(0, dtype=torch.float64)
+        self.count += a.shape[0]
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators."""
+        return [self.cross, self.gram, self.wide_sum, self.narrow_sum, self.count]
+
+
+class NormRatio:
+    """Mean over tokens of rms(kept channels) / rms(all channels) of a norm's input."""
+
+    def __init__(self, kept: Tensor, device: torch.device | str | None = None) -> None:
+        self.kept = kept.to(device)
+        self.total = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> None:
+        """Add tokens `[..., hidden]`."""
+        squares = x.float().square()
+        ratio = (squares.index_select(-1, self.kept).mean(-1) / squares.mean(-1)).sqrt().double()
+        self.total += torch.stack([ratio.sum(), self.total.new_tensor(float(ratio.numel()))])
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators."""
+        return [self.total]
+
+    def value(self) -> float:
+        """1 where nothing was removed."""
+        return float(self.total[0] / self.total[1])

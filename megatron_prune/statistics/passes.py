@@ -1,0 +1,186 @@
+"""Passes over calibration windows for methods that remove whole units: what they may measure before they choose.
+
+Everything runs on whole layers (`statistics/walk.py`), so every number is the same in every parallel layout. All
+functions are collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
+import torch
+from torch import Tensor
+
+from megatron_prune.model.families import ModelConfig, dimensions
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.units import Units
+from megatron_prune.statistics.channels import RESIDUAL
+from megatron_prune.statistics.walk import CutWeights, Head, LayerWalk, WholeWeights, sum_over_ranks
+
+NORMS = ("input_layernorm", "pre_mlp_layernorm")
+
+
+class Passes:
+    """Measures a model on calibration windows `[windows, length]` int64, the same on every rank."""
+
+    def __init__(
+        self, model: PrunableModel, tokens: Tensor | None, progress: Callable[[int], None] = lambda layers: None
+    ) -> None:
+        self.model = model
+        self.tokens = tokens
+        self.progress = progress
+
+    @torch.no_grad()
+    def observe(self, sites: Mapping[str, Callable[..., Any]]) -> list[dict[str, Any]]:
+        """One forward pass: a statistic `sites[path](channels, device)` of each layer, by site.
+
+        A path names a submodule of the layer and sees its input `[s, b, channels]`; `RESIDUAL` sees the layer's input
+        and output.
+        """
+        weights = WholeWeights(self.model)
+        walk = LayerWalk(weights, self.tokens)
+        found = []
+        for number in range(self.model.config.num_layers):
+            walk.load(number, weights.layer(number))
+            paths = [path for path in sites if path != RESIDUAL and self._has(number, path)]
+            here: dict[str, Any] = {}
+            for i, hidden in enumerate(walk.hidden):
+                seen, walk.hidden[i] = walk.watch(paths, hidden, whole=True)
+                for path, x in seen.items():
+                    here.setdefault(path, None)
+                    here[path] = here[path] or sites[path](x.shape[-1], walk.device)
+                    here[path].update(x)
+                if RESIDUAL in sites:
+                    here[RESIDUAL] = here.get(RESIDUAL) or sites[RESIDUAL](hidden.shape[-1], walk.device)
+                    here[RESIDUAL].update(hidden, walk.hidden[i])
+            sizes = channels_of(self.model.config, number)
+            for path in [*paths, *(site for site in sites if site == RESIDUAL)]:
+                here[path] = here.get(path) or sites[path](sizes[path], walk.device)  # a rank may have no windows
+                sum_over_ranks(here[path].tensors())
+            found.append(here)
+            self.progress(1)
+        return found
+
+    def _has(self, number: int, path: str) -> bool:
+        return f"decoder.layers.{number}.{path}.weight" in self.model.by_name
+
+    @torch.no_grad()
+    def losses_without(self, sets: Sequence[frozenset[int]]) -> list[float]:
+        """Mean next-token loss (nats) without each set of layers.
+
+        All candidates ride along one pass over the weights; those that agree on the layers so far share their hidden
+        states, so the states before the first removed layer are computed once.
+        """
+        weights = WholeWeights(self.model)
+        walk = LayerWalk(weights, self.tokens)
+        states: dict[frozenset[int], list[Tensor]] = {frozenset(): walk.hidden}
+        for number in range(self.model.config.num_layers):
+            walk.load(number, weights.layer(number))
+            wanted = {frozenset(n for n in removed if n <= number) for removed in sets}
+            states = {
+                gone: before if number in gone else [walk.run(x) for x in before]
+                for gone in sorted(wanted, key=sorted)
+                for before in (states[gone - {number}],)
+            }
+            self.progress(1)
+        totals = torch.stack([walk.losses(states[removed]) for removed in sets])
+        sum_over_ranks([totals])
+        return (totals[:, 0] / totals[:, 1]).tolist()
+
+    @torch.no_grad()
+    def loss(self, units: Units) -> float:
+        """Mean next-token loss (nats) of the smaller model that these units are."""
+        weights = CutWeights(self.model, units)
+        walk = LayerWalk(weights, self.tokens)
+        for number in range(weights.config.num_layers):
+            walk.load(number, weights.layer(number))
+            walk.advance()
+        total = walk.losses(walk.hidden)
+        sum_over_ranks([total])
+        return float(total[0] / total[1])
+
+    def gradients(self) -> Iterator[tuple[int, dict[str, Gradient]]]:
+        """Layer number and the gradients of its weights by name inside the layer, from the last layer to the first.
+
+        Each window is a sample whose loss is its mean next-token loss. Computed in float32; this rank's windows'
+        states before every layer are held.
+        """
+        weights = _Float32(self.model)
+        walk = LayerWalk(weights, self.tokens, unit_windows=1)
+        states = [list(walk.hidden)]
+        for number in range(self.model.config.num_layers):
+            walk.load(number, weights.layer(number))
+            walk.advance()
+            states.append(list(walk.hidden))
+        flowing = self._at_the_head(Head(weights), walk, states.pop())
+        for number in reversed(range(self.model.config.num_layers)):
+            walk.load(number, weights.layer(number))
+            sums = {name: Gradient(parameter.detach()) for name, parameter in walk.module.named_parameters()}
+            for i, before in enumerate(states.pop()):
+                flowing[i] = _backward(walk, before, flowing[i], sums)
+            for gradient in sums.values():
+                sum_over_ranks([gradient.total, gradient.squares, gradient.samples])
+            yield number, sums
+            self.progress(1)
+
+    def _at_the_head(self, head: Head, walk: LayerWalk, last: list[Tensor]) -> list[Tensor]:
+        """Gradients of the windows' losses by the hidden states after the last layer."""
+        flowing = []
+        for hidden, tokens in zip(last, walk.tokens, strict=True):
+            leaf = hidden.detach().requires_grad_()
+            count = (tokens.shape[0] - 1) * tokens.shape[1]
+            with torch.enable_grad():
+                for loss in head.pieces(leaf, tokens):
+                    (loss.sum() / count).backward(inputs=[leaf])
+            assert leaf.grad is not None
+            flowing.append(leaf.grad)
+        return flowing
+
+
+class Gradient:
+    """A weight and the gradient of its windows' losses."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.total = torch.zeros_like(weight, dtype=torch.float64)
+        """Sum over samples."""
+        self.squares = torch.zeros_like(weight, dtype=torch.float64)
+        """Sum over samples of the squared gradient."""
+        self.samples = torch.zeros(1, dtype=torch.float64, device=weight.device)
+
+    def add(self, gradient: Tensor) -> None:
+        """One sample's."""
+        self.total += gradient
+        self.squares += gradient.square()
+        self.samples += 1
+
+
+class _Float32(WholeWeights):
+    """The model's weights in float32, whatever their own type."""
+
+    def __init__(self, model: PrunableModel) -> None:
+        super().__init__(model)
+        self.dtype = torch.float32
+
+
+def _backward(walk: LayerWalk, before: Tensor, flowing: Tensor, sums: dict[str, Gradient]) -> Tensor:
+    """One sample through the loaded layer backward; adds to `sums` and returns the gradient of the layer's input."""
+    names, parameters = zip(*walk.module.named_parameters(), strict=True)
+    leaf = before.detach().requires_grad_()
+    with torch.enable_grad():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        found = torch.autograd.grad(walk.run(leaf), [leaf, *parameters], flowing)
+    for name, gradient in zip(names, found[1:], strict=True):
+        sums[name].add(gradient)
+    return found[0]
+
+
+def channels_of(config: ModelConfig, layer: int) -> dict[str, int]:
+    """Channels that enter each site of a layer."""
+    size = dimensions(config, layer)
+    hidden = [RESIDUAL, *NORMS, "self_attention.linear_qkv", "mlp.linear_fc1"]
+    inner = {"self_attention.linear_proj": size["query"], "mlp.linear_fc2": size["ffn"]}
+    return dict.fromkeys(hidden, size["hidden"]) | inner
