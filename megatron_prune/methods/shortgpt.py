@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_prune.methods.base import register
-from megatron_prune.methods.structured import StructuredMethod, allowed_sizes, layers_to_remove, lowest
+from megatron_prune.methods.depth import layers_to_remove
+from megatron_prune.methods.structured import StructuredMethod, allowed_sizes, removed_layers
 from megatron_prune.methods.target import Shape, StructuredTarget
 from megatron_prune.model.units import Units
-from megatron_prune.statistics.channels import RESIDUAL, BlockInfluence
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes
@@ -26,11 +26,5 @@ class ShortGPT(StructuredMethod):
 
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
         """The layers that stay."""
-        wanted = allowed_sizes(target, ["num_layers"], self.name)
-        influence = block_influence(passes)
-        return Units.all(config).without_layers(lowest(influence, layers_to_remove(config, wanted)))
-
-
-def block_influence(passes: Passes) -> list[float]:
-    """Of every layer, from one pass over the calibration windows. Collective."""
-    return [found[RESIDUAL].value() for found in passes.observe({RESIDUAL: BlockInfluence})]
+        count = removed_layers(config, allowed_sizes(target, ["num_layers"], self.name))
+        return Units.all(config).without_layers(layers_to_remove(passes, count, "block_influence"))

@@ -6,7 +6,7 @@ are the same for all (`apply/`). Helpers here are pure functions of scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
     from megatron_prune.statistics.passes import Passes
 
+QKV, PROJECTION = "self_attention.linear_qkv", "self_attention.linear_proj"
+FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+"""The linears of a layer, as `Passes.observe` names its sites."""
 REFITS = ("none", "mean", "local", "propagated")
 
 
@@ -72,12 +75,12 @@ def keep_best(scores: Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order[len(scores) - count :].tolist()))
 
 
-def lowest(scores: Sequence[float], count: int, protected: Mapping[int, Any] | Sequence[int] = ()) -> tuple[int, ...]:
+def lowest(scores: Sequence[float], count: int, protected: Container[int] = ()) -> tuple[int, ...]:
     """Numbers, rising, of the `count` lowest scores that are not protected; of equal ones the first."""
     free = [n for n in range(len(scores)) if n not in protected]
     return tuple(sorted(sorted(free, key=lambda n: (scores[n], n))[:count]))
 
 
-def layers_to_remove(config: Any, target: Shape) -> int:
+def removed_layers(config: Any, target: Shape) -> int:
     """How many layers the target removes."""
     return config.num_layers - (target.num_layers or config.num_layers)

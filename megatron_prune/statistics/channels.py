@@ -6,15 +6,13 @@ are small (a few numbers a channel), can be saved and serve any target.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 RESIDUAL = "layer"
 """The site whose statistic sees the residual stream before and after a layer; all others are submodules' inputs."""
-Aggregation = Literal["mean", "l2", "var"]
+AGGREGATIONS = ("mean", "l2", "var")
 """Of absolute values over the tokens of a window, or of windows: mean(|x|), sqrt(sum x^2), variance."""
 
 
@@ -32,7 +30,7 @@ class ChannelActivations:
         self.token_count = zeros(1)
         self.sums = zeros(2, channels)
         """Over tokens: of x and of x^2."""
-        self.aggregated: dict[Aggregation, Tensor] = {name: zeros(2, channels) for name in ("mean", "l2", "var")}
+        self.aggregated = {name: zeros(2, channels) for name in AGGREGATIONS}
         """By the aggregation over a window's tokens: sum over windows of the aggregate, and of its square."""
 
     def update(self, x: Tensor) -> None:
@@ -45,13 +43,13 @@ class ChannelActivations:
         magnitudes = x.abs()
         seen = {"mean": magnitudes.mean(0), "l2": squares.sum(0).sqrt(), "var": magnitudes.var(0, unbiased=False)}
         for name, value in seen.items():
-            self.aggregated[name] += torch.stack([value.sum(0), value.square().sum(0)])  # type: ignore[index]
+            self.aggregated[name] += torch.stack([value.sum(0), value.square().sum(0)])
 
     def tensors(self) -> list[Tensor]:
         """The accumulators."""
         return [self.windows, self.token_count, self.sums, *self.aggregated.values()]
 
-    def importance(self, batch: Aggregation = "l2", sequence: Aggregation = "mean") -> Tensor:
+    def importance(self, batch: str = "l2", sequence: str = "mean") -> Tensor:
         """float64 `[channels]`."""
         total, squares = self.aggregated[sequence]
         if batch == "l2":
