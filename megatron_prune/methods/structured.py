@@ -7,7 +7,7 @@ are the same for all (`apply/`). Helpers here are pure functions of scores.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import PruningMethod, hyperparameter
 from megatron_prune.methods.target import Budget, Shape, StructuredTarget
-from megatron_prune.model.units import Units
+from megatron_prune.model.units import Units, heads_of
 
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
@@ -84,3 +84,39 @@ def lowest(scores: Sequence[float], count: int, protected: Container[int] = ()) 
 def removed_layers(config: Any, target: Shape) -> int:
     """How many layers the target removes."""
     return config.num_layers - (target.num_layers or config.num_layers)
+
+
+def keep_groups(
+    config: Any, units: Units, scores: Sequence[Tensor], target: Shape, layers: Sequence[int], over_all: bool = False
+) -> Units:
+    """`units` with the query groups of highest score in these layers, all heads of a group with it."""
+    kept = _counted(scores, target.num_query_groups or 0, layers, over_all)
+    blocks = list(units.blocks)
+    for layer, groups in kept.items():
+        heads = tuple(head for group in groups for head in heads_of(config, layer, group))
+        blocks[layer] = replace(blocks[layer], groups=groups, heads=heads)
+    return replace(units, blocks=tuple(blocks))
+
+
+def keep_neurons(
+    config: Any, units: Units, scores: Sequence[Tensor], target: Shape, layers: Sequence[int], over_all: bool = False
+) -> Units:
+    """`units` with the MLP neurons of highest score in these layers."""
+    del config
+    kept = _counted(scores, target.ffn_hidden_size or 0, layers, over_all)
+    blocks = [replace(block, ffn=kept.get(layer, block.ffn)) for layer, block in enumerate(units.blocks)]
+    return replace(units, blocks=tuple(blocks))
+
+
+def _counted(scores: Sequence[Tensor], count: int, layers: Sequence[int], over_all: bool) -> dict[int, tuple[int, ...]]:
+    """`count` units of each layer, or as many over all of them together and at least one of each."""
+    if not over_all:
+        return {layer: keep_best(scores[layer], min(count, len(scores[layer]))) for layer in layers}
+    first = {layer: keep_best(scores[layer], 1) for layer in layers}
+    boosted = [scores[layer].double().index_fill(0, torch.tensor(first[layer]), float("inf")) for layer in layers]
+    chosen = set(keep_best(torch.cat(boosted), min(count * len(layers), sum(map(len, boosted)))))
+    kept, offset = {}, 0
+    for layer, there in zip(layers, boosted, strict=True):
+        kept[layer] = tuple(unit for unit in range(len(there)) if offset + unit in chosen)
+        offset += len(there)
+    return kept

@@ -63,6 +63,10 @@ class Passes:
             self.progress(1)
         return found
 
+    def weight(self, layer: int, path: str) -> Tensor:
+        """A linear's whole weight `[out, in]`."""
+        return self.model.whole(self.model.by_name[f"decoder.layers.{layer}.{path}.weight"])
+
     def _has(self, number: int, path: str) -> bool:
         return f"decoder.layers.{number}.{path}.weight" in self.model.by_name
 

@@ -1,0 +1,104 @@
+"""FLAP (An et al. 2023, arXiv:2312.11983): channels that hardly fluctuate can be replaced by their mean.
+
+A channel counts by the variance of what it carries times the squared norm of the weights it enters; scores are made
+comparable between layers and kinds by standardising them within each, and query groups and MLP neurons go in one
+order, from all layers together, until the model is within its budget of parameters ("AL-AM").
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.methods.base import register
+from megatron_prune.methods.structured import FC2, PROJECTION, StructuredMethod
+from megatron_prune.methods.target import Budget, StructuredTarget
+from megatron_prune.model.cost import parameters
+from megatron_prune.model.units import BlockUnits, Units, heads_of
+from megatron_prune.statistics.channels import ChannelActivations
+
+if TYPE_CHECKING:
+    from megatron_prune.statistics.passes import Passes
+
+
+@register("flap")
+@dataclass(frozen=True)
+class Flap(StructuredMethod):
+    """Remove the query groups and neurons of lowest fluctuation, wherever they are; layers come out unequal."""
+
+    paper: ClassVar[str] = "An et al. 2023, arXiv:2312.11983"
+    targets: ClassVar[Mapping[type, str]] = {Budget: "a budget: parameters=N"}
+
+    def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
+        """The units that stay."""
+        if not isinstance(target, Budget):
+            raise UserError(f"method flap cannot prune to {target}; it supports {', '.join(self.targets.values())}")
+        found = passes.observe(dict.fromkeys((PROJECTION, FC2), ChannelActivations))
+        order: list[tuple[float, int, str, int]] = []
+        for layer, seen in enumerate(found):
+            for kind, scores in _scores(config, layer, seen, passes).items():
+                order += [(float(z), layer, kind, unit) for unit, z in enumerate(standardised(scores))]
+        return _within(config, sorted(order), target)
+
+
+def fluctuation(activations: ChannelActivations, weight: Tensor) -> Tensor:
+    """Variance of each input times the squared norm of its column of weight `[out, in]` (paper, equation 5)."""
+    return activations.variance() * weight.double().square().sum(0)
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Distance from the mean in standard deviations; zeros where all are alike."""
+    deviation = scores.std(unbiased=False)
+    return (scores - scores.mean()) / deviation if deviation > 0 else torch.zeros_like(scores)
+
+
+def _scores(config: Any, layer: int, seen: Mapping[str, ChannelActivations], passes: Passes) -> dict[str, Tensor]:
+    """Of a layer's query groups, the mean over their channels, and of its neurons."""
+    found = {}
+    for path, kind in ((PROJECTION, "groups"), (FC2, "ffn")):
+        if path in seen:
+            scores = fluctuation(seen[path], passes.weight(layer, path)).cpu()
+            groups = config.block(layer).num_query_groups
+            found[kind] = scores.unflatten(0, (groups, -1)).mean(1) if kind == "groups" else scores
+    return found
+
+
+def _within(config: Any, order: list[tuple[float, int, str, int]], budget: Budget) -> Units:
+    """Remove units in this order until the budget holds; every layer keeps one of each kind."""
+    units = Units.all(config)
+    left = [{"groups": set(b.groups), "ffn": set(b.ffn)} for b in units.blocks]
+    excess = parameters(config) - budget.parameters
+    for _, layer, kind, unit in order:
+        if excess <= 0:
+            break
+        if len(left[layer][kind]) > 1:
+            left[layer][kind].remove(unit)
+            excess -= cost_of(config, layer, kind)
+    if excess > 0:
+        raise UserError(f"target {budget}: {excess} parameters too many even with one unit of a kind in every layer")
+    blocks = []
+    for layer, kept in enumerate(left):
+        groups = tuple(sorted(kept["groups"]))
+        heads = tuple(head for group in groups for head in heads_of(config, layer, group))
+        blocks.append(BlockUnits(groups, heads, tuple(sorted(kept["ffn"]))))
+    return replace(units, blocks=tuple(blocks))
+
+
+@functools.cache
+def cost_of(config: Any, layer: int, kind: str) -> int:
+    """Parameters of one query group or neuron of a layer."""
+    block = config.block(layer)
+    if kind == "ffn":
+        smaller = replace(block, ffn_hidden_size=block.ffn_hidden_size - 1)
+    else:
+        heads = block.num_attention_heads - block.group_heads
+        smaller = replace(block, num_attention_heads=heads, num_query_groups=block.num_query_groups - 1)
+    blocks = [config.block(n) for n in range(config.num_layers)]
+    blocks[layer] = smaller
+    return parameters(config) - parameters(replace(config, blocks=None).with_blocks(blocks))
