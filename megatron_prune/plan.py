@@ -81,6 +81,7 @@ def run(config: PlanConfig) -> None:
         target,
         config.parallelism.data_parallel_size(config.processes),
         bool(config.method_options.get("train_weights")),
+        config.method_options.get("logits_dtype") == "bfloat16",
     )
     stages = plan(job)
     _print(job, stages)
@@ -107,6 +108,8 @@ class Job:
     replicas: int
     """Of the model: data-parallel processes."""
     train_weights: bool = False
+    narrow_logits: bool = False
+    """They are bfloat16, with float32 masters."""
 
     @property
     def element(self) -> int:
@@ -185,10 +188,10 @@ def _stage(job: Job, stage: int) -> Memory:
     masters = FLOAT32 if job.element != FLOAT32 else 0
     return Memory(
         weights=sum(_local_size(map, job.tensor) for map in maps) * job.element,
-        mask_logits=sum(logits) * FLOAT32,
+        mask_logits=sum(logits) * (2 if job.narrow_logits else FLOAT32),
         gradients=_buffers(job, logits, weights) * FLOAT32,
         optimizer=_buffers(job, logits, weights) // job.sharers * 2 * FLOAT32
-        + _buffers(job, [], weights) // job.sharers * masters,
+        + _buffers(job, logits if job.narrow_logits else [], weights) // job.sharers * masters,
         **_kept(job, stage, sum(prunable) // job.chunks * job.element),
     )
 
@@ -218,8 +221,9 @@ def _local_size(map: WeightMap, tensor: int) -> int:
 
 def _buffers(job: Job, logits: list[int], weights: list[int]) -> int:
     """Elements of megatron-core's gradient buffers: one for each chunk and type of parameter."""
-    kinds = [logits + weights] if job.element == FLOAT32 else [logits, weights]
-    return job.chunks * sum(_buffer(job, kind[: len(kind) // job.chunks]) for kind in kinds)
+    logits, weights = (sizes[: len(sizes) // job.chunks] for sizes in (logits, weights))
+    together = job.narrow_logits or job.element == FLOAT32
+    return job.chunks * sum(_buffer(job, sizes) for sizes in ([logits + weights] if together else [logits, weights]))
 
 
 def _buffer(job: Job, sizes: list[int]) -> int:

@@ -50,6 +50,7 @@ def geometric_schedule(start: float, end: float, step: int, steps: int) -> float
 
 
 DRAWS = ("microbatch", "step")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SCHEDULES = {"linear": linear_schedule, "geometric": geometric_schedule}
 
 
@@ -84,6 +85,7 @@ class MaskLLM(PruningMethod):
     weight_regularization: float = hyperparameter(1e-5, "weight of -sum((W * mask)^2), falling to 0")
     hard: bool = hyperparameter(False, "sample whole patterns, straight-through gradient")
     mask_draw: str = hyperparameter("microbatch", "a new mask for each micro-batch (the paper's), or one for a step")
+    logits_dtype: str = hyperparameter("float32", "or bfloat16, with float32 masters: less with a shared optimizer")
     train_weights: bool = hyperparameter(False, "train the weights too; the paper freezes them")
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class MaskLLM(PruningMethod):
             )
         if self.mask_draw not in DRAWS:
             raise UserError(f"maskllm: mask_draw {self.mask_draw!r} was given; allowed: {', '.join(DRAWS)}")
+        if self.logits_dtype not in DTYPES:
+            raise UserError(f"maskllm: logits_dtype {self.logits_dtype!r} was given; allowed: {', '.join(DTYPES)}")
         if self.weight_regularization < 0:
             raise UserError(
                 f"maskllm: weight_regularization {self.weight_regularization} was given; allowed: 0 or more"
@@ -106,8 +110,14 @@ class MaskLLM(PruningMethod):
         """Learn the mask logits of every prunable linear and keep each group's best pattern."""
         self.accept(target)
         assert isinstance(target, NM)
-        per_step = self.mask_draw == "step"
-        draw = runner.learn_masks(target.n, target.m, self.hard, self.train_weights, per_step)
+        draw = runner.learn_masks(
+            target.n,
+            target.m,
+            self.train_weights,
+            hard=self.hard,
+            per_step=self.mask_draw == "step",
+            logits_dtype=DTYPES[self.logits_dtype],
+        )
         runner.start_logits(
             lambda mask: prior_logits(mask, target.n, target.m, self.prior_strength, self.std), self.std
         )

@@ -46,6 +46,7 @@ class MaskDraw:
     """All micro-batches of a step see one mask, that of micro-batch 0."""
     recompute: bool = False
     """Layers run again in the backward pass, each micro-batch in the order of its first run."""
+    logits_dtype: torch.dtype = torch.float32
     decoded: bool = False
     """Use each group's best pattern instead of a sample: what the finished mask will do."""
 
@@ -86,7 +87,7 @@ class MaskedLinear(torch.nn.Module):
         out, inputs = self.weight.shape
         count = patterns(mask_draw.n, mask_draw.m).shape[0]
         logits = torch.nn.Parameter(
-            torch.zeros(out, inputs // mask_draw.m, count, dtype=torch.float32, device=self.weight.device)
+            torch.zeros(out, inputs // mask_draw.m, count, dtype=mask_draw.logits_dtype, device=self.weight.device)
         )
         set_tensor_model_parallel_attributes(logits, True, self.shard_axis, 1)
         logits.allreduce = True  # type: ignore[attr-defined]

@@ -61,16 +61,22 @@ class LearningRunner(TrainingSession):
         self.start: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
 
-    def learn_masks(self, n: int, m: int, hard: bool, train_weights: bool, per_step: bool = False) -> MaskDraw:
+    def learn_masks(self, n: int, m: int, train_weights: bool, **draw: Any) -> MaskDraw:
         """Give every prunable linear mask logits and freeze everything else (but the weights, on request).
 
-        hard and per_step are MaskDraw's.
+        `draw`: more fields of MaskDraw. UserError for logits in bfloat16 in a model that is not.
         """
+        dtype = self.model.config.dtype
+        if draw.get("logits_dtype") == torch.bfloat16 and dtype != "bfloat16":
+            raise UserError(
+                f"logits_dtype bfloat16 was given and the model is {dtype}: the optimizer keeps float32 masters in a "
+                "bfloat16 model only; leave it float32, or import the model with --dtype bfloat16"
+            )
         for chunk in self.model.chunks:
             chunk.requires_grad_(False)
         self.weights_trained = train_weights
         t = self.training
-        self.draw = MaskDraw(n, m, seed=t.seed, hard=hard, per_step=per_step, recompute=t.recompute)
+        self.draw = MaskDraw(n, m, seed=t.seed, recompute=t.recompute, **draw)
         self.model.learn_masks(self.draw)
         for linear in self.model.linears():
             linear.module.weight.requires_grad_(train_weights)

@@ -82,7 +82,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         model = open_model(Path(case["model"])).load(layout, **extra)
         chunks = torch.nn.ModuleList(model.chunks)
         chunks.requires_grad_(False)
-        model.learn_masks(MaskDraw(2, 4, seed=0))
+        model.learn_masks(MaskDraw(2, 4, seed=0, logits_dtype=getattr(torch, case["logits"])))
         for linear in model.linears():
             linear.module.weight.requires_grad_(case["train_weights"])
         trainer = Trainer(model, training, Words(training.seq_length))

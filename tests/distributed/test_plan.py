@@ -42,6 +42,7 @@ class Case:
     context: int = 1
     sequence_parallel: bool = False
     train_weights: bool = False
+    logits: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
     """More fields of `Training`."""
 
@@ -63,7 +64,8 @@ class Case:
         """As `plan` takes it."""
         layout, training = Parallelism(**self.layout()), Training(**TRAINING | self.options | options)
         replicas = layout.data_parallel_size(self.processes)
-        return Job(read_config(root / self.model), layout, training, NM(2, 4), replicas, self.train_weights)
+        model, narrow = read_config(root / self.model), self.logits == "bfloat16"
+        return Job(model, layout, training, NM(2, 4), replicas, self.train_weights, narrow)
 
 
 RECOMPUTE = {"recompute": True}
@@ -72,10 +74,13 @@ CASES = [
     Case("one"),
     Case("bf16", "bfloat16"),
     Case("bf16_weights", "bfloat16", train_weights=True),
+    Case("bf16_logits", "bfloat16", logits="bfloat16"),
     Case("recomputed", "bfloat16", options=RECOMPUTE),
     Case("window", "mistral"),
     Case("tp2_pp2_sp", "tied", 4, tensor=2, pipeline=2, sequence_parallel=True),
     Case("dp4_shared", "ragged", 4, train_weights=True, options=SHARED),
+    Case("dp4_shared_bf16_logits", "bfloat16", 4, train_weights=True, logits="bfloat16", options=SHARED),
+    Case("pp2_vpp2_fp32_weights", "tied", 4, tensor=2, pipeline=2, virtual=2, train_weights=True),
     Case("pp2_vpp2_dp2_shared", "bfloat16", 4, pipeline=2, virtual=2, train_weights=True, options=SHARED),
     Case("pp2_vpp2_recomputed", "bfloat16", 4, tensor=2, pipeline=2, virtual=2, options=RECOMPUTE),
     Case("pp4", "tied", 4, pipeline=4),
@@ -101,6 +106,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             layout=case.layout(),
             training=TRAINING | case.options,
             train_weights=case.train_weights,
+            logits=case.logits,
         )
         for case in CASES
     ]

@@ -56,6 +56,11 @@ def test_unknown_schedules_are_refused() -> None:
         MaskLLM(schedule_shape="cosine")
 
 
+def test_unknown_types_of_logits_are_refused() -> None:
+    with pytest.raises(UserError, match="allowed: float32, bfloat16"):
+        MaskLLM(logits_dtype="float16")
+
+
 def test_unknown_draws_are_refused() -> None:
     with pytest.raises(UserError, match="allowed: microbatch, step"):
         MaskLLM(mask_draw="epoch")

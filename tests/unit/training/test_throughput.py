@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -107,6 +108,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
         watch = ["--log-interval", "2", "--peak-tflops", "2"]
         assert main(["prune", "--method", "maskllm", "--target", "2:4", *inputs, *sizes, *watch]) == 0
     return root / "run", looks
+
+
+def test_bfloat16_logits_have_float32_masters(run: tuple[Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+    root = run[0].parent
+    words = ["prune", "--method", "maskllm", "--target", "2:4", "--data", str(root / "words.jsonl")]
+    words += ["--seq-length", "16", "--global-batch-size", "2", "--train-iters", "2", "--logits-dtype", "bfloat16"]
+    assert main([*words, "--input", str(root / "hf"), "--output", str(root / "refused")]) == 2
+    assert "the model is float32" in capsys.readouterr().err
+    byte_tokenizer(tiny_llama(root / "bf16", vocab_size=257, dtype=torch.bfloat16))
+    assert main([*words, "--input", str(root / "bf16"), "--output", str(root / "narrow")]) == 0
+    (saved,) = (root / "narrow" / "checkpoints").glob("*/")
+    state = FileSystemReader(saved).read_metadata().state_dict_metadata
+    kinds = {name: value.properties.dtype for name, value in state.items() if name.endswith("linear_qkv.mask_logits")}
+    assert set(kinds.values()) == {torch.bfloat16, torch.float32}
+    assert sum(dtype == torch.bfloat16 for dtype in kinds.values()) == 1 and len(kinds) == 4, kinds
 
 
 def records(run: Path) -> list[dict[str, float]]:
