@@ -114,13 +114,12 @@ def _block(number: int, entry: Any) -> Block:
     if attention.get("replace_with_linear") or ffn.get("replace_with_linear"):
         raise UserError(f"config.json: {KEY} of layer {number} has replace_with_linear; supported: no_op and sizes")
     heads, groups = (_size(number, attention, key) for key in ("num_attention_heads", "num_query_groups"))
-    try:
-        return Block(heads, groups, _size(number, ffn, "ffn_hidden_size"))
-    except ValueError:
+    if groups and heads % groups:
         raise UserError(
             f"config.json: {KEY} of layer {number} has {heads} attention heads and {groups} query groups; the second "
             "must divide the first"
-        ) from None
+        )
+    return Block(heads, groups, _size(number, ffn, "ffn_hidden_size"))
 
 
 def _size(number: int, half: Mapping[str, Any], key: str) -> int:

@@ -294,7 +294,7 @@ class Family:
         """
         heads, groups = config.num_attention_heads, config.num_query_groups
         shapes = [
-            (count, count // parts, parts)
+            (count, parts)
             for count in range(heads, config.hidden_size + 1)
             if self._opens(config, count)
             for parts in range(groups, count * groups // heads + 1)
@@ -305,7 +305,7 @@ class Family:
                 f"hidden_size {config.hidden_size} has no divisor from {heads} on that could be the number of attention"
                 f" heads of a {self.name} model in transformers: keep fewer heads or a larger hidden size"
             )
-        count, _, parts = min(shapes)
+        count, parts = min(shapes)
         return replace(config, num_attention_heads=count, num_query_groups=parts, blocks=None)
 
     def _opens(self, config: ModelConfig, heads: int) -> bool:

@@ -1,0 +1,88 @@
+"""A model whose layers differ, through every verb and layout: logits, checkpoints, decisions, learned masks, export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_prune.model.convert import HFReader
+from tests.distributed.launch import ONE, PP2, TP2_SP, Layout, launch, must_pass
+from tests.distributed.test_layouts import Case, differing, losses, masks
+from tests.models import tiny_blocks, words
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+TOLERANCE = 1e-4
+MODEL = "blocks"
+CASES = [Case("wanda", "2:4"), Case("sparsegpt", "2:4", ("--true-sequential",))]
+LAYOUTS = [TP2_SP, PP2]
+STEPS = 4
+
+
+def commands(root: Path, layout: Layout) -> list[list[str]]:
+    """Import in a layout, and everything else from the checkpoint that the layout before it has written."""
+    name, flags = layout.name, layout.flags()
+    model = str(root / {ONE: "one", TP2_SP: "one", PP2: "tp2sp"}[layout])
+    runs, data = root / "runs" / MODEL / name, str(root / "words.jsonl")
+    calibration = ["--calibration", data, "--calibration-samples", "5", "--calibration-seq-length", "32"]
+    learn = ["--seq-length", "32", "--global-batch-size", "2", "--train-iters", str(STEPS), "--temperature-end", "2"]
+    prune = ["prune", "--input", model, *flags]
+    return [
+        ["import", "--input", str(root / "hf"), "--output", str(root / name), *flags],
+        ["verify", "--input", model, "--against", str(root / "hf"), "--output", str(root / f"{name}.json"), *flags],
+        *(
+            [*prune, "--output", str(runs / case.name), "--method", case.method, "--target", case.target]
+            + [*case.options, *calibration]
+            for case in CASES
+        ),
+        [*prune, "--output", str(runs / "learned"), "--method", "maskllm", "--target", "2:4", "--data", data, *learn],
+        ["trim", "--input", str(runs / CASES[1].name), "--output", str(root / f"{name}_trimmed"), *flags],
+        *(
+            ["export", "--input", str(root / f"{name}_trimmed"), "--output", str(root / f"{name}_{form}")]
+            + ["--layers", form, *flags]
+            for form in ("blocks", "padded")
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model, and every verb on it in every layout."""
+    root = tmp_path_factory.mktemp("blocks")
+    tiny_blocks(root / "hf")
+    words(root / "words.jsonl")
+    must_pass(launch(1, commands(root, ONE), root / "commands"))
+    must_pass(launch(2, [command for layout in LAYOUTS for command in commands(root, layout)], root / "commands"))
+    return root
+
+
+@pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=lambda layout: layout.name)
+def test_logits_equal_transformers(root: Path, layout: Layout) -> None:
+    """Of transformers' ordinary model with every layer padded; PP=2 reads a checkpoint written at TP=2."""
+    found = json.loads((root / f"{layout.name}.json").read_text())["logits"]
+    assert found["max_absolute_difference"] <= TOLERANCE
+    assert found["same_argmax"] == 1.0 and found["largest_logit"] > 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_shot_decision_is_the_same(root: Path, case: Case, layout: Layout) -> None:
+    assert differing(masks(root, ONE, MODEL, case.name), masks(root, layout, MODEL, case.name)) == 0.0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_mask_learning_follows_one_process(root: Path, layout: Layout) -> None:
+    expected, found = losses(root, ONE, MODEL), losses(root, layout, MODEL)
+    assert len(expected) == STEPS and found == pytest.approx(expected, abs=1e-5)
+    assert differing(masks(root, ONE, MODEL, "learned"), masks(root, layout, MODEL, "learned")) < 1e-3
+
+
+@pytest.mark.parametrize("form", ["blocks", "padded"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_exports_are_bit_equal(root: Path, form: str, layout: Layout) -> None:
+    one, other = (HFReader(root / f"{x.name}_{form}") for x in (ONE, layout))
+    assert one.config == other.config and (one.model_config.blocks is None) == (form == "padded")
+    for name in one.names():
+        assert torch.equal(one.read(name), other.read(name)), name
