@@ -142,7 +142,7 @@ def _train(
         eval_windows=first_windows(held_out, t.eval_windows),
         resume=config.resume,
         stop=stop,
-        identity={"data": data.info(), "recovery": _settings(config)},
+        identity={"data": data.info(), **_settings(config)},
     )
     try:
         zeros = runner.recover(

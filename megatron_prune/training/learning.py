@@ -160,10 +160,12 @@ class LearningRunner(TrainingSession):
         self.draw.decoded = False
         return loss
 
-    def resumed(self) -> None:
-        """Changes of masks count from here."""
+    def load(self, trainer: Trainer, path: Path) -> int:
+        """As the base class; changes of masks count from there."""
+        done = super().load(trainer, path)
         for linear in self.model.linears():
             self.last[linear.name] = gumbel.winners(linear.module.mask_logits)
+        return done
 
     def _load_logits(self, run: Path) -> None:
         """Take the mask logits of another run's newest good checkpoint (transfer)."""

@@ -238,7 +238,6 @@ class RecoveryRunner(TrainingSession):
         merge_adapters(adapted)
         return zeros.check("in the final weights") if zeros else None
 
-    def saved(self, done: int) -> None:
-        """Count the zeros of what was saved."""
-        if self.zeros is not None:
-            self.log.write({"step": done, "zeros": self.zeros.check(f"after step {done}")})
+    def check_state(self, when: str) -> dict[str, float]:
+        """The zeros, counted."""
+        return {"zeros": self.zeros.check(when)} if self.zeros is not None else {}

@@ -73,11 +73,12 @@ class TrainingSession:
         """Mean next-token loss over held-out windows `[n, seq_length]`. Collective."""
         return trainer.evaluate(windows)
 
-    def resumed(self) -> None:
-        """Called when a checkpoint has been loaded."""
+    def check_state(self, when: str) -> dict[str, float]:
+        """Called before a state is saved and after one was loaded; UserError when it must not be used.
 
-    def saved(self, done: int) -> None:
-        """Called when what training has reached after `done` steps has been handed over for saving. Collective."""
+        Returns what to log. Collective.
+        """
+        return {}
 
     def take_steps(self, trainer: Trainer, on_step: Callable[[int, int], dict[str, float]]) -> None:
         """Run the optimizer steps that are left, logging, saving and evaluating at their intervals.
@@ -115,9 +116,11 @@ class TrainingSession:
         if not busy:
             self.checkpoints.finish()
         if reason or last or done % self.training.save_interval == 0:
+            checked = self.check_state(f"after step {done}")
+            if checked:
+                self.log.write({"step": done, **checked})
             self.log.sync()
             self.checkpoints.save(self._about(done), {**trainer.state(is_loading=False), "step": done})
-            self.saved(done)
         if reason or last:
             self.checkpoints.finish()
         if reason and not last:
@@ -171,8 +174,13 @@ class TrainingSession:
         for key, given in self._about(found["step"]).items():
             if found.get(key) != given:
                 raise UserError(f"--resume: {path} has {key} {found.get(key)} and {given} was given: give the same")
+        done = self.load(trainer, path)
+        self.check_state(f"in {path}")
+        say(f"resumed from {path}")
+        return done
+
+    def load(self, trainer: Trainer, path: Path) -> int:
+        """Take over a checkpoint; the number of steps it has done. Collective."""
         state = load_sharded(path, {**trainer.state(is_loading=True), "step": 0})
         trainer.load_state(state)
-        self.resumed()
-        say(f"resumed from {path}")
         return int(state["step"])

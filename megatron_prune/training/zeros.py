@@ -46,8 +46,8 @@ class Zeros:
         zeros, wrong = counts.tolist()
         if wrong:
             raise UserError(
-                f"{wrong} of the {zeros} weights that must stay zero are not +0.0 {when}: what was saved then cannot "
-                "be used; resume from an earlier checkpoint, or begin a new run"
+                f"{wrong} of the {zeros} weights that must stay zero are not +0.0 {when}: nothing is saved from there; "
+                "resume from an earlier checkpoint, or begin a new run"
             )
         return zeros
 

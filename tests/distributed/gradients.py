@@ -14,9 +14,11 @@ from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.training.loop import Trainer
+from megatron_prune.training.recovery import RecoveryLoss, Weighting
 
 LENGTH = 16
 WINDOWS = 2
+WEIGHTING = Weighting(lm=0.5, distillation=2.0, hidden=3.0, temperature=2.0)
 
 
 class RandomWindows:
@@ -41,6 +43,22 @@ def save_gradients(checkpoint: str, output: str, tensor: str, pipeline: str, seq
         gradients = gathered(model)
         if backend.rank() == 0:
             save_file(gradients, output)
+
+
+def save_recovery_gradients(
+    checkpoint: str, teacher: str, output: str, tensor: str, pipeline: str, sequence_parallel: str
+) -> None:
+    """As `save_gradients`, of `WEIGHTING`'s sum of losses, which are written too. Collective."""
+    layout = backend.Layout(int(tensor), int(pipeline), sequence_parallel=sequence_parallel == "True")
+    with backend.running(layout):
+        model, other = load_model(Path(checkpoint), layout), load_model(Path(teacher), layout)
+        training = Training(seq_length=LENGTH, global_batch_size=WINDOWS, train_iters=1, clip_grad=0.0)
+        objective = RecoveryLoss(model, WEIGHTING, other, training.num_microbatches(layout.data))
+        trainer = Trainer(model, training, RandomWindows(model.config.vocab_size), objective=objective)
+        parts = trainer.step(0).parts
+        gradients = gathered(model)
+        if backend.rank() == 0:
+            save_file(gradients | {name: torch.tensor(value) for name, value in parts.items()}, output)
 
 
 def gathered(model: PrunableModel) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Runs several verbs, one after the other, in the processes of one torchrun: `worker.py COMMANDS.json`.
 
-The command ["control"] makes mask noise depend on the layout from then on; ["gradients", ...] is `save_gradients`.
+The command ["control"] makes mask noise depend on the layout from then on; ["gradients", ...] is `save_gradients`,
+["recovery_gradients", ...] `save_recovery_gradients`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from megatron_prune.__main__ import main
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.distributed.controls import draw_noise_by_local_position
-from tests.distributed.gradients import save_gradients
+from tests.distributed.gradients import save_gradients, save_recovery_gradients
+
+GRADIENTS = {"gradients": save_gradients, "recovery_gradients": save_recovery_gradients}
 
 
 def run(commands: list[list[str]]) -> int:
@@ -27,8 +30,8 @@ def run(commands: list[list[str]]) -> int:
         if command == ["control"]:
             draw_noise_by_local_position()
             continue
-        if command[0] == "gradients":
-            save_gradients(*command[1:])
+        if command[0] in GRADIENTS:
+            GRADIENTS[command[0]](*command[1:])
             continue
         status = main(command)
         if status:
