@@ -54,16 +54,19 @@ def factorise(hessian: Tensor, percdamp: float) -> Factor:
     live = diagonal > 0
     if not live.any():
         raise SingularHessian
-    damped = hessian.to(torch.float64, copy=True)
-    damped.diagonal().add_(torch.where(live, percdamp * diagonal[live].mean(), 1.0))
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    damped = hessian.flip(0, 1).double()
+    damped.diagonal().add_(torch.where(live, percdamp * diagonal[live].mean(), 1.0).flip(0))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # float64 matrices of the input's width are most of the memory: as few as can be at a time
     reverse = lower.flip(0, 1)
+    del lower
     # R_jj^2, the part of input j that the inputs after it leave unexplained, against the rounding of H.
     noise = torch.finfo(torch.float32).eps * diagonal.sum()
     if failed or (live & (reverse.diagonal().square() <= noise)).any():
         raise SingularHessian
-    eye = torch.eye(len(live), dtype=torch.float64, device=hessian.device)
-    return Factor(torch.linalg.solve_triangular(reverse, eye, upper=True).float().contiguous(), live)
+    inverse = torch.eye(len(live), dtype=torch.float64, device=hessian.device)
+    torch.linalg.solve_triangular(reverse, inverse, upper=True, out=inverse)
+    return Factor(inverse.float().contiguous(), live)
 
 
 def solve_nm(weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 128) -> tuple[Tensor, Tensor]:
