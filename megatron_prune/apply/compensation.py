@@ -94,6 +94,8 @@ class Compensation:
         map = self.model.by_name.get(f"decoder.layers.{number}.{path}.weight")
         if map is None:
             return False
+        if self.refit == "mean" and f"decoder.layers.{number}.{path}.bias" not in self.model.by_name:
+            return False
         kept = self._kept_inputs(number, path)
         return kept is not None and len(kept) < map.shape[1]
 

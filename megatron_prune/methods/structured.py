@@ -50,6 +50,11 @@ class StructuredMethod(PruningMethod):
         """Correct what stays for what goes, in place; whether anything changed. Collective."""
         from megatron_prune.apply.compensation import Compensation
 
+        if self.refit == "mean" and not model.config.linear_bias:
+            raise UserError(
+                f"{self.name}: refit mean was given and a {model.config.family} model has no biases to take the mean; "
+                "allowed: none, local, propagated"
+            )
         if tokens is None or not units.thins(model.config):
             return False
         return Compensation(model, units, tokens, self.refit, self.refit_damping, self.norm_gain).run(progress)
