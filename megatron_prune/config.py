@@ -195,7 +195,7 @@ class PruneConfig(Options):
     input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`, or a Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
     method: str = option(REQUIRED, "pruning method; `megatron-prune methods` lists them")
-    target: str = option(REQUIRED, "what to reach: N:M (N KEPT of M, e.g. 2:4) or a sparsity such as 0.5")
+    target: str = option(REQUIRED, "what to reach: N:M (N KEPT of M, e.g. 2:4), a sparsity such as 0.5, sizes such as num_layers=24")
     prior: str | None = option(
         None, "mask that a learned method starts from: a run, a decision, a mask .npz or a method"
     )
@@ -295,7 +295,7 @@ class TrainConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TrimConfig(Options):
-    """A pruning run -> a released checkpoint: removed weights zero, training state gone"""
+    """A pruning run -> a released checkpoint: removed weights zero, removed units gone, training state gone"""
 
     input: Path = option(REQUIRED, "run folder of `prune` or `train`")
     output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from megatron_prune.apply.decision import MaskInfo
 from megatron_prune.errors import UserError
 from megatron_prune.files import read_json, refuse_existing, write_json
+from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.units import BlockUnits, Units
 
@@ -46,6 +47,7 @@ class Trim:
             **asdict(self.info),
             "before": sizes(whole),
             "after": sizes(self.units.config(whole)),
+            "parameters": parameters(self.units.config(whole)),
             "sha256": hashlib.sha256((folder / UNITS).read_bytes()).hexdigest(),
         }
         write_json(folder / FILE, content)

@@ -85,7 +85,7 @@ class LLMPruner(StructuredMethod):
         if wanted.num_query_groups:
             units = keep_groups(config, units, [s.groups for s in scores], wanted, touched, self.global_ranking)
         if wanted.ffn_hidden_size:
-            units = keep_neurons(config, units, [s.ffn for s in scores], wanted, touched, self.global_ranking)
+            units = keep_neurons(units, [s.ffn for s in scores], wanted, touched, self.global_ranking)
         if wanted.hidden_size:
             hidden = torch.stack([s.hidden for s in scores]).sum(0)
             units = replace(units, hidden=keep_best(hidden, wanted.hidden_size))

@@ -104,10 +104,9 @@ def keep_groups(
 
 
 def keep_neurons(
-    config: Any, units: Units, scores: Sequence[Tensor], target: Shape, layers: Sequence[int], over_all: bool = False
+    units: Units, scores: Sequence[Tensor], target: Shape, layers: Sequence[int], over_all: bool = False
 ) -> Units:
     """`units` with the MLP neurons of highest score in these layers."""
-    del config
     kept = _counted(scores, target.ffn_hidden_size or 0, layers, over_all)
     blocks = [replace(block, ffn=kept.get(layer, block.ffn)) for layer, block in enumerate(units.blocks)]
     return replace(units, blocks=tuple(blocks))

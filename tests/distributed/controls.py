@@ -11,8 +11,10 @@ import torch.distributed as dist
 
 from megatron_prune.kernels.gumbel import Position
 from megatron_prune.methods.base import PruningMethod, register, select_nm
-from megatron_prune.methods.target import NM, Target
+from megatron_prune.methods.structured import StructuredMethod, keep_neurons
+from megatron_prune.methods.target import NM, Shape, StructuredTarget, Target
 from megatron_prune.model.prunable import LocalLinear, PrunableModel
+from megatron_prune.model.units import Units
 
 
 @register("layout_dependent")
@@ -32,6 +34,22 @@ class LayoutDependent(PruningMethod):
             score = torch.rand(linear.weight().shape, generator=generator)
             linear.keep(select_nm(score, target.n, target.m))
         return runner.masks()
+
+
+@register("layout_dependent_units")
+@dataclass(frozen=True)
+class LayoutDependentUnits(StructuredMethod):
+    """Keeps MLP neurons that depend on the number of processes."""
+
+    paper: ClassVar[str] = "none: a negative control"
+    targets: ClassVar[Mapping[type, str]] = {Shape: "ffn_hidden_size=N"}
+
+    def choose(self, config: Any, passes: Any, target: StructuredTarget) -> Units:
+        """Random neurons."""
+        assert isinstance(target, Shape)
+        generator = torch.Generator().manual_seed(dist.get_world_size())
+        scores = [torch.rand(config.ffn_hidden_size, generator=generator) for _ in range(config.num_layers)]
+        return keep_neurons(Units.all(config), scores, target, range(config.num_layers))
 
 
 def draw_noise_by_local_position() -> None:

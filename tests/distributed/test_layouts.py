@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from megatron_prune.apply.decision import Masks
+from megatron_prune.apply.trimming import Trim
+from megatron_prune.model.units import Units
 from tests.distributed.launch import (
     DP2,
     ONE,
@@ -38,7 +40,8 @@ class Case:
     @property
     def name(self) -> str:
         """Folder name."""
-        return "_".join([self.method, self.target.replace(":", "-"), *(o.strip("-") for o in self.options)])
+        target = self.target.translate(str.maketrans(":,=", "---"))
+        return "_".join([self.method, target, *(o.strip("-") for o in self.options)])
 
 
 CASES = [
@@ -55,6 +58,15 @@ CASES = [
     Case("sparsegpt", "0.5"),
 ]
 CONTROL = Case("layout_dependent", "2:4")
+STRUCTURED = [
+    Case("shortgpt", "num_layers=1"),
+    Case("minitron", "num_layers=1"),
+    Case("minitron", "hidden_size=48,ffn_hidden_size=96,num_query_groups=1"),
+    Case("llm_pruner", "ffn_hidden_size=100,num_query_groups=1", ("--protected-first=0", "--protected-last=0")),
+    Case("flap", "parameters=150000"),
+]
+STRUCTURED_CONTROL = Case("layout_dependent_units", "ffn_hidden_size=64")
+ALL_CASES = [*CASES, CONTROL, *STRUCTURED, STRUCTURED_CONTROL]
 LAYOUTS = [TP2_SP, PP2, DP2, TP3, TP2_PP2_SP, PP2_VPP2_CP2]
 MODELS = {
     # 4 heads in 2 groups, untied: everything but TP=3
@@ -122,7 +134,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model, sizes in MODELS.items():
         byte_tokenizer(tiny_llama(root / f"{model}_hf", **sizes))
         one.append(["import", "--input", str(root / f"{model}_hf"), "--output", str(root / model)])
-        one += [prune_command(root, model, case, ONE) for case in [*CASES, CONTROL]]
+        one += [prune_command(root, model, case, ONE) for case in ALL_CASES]
         one.append(learn_command(root, model, ONE))
     for family in FAMILIES:
         byte_tokenizer(tiny_model(root / f"{family}_hf", family, vocab_size=257, tie_word_embeddings=True))
@@ -133,7 +145,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         commands: list[list[str]] = []
         layouts = [layout for layout in LAYOUTS if layout.processes == processes]
         for layout in layouts:
-            commands += [prune_command(root, model_of(layout), case, layout) for case in [*CASES, CONTROL]]
+            commands += [prune_command(root, model_of(layout), case, layout) for case in ALL_CASES]
             commands.append(learn_command(root, model_of(layout), layout))
         for family, layout in FAMILIES.items():
             if layout.processes == processes:
@@ -187,6 +199,42 @@ def test_compensated_weights_are_the_same(root: Path, layout: Layout) -> None:
         a, b = (load_model(root / "runs" / "even" / x.name / name / "weights", backend.Layout()) for x in (ONE, layout))
         for parameter, other in zip(a.parameters.values(), b.parameters.values(), strict=True):
             assert torch.equal(parameter, other)
+
+
+def units(root: Path, layout: Layout, case: Case) -> Units:
+    """The structured decision of a run."""
+    return Trim.load(root / "runs" / model_of(layout) / layout.name / case.name / "decision").units
+
+
+def units_of_one(root: Path, model: str, case: Case) -> Units:
+    """The same, of one process."""
+    return Trim.load(root / "runs" / model / ONE.name / case.name / "decision").units
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("case", STRUCTURED, ids=lambda case: case.name)
+def test_structured_decision_is_the_same(root: Path, case: Case, layout: Layout) -> None:
+    assert units(root, layout, case) == units_of_one(root, model_of(layout), case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_the_structured_comparison_can_fail(root: Path, layout: Layout) -> None:
+    control = STRUCTURED_CONTROL
+    assert units(root, layout, control) != units_of_one(root, model_of(layout), control)
+
+
+@pytest.mark.parametrize("layout", [TP2_SP, PP2, DP2], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("case", STRUCTURED[2:], ids=lambda case: case.name)
+def test_refitted_weights_are_the_same(root: Path, case: Case, layout: Layout) -> None:
+    """To rounding: sums over windows are float64, what is fitted is solved from them."""
+    import megatron_prune.backend as backend
+    from megatron_prune.model.checkpoint import load_model
+
+    with backend.running(backend.Layout()):
+        runs = (root / "runs" / "even" / x.name / case.name / "weights" for x in (ONE, layout))
+        a, b = (load_model(run, backend.Layout()) for run in runs)
+        for parameter, other in zip(a.parameters.values(), b.parameters.values(), strict=True):
+            torch.testing.assert_close(parameter, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

@@ -1,0 +1,149 @@
+"""Perplexity of SmolLM2-135M after structured pruning, through the verbs a user would type. One command:
+
+    python benchmarks/structured.py --model HF_DIRECTORY --shared ../shared --calibration TRAIN.jsonl
+
+Protocol P1 as in quality.py, and the same windows of C4 as a text from another domain. TRAIN.jsonl is Wikipedia text as
+examples/quickstart/fetch_text.py makes it; 64 windows of 512 tokens, seed 0. Stages that are already in the work folder
+are not done again; rows that are in neither the work folder nor `--only` are left out of the result. Writes
+benchmarks/results/structured_DATE.json, from which README's table is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quality import C4_TRAINING, HERE, Bench, hardware, versions
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    method: str
+    target: str
+    options: tuple[str, ...] = ()
+    other: str = ""
+    """The same request by other code on this model, text and protocol."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the run folder."""
+        words = [self.method, self.target.translate(str.maketrans("=,", "--")), *(o.strip("-") for o in self.options)]
+        return "_".join(words).replace("=", "-")
+
+
+def depth(layers: int, *found: str) -> list[Row]:
+    """Every way to choose layers, for one number of them."""
+    target = f"num_layers={layers}"
+    return [
+        Row("shortgpt", target, (), found[0]),
+        Row("minitron", target, ("--depth=contiguous",), found[1]),
+        Row("shortened_llama", target, ("--protected-first=0", "--protected-last=0"), found[2]),
+        Row("minitron", target, (), "best of these"),
+    ]
+
+
+def width(target: str, plain: str, best: str) -> list[Row]:
+    """One target without and with the compensation."""
+    plainly = ("--refit=none", "--no-norm-gain")
+    return [
+        Row("minitron", target, plainly, plain),
+        Row("minitron", target, ("--refit=local",), best),
+        Row("minitron", target, (), best),
+    ]
+
+
+ROWS = [
+    *depth(27, "37.41", "40.06", "40.43"),
+    *depth(24, "71.80", "63.22", "88.90"),
+    *depth(21, "134.4", "162.1", "272.6"),
+    *width("ffn_hidden_size=1152", "45.05", "35.55 (@16)"),
+    *width("num_attention_heads=6", "684.3", "33.04 (@16)"),
+    *width("num_query_groups=2", "72.03", "47.06 (@16)"),
+    *width("hidden_size=504", "", ""),
+    *width("hidden_size=432", "", ""),
+    Row("llm_pruner", "ffn_hidden_size=1013,num_query_groups=2", ("--refit=none",), "144.2"),
+    Row("llm_pruner", "ffn_hidden_size=1013,num_query_groups=2"),
+    Row("flap", "parameters=107M", ("--refit=none",)),
+    Row("flap", "parameters=107M"),
+]
+
+
+class StructuredBench(Bench):
+    """Runs the rows."""
+
+    calibration: Path
+
+    def row(self, row: Row, run_it: bool) -> list[Any] | None:
+        """Prune, trim and evaluate on both texts; None when it has not been run and is not to be."""
+        run = self.work / row.folder
+        if not run.exists() and not run_it:
+            return None
+        words = ["--calibration-samples", 64, "--calibration-seq-length", 512]
+        given = ["prune", "--input", self.dense, "--method", row.method, "--target", row.target, *row.options]
+        cost = self.verb(*given, "--calibration", self.calibration, *words, output=run)
+        small = run.with_name(run.name + "_trimmed")
+        self.verb("trim", "--input", run, output=small)
+        size = json.loads((run / "decision" / "trim.json").read_text())["parameters"]
+        options = " ".join(o.strip("-") for o in row.options)
+        wiki, web = self.perplexity(small)["perplexity"], self.on_c4(small)
+        return [row.method, row.target, options, size, wiki, row.other, web, round(cost["wall_s"])]
+
+    def on_c4(self, checkpoint: Path) -> float:
+        """Perplexity of documents of C4 that no calibration sees, windows as in P1."""
+        text = self.work / "c4.txt"
+        if not text.exists():
+            lines = self.c4.read_text(encoding="utf-8").splitlines()[C4_TRAINING:]
+            text.write_text("\n\n".join(json.loads(line)["text"] for line in lines), encoding="utf-8")
+        result = checkpoint.with_name(checkpoint.name + ".c4.json")
+        self.verb("evaluate", "--input", checkpoint, "--text", text, "--windows", 16, output=result)
+        return float(json.loads(result.read_text())["perplexity"])
+
+
+def main() -> None:
+    """Run everything and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/structured"))
+    parser.add_argument("--only", help="run just the rows whose folder's name has this in it")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    bench = StructuredBench(given.model, given.shared, given.work)
+    bench.calibration = given.calibration
+    bench.verb("import", "--input", given.model, output=bench.dense)
+    dense = [
+        "dense",
+        "",
+        "",
+        134_515_008,
+        bench.perplexity(bench.dense)["perplexity"],
+        "24.19",
+        bench.on_c4(bench.dense),
+        "",
+    ]
+    found = [bench.row(row, given.only is None or given.only in row.folder) for row in ROWS]
+    today = datetime.date.today().isoformat()
+    result = {
+        "columns": ["method", "target", "options", "parameters", "WikiText-2", "other code", "C4", "prune, wall s"],
+        "rows": [dense, *(row for row in found if row is not None)],
+        "protocol": "WikiText-2: P1. C4: held-out documents, windows of 1024, first 16. bf16, no recovery training. "
+        "Calibration: 64 x 512 tokens of Wikipedia. Other code: measured earlier with its own Wikipedia text; @16 is "
+        "the first 16 windows, where dense is 22.87.",
+        "hardware": hardware(),
+        "date": today,
+        "versions": versions(),
+    }
+    path = HERE / "results" / f"structured_{today}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
