@@ -37,6 +37,7 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "modelopt": ["nvidia-modelopt>=0.37"],
         "eval": ["lm-eval>=0.4.9"],
+        "benchmarks": ["matplotlib>=3.9"],
         "quickstart": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [
             "pytest>=8.0",

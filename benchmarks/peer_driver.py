@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def wanda(model: Any, tokens: torch.Tensor, method: str, checkout: Path) -> None:
@@ -102,6 +102,7 @@ def main() -> None:
     check_pruned(model)
     given.output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(given.output / "model")
+    AutoTokenizer.from_pretrained(given.model).save_pretrained(given.output / "model")
     (given.output / "cost.json").write_text(json.dumps(cost))
 
 

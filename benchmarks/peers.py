@@ -8,7 +8,8 @@ Ours is `prune`, from the Hugging Face directory and the text to a decision on d
 tool gets the same calibration windows (C1) as token ids, loads the same directory, prunes it in memory
 (`peer_driver.py`), and its clock stops there; what it saves after that is only for its perplexity, which `evaluate`
 measures for all (P1). Tools without a path given are left out. Measurements in the work folder are not repeated, so
-that a long comparison can be made in parts, with --only; without it the result file is written.
+that a long comparison can be made in parts, with --only; without it the result file is written, with --partial of what
+is there.
 """
 
 from __future__ import annotations
@@ -76,14 +77,19 @@ class Comparison:
         }
         self.pythons = {tool: str(python) for tool, python in pythons.items() if python}
 
-    def entries(self) -> list[Entry]:
-        """Those whose tool is there."""
-        return [entry for entry in ENTRIES if entry.tool in (OURS, *self.pythons)]
+    def entries(self, partial: bool = False) -> list[Entry]:
+        """Those whose tool is there, or with `partial` those that have been measured."""
+        there = [entry for entry in ENTRIES if entry.tool in (OURS, *self.pythons)]
+        return [entry for entry in there if not partial or self._record(entry, "cost").exists()]
+
+    def known_perplexity(self, entry: Entry) -> float | None:
+        """P1 if it has been measured."""
+        return self.perplexity(entry) if self._record(entry, "p1").exists() else None
 
     def cost(self, entry: Entry) -> dict[str, float]:
         """Wall and CPU seconds and peak memory of the whole process."""
         output = self._output(entry)
-        record = output.with_name(output.name + ".cost.json")
+        record = self._record(entry, "cost")
         if not record.exists():
             cost = self._ours(entry, output) if entry.tool == OURS else self._theirs(entry, output)
             record.write_text(json.dumps(cost))
@@ -92,7 +98,7 @@ class Comparison:
     def perplexity(self, entry: Entry) -> float:
         """P1 of what the tool made."""
         output = self._output(entry)
-        record = output.with_name(output.name + ".p1.json")
+        record = self._record(entry, "p1")
         if not record.exists():
             model = output / "model"
             if entry.tool == OURS:
@@ -116,6 +122,10 @@ class Comparison:
 
     def _output(self, entry: Entry) -> Path:
         return self.work / entry.folder.replace("/", "-")
+
+    def _record(self, entry: Entry, what: str) -> Path:
+        output = self._output(entry)
+        return output.with_name(f"{output.name}.{what}.json")
 
     def _ours(self, entry: Entry, output: Path) -> dict[str, float]:
         words = ["prune", "--method", entry.verb, "--target", "2:4", *entry.options]
@@ -163,6 +173,7 @@ def main() -> None:
         "--modelopt-python", type=Path, help="python of one with nvidia-modelopt, transformers, requests"
     )
     parser.add_argument("--only", nargs="*", help="measure just these folders' costs, without a result file")
+    parser.add_argument("--partial", action="store_true", help="write what has been measured, measure nothing")
     parser.add_argument("--note", default="", help="what the result file must say of how these rows came about")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -172,15 +183,16 @@ def main() -> None:
             if not given.only or entry.folder in given.only:
                 print(entry.folder, comparison.cost(entry), flush=True)
         return
-    print(write(comparison, given.note))
+    print(write(comparison, given.note, given.partial))
 
 
-def write(comparison: Comparison, note: str) -> Path:
+def write(comparison: Comparison, note: str, partial: bool) -> Path:
     """The result file, from which README's table is drawn."""
     rows = []
-    for entry in comparison.entries():
+    for entry in comparison.entries(partial):
         cost = comparison.cost(entry)
-        rows.append([f"{entry.method} 2:4", entry.tool, comparison.perplexity(entry), *cost.values()])
+        p1 = comparison.known_perplexity(entry) if partial else comparison.perplexity(entry)
+        rows.append([f"{entry.method} 2:4", entry.tool, p1, *cost.values()])
     today = datetime.date.today().isoformat()
     result = {
         "columns": ["method", "tool", "perplexity", "wall s", "CPU s", "peak GiB"],
