@@ -29,6 +29,7 @@ keep a tenth of the GPU free for them.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -166,9 +167,10 @@ def _check(job: Job) -> None:
             "--virtual-pipeline-model-parallel-size was given; it needs --pipeline-model-parallel-size above 1"
         )
     halves = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
+    blocks = dict.fromkeys(model.blocks or [model.block(None)])
     for what, size, parts in (
-        ("query groups", model.num_query_groups, job.tensor),
-        ("ffn channels", model.ffn_hidden_size, job.tensor),
+        *(("query groups", block.num_query_groups, job.tensor) for block in blocks),
+        *(("ffn channels", block.ffn_hidden_size, job.tensor) for block in blocks),
         ("layers", model.num_layers, job.stages * job.chunks),
         ("tokens of a window", job.training.seq_length, halves * (job.tensor if layout.sequence_parallel else 1)),
         ("micro-batches", job.training.num_microbatches(job.replicas), job.stages if job.chunks > 1 else 1),
@@ -182,17 +184,18 @@ def _check(job: Job) -> None:
 
 def _stage(job: Job, stage: int) -> Memory:
     maps = _maps_of(job, stage)
-    prunable = [_local_size(map, job.tensor) for map in maps if map.prunable]
-    logits = [size // job.target.m * math.comb(job.target.m, job.target.n) for size in prunable]
-    weights = prunable if job.train_weights else []
+    prunable = _prunable(job, maps)
+    logits = [[size // job.target.m * math.comb(job.target.m, job.target.n) for size in sizes] for sizes in prunable]
+    none: list[list[int]] = [[] for _ in prunable]
+    weights = prunable if job.train_weights else none
     masters = FLOAT32 if job.element != FLOAT32 else 0
     return Memory(
         weights=sum(_local_size(map, job.tensor) for map in maps) * job.element,
-        mask_logits=sum(logits) * (2 if job.narrow_logits else FLOAT32),
+        mask_logits=sum(map(sum, logits)) * (2 if job.narrow_logits else FLOAT32),
         gradients=_buffers(job, logits, weights) * FLOAT32,
         optimizer=_buffers(job, logits, weights) // job.sharers * 2 * FLOAT32
-        + _buffers(job, logits if job.narrow_logits else [], weights) // job.sharers * masters,
-        **_kept(job, stage, sum(prunable) // job.chunks * job.element),
+        + _buffers(job, logits if job.narrow_logits else none, weights) // job.sharers * masters,
+        **_kept(job, stage, _layers(job, stage, maps)),
     )
 
 
@@ -211,6 +214,15 @@ def _maps_of(job: Job, stage: int) -> list[WeightMap]:
     return found
 
 
+def _prunable(job: Job, maps: list[WeightMap]) -> list[list[int]]:
+    """Elements of each prunable weight of a stage on one process, chunk by chunk."""
+    sizes: list[list[int]] = [[] for _ in range(job.chunks)]
+    for map in maps:
+        if map.prunable and map.layer is not None:
+            sizes[map.layer // job.layers // job.stages].append(_local_size(map, job.tensor))
+    return sizes
+
+
 def _local_size(map: WeightMap, tensor: int) -> int:
     """Elements of a weight on one of `tensor` processes; vocabulary rows are padded to a multiple."""
     rows, *rest = map.shape
@@ -219,11 +231,11 @@ def _local_size(map: WeightMap, tensor: int) -> int:
     return size if map.shard_dim is None else size // tensor
 
 
-def _buffers(job: Job, logits: list[int], weights: list[int]) -> int:
+def _buffers(job: Job, logits: list[list[int]], weights: list[list[int]]) -> int:
     """Elements of megatron-core's gradient buffers: one for each chunk and type of parameter."""
-    logits, weights = (sizes[: len(sizes) // job.chunks] for sizes in (logits, weights))
     together = job.narrow_logits or job.element == FLOAT32
-    return job.chunks * sum(_buffer(job, sizes) for sizes in ([logits + weights] if together else [logits, weights]))
+    buffers = [a + b for a, b in zip(logits, weights, strict=True)] if together else [*logits, *weights]
+    return sum(_buffer(job, sizes) for sizes in buffers)
 
 
 def _buffer(job: Job, sizes: list[int]) -> int:
@@ -255,24 +267,42 @@ def held(stage: int, stages: int, chunks: int, microbatches: int) -> list[tuple[
     return found
 
 
-def _kept(job: Job, stage: int, masked: int) -> dict[str, int]:
-    """What autograd keeps when it is most; `masked` are the bytes of a chunk's masked weights."""
+def _layers(job: Job, stage: int, maps: list[WeightMap]) -> list[list[tuple[int, int]]]:
+    """Of each layer of each chunk of a stage: bytes kept of one micro-batch, and bytes of the masked weights."""
+    masked: Counter[int] = Counter()
+    for map in maps:
+        if map.prunable and map.layer is not None:
+            masked[map.layer] += _local_size(map, job.tensor) * job.element
+    starts = range(stage * job.layers, job.model.num_layers, job.stages * job.layers)
+    return [[(_layer(job, number), masked[number]) for number in range(i, i + job.layers)] for i in starts]
+
+
+def _kept(job: Job, stage: int, layers: list[list[tuple[int, int]]]) -> dict[str, int]:
+    """What autograd keeps when it is most; `layers` as from `_layers`."""
     microbatches = job.training.num_microbatches(job.replicas)
     moments = held(stage, job.stages, job.chunks, microbatches)
-    return max((_at(job, stage, masked, moment) for moment in moments), key=lambda found: sum(found.values()))
+    return max((_at(job, stage, layers, moment) for moment in moments), key=lambda found: sum(found.values()))
 
 
-def _at(job: Job, stage: int, masked: int, counts: tuple[int, ...]) -> dict[str, int]:
+def _at(job: Job, stage: int, layers: list[list[tuple[int, int]]], counts: tuple[int, ...]) -> dict[str, int]:
     """What is kept while each chunk of a stage holds `counts` micro-batches."""
-    layer, number = _layer(job), sum(counts)
     loss = _loss(job) * counts[-1] if stage == job.stages - 1 else 0
     if job.training.recompute:
-        inputs, one_masked = job.layers * job.hidden * job.element, masked // job.layers
-        loss = max(0, loss - layer - one_masked)  # the loss is done with before a layer is recomputed
-        return {"masked_weights": one_masked, "activations": number * inputs + layer, "loss": loss}
+        width = job.hidden * job.element
+        inputs = sum(counts) * job.layers * width
+        # By the time that a layer is recomputed the inputs of those above it are gone, and so is the loss.
+        moments = [
+            (kept - width * above, masked) for chunk in layers for above, (kept, masked) in enumerate(chunk[::-1])
+        ]
+        layer, masked = max(moments, key=sum)
+        return {"masked_weights": masked, "activations": inputs + layer, "loss": max(0, loss - layer - masked)}
     # The first layer's first norm has no input that asks for a gradient: the embedding is frozen.
     first = _norm(job) * counts[0] if stage == 0 else 0
-    return {"masked_weights": number * masked, "activations": number * job.layers * layer - first, "loss": loss}
+    pairs = [
+        (count * kept, count * masked) for count, chunk in zip(counts, layers, strict=True) for kept, masked in chunk
+    ]
+    activations, weights = (sum(values) for values in zip(*pairs, strict=True))
+    return {"masked_weights": weights, "activations": activations - first, "loss": loss}
 
 
 def _norm(job: Job) -> int:
@@ -280,14 +310,19 @@ def _norm(job: Job) -> int:
     return job.hidden * (FLOAT32 if job.model.normalization == "RMSNorm" else job.element)
 
 
-def _layer(job: Job) -> int:
+def _layer(job: Job, layer: int) -> int:
     """Bytes kept of one micro-batch by a decoder layer."""
-    mlp = _mlp_tensors(job.model) * job.tokens * job.model.ffn_hidden_size // job.tensor * job.element
-    return 2 * _norm(job) + 2 * job.hidden * job.element + _attention(job) + mlp
+    block = job.model.block(layer)
+    mlp = _mlp_tensors(job.model) * job.tokens * block.ffn_hidden_size // job.tensor * job.element
+    halves = bool(block.num_attention_heads) + bool(block.ffn_hidden_size)
+    return halves * (_norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp
 
 
-def _attention(job: Job) -> int:
-    model, size, context = job.model, dimensions(job.model), job.layout.context_parallel_size
+def _attention(job: Job, layer: int) -> int:
+    model, size, context = job.model, dimensions(job.model, layer), job.layout.context_parallel_size
+    heads = model.block(layer).num_attention_heads
+    if not heads:
+        return 0
     length = job.training.seq_length
     query, key_value = (job.tokens * size[name] // job.tensor for name in ("query", "key_value"))
     kept = 3 * (query + key_value) if context == 1 else 2 * (query + key_value * context)
@@ -295,7 +330,7 @@ def _attention(job: Job) -> int:
         kept += 4 * length // context * rotary_channels(model)
     if context > 1 or (model.sliding_window or length) < length:
         kept += length // context * length
-    wide = job.tokens * model.num_attention_heads // job.tensor  # of the softmax, for each query
+    wide = job.tokens * heads // job.tensor  # of the softmax, for each query
     if model.qk_layernorm:
         wide += query + key_value
     return kept * job.element + wide * FLOAT32

@@ -92,22 +92,25 @@ BLOCKS = [(0, 0, 48), (4, 2, 64), (2, 2, 0), (4, 4, 32)]
 """Heads, query groups and MLP width of the layers of `tiny_blocks`: neither of two layers has both halves."""
 
 
-def tiny_blocks(path: Path, model_type: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+def tiny_blocks(
+    path: Path, model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
     """Write a random model whose layers differ, in the form `blocks`, with the byte tokenizer; return ``path``."""
     from safetensors.torch import save_file
 
     from megatron_prune.model.families import Block, family_of
 
     layers = "n_layer" if model_type == "gpt2" else "num_hidden_layers"
-    byte_tokenizer(tiny_model(path, model_type, seed=seed, **({layers: len(BLOCKS), "vocab_size": 257} | overrides)))
+    sizes = {layers: len(BLOCKS), "vocab_size": 257} | overrides
+    byte_tokenizer(tiny_model(path, model_type, seed=seed, dtype=dtype, **sizes))
     hf_config = json.loads((path / "config.json").read_text())
     family = family_of(hf_config)
     groups = [heads if model_type == "gpt2" else groups for heads, groups, _ in BLOCKS]
-    sizes = [Block(heads, count, ffn) for (heads, _, ffn), count in zip(BLOCKS, groups, strict=True)]
-    config = family.from_hf(hf_config).with_blocks(sizes)
+    blocks = [Block(heads, count, ffn) for (heads, _, ffn), count in zip(BLOCKS, groups, strict=True)]
+    config = family.from_hf(hf_config).with_blocks(blocks)
     shapes = {name: shape for map in family.weights(config) for name, shape in zip(map.hf, map.shapes, strict=True)}
     torch.manual_seed(seed)
-    weights = {name: torch.randn(shape) * 0.2 + (len(shape) == 1) for name, shape in shapes.items()}
+    weights = {name: (torch.randn(shape) * 0.2 + (len(shape) == 1)).to(dtype) for name, shape in shapes.items()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(family.to_hf(config)))
     return path

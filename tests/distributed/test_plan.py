@@ -19,7 +19,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.methods.target import NM
 from megatron_prune.plan import Job, held, plan, read_config
 from tests.distributed.launch import TIMEOUT_S, must_pass
-from tests.models import tiny_llama, tiny_model
+from tests.models import tiny_blocks, tiny_llama, tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TOLERANCE = 0.03
@@ -86,6 +86,10 @@ CASES = [
     Case("pp4", "tied", 4, pipeline=4),
     Case("cp2_dp2_shared", "bfloat16", 4, context=2, train_weights=True, options=SHARED),
     Case("tp2_cp2_sp", "tied", 4, tensor=2, context=2, sequence_parallel=True),
+    Case("blocks", "blocks"),
+    Case("blocks_tp2_pp2", "blocks", 4, tensor=2, pipeline=2, train_weights=True),
+    Case("blocks_pp2_vpp2_dp2", "blocks", 4, pipeline=2, virtual=2, options=SHARED),
+    Case("blocks_recomputed", "blocks_bf16", options=RECOMPUTE),
 ]
 
 
@@ -98,6 +102,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(root / "bfloat16", dtype=torch.bfloat16, **shape)
     tiny_llama(root / "tied", tie_word_embeddings=True, **shape)
     tiny_llama(root / "ragged", **shape | dict(hidden_size=40, intermediate_size=44))
+    tiny_blocks(root / "blocks", **shape)
+    tiny_blocks(root / "blocks_bf16", dtype=torch.bfloat16, **shape)
     tiny_model(root / "mistral", "mistral", **shape, dtype=torch.bfloat16, sliding_window=24)
     cases = [
         dict(
