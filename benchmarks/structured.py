@@ -53,8 +53,8 @@ def width(target: str, plain: str, best: str) -> list[Row]:
     plainly = ("--refit=none", "--no-norm-gain")
     return [
         Row("minitron", target, plainly, plain),
-        Row("minitron", target, ("--refit=local",), best),
         Row("minitron", target, (), best),
+        Row("minitron", target, ("--refit=propagated",), best),
     ]
 
 

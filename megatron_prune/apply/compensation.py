@@ -2,7 +2,7 @@
 
 refit      each linear whose inputs were thinned is fitted anew, by least squares over the calibration tokens, to the
            outputs it had in the whole model: W' = W C (G + damping)^-1, C = sum a b^T, G = sum b b^T, with a its inputs
-           in the whole model and b those it now gets. `propagated` takes b from the model as pruned and refitted so
+           in the whole model, b those it now gets, d a damping. `propagated` takes b from the model as pruned and refitted so
            far, so that errors of earlier layers are fitted too; `local` takes the channels of a that stay
 mean       only the bias, where the linear has one, takes over the mean of what is missing (FLAP, An et al. 2023,
            arXiv:2312.11983); a refit does that as well
@@ -25,11 +25,18 @@ from megatron_prune.statistics.passes import NORMS
 from megatron_prune.statistics.walk import FINAL_NORM, CutWeights, LayerWalk, WholeWeights, sum_over_ranks
 
 
-def least_squares(weight: Tensor, sums: Regression, damping: float) -> Tensor:
-    """W' `[out, narrow]` with W' b nearest to W a, `weight` W `[out, wide]`; damping in mean diagonals of b b^T."""
+def least_squares(weight: Tensor, kept: Tensor, sums: Regression, damping: float) -> Tensor:
+    """W' `[out, narrow]` with W' b nearest to W a: argmin |W a - W' b|^2 + damping * mean(diag(G)) |W' - W[:, kept]|^2.
+
+    `weight` W is `[out, wide]`, `kept` the columns that W' replaces, G the sum of b b^T. What the data leave open stays
+    as it was: a penalty towards zero would shrink every channel that is small beside the largest.
+    """
+    penalty = damping * sums.gram.diagonal().mean()
     gram = sums.gram.clone()
-    gram.diagonal().add_(damping * gram.diagonal().mean())
-    solved: Tensor = torch.linalg.solve(gram, (weight.double() @ sums.cross).t(), left=True)
+    gram.diagonal().add_(penalty)
+    wide = weight.double()
+    asked = wide @ sums.cross + penalty * wide.index_select(1, kept)
+    solved: Tensor = torch.linalg.solve(gram, asked.t())
     return solved.t().to(weight.dtype)
 
 
@@ -130,10 +137,11 @@ class Compensation:
                 narrow = self.pruned.watch([path], self.pruned.hidden[i])[0][path]
             sums.update(wide, narrow)
         sum_over_ranks(sums.tensors())
-        fitted = weight.index_select(1, kept.to(weight.device))
+        kept = kept.to(weight.device)
+        fitted = weight.index_select(1, kept)
         if self.refit != "mean":
-            fitted = least_squares(weight, sums, self.damping)
-        new = torch.zeros_like(weight).index_copy_(1, kept.to(weight.device), fitted)
+            fitted = least_squares(weight, kept, sums, self.damping)
+        new = torch.zeros_like(weight).index_copy_(1, kept, fitted)
         self.changed[f"{path}.weight"] = new
         bias = tensors.get(f"{path}.bias")
         if bias is not None:

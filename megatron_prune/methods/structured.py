@@ -34,7 +34,7 @@ class StructuredMethod(PruningMethod):
 
     structured: ClassVar[bool] = True
 
-    refit: str = hyperparameter("propagated", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
+    refit: str = hyperparameter("local", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
     refit_damping: float = hyperparameter(0.01, "damping of the fit, as a share of the mean diagonal")
     norm_gain: bool = hyperparameter(True, "correct norms for the size of the channels that they lost")
 

@@ -36,9 +36,11 @@ def test_inputs_that_depend_on_others_are_made_up_for_exactly() -> None:
     sums = Regression(4, 3)
     for part_a, part_b in zip(a.split(70), b.split(70), strict=True):
         sums.update(part_a, part_b)
-    fitted = least_squares(weight, sums, damping=1e-9)
+    fitted = least_squares(weight, torch.arange(3), sums, damping=1e-9)
     torch.testing.assert_close(b @ fitted.t(), a @ weight.t(), atol=1e-4, rtol=0)
     torch.testing.assert_close(missing_mean(weight, fitted, sums), torch.zeros(5), atol=1e-4, rtol=0)
+    held = least_squares(weight, torch.arange(3), sums, damping=1e9)
+    torch.testing.assert_close(held, weight[:, :3], atol=1e-4, rtol=0)
     narrow = weight[:, :3]
     mean = (a @ weight.t() - b @ narrow.t()).mean(0)
     torch.testing.assert_close(missing_mean(weight, narrow, sums), mean, atol=1e-5, rtol=0)
