@@ -38,6 +38,9 @@ def _checkpoint(path: Path) -> None:
     say(f"{path}: Megatron checkpoint of a {model['family']} model, {model['dtype']}")
     sizes = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size".split()
     say("  " + ", ".join(f"{name} {model[name]}" for name in sizes))
+    if about.config.blocks is not None:
+        layers = [f"{x.num_attention_heads}/{x.num_query_groups}/{x.ffn_hidden_size}" for x in about.config.blocks]
+        say(f"  the largest sizes; heads/groups/ffn of each layer: {' '.join(layers)}")
     for key, value in about.source.items():
         if value is not None:
             say(f"  {key}: {value}")

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import pytest
 import torch
 
+from megatron_prune.__main__ import main
+from megatron_prune.errors import UserError
+from megatron_prune.model.build import check_divisible
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import read_description
 from tests.distributed.launch import ONE, PP2, TP2_SP, Layout, launch, must_pass
 from tests.distributed.test_layouts import Case, differing, losses, masks
 from tests.models import tiny_blocks, words
@@ -64,6 +69,20 @@ def test_logits_equal_transformers(root: Path, layout: Layout) -> None:
     found = json.loads((root / f"{layout.name}.json").read_text())["logits"]
     assert found["max_absolute_difference"] <= TOLERANCE
     assert found["same_argmax"] == 1.0 and found["largest_logit"] > 0.1
+
+
+def test_inspect_says_what_the_layers_are(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--input", str(root / "one")]) == 0
+    assert "heads/groups/ffn of each layer: 0/0/48 4/2/64 2/2/0 4/4/32" in capsys.readouterr().out
+
+
+def test_a_layout_that_a_layer_does_not_allow_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", "--input", str(root / "one"), "--method", "maskllm", "--target", "2:4", "--seq-length", "32"]
+    assert main([*plan, "--processes", "4", "--tensor-model-parallel-size", "4"]) == 2
+    assert "2 query groups were given; this layout needs a multiple of 4" in capsys.readouterr().err
+    config = read_description(root / "one").config
+    with pytest.raises(UserError, match="the model has 2 query groups in layer 1; allowed are the divisors of 2: 1, 2"):
+        check_divisible(config, backend.Layout(tensor=4))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
