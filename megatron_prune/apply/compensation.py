@@ -1,9 +1,9 @@
 """What stays of a model makes up for what went: closed forms, no training. Options of every structured method.
 
 refit      each linear whose inputs were thinned is fitted anew, by least squares over the calibration tokens, to the
-           outputs it had in the whole model, W' = (W C + d W_kept) (G + d)^-1: C = sum a b^T, G = sum b b^T, a its inputs
-           in the whole model, b those it now gets, d a damping. `propagated` takes b from the model as pruned and
-           refitted so far, so that errors of earlier layers are fitted too; `local` the channels of a that stay
+           outputs it had in the whole model, W' = (W C + d W_kept) (G + d)^-1: C = sum a b^T, G = sum b b^T, a its
+           inputs in the whole model, b those it now gets, d a damping. `propagated` takes b from the model as pruned
+           and refitted so far, so that errors of earlier layers are fitted too; `local` the channels of a that stay
 mean       only the bias, where the linear has one, takes over the mean of what is missing (FLAP, An et al. 2023,
            arXiv:2312.11983); a refit does that as well
 norm gain  a norm over fewer channels divides by another size: its gain is multiplied by the mean over tokens of
