@@ -6,9 +6,9 @@
 The layer is width x width; its weights are normal, its inputs correlated: tokens with covariance Q diag(1 / i) Q^T, Q a
 random rotation, then every channel scaled by exp(normal / 2), 4 x width tokens in windows of 2048. Every solver runs in
 a process of its own on the same tensors and starts, for each target, from the same Hessian (ours, float32). The best of
-the repeats counts; memory is the peak above weight and Hessian. With `--model` the masks are also compared on all
-matrices of three layers of a real model, with inputs from C4. Their code is run as it is; on a machine without CUDA
-only `torch.cuda.synchronize` is replaced from outside, by a no-op.
+the repeats counts (only the largest width is repeated); memory is the peak above weight and Hessian. With `--model` the
+masks are also compared on all matrices of three layers of a real model, with inputs from C4. Their code is run as it
+is; on a machine without CUDA only `torch.cuda.synchronize` is replaced from outside, by a no-op.
 
 Writes benchmarks/results/second_order_DEVICE_DATE.json: the table for the largest width, and "growth" for all.
 """
@@ -262,7 +262,8 @@ def real(given: argparse.Namespace) -> list[list[Any]]:
 
 def result_of(given: argparse.Namespace) -> dict[str, Any]:
     """Everything measured."""
-    growth = [compare(width, given.repeat, given) for width in sorted(given.widths)]
+    widths = sorted(given.widths)
+    growth = [compare(width, given.repeat if width == widths[-1] else 1, given) for width in widths]
     largest = growth[-1]
     size = f"{largest['width']} x {largest['width']}"
     rows = [row(f"{size}, {target}", largest, target) for target in TARGETS]

@@ -1,5 +1,5 @@
-"""Builds the project's small C kernels on first use and loads them with ctypes. No build step at
-installation: the C file is compiled by whatever compiler the machine has, tuned to its processor, and kept in
+"""Builds the project's small C kernels on first use and loads them with ctypes, and finds those in Triton. No build
+step at installation: the C file is compiled by whatever compiler the machine has, tuned to its processor, and kept in
 a cache whose file name is a hash of everything the result depends on. Where no compiler works the caller gets
 None after one loud warning, and takes its slower PyTorch path."""
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,29 @@ def _warn_once(reason: str) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
+
+
+def load_triton(module: str, work: str) -> ModuleType | None:
+    """The module of this package that launches Triton kernels, or None.
+
+    None means: disabled by MEGATRON_PRUNE_COMPILED=0 (no warning), or there is no triton package (one RuntimeWarning,
+    which says that `work` by plain PyTorch).
+    """
+    return _load_triton(module, work) if enabled() else None
+
+
+@functools.cache
+def _load_triton(module: str, work: str) -> ModuleType | None:
+    if importlib.util.find_spec("triton") is not None:
+        return importlib.import_module(f"megatron_prune.kernels.{module}")
+    warnings.warn(
+        f"megatron-prune: the triton package is not installed, so {work} by plain PyTorch, many times slower: pip "
+        f"install the triton that your PyTorch names, or set {DISABLE_VARIABLE}=0 to accept the slow path without "
+        "this warning.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return None
 
 
 def compilers() -> list[list[str]]:

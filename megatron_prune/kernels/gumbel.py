@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_prune.kernels.compiled import DISABLE_VARIABLE, enabled, load_library
+from megatron_prune.kernels.compiled import DISABLE_VARIABLE, load_library, load_triton
 from megatron_prune.kernels.philox import gumbel_noise, hash_key
 
 Implementation = Literal["auto", "eager", "cpu", "triton"]
@@ -393,21 +391,9 @@ def _compiled_winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]
 # ---- Triton --------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def _triton() -> ModuleType | None:
     """`triton_gumbel`; None, after one loud warning, without the triton package."""
-    if importlib.util.find_spec("triton") is None:
-        warnings.warn(
-            "megatron-prune: the triton package is not installed, so learned masks on this GPU are made by plain "
-            "PyTorch, many times slower: pip install the triton that your PyTorch names, or set "
-            f"{DISABLE_VARIABLE}=0 to accept the slow path without this warning.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-        return None
-    from megatron_prune.kernels import triton_gumbel
-
-    return triton_gumbel
+    return load_triton("triton_gumbel", "learned masks on this GPU are made")
 
 
 # ---- choice and checks ---------------------------------------------------------------------------------
@@ -466,9 +452,7 @@ def _compiled_works(*tensors: Tensor) -> bool:
 
 def _triton_works(*tensors: Tensor) -> bool:
     """Whether the Triton path can take these tensors: on a GPU, or anywhere in Triton's interpreter."""
-    if not _narrow(tensors) or not enabled():
-        return False
-    kernels = _triton()
+    kernels = _triton() if _narrow(tensors) else None
     return kernels is not None and (kernels.interpreted() or all(t.device.type == "cuda" for t in tensors))
 
 

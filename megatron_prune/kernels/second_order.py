@@ -4,11 +4,11 @@ Removing weight j of a row w costs (w_j / U_jj)^2 in squared output error, U bei
 of the inverse Hessian (H^-1 = U^T U), and the best correction of the columns on its right is - w_j / U_jj *
 U_j. Columns go left to right, in blocks; the columns behind a block are updated once a block.
 
-Two paths, one result up to rounding: eager PyTorch (any device, the reference) and a compiled one for the
-CPU. In the compiled path a row's result is the same bit for bit whichever rows are solved with it; in the
-eager path the update behind a block is a matrix product, whose rounding may depend on the number of rows.
-All layers of a 135M model (30 layers of width 576) take 1.1 s on two cores compiled, 7 s eager, and 3.5 s
-for the factors.
+Three paths, one result up to rounding: eager PyTorch (any device, the reference), a compiled one for the CPU
+and Triton for a GPU (triton_second_order.py). In the compiled path a row's result is the same bit for bit
+whichever rows are solved with it; the sums of Triton's product have an order of their own too, but it has only
+been run in Triton's interpreter. In the eager path the update behind a block is a matrix product, whose rounding
+may depend on the number of rows. `benchmarks/second_order.py` measures all of it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_prune.kernels.compiled import load_library
+from megatron_prune.kernels.compiled import load_library, load_triton
 from megatron_prune.kernels.selection import select_nm
 
 SelectBlock = Callable[[Tensor, int], Tensor]
 """(scores [rows, b], first column) -> bool mask [rows, b] of one block."""
+Sweep = Callable[[Tensor, Tensor, "Factor", int, int, int, int], None]
+"""See ``sweep``."""
+
+LEAF = 256
+"""Largest matrix that is factored or inverted without being halved."""
 
 
 class SingularHessian(ArithmeticError):
@@ -47,26 +52,55 @@ def factorise(hessian: Tensor, percdamp: float) -> Factor:
     """Factor of ``hessian`` [in, in] after adding ``percdamp`` times the mean diagonal of live inputs.
 
     H^-1 = U^T U holds for U = R^-1 where H = R R^T with R upper: one Cholesky in reverse order and one
-    triangular solve, in float64, instead of Cholesky, inverse, Cholesky. Dead inputs get a diagonal of one,
-    which changes nothing else since they correlate with no other input. Raises SingularHessian.
+    triangular inverse, in place and in float64, instead of Cholesky, inverse, Cholesky. Dead inputs get a
+    diagonal of one, which changes nothing else since they correlate with no other input. Raises
+    SingularHessian.
     """
     diagonal = hessian.diagonal().double()
     live = diagonal > 0
     if not live.any():
         raise SingularHessian
-    damped = hessian.flip(0, 1).double()
-    damped.diagonal().add_(torch.where(live, percdamp * diagonal[live].mean(), 1.0).flip(0))
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped  # float64 matrices of the input's width are most of the memory: as few as can be at a time
-    reverse = lower.flip(0, 1)
-    del lower
+    work = hessian.to(torch.float64, copy=True)
+    work.diagonal().add_(torch.where(live, percdamp * diagonal[live].mean(), 1.0))
     # R_jj^2, the part of input j that the inputs after it leave unexplained, against the rounding of H.
     noise = torch.finfo(torch.float32).eps * diagonal.sum()
-    if failed or (live & (reverse.diagonal().square() <= noise)).any():
+    if not _reverse_cholesky(work) or (live & (work.diagonal().square() <= noise)).any():
         raise SingularHessian
-    inverse = torch.eye(len(live), dtype=torch.float64, device=hessian.device)
-    torch.linalg.solve_triangular(reverse, inverse, upper=True, out=inverse)
-    return Factor(inverse.float().contiguous(), live)
+    _invert(work)
+    return Factor(work.triu_().float(), live)
+
+
+def _reverse_cholesky(h: Tensor) -> bool:
+    """Replace the upper triangle of ``h`` [k, k] by R with h = R R^T; False when there is none.
+
+    By halves, so that nearly all work is in products of large matrices, and half of it in none.
+    """
+    if len(h) <= LEAF:
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        h.copy_(lower.flip(0, 1))
+        return not failed
+    half = len(h) // 2
+    first, between, second = h[:half, :half], h[:half, half:], h[half:, half:]
+    if not _reverse_cholesky(second):
+        return False
+    between.copy_(torch.linalg.solve_triangular(second.t(), between, upper=False, left=False))
+    for start in range(0, half, LEAF):
+        first[start : start + LEAF, start:].addmm_(between[start : start + LEAF], between[start:].t(), alpha=-1)
+    return _reverse_cholesky(first)
+
+
+def _invert(r: Tensor) -> None:
+    """Replace the upper triangular ``r`` [k, k] by its inverse; what is below the diagonal is not looked at."""
+    if len(r) <= LEAF:
+        eye = torch.eye(len(r), dtype=r.dtype, device=r.device)
+        r.copy_(torch.linalg.solve_triangular(r, eye, upper=True))
+        return
+    half = len(r) // 2
+    first, between, second = r[:half, :half], r[:half, half:], r[half:, half:]
+    between.copy_(torch.linalg.solve_triangular(first, between, upper=True))
+    between.copy_(torch.linalg.solve_triangular(second, between, upper=True, left=False).neg_())
+    _invert(first)
+    _invert(second)
 
 
 def solve_nm(weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 128) -> tuple[Tensor, Tensor]:
@@ -107,11 +141,8 @@ def sweep(weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n
 
     With ``m`` the mask is chosen here, N:M, and written; with ``m = 0`` it is given.
     """
-    compiled = _compiled() if weight.device.type == "cpu" else None
-    if compiled is None:
-        sweep_eager(weight, mask, factor, first, last, n, m)
-    else:
-        sweep_compiled(compiled, weight, mask, factor, first, last, n, m)
+    fast = _fast(weight.device) or sweep_eager
+    fast(weight, mask, factor, first, last, n, m)
 
 
 def sweep_eager(weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n: int, m: int) -> None:
@@ -148,6 +179,15 @@ def _signed(library: ctypes.CDLL) -> ctypes.CDLL:
 def _compiled() -> ctypes.CDLL | None:
     library = load_library(Path(__file__).parent / "csrc" / "second_order.c")
     return None if library is None else _signed(library)
+
+
+def _fast(device: torch.device) -> Sweep | None:
+    """The quick path for tensors there; None, after one loud warning, where there is only PyTorch's."""
+    if device.type == "cpu":
+        library = _compiled()
+        return None if library is None else functools.partial(sweep_compiled, library)
+    kernels = load_triton("triton_second_order", "SparseGPT on this GPU is solved") if device.type == "cuda" else None
+    return None if kernels is None else kernels.sweep
 
 
 def _start(weight: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:

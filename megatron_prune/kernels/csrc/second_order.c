@@ -5,95 +5,150 @@
  * Rows are independent and each is computed by the same operations in the same order wherever it stands, so the
  * result does not depend on threads or on how rows are shared between processes, bit for bit.
  *
- * Columns go in steps of about STEP: inside a step each error is spread at once; the columns behind it are updated
- * once a step, by the errors of the removed weights only, half the work of a dense product at 2:4. */
+ * Columns go in steps of about STEP. Inside a step a vector holds one column of GROUP rows. The columns behind it are
+ * updated once a step by a dense product, ROWS rows at a time, with the rows of u packed side by side: in u itself they
+ * lie a power of two apart in many models and would push one another out of the cache. Weights that stay have error 0,
+ * which changes no bit; leaving them out would halve the work and cost more in loads of u, which rows then cannot
+ * share. */
 
 #include <stdint.h>
+#include <string.h>
 
-enum { STEP = 32, TILE = 32, CHUNK = 512, LANES = 16, UNROLL = 4, MAX_M = 16 };
+#ifdef __AVX512F__
+enum { LANES = 16, UNROLL = 2 };
+#else
+enum { LANES = 8, UNROLL = 1 };
+#endif
+enum { STEP = 32, GROUP = 16, GROUPS = 4, ROWS = 8, CHUNK = 256, MAX_M = 16 };
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef float column __attribute__((vector_size(GROUP * sizeof(float)), may_alias));
+typedef int32_t truth __attribute__((vector_size(GROUP * sizeof(int32_t)))); /* -1 or 0 for each row */
 
+/* What stays the same for a whole sweep. */
 typedef struct {
-    float error[STEP];
-    const float *factor[STEP]; /* row of u of each removed weight */
-    int64_t count;
-} removed;
+    const float *u, *d; /* d [in]: the diagonal of u */
+    const uint8_t *live;
+    int64_t in, n, m;
+} problem;
 
 /* Mark the n highest of m scores (w / d)^2, of equal ones the last; inputs that never fired lose to all others. */
-static void choose(const float *w, const float *d, const uint8_t *live, int64_t n, int64_t m, uint8_t *keep)
+static void choose(const problem *p, const column *w, int64_t first, truth *keep)
 {
-    float score[MAX_M];
-    for (int64_t i = 0; i < m; i++) {
-        float root = w[i] / d[i];
-        score[i] = live[i] ? root * root : -1.0f;
+    column score[MAX_M];
+    truth losses[MAX_M] = {{0}};
+    for (int64_t i = 0; i < p->m; i++) {
+        column root = w[i] / p->d[first + i];
+        score[i] = p->live[first + i] ? root * root : (column){0} - 1.0f;
     }
-    for (int64_t i = 0; i < m; i++) {
-        int64_t losses = 0;
-        for (int64_t j = 0; j < m; j++)
-            losses += j <= i ? score[j] > score[i] : score[j] >= score[i];
-        keep[i] = losses < n;
-    }
-}
-
-/* Columns [first, last) of one row: remove, spread the errors as far as last, and note them in gone. */
-static void step(float *w, uint8_t *keep, const float *u, const float *d, const uint8_t *live, int64_t in,
-                 int64_t first, int64_t last, int64_t n, int64_t m, removed *gone)
-{
-    gone->count = 0;
-    for (int64_t j = first; j < last; j++) {
-        if (m && (j - first) % m == 0)
-            choose(w + j, d + j, live + j, n, m, keep + j);
-        if (keep[j])
-            continue;
-        const float *factor = u + j * in;
-        float error = w[j] / d[j];
-        w[j] = 0.0f;
-        for (int64_t k = j + 1; k < last; k++)
-            w[k] -= error * factor[k];
-        gone->error[gone->count] = error;
-        gone->factor[gone->count++] = factor;
-    }
-}
-
-/* w[k] -= sum of error * factor[k], for the columns [first, last) of one row. */
-static void spread(float *w, int64_t first, int64_t last, const removed *gone)
-{
-    int64_t k = first;
-    for (; k + UNROLL * LANES <= last; k += UNROLL * LANES) {
-        lanes *at = (lanes *)(w + k);
-        lanes a = at[0], b = at[1], c = at[2], e = at[3];
-        for (int64_t p = 0; p < gone->count; p++) {
-            const lanes *factor = (const lanes *)(gone->factor[p] + k);
-            float error = gone->error[p];
-            a -= error * factor[0];
-            b -= error * factor[1];
-            c -= error * factor[2];
-            e -= error * factor[3];
+    for (int64_t low = 0; low < p->m; low++)
+        for (int64_t high = low + 1; high < p->m; high++) {
+            truth beaten = score[high] >= score[low];
+            losses[low] -= beaten;
+            losses[high] -= ~beaten;
         }
-        at[0] = a, at[1] = b, at[2] = c, at[3] = e;
+    for (int64_t i = 0; i < p->m; i++)
+        keep[i] = losses[i] < (int32_t)p->n;
+}
+
+/* Columns [first, last) of a group of rows: remove, spread the errors as far as last, and note them. */
+static void step(const problem *p, float *w, uint8_t *keep, int64_t rows, int64_t first, int64_t last,
+                 float inner[STEP][STEP], column error[STEP])
+{
+    column value[STEP] = {{0}};
+    truth kept[STEP] = {{0}};
+    int64_t width = last - first;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < width; k++) {
+            value[k][r] = w[r * p->in + first + k];
+            kept[k][r] = -(int32_t)keep[r * p->in + first + k];
+        }
+    for (int64_t j = 0; j < width; j++) {
+        if (p->m && j % p->m == 0)
+            choose(p, value + j, first + j, kept + j);
+        error[j] = (column)((truth)(value[j] / p->d[first + j]) & ~kept[j]);
+        value[j] = (column)((truth)value[j] & kept[j]);
+        for (int64_t k = j + 1; k < width; k++)
+            value[k] -= error[j] * inner[j][k];
     }
-    for (; k < last; k++) {
-        float sum = w[k];
-        for (int64_t p = 0; p < gone->count; p++)
-            sum -= gone->error[p] * gone->factor[p][k];
-        w[k] = sum;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < width; k++) {
+            w[r * p->in + first + k] = value[k][r];
+            keep[r * p->in + first + k] = (uint8_t)-kept[k][r];
+        }
+}
+
+/* row[r][k] -= sum over the columns j of a step of error[j][r] * panel[j][k], for ROWS rows, k a multiple of the unit. */
+static void spread(float *const row[ROWS], int64_t width, const float (*error)[GROUP], int64_t columns,
+                   float panel[STEP][CHUNK])
+{
+    for (int64_t k = 0; k < width; k += UNROLL * LANES) {
+        lanes sum[ROWS][UNROLL];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < UNROLL; i++)
+                sum[r][i] = ((lanes *)(row[r] + k))[i];
+        for (int64_t j = 0; j < columns; j++)
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+                for (int i = 0; i < UNROLL; i++)
+                    sum[r][i] -= error[j][r] * ((lanes *)(panel[j] + k))[i];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int i = 0; i < UNROLL; i++)
+                ((lanes *)(row[r] + k))[i] = sum[r][i];
     }
 }
 
-/* All columns [first, last) of a few rows; every panel of u serves all of them while it is in the cache. */
-static void tile(float *w, uint8_t *keep, const float *u, const float *d, const uint8_t *live, int64_t rows,
-                 int64_t in, int64_t first, int64_t last, int64_t n, int64_t m)
+/* `spread` of the columns [first, first + width) of up to ROWS rows; what is missing is filled up in a copy. */
+static void spread_part(float *w, int64_t in, int64_t rows, int64_t first, int64_t width, const float (*error)[GROUP],
+                        int64_t columns, float panel[STEP][CHUNK])
 {
-    removed gone[TILE];
-    int64_t width = m ? STEP / m * m : STEP;
+    float copy[ROWS][CHUNK] = {{0}};
+    float *row[ROWS];
+    int whole = rows == ROWS && width == CHUNK;
+    for (int64_t r = 0; r < ROWS; r++) {
+        row[r] = whole ? w + r * in + first : copy[r];
+        if (!whole && r < rows)
+            memcpy(copy[r], w + r * in + first, (size_t)width * sizeof(float));
+    }
+    spread(row, (width + UNROLL * LANES - 1) / (UNROLL * LANES) * (UNROLL * LANES), error, columns, panel);
+    for (int64_t r = 0; r < rows && !whole; r++)
+        memcpy(w + r * in + first, copy[r], (size_t)width * sizeof(float));
+}
+
+/* Copy u [first, last) x [k, k + width), zero where it ends. */
+static void pack(const problem *p, int64_t first, int64_t last, int64_t k, int64_t width, float panel[STEP][CHUNK])
+{
+    for (int64_t j = first; j < last; j++) {
+        memcpy(panel[j - first], p->u + j * p->in + k, (size_t)width * sizeof(float));
+        memset(panel[j - first] + width, 0, (size_t)(CHUNK - width) * sizeof(float));
+    }
+}
+
+/* All columns [first, last) of up to GROUPS groups of rows; what is packed serves all of them. */
+static void tile(const problem *p, float *w, uint8_t *keep, int64_t rows, int64_t first, int64_t last)
+{
+    column error[GROUPS][STEP];
+    float inner[STEP][STEP], panel[STEP][CHUNK];
+    int64_t width = p->m ? STEP / p->m * p->m : STEP;
     for (int64_t start = first; start < last; start += width) {
         int64_t end = start + width < last ? start + width : last;
-        for (int64_t r = 0; r < rows; r++)
-            step(w + r * in, keep + r * in, u, d, live, in, start, end, n, m, &gone[r]);
-        for (int64_t k = end; k < in; k += CHUNK)
-            for (int64_t r = 0; r < rows; r++)
-                spread(w + r * in, k, k + CHUNK < in ? k + CHUNK : in, &gone[r]);
+        for (int64_t j = start; j < end; j++)
+            memcpy(inner[j - start], p->u + j * p->in + start, (size_t)(end - start) * sizeof(float));
+        for (int64_t r = 0; r < rows; r += GROUP)
+            step(p, w + r * p->in, keep + r * p->in, rows - r < GROUP ? rows - r : GROUP, start, end, inner,
+                 error[r / GROUP]);
+        for (int64_t k = end; k < p->in; k += CHUNK) {
+            int64_t part = p->in - k < CHUNK ? p->in - k : CHUNK;
+            pack(p, start, end, k, part, panel);
+            for (int64_t r = 0; r < rows; r += ROWS)
+                spread_part(w + r * p->in, p->in, rows - r < ROWS ? rows - r : ROWS, k, part,
+                            (const float(*)[GROUP])((float *)error[r / GROUP] + r % GROUP), end - start, panel);
+        }
     }
 }
 
@@ -103,7 +158,8 @@ void second_order_sweep(float *w, uint8_t *keep, const float *u, const float *d,
                         int64_t in, int64_t first, int64_t last, int64_t n, int64_t m, int threads)
 {
     (void)threads; /* unused without OpenMP */
+    problem p = {u, d, live, in, n, m};
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t r = 0; r < rows; r += TILE)
-        tile(w + r * in, keep + r * in, u, d, live, rows - r < TILE ? rows - r : TILE, in, first, last, n, m);
+    for (int64_t r = 0; r < rows; r += GROUP * GROUPS)
+        tile(&p, w + r * in, keep + r * in, rows - r < GROUP * GROUPS ? rows - r : GROUP * GROUPS, first, last);
 }

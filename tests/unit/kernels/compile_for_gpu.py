@@ -9,8 +9,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_prune.kernels import gumbel_kernels, triton_gumbel
+from megatron_prune.kernels import gumbel_kernels, second_order_kernels, triton_gumbel, triton_second_order
 from megatron_prune.kernels.gumbel import Call, Position
+from megatron_prune.kernels.triton_second_order import TILE
 
 CALL = Call(2, 4, 1.0, 1.0, (1, 2), Position.whole(8, 8), False, 0.0, "triton")
 FLAGS = {"INDEX": tl.int32, "WEIGHT": True, "LOGITS": True, "ADD": True, "HARDWARE": True}
@@ -21,21 +22,40 @@ TYPES = {
     **dict.fromkeys(("scale", "inverse_temperature", "sharpness", "regularization"), "fp32"),
     **{"row_ids": "*i64", "key": "i64", "winners": "*u8"},
 }
+SOLVER_TYPES = {
+    **dict.fromkeys(("weight", "upper", "errors"), "*fp32"),
+    **dict.fromkeys(("mask", "live"), "*u8"),
+    **dict.fromkeys(second_order_kernels.SIZES, "i32"),
+}
 
 
-def compile_kernel(kernel: Any) -> str:
+def compile_kernel(kernel: Any, known: dict[str, Any], types: dict[str, str], warps: int) -> str:
     """PTX of one kernel."""
-    known = triton_gumbel.constants(6) | triton_gumbel.mask_constants(CALL, 6) | FLAGS
     fixed = {name: known[name] for name in kernel.arg_names if name in known}
-    signature = {name: "constexpr" if name in fixed else TYPES[name] for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in fixed else types[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
-    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_gumbel.BLOCK // 32})
+    result = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert result.asm["cubin"]
     return result.asm["ptx"]
 
 
-if __name__ == "__main__":
+def compile_gumbel() -> None:
+    known = triton_gumbel.constants(6) | triton_gumbel.mask_constants(CALL, 6) | FLAGS
     for name in ("forward", "backward", "winners"):
-        ptx = compile_kernel(getattr(gumbel_kernels, name))
+        ptx = compile_kernel(getattr(gumbel_kernels, name), known, TYPES, triton_gumbel.BLOCK // 32)
         assert "ex2.approx.ftz" in ptx and ("lg2.approx.ftz" in ptx) == (name != "winners")
         print(name)
+
+
+def compile_solver() -> None:
+    rows = {"ROWS": triton_second_order.ROWS}
+    for name, own in (("inside", {"N": 2, "M": 4} | rows), ("inside", {"N": 0, "M": 0} | rows), ("behind", TILE)):
+        kernel = getattr(second_order_kernels, name)
+        ptx = compile_kernel(kernel, {"WIDTH": 128} | own, SOLVER_TYPES, triton_second_order.WARPS)
+        assert ("div.rn.f32" in ptx) == (name == "inside") and "tf32" not in ptx
+        print(name)
+
+
+if __name__ == "__main__":
+    compile_gumbel()
+    compile_solver()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
+from megatron_prune import prune
+from megatron_prune.config import Calibration
 from megatron_prune.model.prunable import LINEARS
 from megatron_prune.model.source import open_model
+from megatron_prune.statistics import walk
 from megatron_prune.statistics.activations import InputNorm
 from megatron_prune.statistics.runner import Runner
 from tests.models import byte_tokenizer, tiny_llama
@@ -32,3 +37,32 @@ def test_inputs_of_a_layer_whose_first_linear_is_removed(tmp_path: Path, sequent
     assert [norm > 0 for norm in first] == [True, not sequential, True, True]
     assert [norm > 0 for norm in second] == [True, not sequential, True, True]
     assert runner.kept < runner.size
+
+
+def test_one_layers_activations_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor for each unit of windows, whichever layer is pruned."""
+    length, windows = 17, 3
+    monkeypatch.setattr(walk, "UNIT_TOKENS", length)
+    hf = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257))
+    tokens = torch.randint(257, (windows, length), generator=torch.Generator().manual_seed(0))
+    layout = backend.Layout()
+    with backend.running(layout):
+        runner = Runner(open_model(hf).load(layout), tokens, None)
+        held = []
+        for linear in runner.layerwise(InputNorm):
+            held.append(sum(torch.is_tensor(x) and x.shape[:1] == (length,) and x.dim() == 3 for x in gc.get_objects()))
+            linear.keep(torch.ones(linear.weight().shape, dtype=torch.bool))
+    assert held == [windows] * 2 * len(LINEARS)
+
+
+def test_windows_are_no_longer_than_the_model_was_made_for(tmp_path: Path) -> None:
+    """And the decision says how long they were."""
+    source = open_model(byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257)))
+    longest = source.config.max_position_embeddings
+    text = tmp_path / "text.txt"
+    text.write_text("a" * 3 * longest)
+    for given, used in ((longest - 1, longest - 1), (longest + 1, longest)):
+        calibration = Calibration(text=(text,), samples=2, seq_length=given)
+        drawn = prune._calibration(SimpleNamespace(method="sparsegpt", calibration=calibration), source)
+        assert drawn.tokens.shape == (2, used)
+        assert drawn.info()["length"] == used
