@@ -342,9 +342,17 @@ def seed_everything(seed: int) -> None:
 
 
 def release() -> None:
-    """Forget the layout; the processes stay connected."""
+    """Forget the layout; the processes stay connected.
+
+    megatron-core forgets its groups without ending them: each keeps its threads and connections, and a process that
+    runs one verb after another gets slower with each.
+    """
     if parallel_state.model_parallel_is_initialized():
+        groups = parallel_state._global_process_group_list or ()
         parallel_state.destroy_model_parallel()
+        for group in dict.fromkeys(groups):
+            if group in dist.distributed_c10d._world.pg_map:  # neither None, for all processes, nor ended already
+                dist.destroy_process_group(group)
 
 
 def shutdown() -> None:
