@@ -120,7 +120,7 @@ class RecoveryLoss(NextToken):
         self.names = tuple(self.weights)
         self.count = count
         self.pipeline = student.layout.pipeline > 1
-        self.hidden = 0.0
+        self.hidden: Tensor | float = 0.0
         self.teacher = None
         if teacher is not None:
             pairs = self._pairs(student, teacher) if weighting.hidden else {}
@@ -152,7 +152,7 @@ class RecoveryLoss(NextToken):
             hidden_distance(x, self.teacher.outputs[other].popleft(), self.weighting.hidden_kind) * share / shared
         )
         if shared > 1 or parallel_state.get_tensor_model_parallel_rank() == 0:
-            self.hidden += float(distance.detach())
+            self.hidden = self.hidden + distance.detach()
         return AddLoss.apply(x, distance, self.weighting.hidden / self.count), *rest
 
     def begin(self, batches: Iterator[Tensor], count: int) -> None:
@@ -195,7 +195,7 @@ class RecoveryLoss(NextToken):
         if not self.weighting.hidden:
             return {}
         found, self.hidden = self.hidden, 0.0
-        return {"hidden_loss": found}
+        return {"hidden_loss": float(found)}
 
     def total(self, losses: dict[str, float]) -> float:
         """The weighted sum."""

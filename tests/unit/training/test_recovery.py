@@ -140,6 +140,7 @@ def test_zeros_that_move_are_an_error(
     assert main(train(root, "pruned", "broken")) == 2
     assert "must stay zero are not +0.0 after step 2" in capsys.readouterr().err
     assert not (root / "broken" / "weights").exists()
+    assert not list((root / "broken" / "checkpoints").glob("step_*")), "no checkpoint to resume from by mistake"
 
 
 def test_zeros_may_be_given_up(root: Path) -> None:
@@ -210,6 +211,10 @@ MISTAKES = {
     "distillation_without_teacher": (["--distillation-weight", "1"], "give --teacher MODEL"),
     "nothing_to_learn": (["--lm-weight", "0"], "all weights of losses are 0"),
     "missing_teacher": (["--teacher", "ROOT/nowhere"], "is no model"),
+    "interleaved_teacher": (
+        ["--teacher", "ROOT/hf", "--virtual-pipeline-model-parallel-size", "2"],
+        "leave one of them",
+    ),
     "teacher_too_narrow": (["--teacher", "ROOT/wide", "--hidden-weight", "1"], "allowed: equal widths"),
     "recomputed_hidden": (["--teacher", "ROOT/hf", "--hidden-weight", "1", "--recompute"], "--recompute"),
     "temperature": (["--teacher", "ROOT/hf", "--distillation-temperature", "0"], "allowed: above 0"),
@@ -274,3 +279,16 @@ def test_an_unfinished_run_is_no_model(root: Path, capsys: pytest.CaptureFixture
     (run / "run.json").write_text(json.dumps(about | {"state": "training"}))
     assert main(["trim", "--input", str(run), "--output", str(root / "y")]) == 2
     assert "finish it with train --resume" in capsys.readouterr().err
+
+
+def test_a_structured_run_is_trimmed_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(root / "pruned", root / "structured")
+    (run / "decision" / "trim.json").write_text("{}")
+    assert main(train(root, "structured", "x")) == 2
+    assert "give the checkpoint that trim writes from it" in capsys.readouterr().err
+
+
+def test_a_trained_run_has_no_masks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ["--input", str(root / "plain"), "--output", str(root / "x.npz")]
+    assert main(["export", *places, "--format", "mask-npz"]) == 2
+    assert "has trained weights and decided nothing" in capsys.readouterr().err
