@@ -24,6 +24,8 @@ MODEL = "blocks"
 CASES = [Case("wanda", "2:4"), Case("sparsegpt", "2:4", ("--true-sequential",))]
 LAYOUTS = [TP2_SP, PP2]
 STEPS = 4
+FAMILIES = ("gpt2", "qwen3", "nemotron")
+"""With biases and transposed weights, with norms of heads, without a gate."""
 
 
 def commands(root: Path, layout: Layout) -> list[list[str]]:
@@ -58,15 +60,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("blocks")
     tiny_blocks(root / "hf")
     words(root / "words.jsonl")
-    must_pass(launch(1, commands(root, ONE), root / "commands"))
+    others = []
+    for family in FAMILIES:
+        tiny_blocks(root / f"{family}_hf", family)
+        given, model = str(root / f"{family}_hf"), str(root / family)
+        others.append(["import", "--input", given, "--output", model])
+        others.append(["verify", "--input", model, "--against", given, "--output", f"{model}.json"])
+    must_pass(launch(1, [*commands(root, ONE), *others], root / "commands"))
     must_pass(launch(2, [command for layout in LAYOUTS for command in commands(root, layout)], root / "commands"))
     return root
 
 
-@pytest.mark.parametrize("layout", [ONE, *LAYOUTS], ids=lambda layout: layout.name)
-def test_logits_equal_transformers(root: Path, layout: Layout) -> None:
+@pytest.mark.parametrize("name", [*(layout.name for layout in (ONE, *LAYOUTS)), *FAMILIES])
+def test_logits_equal_transformers(root: Path, name: str) -> None:
     """Of transformers' ordinary model with every layer padded; PP=2 reads a checkpoint written at TP=2."""
-    found = json.loads((root / f"{layout.name}.json").read_text())["logits"]
+    found = json.loads((root / f"{name}.json").read_text())["logits"]
     assert found["max_absolute_difference"] <= TOLERANCE
     assert found["same_argmax"] == 1.0 and found["largest_logit"] > 0.1
 
