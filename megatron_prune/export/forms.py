@@ -56,8 +56,8 @@ def costs(config: ModelConfig, form: Form) -> list[str]:
     zeros = 1 - parameters(config) / parameters(wide)
     about: dict[Form, str] = {
         "padded": f"transformers opens it as it is; {zeros:.1%} of it is padding with zeros, which take memory and "
-        "time as all weights do: the largest and slowest form",
-        "custom": "the smallest form, and faster than padded by what it leaves out; transformers opens it when told to "
+        "time as all weights do: the largest form, with the most to compute",
+        "custom": "the smallest form, with the least to compute; transformers opens it when told to "
         "run the modelling file in it (trust_remote_code=True)",
         "blocks": "as small as custom, without code: for import, and for what reads block_configs"
         + ("" if same_heads(config.blocks or ()) else "; megatron-core's own reader has no layers with fewer heads"),

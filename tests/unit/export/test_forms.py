@@ -153,7 +153,7 @@ def test_costs_say_what_each_form_is(tmp_path: Path) -> None:
     wide = get_family("llama").uniform(config)
     ordinary, custom, blocks = costs(config, "custom")
     assert f"padded: {parameters(wide):,} parameters, {4 * parameters(wide):,} bytes" in ordinary
-    assert f"{kv_cache_bytes(wide):,} of cache a token" in ordinary and "largest and slowest" in ordinary
+    assert f"{kv_cache_bytes(wide):,} of cache a token" in ordinary and "the most to compute" in ordinary
     assert f"custom (written): {parameters(config):,} parameters" in custom and "trust_remote_code" in custom
     assert "no layers with fewer heads" in blocks
     same = config.with_blocks([Block(4, 2, 64), Block(0, 0, 48), Block(4, 4, 0), Block(4, 1, 8)])
