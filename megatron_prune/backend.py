@@ -123,6 +123,19 @@ def _adapt(module: types.ModuleType) -> None:
         module.__dict__["_set_cuda_rng_state"] = _set_cpu_rng_state
 
 
+@contextlib.contextmanager
+def _without_triton() -> Iterator[None]:
+    """While active, Triton counts as not installed: its kernels are for GPUs and loading it takes 70 MB and a second."""
+    if "triton" in sys.modules:  # loaded already, or this is an inner import
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
+
+
 class _AdaptingLoader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -131,7 +144,8 @@ class _AdaptingLoader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        self.loader.exec_module(module)
+        with _without_triton():
+            self.loader.exec_module(module)
         _adapt(module)
 
     def __getattr__(self, name: str) -> Any:

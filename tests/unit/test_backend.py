@@ -72,6 +72,18 @@ def test_modules_imported_late_are_adapted_too() -> None:
 
 
 @no_gpu
+@pytest.mark.skipif(backend.has_cuda(), reason="with a GPU megatron-core may use Triton")
+def test_triton_is_not_loaded_by_megatron_but_stays_importable() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    program = (
+        "import sys, megatron_prune.backend, megatron.core.models.gpt\n"
+        "assert 'triton' not in sys.modules\n"
+        "import triton.language"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_import_is_silent_about_missing_gpu_libraries_but_not_about_others() -> None:
     program = "import warnings; warnings.simplefilter('default')\nimport megatron_prune.backend\n"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
