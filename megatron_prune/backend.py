@@ -125,7 +125,7 @@ def _adapt(module: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _without_triton() -> Iterator[None]:
-    """While active, Triton counts as not installed: its kernels are for GPUs and loading it takes 70 MB and a second."""
+    """While active, Triton counts as not installed: its kernels are for GPUs, and it takes 70 MB to load."""
     if "triton" in sys.modules:  # loaded already, or this is an inner import
         yield
         return
