@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.errors import UserError
+from megatron_prune.imports import without_triton
 
 SUPPORTED_CORE = ("0.16", "0.17")
 """megatron-core >= first and < second; the touch points below were read from these versions."""
@@ -123,19 +124,6 @@ def _adapt(module: types.ModuleType) -> None:
         module.__dict__["_set_cuda_rng_state"] = _set_cpu_rng_state
 
 
-@contextlib.contextmanager
-def _without_triton() -> Iterator[None]:
-    """While active, Triton counts as not installed: its kernels are for GPUs, and it takes 70 MB to load."""
-    if "triton" in sys.modules:  # loaded already, or this is an inner import
-        yield
-        return
-    sys.modules["triton"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["triton"]
-
-
 class _AdaptingLoader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -144,7 +132,7 @@ class _AdaptingLoader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        with _without_triton():
+        with without_triton():
             self.loader.exec_module(module)
         _adapt(module)
 

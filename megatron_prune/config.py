@@ -203,6 +203,9 @@ class PruneConfig(Options):
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
     method_options: dict[str, Any] = option({}, "the method's own hyper-parameters")
+    statistics: Path | None = option(
+        None, "folder of a structured method's statistics: read where they are there, kept where not"
+    )
     calibration: Calibration = group(Calibration)
     training: Training = group(Training)
     parallelism: Parallelism = group(Parallelism)

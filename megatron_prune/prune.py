@@ -35,6 +35,7 @@ from megatron_prune.model.source import ModelSource, open_model
 from megatron_prune.resume import check_resume, describe, finished_by_this_launch, goes_on, may_go_on, note_resumption
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.runner import Runner
+from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import RECOMPUTE, check_learning
 from megatron_prune.training.stopping import Stopped, StopRequest
@@ -47,6 +48,10 @@ def run(config: PruneConfig) -> None:
     method.accept(target)
     source = open_model(config.input)
     check_target(source.config, target)
+    if config.statistics and not (isinstance(method, StructuredMethod) and method.keeps_statistics):
+        raise UserError(
+            f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"
+        )
     going_on = may_go_on(config)
     layout = layout_of(config.parallelism)
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
@@ -121,8 +126,11 @@ def _structured(
     calibration = _calibration(config, source) if method.calibrated else None
     tokens = calibration.tokens if calibration else None
     with new_folder(config.output) as folder:
+        store = None
+        if config.statistics and tokens is not None:
+            store = StatisticsStore(config.statistics, model, tokens)
         with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
-            units = from_leader(method.choose(model.config, Passes(model, tokens, advance), target))
+            units = from_leader(method.choose(model.config, Passes(model, tokens, advance, store), target))
         smaller = units.config(model.config)
         with progress("compensation", model.config.num_layers, "layers") as advance:
             changed = method.compensate(model, units, tokens, advance)

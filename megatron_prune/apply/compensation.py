@@ -25,17 +25,19 @@ from megatron_prune.statistics.passes import NORMS
 from megatron_prune.statistics.walk import FINAL_NORM, CutWeights, LayerWalk, WholeWeights, sum_over_ranks
 
 
-def least_squares(weight: Tensor, kept: Tensor, sums: Regression, damping: float) -> Tensor:
+def least_squares(weight: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
     """W' `[out, narrow]` with W' b nearest to W a: argmin |W a - W' b|^2 + damping * mean(diag(G)) |W' - W[:, kept]|^2.
 
-    `weight` W is `[out, wide]`, `kept` the columns that W' replaces, G the sum of b b^T. What the data leave open stays
-    as it was: a penalty towards zero would shrink every channel that is small beside the largest.
+    `weight` W is `[out, wide]`, `kept` the columns that W' replaces, `cross` the sum of a b^T and `gram` G that of
+    b b^T, both up to the same factor. What the data leave open stays as it was: a penalty towards zero would shrink
+    every channel that is small beside the largest.
     """
-    penalty = damping * sums.gram.diagonal().mean()
-    gram = sums.gram.clone()
+    mean = gram.diagonal().mean()
+    penalty = damping * (mean if mean > 0 else torch.ones_like(mean))  # inputs that are always zero: nothing to fit
+    gram = gram.clone()
     gram.diagonal().add_(penalty)
     wide = weight.double()
-    asked = wide @ sums.cross + penalty * wide.index_select(1, kept)
+    asked = wide @ cross + penalty * wide.index_select(1, kept)
     solved: Tensor = torch.linalg.solve(gram, asked.t())
     return solved.t().to(weight.dtype)
 
@@ -60,9 +62,12 @@ class Compensation:
         self.whole = WholeWeights(model)
         self.changed: dict[str, Tensor] = {}
         """This layer's corrected tensors, by their names in it."""
-        self.cut = CutWeights(model, units, lambda _layer, tensors: {**tensors, **self.changed})
+        self.cut = CutWeights(model, units, self._corrected)
         self.dense = LayerWalk(self.whole, tokens)
         self.pruned = LayerWalk(self.cut, tokens) if refit == "propagated" else None
+
+    def _corrected(self, layer: int | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors if layer is None else {**tensors, **self.changed}
 
     @torch.no_grad()
     def run(self, progress: Callable[[int], None]) -> bool:
@@ -140,7 +145,7 @@ class Compensation:
         kept = kept.to(weight.device)
         fitted = weight.index_select(1, kept)
         if self.refit != "mean":
-            fitted = least_squares(weight, kept, sums, self.damping)
+            fitted = least_squares(weight, kept, sums.cross, sums.gram, self.damping)
         new = torch.zeros_like(weight).index_copy_(1, kept, fitted)
         self.changed[f"{path}.weight"] = new
         bias = tensors.get(f"{path}.bias")

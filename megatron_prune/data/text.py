@@ -18,6 +18,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_prune.errors import UserError
+from megatron_prune.imports import without_triton
 
 WHOLE = (".txt", ".raw")
 """Suffixes of files that are one document."""
@@ -118,7 +119,8 @@ def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreT
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _check_json(directory / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        with without_triton():
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: the tokenizer does not load: {error}") from error
     if vocab_size is not None:

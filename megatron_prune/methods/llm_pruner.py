@@ -55,6 +55,7 @@ class LLMPruner(StructuredMethod):
 
     paper: ClassVar[str] = "Ma et al. 2023, arXiv:2305.11627"
     targets: ClassVar[Mapping[type, str]] = {Shape: f"sizes of the layers that are pruned: {', '.join(SIZES)}"}
+    keeps_statistics: ClassVar[bool] = False
 
     taylor: str = hyperparameter("element1", f"the expansion: {', '.join(TAYLOR)}")
     protected_first: int = hyperparameter(4, "layers at the start that are left as they are")

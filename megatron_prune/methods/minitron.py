@@ -7,10 +7,15 @@ windows; the same number of units stays in every layer:
     head              L2 norm over its channels of what enters the output projection; ranked inside its query group
     query group       L2 norm over its heads
     residual channel  what the two norms of every layer give out, summed over layers
+
+Heads and groups may instead be chosen by what a least-squares refit of the output projection cannot make up for
+(`methods/reconstruction.py`), which is ours. For a number of parameters instead of a shape, shapes are searched
+(`methods/shape_search.py`).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +26,8 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import CRITERIA, layers_to_remove
+from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
+from megatron_prune.methods.shape_search import best_shape
 from megatron_prune.methods.structured import (
     FC1,
     FC2,
@@ -31,14 +38,16 @@ from megatron_prune.methods.structured import (
     keep_best,
     removed_layers,
 )
-from megatron_prune.methods.target import Shape, StructuredTarget
+from megatron_prune.methods.target import Budget, Shape, StructuredTarget
 from megatron_prune.model.units import BlockUnits, Units, all_of_block, heads_of
-from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations
+from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations, ChannelMoments
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+HEADS = ("reconstruction", "activations")
+SITES = {QKV: ChannelActivations, PROJECTION: ChannelMoments, FC1: ChannelActivations, FC2: ChannelActivations}
 
 
 @register("minitron")
@@ -47,46 +56,68 @@ class Minitron(StructuredMethod):
     """Keep the layers, heads, groups, neurons and channels of largest importance, as many as the target says."""
 
     paper: ClassVar[str] = "Muralidharan et al. 2024, arXiv:2407.14679"
-    targets: ClassVar[Mapping[type, str]] = {Shape: f"a smaller shape: {', '.join(SIZES)}"}
+    targets: ClassVar[Mapping[type, str]] = {
+        Shape: f"a smaller shape: {', '.join(SIZES)}",
+        Budget: "the best shape within a budget: parameters=N",
+    }
 
     depth: str = hyperparameter("combined", f"how layers are chosen: {', '.join(CRITERIA)}")
+    heads: str = hyperparameter("reconstruction", f"how heads and query groups are chosen: {', '.join(HEADS)}")
     batch: str = hyperparameter("l2", f"aggregation over windows: {', '.join(AGGREGATIONS)}")
     sequence: str = hyperparameter("mean", f"aggregation over the tokens of a window: {', '.join(AGGREGATIONS)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("depth", CRITERIA), ("batch", AGGREGATIONS), ("sequence", AGGREGATIONS)):
+        choices = (("depth", CRITERIA), ("heads", HEADS), ("batch", AGGREGATIONS), ("sequence", AGGREGATIONS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise UserError(f"minitron: {name} {getattr(self, name)!r} was given; allowed: {', '.join(allowed)}")
 
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
         """The units that stay; width is scored in the whole model."""
+        if isinstance(target, Budget):
+            width = functools.partial(self.width, config, passes)
+            target = best_shape(config, passes, target, width, self.refit_damping)
         wanted = allowed_sizes(target, SIZES, self.name)
         units = Units.all(config)
         if set(wanted.given()) - {"num_layers"}:
-            found = passes.observe(dict.fromkeys((QKV, PROJECTION, FC1, FC2), ChannelActivations))
-            units = self._width(config, found, wanted)
+            units = self.width(config, passes, passes.observe(SITES), wanted)
         return units.without_layers(layers_to_remove(passes, removed_layers(config, wanted), self.depth))
 
-    def _width(self, config: Any, found: Sequence[Mapping[str, ChannelActivations]], target: Shape) -> Units:
-        scores = [{path: x.importance(self.batch, self.sequence) for path, x in layer.items()} for layer in found]
-        hidden = torch.stack([layer[path] for layer in scores for path in (QKV, FC1) if path in layer]).sum(0)
-        layers = range(config.num_layers)
+    def width(self, config: Any, passes: Passes, found: Sequence[Mapping[str, Any]], target: Shape) -> Units:
+        """All layers at the target's width, from what was seen at `SITES` in each. Collective."""
+        sites = (QKV, FC1)
+        seen = [layer[path].importance(self.batch, self.sequence) for layer in found for path in sites if path in layer]
         return Units(
-            tuple(layers),
-            keep_best(hidden, target.hidden_size or config.hidden_size),
-            tuple(self._block(config, n, scores[n], target) for n in layers),
+            tuple(range(config.num_layers)),
+            keep_best(torch.stack(seen).sum(0), target.hidden_size or config.hidden_size),
+            tuple(self._block(config, passes, n, layer, target) for n, layer in enumerate(found)),
         )
 
-    def _block(self, config: Any, layer: int, scores: Mapping[str, Tensor], target: Shape) -> BlockUnits:
+    def _block(
+        self, config: Any, passes: Passes, layer: int, seen: Mapping[str, ChannelActivations], target: Shape
+    ) -> BlockUnits:
         block = all_of_block(config, layer)
-        if PROJECTION in scores:
-            heads = head_scores(scores[PROJECTION], config.kv_channels)
-            block = BlockUnits(*keep_heads(config, layer, heads, target), block.ffn)
-        if FC2 in scores:
-            ffn = keep_best(scores[FC2], min(target.ffn_hidden_size or len(block.ffn), len(block.ffn)))
-            block = BlockUnits(block.groups, block.heads, ffn)
-        return block
+        groups, heads, ffn = block.groups, block.heads, block.ffn
+        if PROJECTION in seen and (target.num_query_groups or target.num_attention_heads):
+            groups, heads = self._attention(config, passes, layer, seen[PROJECTION], target)
+        if FC2 in seen:
+            scores = seen[FC2].importance(self.batch, self.sequence)
+            ffn = keep_best(scores, min(target.ffn_hidden_size or len(ffn), len(ffn)))
+        return BlockUnits(groups, heads, ffn)
+
+    def _attention(
+        self, config: Any, passes: Passes, layer: int, seen: Any, target: Shape
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Groups and heads of a layer that stay."""
+        if self.heads == "activations":
+            return keep_heads(
+                config, layer, head_scores(seen.importance(self.batch, self.sequence), config.kv_channels), target
+            )
+        linear = Reconstruction(passes.weight(layer, PROJECTION), seen.gram.value(), self.refit_damping)
+        groups, heads = head_counts(config, layer, target)
+        kept = groups_to_keep(config, layer, linear, groups)
+        return kept, heads_to_keep(config, layer, linear, kept, heads)
 
 
 def head_scores(channels: Tensor, width: int) -> Tensor:
@@ -94,12 +125,19 @@ def head_scores(channels: Tensor, width: int) -> Tensor:
     return channels.unflatten(0, (-1, width)).square().sum(1).sqrt()
 
 
+def head_counts(config: Any, layer: int, target: Shape) -> tuple[int, int]:
+    """How many query groups of a layer stay, and how many heads in each of them."""
+    block = config.block(layer)
+    groups = min(target.num_query_groups or block.num_query_groups, block.num_query_groups)
+    wanted = target.num_attention_heads
+    return groups, min(wanted // groups if wanted else block.group_heads, block.group_heads)
+
+
 def keep_heads(config: Any, layer: int, scores: Tensor, target: Shape) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Groups and heads of a layer that stay, from the heads' scores `[heads]`."""
     block = config.block(layer)
     grouped = scores.unflatten(0, (block.num_query_groups, block.group_heads))
-    groups = keep_best(grouped.square().sum(1), min(target.num_query_groups or len(grouped), len(grouped)))
-    wanted = target.num_attention_heads
-    count = min(wanted // len(groups) if wanted else block.group_heads, block.group_heads)
-    heads = [heads_of(config, layer, group)[i] for group in groups for i in keep_best(grouped[group], count)]
+    count, in_each = head_counts(config, layer, target)
+    groups = keep_best(grouped.square().sum(1), count)
+    heads = [heads_of(config, layer, group)[i] for group in groups for i in keep_best(grouped[group], in_each)]
     return groups, tuple(heads)

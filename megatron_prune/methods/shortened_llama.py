@@ -24,6 +24,7 @@ class ShortenedLlama(StructuredMethod):
 
     paper: ClassVar[str] = "Kim et al. 2024, arXiv:2402.02834"
     targets: ClassVar[Mapping[type, str]] = {Shape: "fewer layers: num_layers=N"}
+    keeps_statistics: ClassVar[bool] = False
 
     protected_first: int = hyperparameter(4, "layers at the start that always stay")
     protected_last: int = hyperparameter(2, "layers at the end that always stay")

@@ -33,6 +33,8 @@ class StructuredMethod(PruningMethod):
     """Base of methods that remove whole units; subclass as a frozen dataclass, as other methods are."""
 
     structured: ClassVar[bool] = True
+    keeps_statistics: ClassVar[bool] = True
+    """Whether what it measures can be kept and serve another target."""
 
     refit: str = hyperparameter("local", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
     refit_damping: float = hyperparameter(0.01, "damping of the fit, as a share of the mean diagonal")

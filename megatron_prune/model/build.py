@@ -98,10 +98,14 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=backend.device()))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
+    kept: Tensor | None = None
+    """Numbers of the channels that count, where the others are masked: see `apply/masking.py`."""
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden]` in and out."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        counted = wide if self.kept is None else wide.index_select(-1, self.kept)
+        wide = wide * torch.rsqrt(counted.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
 
@@ -122,10 +126,17 @@ class LayerNorm(torch.nn.Module):
         for parameter in self.parameters():
             setattr(parameter, "sequence_parallel", config.sequence_parallel)
 
+    kept: Tensor | None = None
+    """As `RMSNorm.kept`."""
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden]` in and out."""
         gain = self.weight + self.offset if self.offset else self.weight
-        return F.layer_norm(x, self.weight.shape, gain, self.bias, self.eps)
+        if self.kept is None:
+            return F.layer_norm(x, self.weight.shape, gain, self.bias, self.eps)
+        narrow, gain, bias = (tensor.index_select(-1, self.kept) for tensor in (x, gain, self.bias))
+        normal = F.layer_norm(narrow, gain.shape, gain, bias, self.eps)
+        return torch.zeros_like(x).index_copy(-1, self.kept, normal)
 
 
 def _te_modules() -> tuple[Any, Any] | None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_prune.statistics.hessian import Hessian
+
 RESIDUAL = "layer"
 """The site whose statistic sees the residual stream before and after a layer; all others are submodules' inputs."""
 AGGREGATIONS = ("mean", "l2", "var")
@@ -114,6 +116,31 @@ class Regression:
     def tensors(self) -> list[Tensor]:
         """The accumulators."""
         return [self.cross, self.gram, self.wide_sum, self.narrow_sum, self.count]
+
+
+class Gram(Hessian):
+    """Second moments of a submodule's inputs, 2 X^T X / tokens; see `Hessian`."""
+
+    def update(self, x: Tensor) -> None:
+        """Add windows x `[s, b, channels]`."""
+        super().update(x.flatten(0, -2))
+
+
+class ChannelMoments(ChannelActivations):
+    """Sizes of the channels and their second moments in one pass."""
+
+    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
+        super().__init__(channels, device)
+        self.gram = Gram(channels, device)
+
+    def update(self, x: Tensor) -> None:
+        """Add windows x `[s, b, channels]`."""
+        super().update(x)
+        self.gram.update(x)
+
+    def tensors(self) -> list[Tensor]:
+        """The accumulators."""
+        return [*super().tensors(), *self.gram.tensors()]
 
 
 class NormRatio:

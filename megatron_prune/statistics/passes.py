@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
@@ -17,7 +17,8 @@ from megatron_prune.model.families import ModelConfig, dimensions
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.units import Units
 from megatron_prune.statistics.channels import RESIDUAL
-from megatron_prune.statistics.walk import CutWeights, Head, LayerWalk, WholeWeights, sum_over_ranks
+from megatron_prune.statistics.store import Statistic, StatisticsStore
+from megatron_prune.statistics.walk import Change, CutWeights, Head, LayerWalk, WholeWeights, sum_over_ranks, unchanged
 
 NORMS = ("input_layernorm", "pre_mlp_layernorm")
 
@@ -26,19 +27,26 @@ class Passes:
     """Measures a model on calibration windows `[windows, length]` int64, the same on every rank."""
 
     def __init__(
-        self, model: PrunableModel, tokens: Tensor | None, progress: Callable[[int], None] = lambda layers: None
+        self,
+        model: PrunableModel,
+        tokens: Tensor | None,
+        progress: Callable[[int], None] = lambda layers: None,
+        store: StatisticsStore | None = None,
     ) -> None:
         self.model = model
         self.tokens = tokens
         self.progress = progress
+        self.store = store
 
     @torch.no_grad()
-    def observe(self, sites: Mapping[str, Callable[..., Any]]) -> list[dict[str, Any]]:
+    def observe(self, sites: Mapping[str, Statistic]) -> list[dict[str, Any]]:
         """One forward pass: a statistic `sites[path](channels, device)` of each layer, by site.
 
         A path names a submodule of the layer and sees its input `[s, b, channels]`; `RESIDUAL` sees the layer's input
-        and output.
+        and output. With a store that has them all nothing is run.
         """
+        if self.store is not None and self.store.has(sites):
+            return [self._stored(self.store, number, sites) for number in range(self.model.config.num_layers)]
         weights = WholeWeights(self.model)
         walk = LayerWalk(weights, self.tokens)
         found = []
@@ -59,8 +67,20 @@ class Passes:
             for path in [*paths, *(site for site in sites if site == RESIDUAL)]:
                 here[path] = here.get(path) or sites[path](sizes[path], walk.device)  # a rank may have no windows
                 sum_over_ranks(here[path].tensors())
+            if self.store is not None:
+                self.store.write(number, here)
             found.append(here)
             self.progress(1)
+        if self.store is not None:
+            self.store.complete(sites)
+        return found
+
+    def _stored(self, store: StatisticsStore, number: int, sites: Mapping[str, Statistic]) -> dict[str, Any]:
+        sizes = channels_of(self.model.config, number)
+        paths = [path for path in sites if path == RESIDUAL or self._has(number, path)]
+        found = {path: sites[path](sizes[path], backend.device()) for path in paths}
+        store.read(number, found)
+        self.progress(1)
         return found
 
     def weight(self, layer: int, path: str) -> Tensor:
@@ -94,10 +114,14 @@ class Passes:
         return (totals[:, 0] / totals[:, 1]).tolist()
 
     @torch.no_grad()
-    def loss(self, units: Units) -> float:
-        """Mean next-token loss (nats) of the smaller model that these units are."""
-        weights = CutWeights(self.model, units)
-        walk = LayerWalk(weights, self.tokens)
+    def loss(self, units: Units, change: Change = unchanged, windows: int | None = None) -> float:
+        """Mean next-token loss (nats) of the smaller model that these units are, on the first `windows` windows.
+
+        `change(layer, tensors)` may correct a layer's weights before they are cut, and with None for the layer those
+        outside all layers.
+        """
+        weights = CutWeights(self.model, units, change)
+        walk = LayerWalk(weights, None if self.tokens is None else self.tokens[:windows])
         for number in range(weights.config.num_layers):
             walk.load(number, weights.layer(number))
             walk.advance()

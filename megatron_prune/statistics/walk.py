@@ -68,15 +68,20 @@ class WholeWeights:
         return None if map is None else self.model.whole(map)
 
 
-class CutWeights:
-    """Those of the smaller model that some units of a model are; `change` may correct a layer before it is cut."""
+Change = Callable[[int | None, dict[str, Tensor]], dict[str, Tensor]]
+"""Corrects tensors of a layer of the whole model, or (None) tensors outside all layers, before they are cut."""
 
-    def __init__(
-        self,
-        model: PrunableModel,
-        units: Units,
-        change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] = lambda layer, tensors: tensors,
-    ) -> None:
+
+def unchanged(layer: int | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The `Change` that leaves everything as it is."""
+    del layer
+    return tensors
+
+
+class CutWeights:
+    """Those of the smaller model that some units of a model are."""
+
+    def __init__(self, model: PrunableModel, units: Units, change: Change = unchanged) -> None:
         self.whole = WholeWeights(model)
         self.units = units
         self.change = change
@@ -96,7 +101,7 @@ class CutWeights:
     def outer(self, name: str) -> Tensor | None:
         """See `Weights`."""
         tensor = self.whole.outer(name)
-        return None if tensor is None else self._cut(name, tensor, name)
+        return None if tensor is None else self._cut(name, self.change(None, {name: tensor})[name], name)
 
     def _cut(self, source: str, tensor: Tensor, target: str) -> Tensor:
         model = self.whole.model

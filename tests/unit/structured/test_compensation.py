@@ -36,11 +36,13 @@ def test_inputs_that_depend_on_others_are_made_up_for_exactly() -> None:
     sums = Regression(4, 3)
     for part_a, part_b in zip(a.split(70), b.split(70), strict=True):
         sums.update(part_a, part_b)
-    fitted = least_squares(weight, torch.arange(3), sums, damping=1e-9)
+    fitted = least_squares(weight, torch.arange(3), sums.cross, sums.gram, damping=1e-9)
     torch.testing.assert_close(b @ fitted.t(), a @ weight.t(), atol=1e-4, rtol=0)
     torch.testing.assert_close(missing_mean(weight, fitted, sums), torch.zeros(5), atol=1e-4, rtol=0)
-    held = least_squares(weight, torch.arange(3), sums, damping=1e9)
+    held = least_squares(weight, torch.arange(3), sums.cross, sums.gram, damping=1e9)
     torch.testing.assert_close(held, weight[:, :3], atol=1e-4, rtol=0)
+    silent = least_squares(weight, torch.arange(3), torch.zeros_like(sums.cross), torch.zeros_like(sums.gram), 0.01)
+    torch.testing.assert_close(silent, weight[:, :3])
     narrow = weight[:, :3]
     mean = (a @ weight.t() - b @ narrow.t()).mean(0)
     torch.testing.assert_close(missing_mean(weight, narrow, sums), mean, atol=1e-5, rtol=0)

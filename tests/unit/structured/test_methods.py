@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +19,17 @@ from megatron_prune.methods.fit import check_target
 from megatron_prune.methods.flap import standardised
 from megatron_prune.methods.llm_pruner import salience
 from megatron_prune.methods.minitron import head_scores
+from megatron_prune.methods.shape_search import candidates
 from megatron_prune.methods.structured import StructuredMethod, keep_best, lowest
-from megatron_prune.methods.target import parse_any_target
+from megatron_prune.methods.target import Budget, parse_any_target
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import open_model
 from megatron_prune.model.units import Units
 from megatron_prune.statistics.passes import Gradient, Passes
+from megatron_prune.statistics.store import StatisticsStore
+from megatron_prune.statistics.walk import LayerWalk
 from tests.models import tiny_model
 
 LAYERS, GROUP, NEURON, CHANNEL, LAYER = 4, 1, 5, 7, 2
@@ -83,7 +88,12 @@ def own_text(model: PrunableModel) -> torch.Tensor:
     return tokens
 
 
-WIDTH = [("minitron", {}), ("minitron", {"batch": "mean", "sequence": "l2"}), ("minitron", {"sequence": "var"})]
+WIDTH = [
+    ("minitron", {}),
+    ("minitron", {"heads": "activations"}),
+    ("minitron", {"heads": "activations", "batch": "mean", "sequence": "l2"}),
+    ("minitron", {"heads": "activations", "sequence": "var"}),
+]
 ENDS = {"protected_first": 0, "protected_last": 0}
 TAYLOR = [("llm_pruner", {"taylor": taylor, **ENDS}) for taylor in ("vector", "element1", "element2", "mix")]
 
@@ -127,6 +137,45 @@ def test_flap_removes_what_does_not_fluctuate(model: PrunableModel) -> None:
             assert len(block.ffn) == 64 or NEURON not in block.ffn
             assert len(block.groups) == 2 or block.groups == (1 - GROUP,)
     assert any(len(block.ffn) < 64 for block in units.blocks)
+
+
+def test_a_budget_gets_the_best_of_the_shapes_within_it(model: PrunableModel) -> None:
+    """Close to the budget, never above; of the candidates the one of lowest loss; a hopeless budget is refused."""
+    budget = Budget(int(0.8 * parameters(model.config)))
+    shapes = list(candidates(model.config, budget))
+    sizes = [parameters(replace(model.config, **shape.given())) for shape in shapes]  # type: ignore[arg-type]
+    assert len(shapes) > 3 and all(0.95 * budget.parameters <= size <= budget.parameters for size in sizes)
+    assert all(shape.hidden_size % shape.num_attention_heads == 0 for shape in shapes)  # type: ignore[operator]
+    units = chosen(model, "minitron", str(budget), depth="block_influence")
+    smaller = units.config(model.config)
+    assert parameters(smaller) in sizes
+    if smaller.num_layers < LAYERS:
+        assert LAYER not in units.layers
+    with pytest.raises(UserError, match="no shape"):
+        chosen(model, "minitron", "parameters=9K")
+
+
+def test_kept_statistics_serve_another_target_without_a_pass(
+    model: PrunableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, method = own_text(model), get_method("minitron")
+    assert isinstance(method, StructuredMethod)
+    first, other = parse_any_target("ffn_hidden_size=40"), parse_any_target("num_query_groups=1,hidden_size=24")
+
+    def choose(target: Any, store: StatisticsStore | None) -> Units:
+        return method.choose(model.config, Passes(model, tokens, store=store), target)  # type: ignore[attr-defined]
+
+    expected = choose(other, None)
+    assert choose(first, StatisticsStore(tmp_path / "kept", model, tokens)) == choose(first, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(LayerWalk, "__init__", lambda *_: pytest.fail("a pass was run"))
+        assert choose(other, StatisticsStore(tmp_path / "kept", model, tokens)) == expected
+    with pytest.raises(UserError, match="another tokens"):
+        StatisticsStore(tmp_path / "kept", model, tokens.flip(0))
+    file = next((tmp_path / "kept").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match="missing or damaged"):
+        choose(other, StatisticsStore(tmp_path / "kept", model, tokens))
 
 
 def test_losses_without_layers_are_those_of_smaller_models(model: PrunableModel) -> None:

@@ -12,6 +12,7 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
 from megatron_prune.apply.decision import MaskInfo
+from megatron_prune.apply.masking import mask_units
 from megatron_prune.apply.trim import cut
 from megatron_prune.apply.trimming import Trim
 from megatron_prune.errors import UserError
@@ -54,28 +55,25 @@ def test_cutting_nothing_changes_no_bit(tmp_path: Path, family: str) -> None:
         assert torch.equal(model.whole(map), same.whole(map)), map.megatron
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_cut_model_equals_the_whole_one_with_zeros(tmp_path: Path, family: str) -> None:
-    """Heads, groups and neurons: zeros in the whole model do what absence does."""
-    model = load(tmp_path, family)
-    units = thin(model)
+@pytest.mark.parametrize("family", [*FAMILIES, "nemotron"])
+@pytest.mark.parametrize("channels", [False, True])
+def test_a_masked_model_equals_the_cut_one(tmp_path: Path, family: str, channels: bool) -> None:
+    """Zeros do what absence does, for heads, groups, neurons and layers, and for channels if norms skip them."""
+    model = load(tmp_path, family, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 3})
+    units = thin(model).without_layers([1])
+    if channels:
+        units = replace(units, hidden=tuple(n for n in range(model.config.hidden_size) if n % 4 != 1))
     smaller = cut(model, units)
-    for map in model.maps:
-        model.assign(map, model.whole(map) * units.mask(model.config, map))
+    mask_units(model, units)
     tokens = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
     assert parameters(smaller.config) < parameters(model.config)
     assert smaller.config.ffn_hidden_size == 40
     torch.testing.assert_close(logits(smaller, tokens), logits(model, tokens), atol=2e-5, rtol=0)
-
-
-def test_a_model_without_a_layer_equals_one_whose_layer_adds_nothing(tmp_path: Path) -> None:
-    model = load(tmp_path, "llama", num_hidden_layers=3)
-    smaller = cut(model, Units.all(model.config).without_layers([1]))
-    for path in ("self_attention.linear_proj", "mlp.linear_fc2"):
-        map = model.by_name[f"decoder.layers.1.{path}.weight"]
-        model.assign(map, torch.zeros(map.shape))
-    tokens = torch.randint(128, (2, 12), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(logits(smaller, tokens), logits(model, tokens), atol=2e-5, rtol=0)
+    for module in model.chunks[0].modules():
+        if getattr(module, "kept", None) is not None:
+            module.kept = None  # the negative control: norms that count every channel
+    if channels:
+        assert not torch.allclose(logits(smaller, tokens), logits(model, tokens), atol=2e-3)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,0 +1,102 @@
+"""Which inputs of a linear layer are missed least once the others have been refitted to do their work.
+
+Without inputs R the best refit of W leaves the squared error tr(W_R ([G^-1]_RR)^-1 W_R^T), where G is the sum of x x^T
+over the layer's inputs x: the block form of the optimal brain surgeon, as ZipLM (Kurtic et al. 2023, arXiv:2302.04089,
+section 3.1) uses it on heads. An activation that is large but predictable from the others costs nothing here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_prune.model.units import group_of, heads_of
+
+EXHAUSTIVE = 64
+"""Up to so many choices in a layer are all tried; beyond, units go one by one."""
+
+
+class Reconstruction:
+    """A linear's weight and the inverse of its inputs' second moments, from which inputs are removed.
+
+    weight `[out, in]`; gram `[in, in]`, the sum of x x^T up to a factor; damping in units of its mean diagonal.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
+        self.weight = weight.double().clone()
+        damped = gram.to(self.weight.device, torch.float64, copy=True)
+        mean = damped.diagonal().mean()
+        damped.diagonal().add_(damping * (mean if mean > 0 else 1.0))
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+    def error(self, columns: Tensor) -> float:
+        """Squared output error that removing these inputs adds, after the best refit of those that are left."""
+        gone = self.weight[:, columns]
+        factor = torch.linalg.cholesky(self.inverse[columns][:, columns])
+        return float(torch.cholesky_solve(gone.t(), factor).mul_(gone.t()).sum())
+
+    def remove(self, columns: Tensor) -> None:
+        """Take these inputs out and refit the others."""
+        rows = self.inverse[columns]
+        factor = torch.linalg.cholesky(rows[:, columns])
+        correction = torch.cholesky_solve(rows, factor)
+        self.weight -= self.weight[:, columns] @ correction
+        self.inverse -= rows.t() @ correction
+        self.inverse[columns, columns] = 1.0  # stays invertible, and stays out of everything else
+        self.weight[:, columns] = 0.0
+
+
+def groups_to_keep(config: Any, layer: int, linear: Reconstruction, count: int) -> tuple[int, ...]:
+    """The `count` query groups that stay, numbers rising; `linear`, the output projection, loses the others' inputs."""
+    groups = range(config.block(layer).num_query_groups)
+    columns = {group: _columns(config, heads_of(config, layer, group)) for group in groups}
+    gone: set[int] = set()
+    if math.comb(len(groups), count) <= EXHAUSTIVE:
+        gone.update(_remove(linear, columns, list(itertools.combinations(groups, len(groups) - count))))
+    while len(groups) - len(gone) > count:
+        gone.update(_remove(linear, columns, [(group,) for group in groups if group not in gone]))
+    return tuple(group for group in groups if group not in gone)
+
+
+def heads_to_keep(
+    config: Any, layer: int, linear: Reconstruction, groups: Sequence[int], count: int
+) -> tuple[int, ...]:
+    """The `count` heads of each of these query groups that stay, numbers rising; `linear` loses the others' inputs."""
+    members = {group: heads_of(config, layer, group) for group in groups}
+    columns = {head: _columns(config, [head]) for heads in members.values() for head in heads}
+    surplus = config.block(layer).group_heads - count
+    gone: set[int] = set()
+    if math.comb(surplus + count, count) ** len(groups) <= EXHAUSTIVE:
+        removals = itertools.product(*(itertools.combinations(heads, surplus) for heads in members.values()))
+        gone.update(_remove(linear, columns, [tuple(itertools.chain(*removal)) for removal in removals]))
+        surplus = 0
+    for _ in range(surplus):  # one head of every group in each round, the cheapest first
+        waiting = set(groups)
+        while waiting:
+            free = [(head,) for group in waiting for head in members[group] if head not in gone]
+            (head,) = _remove(linear, columns, sorted(free))
+            gone.add(head)
+            waiting.remove(group_of(config, layer, head))
+    return tuple(head for head in columns if head not in gone)
+
+
+def _columns(config: Any, heads: Iterable[int]) -> Tensor:
+    """Inputs of the output projection that heads write, int64."""
+    width = config.kv_channels
+    return (torch.tensor(list(heads))[:, None] * width + torch.arange(width)).flatten()
+
+
+def _remove(linear: Reconstruction, columns: dict[int, Tensor], choices: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Of several sets of units the one that costs least, the first of equal ones; `linear` loses its inputs."""
+    inputs = [torch.cat([columns[unit] for unit in choice]) for choice in choices if choice]
+    if not inputs:
+        return ()
+    errors = [linear.error(x) for x in inputs] if len(inputs) > 1 else [0.0]
+    best = errors.index(min(errors))
+    linear.remove(inputs[best])
+    return choices[best]

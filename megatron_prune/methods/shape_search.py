@@ -1,0 +1,152 @@
+"""The best uniform shape of a model within a number of parameters (Minitron, arXiv:2407.14679, section 2.3).
+
+Every combination of a few numbers of layers, hidden sizes, query groups and heads is completed by the widest MLP that
+the budget leaves room for. Each candidate is cut from the whole model, refitted in closed form from second moments that
+one pass collects, and judged by its loss on calibration text: all of them on few windows, the best on more. The paper
+trains its candidates for a while instead; the refit takes that place here, since without it a candidate's loss says
+mostly how badly it was cut. Layers go by block influence while shapes are compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.log import say
+from megatron_prune.methods.structured import FC1, FC2, PROJECTION, QKV, lowest
+from megatron_prune.methods.target import Budget, Shape
+from megatron_prune.model.cost import parameters
+from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.units import Units
+from megatron_prune.statistics.channels import RESIDUAL, BlockInfluence, ChannelActivations, ChannelMoments
+
+if TYPE_CHECKING:
+    from megatron_prune.statistics.passes import Passes
+    from megatron_prune.statistics.walk import Change
+
+NORM_OF = {QKV: "input_layernorm", FC1: "pre_mlp_layernorm"}
+SITES = {
+    QKV: ChannelActivations,
+    FC1: ChannelActivations,
+    PROJECTION: ChannelMoments,
+    FC2: ChannelMoments,
+    **dict.fromkeys(NORM_OF.values(), ChannelActivations),
+    RESIDUAL: BlockInfluence,
+}
+FEWEST = 0.5
+"""Of layers, groups and heads at least this share stays, of the MLP and the residual stream a quarter more or less."""
+FIRST_WINDOWS, FINAL_WINDOWS, FINALISTS = 4, 16, 5
+CLOSE = 0.95
+"""Shapes that use less of the budget are not worth trying."""
+
+
+def best_shape(
+    config: ModelConfig,
+    passes: Passes,
+    budget: Budget,
+    width: Callable[[Sequence[Mapping[str, Any]], Shape], Units],
+    damping: float,
+) -> Shape:
+    """The shape of lowest loss. `width(found, shape)` gives the units of all layers at a shape's width. Collective."""
+    shapes = list(candidates(config, budget))
+    if not shapes:
+        raise UserError(
+            f"target {budget}: no shape with at least {FEWEST:.0%} of the layers and heads has so few parameters; give "
+            "more, or a shape such as num_layers=12,hidden_size=384"
+        )
+    found = passes.observe(SITES)
+    influence = [layer[RESIDUAL].value() for layer in found]
+
+    def loss(shape: Shape, windows: int) -> float:
+        units = width(found, shape)
+        removed = lowest(influence, config.num_layers - (shape.num_layers or config.num_layers))
+        units = units.without_layers(removed)
+        return passes.loss(units, refitted(config, found, units, damping), windows)
+
+    losses = {shape: loss(shape, FIRST_WINDOWS) for shape in shapes}
+    finalists = sorted(shapes, key=losses.__getitem__)[:FINALISTS]
+    losses = {shape: loss(shape, FINAL_WINDOWS) for shape in finalists}
+    best = min(finalists, key=losses.__getitem__)
+    say(f"{budget}: {len(shapes)} shapes tried; best " + "; ".join(f"{s} loss {losses[s]:.3f}" for s in finalists))
+    return best
+
+
+def candidates(config: ModelConfig, budget: Budget) -> Iterator[Shape]:
+    """Shapes that use the budget to at least `CLOSE`, each with the widest MLP that fits in."""
+    ffn_step = 2 ** max(0, int(math.log2(config.ffn_hidden_size / 32)))
+    depth_step = max(1, round(config.num_layers / 10))
+    depths = range(config.num_layers, math.ceil(config.num_layers * FEWEST) - 1, -depth_step)
+    groups = _shares(config.num_query_groups, (1, 0.75, FEWEST))
+    per_group = _shares(config.num_attention_heads // config.num_query_groups, (1, 0.75, FEWEST))
+    for layers, share, group_count, heads in itertools.product(depths, (1, 7 / 8, 3 / 4), groups, per_group):
+        unit = math.lcm(group_count * heads, 8)  # Hugging Face wants a whole number of channels for each head
+        hidden = config.hidden_size if share == 1 else int(config.hidden_size * share) // unit * unit
+        if not hidden or hidden % (group_count * heads):
+            continue
+        shape = Shape(layers, hidden, ffn_step, group_count * heads, group_count)
+        least = parameters(_sized(config, shape))
+        each = (parameters(_sized(config, replace(shape, ffn_hidden_size=2 * ffn_step))) - least) // ffn_step
+        ffn = min((budget.parameters - least) // each // ffn_step * ffn_step + ffn_step, config.ffn_hidden_size)
+        if ffn < config.ffn_hidden_size / 4:
+            continue
+        shape = replace(shape, ffn_hidden_size=ffn)
+        if CLOSE * budget.parameters <= parameters(_sized(config, shape)) <= budget.parameters:
+            yield shape
+
+
+def _shares(count: int, shares: Sequence[float]) -> list[int]:
+    return sorted({math.ceil(count * share) for share in shares}, reverse=True)
+
+
+def _sized(config: ModelConfig, shape: Shape) -> ModelConfig:
+    sizes: dict[str, Any] = shape.given()
+    return replace(config, blocks=None, **sizes)
+
+
+def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Units, damping: float) -> Change:
+    """Corrections of the layers for what `units` leave out, from second moments of the whole model's inputs."""
+    from megatron_prune.apply.compensation import least_squares
+    from megatron_prune.statistics.walk import FINAL_NORM
+
+    kept_channels = torch.tensor(units.hidden)
+
+    def gain(site: str, layer: Mapping[str, Any]) -> float:
+        if len(kept_channels) == config.hidden_size or site not in layer:
+            return 1.0
+        squares = layer[NORM_OF[site]].sums[1]
+        return float((squares[kept_channels.to(squares.device)].mean() / squares.mean()).sqrt())
+
+    def scaled(tensor: Tensor, ratio: float) -> Tensor:
+        offset = 1.0 if config.normalization == "LayerNorm1P" else 0.0
+        return (tensor + offset) * ratio - offset
+
+    def change(layer: int | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        changed = dict(tensors)
+        if layer is None:
+            name = f"{FINAL_NORM}.weight"
+            if name in changed:  # as before the last MLP: what it sees was not looked at
+                changed[name] = scaled(tensors[name], gain(FC1, found[-1]))
+            return changed
+        for path, symbol in ((PROJECTION, "query"), (FC2, "ffn")):
+            kept = units.indices(config, layer, symbol)
+            weight = tensors.get(f"{path}.weight")
+            if weight is None or kept is None or len(kept) == weight.shape[1]:
+                continue
+            kept = kept.to(weight.device)
+            gram = found[layer][path].gram.value().double().to(weight.device)
+            fitted = least_squares(weight, kept, gram[:, kept], gram[kept][:, kept], damping)
+            changed[f"{path}.weight"] = torch.zeros_like(weight).index_copy_(1, kept, fitted)
+        for path, norm in NORM_OF.items():
+            name = f"{norm}.weight"
+            if name in tensors and path in found[layer]:
+                changed[name] = scaled(tensors[name], gain(path, found[layer]))
+        return changed
+
+    return change

@@ -1,0 +1,114 @@
+"""Statistics of a model on disk, so that another target, or another method, needs no new pass over the text.
+
+    DIR/statistics.json                                 what was measured: model, weights, calibration windows; complete
+    DIR/00017.mlp.linear_fc2.ChannelActivations.safetensors     one layer's accumulators, numbered in their order
+
+All accumulators are sums over windows, the same in every parallel layout. Files of an unfinished pass are not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.files import by_leader, from_leader, read_json, write_json
+from megatron_prune.model.prunable import PrunableModel
+
+FILE = "statistics.json"
+_FORMAT = 1
+SAMPLED = 4096
+"""So many numbers of every tensor tell one model's weights from another's."""
+
+Statistic = Callable[..., Any]
+"""A class of accumulators: made of (channels, device), with `update` and `tensors`."""
+
+
+class StatisticsStore:
+    """A folder of statistics of one model on one set of windows. Made and used by all ranks together."""
+
+    def __init__(self, folder: Path, model: PrunableModel, tokens: Tensor) -> None:
+        self.folder = folder
+        self.about = {
+            "format": _FORMAT,
+            "model": model.config.fingerprint(),
+            "weights": _weights_digest(model),
+            "windows": list(tokens.shape),
+            "tokens": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
+        }
+        self.finished: set[str] = set()
+        by_leader(self._open)
+        self.finished = from_leader(self.finished)
+
+    def _open(self) -> None:
+        """Find out what is complete."""
+        if not (self.folder / FILE).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.iterdir()):
+                raise UserError(f"--statistics {self.folder} is not empty and holds no statistics: give another folder")
+            self._describe()
+            return
+        found = read_json(self.folder / FILE, "a folder of statistics")
+        for key, value in self.about.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"--statistics {self.folder} was made with another {key}: give a new folder, or the same model and "
+                    "calibration options"
+                )
+        self.finished = set(found["complete"])
+
+    def _describe(self) -> None:
+        write_json(self.folder / FILE, {**self.about, "complete": sorted(self.finished)})
+
+    def has(self, sites: Mapping[str, Statistic]) -> bool:
+        """Whether all these statistics are there, of every layer."""
+        return {_name(site, kind) for site, kind in sites.items()} <= self.finished
+
+    def write(self, layer: int, found: Mapping[str, Any]) -> None:
+        """Keep a layer's statistics by site; rank 0 writes."""
+        if backend.rank() != 0:
+            return
+        for site, statistic in found.items():
+            tensors = {str(n): tensor.cpu().contiguous() for n, tensor in enumerate(statistic.tensors())}
+            save_file(tensors, self._file(layer, site, type(statistic)))
+
+    def complete(self, sites: Mapping[str, Statistic]) -> None:
+        """Note that these statistics are there of every layer. Collective."""
+        self.finished |= {_name(site, kind) for site, kind in sites.items()}
+        by_leader(self._describe)
+
+    def read(self, layer: int, into: Mapping[str, Any]) -> None:
+        """Fill fresh statistics with what was kept."""
+        for site, statistic in into.items():
+            file = self._file(layer, site, type(statistic))
+            try:
+                kept = load_file(file)
+                for number, tensor in enumerate(statistic.tensors()):
+                    tensor.copy_(kept[str(number)].view(tensor.shape))
+            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+                raise UserError(f"{file} is missing or damaged ({error}): remove {self.folder}") from error
+
+    def _file(self, layer: int, site: str, kind: Statistic) -> Path:
+        return self.folder / f"{layer:05d}.{_name(site, kind)}.safetensors"
+
+
+def _name(site: str, kind: Statistic) -> str:
+    return f"{site}.{kind.__name__}"
+
+
+def _weights_digest(model: PrunableModel) -> str:
+    """Of evenly spaced numbers of every tensor, the same in every layout. Collective."""
+    seen = hashlib.sha256()
+    for map in model.maps:
+        numbers = model.whole(map).detach().flatten()
+        sample = numbers[:: max(1, len(numbers) // SAMPLED)].float().cpu()
+        seen.update(json.dumps([map.megatron, list(map.shape)]).encode() + sample.numpy().tobytes())
+    return seen.hexdigest()
