@@ -1,0 +1,89 @@
+"""Recovery of a pruned SmolLM2-135M: next-token loss, distillation, LoRA, from one start on one text. One command:
+
+    python benchmarks/recovery.py --model HF_DIRECTORY --shared ../shared --start CHECKPOINT
+
+CHECKPOINT is a trimmed one, for instance runs/structured/minitron_parameters-100M_trimmed, which structured.py leaves.
+Every run sees the same windows of quality.py's training text in the same order. Perplexity P1. Runs that are in the
+work folder are not done again. Writes benchmarks/results/recovery_DATE.json, from which README's table is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quality import HERE, Bench, hardware, versions
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """One way to train."""
+
+    name: str
+    folder: str
+    options: tuple[object, ...]
+    teacher: bool
+
+
+LORA = ("--lora-rank", 16, "--lora-alpha", 32)
+WAYS = [
+    Recovery("next-token loss", "lm", ("--lr", "2e-4"), teacher=False),
+    Recovery("distillation", "distillation", ("--lr", "2e-4"), teacher=True),
+    Recovery("distillation, LoRA", "distillation_lora", ("--lr", "1e-3", *LORA), teacher=True),
+    Recovery("next-token loss, LoRA", "lm_lora", ("--lr", "1e-3", *LORA), teacher=False),
+]
+SCHEDULE = ("--lr-decay-style", "linear", "--min-lr", 0, "--lr-warmup-iters", 5, "--adam-eps", "1e-8")
+BATCH, LENGTH = 4, 512
+
+
+class RecoveryBench(Bench):
+    """Trains and evaluates."""
+
+    def row(self, way: Recovery, start: Path, steps: int) -> list[Any]:
+        """One line of the table."""
+        words: list[object] = ["train", "--input", start, "--data", self.training_text(), "--train-iters", steps]
+        words += ["--seq-length", LENGTH, "--micro-batch-size", BATCH, "--global-batch-size", BATCH, *SCHEDULE]
+        words += [*way.options, *(["--teacher", self.dense] if way.teacher else [])]
+        run = self.work / f"{way.folder}_{steps}"
+        cost = self.verb(*words, output=run)
+        found = self.perplexity(run / "weights")["perplexity"]
+        return [way.name, steps, steps * BATCH * LENGTH, found, round(cost["wall_s"] / 60, 1)]
+
+
+def main() -> None:
+    """Run everything and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--start", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
+    parser.add_argument("--note", default="", help="what the result file must say of how these rows came about")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    bench = RecoveryBench(given.model, given.shared, given.work)
+    bench.verb("import", "--input", given.model, output=bench.dense)
+    start = bench.perplexity(given.start)["perplexity"]
+    found = [bench.row(way, given.start, given.steps) for way in WAYS]
+    today = datetime.date.today().isoformat()
+    result = {
+        "columns": ["recovery", "steps", "tokens", "perplexity", "wall min"],
+        "rows": [["before", 0, 0, start, 0.0], *found],
+        "protocol": f"{given.start.name}: perplexity P1, bf16 weights with float32 masters; batches of {BATCH} x "
+        f"{LENGTH} tokens of C4 and Wikipedia, the same for all; learning rate 2e-4 (LoRA, rank 16: 1e-3), linear to 0. "
+        f"Minutes are of whole processes, teacher included. {given.note}".rstrip(),
+        "hardware": hardware(),
+        "date": today,
+        "versions": versions(),
+    }
+    path = HERE / "results" / f"recovery_{today}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
