@@ -74,7 +74,7 @@ def main() -> None:
         "columns": ["recovery", "steps", "tokens", "perplexity", "wall min"],
         "rows": [["before", 0, 0, start, 0.0], *found],
         "protocol": f"{given.start.name}: perplexity P1, bf16 weights with float32 masters; batches of {BATCH} x "
-        f"{LENGTH} tokens of C4 and Wikipedia, the same for all; learning rate 2e-4 (LoRA, rank 16: 1e-3), linear to 0. "
+        f"{LENGTH} tokens of C4 and Wikipedia, the same for all; learning rate 2e-4 (LoRA, rank 16: 1e-3), linear. "
         f"Minutes are of whole processes, teacher included. {given.note}".rstrip(),
         "hardware": hardware(),
         "date": today,

@@ -1,7 +1,7 @@
 """Statistics of the channels that enter a submodule, and of what a layer does to the residual stream.
 
-All are sums in float64 over windows or tokens, so that ranks' shares add up to the same numbers in every layout; they
-are small (a few numbers a channel), can be saved and serve any target.
+All are sums in float64 over windows, each in float32, so that ranks' shares add up to the same numbers in every layout;
+they are small (a few numbers a channel), can be saved and serve any target.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class ChannelActivations:
 
     def update(self, x: Tensor) -> None:
         """Add windows x `[s, b, channels]`."""
-        x = x.double()
-        squares = x.square()
+        x = x.float()
         self.windows += x.shape[1]
         self.token_count += x.shape[0] * x.shape[1]
-        self.sums += torch.stack([x.sum((0, 1)), squares.sum((0, 1))])
-        magnitudes = x.abs()
-        seen = {"mean": magnitudes.mean(0), "l2": squares.sum(0).sqrt(), "var": magnitudes.var(0, unbiased=False)}
+        means, absolute, squares = x.mean(0).double(), x.abs().mean(0).double(), x.square().mean(0).double()
+        self.sums += x.shape[0] * torch.stack([means.sum(0), squares.sum(0)])
+        variances = (squares - absolute.square()).clamp(min=0)
+        seen = {"mean": absolute, "l2": (x.shape[0] * squares).sqrt(), "var": variances}
         for name, value in seen.items():
             self.aggregated[name] += torch.stack([value.sum(0), value.square().sum(0)])
 
