@@ -36,7 +36,8 @@ from megatron_prune.model.units import Units
 from megatron_prune.statistics.channels import RESIDUAL
 from megatron_prune.statistics.passes import Passes
 
-LENGTH, DAMPING = 1024, 0.01
+LENGTH = 1024
+DAMPING = Minitron().refit_damping
 TARGETS = [
     Shape(ffn_hidden_size=1152),
     Shape(num_attention_heads=6),

@@ -37,7 +37,7 @@ class StructuredMethod(PruningMethod):
     """Whether what it measures can be kept and serve another target."""
 
     refit: str = hyperparameter("local", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
-    refit_damping: float = hyperparameter(0.01, "damping of the fit, as a share of the mean diagonal")
+    refit_damping: float = hyperparameter(0.001, "damping of the fit, as a share of the mean diagonal")
     norm_gain: bool = hyperparameter(True, "correct norms for the size of the channels that they lost")
 
     def __post_init__(self) -> None:
