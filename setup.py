@@ -31,6 +31,7 @@ setup(
         "pyyaml>=6.0",
         "filelock>=3.12",
         "psutil>=5.9",
+        "scipy>=1.11",
     ],
     extras_require={
         # On NVIDIA GPUs. Apex has no wheel: build it, or start from NVIDIA's PyTorch image.

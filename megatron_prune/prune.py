@@ -61,7 +61,10 @@ def run(config: PruneConfig) -> None:
             say(f"{config.output} was finished when a process was lost")
         elif isinstance(method, StructuredMethod):
             assert isinstance(target, (Shape, Budget))
-            _structured(config, source, method, target, layout)
+            if method.searches:
+                _searched(config, source, method, target, layout, stop)
+            else:
+                _structured(config, source, method, target, layout)
         elif isinstance(target, (Shape, Budget)):
             raise AssertionError(f"{method.name} accepted {target}")
         elif method.learned:
@@ -141,6 +144,41 @@ def _structured(
             Trim(info, units).save(folder / "decision", model.config)
             describe(folder, config, _about(config, "decided"))
     before, after = parameters(model.config), parameters(smaller)
+    say(f"{method.name} {target}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}")
+
+
+def _searched(
+    config: PruneConfig,
+    source: ModelSource,
+    method: StructuredMethod,
+    target: StructuredTarget,
+    layout: backend.Layout,
+    stop: StopRequest,
+) -> None:
+    """As `_structured`, for a method that works in the run folder and may be resumed."""
+    folder = config.output
+    if config.resume:
+        check_resume(folder, _about(config))
+        _forget_unfinished_decision(folder)
+    calibration = _calibration(config, source)
+    model = source.load(layout)
+    if config.resume:
+        note_resumption(config, folder)
+    else:
+        with new_folder(folder) as new:
+            if backend.rank() == 0:
+                describe(new, config, _about(config, "searching"))
+    try:
+        units = method.run(model, Passes(model, calibration.tokens), target, folder, stop)
+    except Stopped as stopped:
+        say(f"{stopped}; go on with --resume")
+        return
+    _save_weights(source, model, folder / "weights", method)
+    info = mask_info(method, target, model.config, **_origin(calibration))
+    if backend.rank() == 0:
+        Trim(info, units).save(folder / "decision", model.config)
+        describe(folder, config, _about(config, "decided"))
+    before, after = parameters(model.config), parameters(units.config(model.config))
     say(f"{method.name} {target}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}")
 
 

@@ -117,7 +117,8 @@ class Minitron(StructuredMethod):
         linear = Reconstruction(passes.weight(layer, PROJECTION), seen.gram.value(), self.refit_damping)
         groups, heads = head_counts(config, layer, target)
         kept = groups_to_keep(config, layer, linear, groups)
-        return kept, heads_to_keep(config, layer, linear, kept, heads)
+        members = {group: heads_of(config, layer, group) for group in kept}
+        return kept, heads_to_keep(config, layer, linear, members, heads)
 
 
 def head_scores(channels: Tensor, width: int) -> Tensor:

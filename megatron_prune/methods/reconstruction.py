@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Reconstruction:
         mean = damped.diagonal().mean()
         damped.diagonal().add_(damping * (mean if mean > 0 else 1.0))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        self.alive = torch.ones(len(damped), dtype=torch.bool, device=damped.device)
+        """Inputs that have not been removed."""
 
     def error(self, columns: Tensor) -> float:
         """Squared output error that removing these inputs adds, after the best refit of those that are left."""
@@ -49,11 +51,44 @@ class Reconstruction:
         self.inverse -= rows.t() @ correction
         self.inverse[columns, columns] = 1.0  # stays invertible, and stays out of everything else
         self.weight[:, columns] = 0.0
+        self.alive[columns] = False
+
+    def shrink(self, count: int) -> Tensor:
+        """Remove single inputs, each time the one that adds the least error, until `count` are left; their numbers."""
+        there = self.alive.nonzero().flatten()
+        weight, inverse = self.weight[:, there], self.inverse[there][:, there]
+        left = torch.ones(len(there), dtype=torch.bool, device=there.device)
+        for _ in range(len(there) - count):
+            scores = weight.square().sum(0) / inverse.diagonal()
+            j = int(scores.masked_fill_(~left, float("inf")).argmin())
+            row, column = inverse[j].clone(), weight[:, j].clone()
+            weight.addr_(column, row, alpha=-1.0 / float(row[j]))
+            inverse.addr_(row, row, alpha=-1.0 / float(row[j]))
+            left[j] = False
+            inverse[j], inverse[:, j], weight[:, j] = 0.0, 0.0, 0.0
+            inverse[j, j] = 1.0
+        kept = there[left]
+        self.remove_solved(there[~left], kept, weight[:, left], inverse[left][:, left])
+        return kept
+
+    def remove_solved(self, gone: Tensor, kept: Tensor, weight: Tensor, inverse: Tensor) -> None:
+        """Take inputs out whose removal has been worked out on the others."""
+        self.weight[:, gone] = 0.0
+        self.weight[:, kept] = weight
+        self.inverse[gone], self.inverse[:, gone] = 0.0, 0.0
+        self.inverse[gone, gone] = 1.0
+        self.inverse[kept.unsqueeze(1), kept] = inverse
+        self.alive[gone] = False
 
 
-def groups_to_keep(config: Any, layer: int, linear: Reconstruction, count: int) -> tuple[int, ...]:
-    """The `count` query groups that stay, numbers rising; `linear`, the output projection, loses the others' inputs."""
-    groups = range(config.block(layer).num_query_groups)
+def groups_to_keep(
+    config: Any, layer: int, linear: Reconstruction, count: int, among: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The `count` query groups that stay, numbers rising; `linear`, the output projection, loses the others' inputs.
+
+    `among` are those that are there still; left out: all.
+    """
+    groups = range(config.block(layer).num_query_groups) if among is None else among
     columns = {group: _columns(config, heads_of(config, layer, group)) for group in groups}
     gone: set[int] = set()
     if math.comb(len(groups), count) <= EXHAUSTIVE:
@@ -64,19 +99,21 @@ def groups_to_keep(config: Any, layer: int, linear: Reconstruction, count: int) 
 
 
 def heads_to_keep(
-    config: Any, layer: int, linear: Reconstruction, groups: Sequence[int], count: int
+    config: Any, layer: int, linear: Reconstruction, members: Mapping[int, Sequence[int]], count: int
 ) -> tuple[int, ...]:
-    """The `count` heads of each of these query groups that stay, numbers rising; `linear` loses the others' inputs."""
-    members = {group: heads_of(config, layer, group) for group in groups}
+    """The `count` heads of each query group that stay, numbers rising; `linear` loses the others' inputs.
+
+    `members`: heads that are there still, equally many, by group.
+    """
     columns = {head: _columns(config, [head]) for heads in members.values() for head in heads}
-    surplus = config.block(layer).group_heads - count
+    surplus = len(next(iter(members.values()))) - count
     gone: set[int] = set()
-    if math.comb(surplus + count, count) ** len(groups) <= EXHAUSTIVE:
+    if math.comb(surplus + count, count) ** len(members) <= EXHAUSTIVE:
         removals = itertools.product(*(itertools.combinations(heads, surplus) for heads in members.values()))
         gone.update(_remove(linear, columns, [tuple(itertools.chain(*removal)) for removal in removals]))
         surplus = 0
     for _ in range(surplus):  # one head of every group in each round, the cheapest first
-        waiting = set(groups)
+        waiting = set(members)
         while waiting:
             free = [(head,) for group in waiting for head in members[group] if head not in gone]
             (head,) = _remove(linear, columns, sorted(free))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from megatron_prune.model.units import Units, heads_of
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
     from megatron_prune.statistics.passes import Passes
+    from megatron_prune.training.stopping import StopRequest
 
 QKV, PROJECTION = "self_attention.linear_qkv", "self_attention.linear_proj"
 FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
@@ -35,6 +37,8 @@ class StructuredMethod(PruningMethod):
     structured: ClassVar[bool] = True
     keeps_statistics: ClassVar[bool] = True
     """Whether what it measures can be kept and serve another target."""
+    searches: ClassVar[bool] = False
+    """Whether it takes long and goes on after a kill: `run` instead of `choose` and `compensate`."""
 
     refit: str = hyperparameter("local", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
     refit_damping: float = hyperparameter(0.001, "damping of the fit, as a share of the mean diagonal")
@@ -65,6 +69,13 @@ class StructuredMethod(PruningMethod):
         """The units that stay. Collective, and the same on every rank; UserError when target or data do not allow it.
 
         `config` is the `ModelConfig` of the whole model.
+        """
+        raise NotImplementedError
+
+    def run(self, model: PrunableModel, passes: Passes, target: Any, folder: Path, stop: StopRequest) -> Units:
+        """The units that stay, whose weights are then in the model. Collective; raises Stopped when asked to end.
+
+        What an earlier process left in the run's `folder` is used.
         """
         raise NotImplementedError
 

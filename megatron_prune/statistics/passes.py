@@ -38,18 +38,22 @@ class Passes:
         self.progress = progress
         self.store = store
 
-    @torch.no_grad()
     def observe(self, sites: Mapping[str, Statistic]) -> list[dict[str, Any]]:
+        """`observe_each` of all layers."""
+        return list(self.observe_each(sites))
+
+    @torch.no_grad()
+    def observe_each(self, sites: Mapping[str, Statistic]) -> Iterator[dict[str, Any]]:
         """One forward pass: a statistic `sites[path](channels, device)` of each layer, by site.
 
         A path names a submodule of the layer and sees its input `[s, b, channels]`; `RESIDUAL` sees the layer's input
         and output. With a store that has them all nothing is run.
         """
         if self.store is not None and self.store.has(sites):
-            return [self._stored(self.store, number, sites) for number in range(self.model.config.num_layers)]
+            yield from (self._stored(self.store, number, sites) for number in range(self.model.config.num_layers))
+            return
         weights = WholeWeights(self.model)
         walk = LayerWalk(weights, self.tokens)
-        found = []
         for number in range(self.model.config.num_layers):
             walk.load(number, weights.layer(number))
             paths = [path for path in sites if path != RESIDUAL and self._has(number, path)]
@@ -69,11 +73,10 @@ class Passes:
                 sum_over_ranks(here[path].tensors())
             if self.store is not None:
                 self.store.write(number, here)
-            found.append(here)
+            yield here
             self.progress(1)
         if self.store is not None:
             self.store.complete(sites)
-        return found
 
     def _stored(self, store: StatisticsStore, number: int, sites: Mapping[str, Statistic]) -> dict[str, Any]:
         sizes = channels_of(self.model.config, number)

@@ -115,10 +115,13 @@ class _Stop(Exception):
 class LayerWalk:
     """Hidden states `[s, b, hidden]` of this rank's calibration windows, moved through a model layer by layer.
 
-    tokens: `[windows, length]` int64, the same on every rank; `unit_windows` overrides how many are run together.
+    tokens: `[windows, length]` int64, the same on every rank; `unit_windows` overrides how many are run together;
+    without `shared` every rank has all of them.
     """
 
-    def __init__(self, weights: Weights, tokens: Tensor | None, unit_windows: int | None = None) -> None:
+    def __init__(
+        self, weights: Weights, tokens: Tensor | None, unit_windows: int | None = None, shared: bool = True
+    ) -> None:
         if tokens is None:
             raise RuntimeError("this method needs calibration windows")
         self.weights = weights
@@ -129,7 +132,7 @@ class LayerWalk:
         slices = units_of(*tokens.shape)
         if unit_windows is not None:
             slices = [slice(i, i + unit_windows) for i in range(0, tokens.shape[0], unit_windows)]
-        mine = slices[dist.get_rank() :: dist.get_world_size()]
+        mine = slices[dist.get_rank() :: dist.get_world_size()] if shared else slices
         self.tokens = [tokens[unit].t().to(self.device) for unit in mine]
         self.hidden = self._embedded()
         self.rotary = rotary(weights.config, tokens.shape[1], backend.alone().cp)
@@ -215,6 +218,11 @@ class Head:
             output = weights.outer(WORDS)
         assert output is not None
         self.output = output.to(weights.dtype)
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits `[tokens, vocab]` of hidden states `[s, b, h]`, some tokens at a time, in the model's own type."""
+        for x in hidden.flatten(0, 1).split(LOSS_TOKENS):
+            yield F.linear(self.norm(x), self.output)
 
     def pieces(self, hidden: Tensor, tokens: Tensor) -> Iterator[Tensor]:
         """Next-token losses (nats, float32) of windows `hidden [s, b, h]`, `tokens [s, b]`, some tokens at a time."""

@@ -58,12 +58,19 @@ CASES = [
     Case("sparsegpt", "0.5"),
 ]
 CONTROL = Case("layout_dependent", "2:4")
+SEARCH = ("--levels=4", "--generations=2", "--offspring=4", "--survivors=2,1", "--fitness-tokens=64,128")
 STRUCTURED = [
     Case("shortgpt", "num_layers=1"),
     Case("minitron", "num_layers=1"),
     Case("minitron", "hidden_size=48,ffn_hidden_size=96,num_query_groups=1"),
     Case("llm_pruner", "ffn_hidden_size=100,num_query_groups=1", ("--protected-first=0", "--protected-last=0")),
     Case("flap", "parameters=150000"),
+    Case("darwinlm", "parameters=150000", (*SEARCH, "--training-tokens=0")),
+    Case(
+        "darwinlm",
+        "parameters=150000",
+        (*SEARCH, "--training-tokens=100,200", "--training-lr=1e-3", "--training-batch=2"),
+    ),
 ]
 STRUCTURED_CONTROL = Case("layout_dependent_units", "ffn_hidden_size=64")
 ALL_CASES = [*CASES, CONTROL, *STRUCTURED, STRUCTURED_CONTROL]

@@ -30,6 +30,10 @@ def inputs(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(6, channels, generator=generator), x
 
 
+def members(*groups: int) -> dict[int, range]:
+    return {group: range(EACH * group, EACH * (group + 1)) for group in groups}
+
+
 def linear(weight: Tensor, x: Tensor, damping: float = 1e-12) -> Reconstruction:
     return Reconstruction(weight, x.double().t() @ x.double(), damping)
 
@@ -59,7 +63,7 @@ def test_the_error_is_that_of_the_best_fit() -> None:
 def test_the_best_choice_is_found_and_a_predictable_head_goes_however_large() -> None:
     weight, x = inputs(1)
     x[:, 4:8] = 50 * x[:, 8:12]  # head 1 is head 2, louder
-    heads = heads_to_keep(config(), 0, linear(weight, x, 1e-9), (0, 1, 2), 2)
+    heads = heads_to_keep(config(), 0, linear(weight, x, 1e-9), members(0, 1, 2), 2)
     assert len(heads) == 6 and len({1, 2} & set(heads)) == 1
     choices = itertools.product(*(itertools.combinations(range(3 * g, 3 * g + 3), 2) for g in range(3)))
     fresh = linear(weight, x, 1e-9)
@@ -75,10 +79,22 @@ def test_groups_go_whole_and_one_by_one_as_well(monkeypatch: pytest.MonkeyPatch)
     weight, x = inputs(2)
     weight[:, 12:24] = 0  # group 1 does nothing
     assert groups_to_keep(config(), 0, linear(weight, x), 2) == (0, 2)
-    exhaustive = heads_to_keep(config(), 0, linear(weight, x), (0, 2), 3)
+    exhaustive = heads_to_keep(config(), 0, linear(weight, x), members(0, 2), 3)
     assert exhaustive == (0, 1, 2, 6, 7, 8)
     monkeypatch.setattr(reconstruction, "EXHAUSTIVE", 0)
     assert groups_to_keep(config(), 0, linear(weight, x), 2) == (0, 2)
     weight, x = inputs(3)
     weight[:, [0, 1, 2, 3, 20, 21, 22, 23, 24, 25, 26, 27]] = 0  # heads 0, 5 and 6: one in each group
-    assert heads_to_keep(config(), 0, linear(weight, x), (0, 1, 2), 2) == (1, 2, 3, 4, 7, 8)
+    assert heads_to_keep(config(), 0, linear(weight, x), members(0, 1, 2), 2) == (1, 2, 3, 4, 7, 8)
+
+
+def test_inputs_go_one_by_one_as_if_each_removal_were_worked_out_anew() -> None:
+    weight, x = inputs(4)
+    found, slow = linear(weight, x, 1e-9), linear(weight, x, 1e-9)
+    for count in (30, 11):
+        kept = found.shrink(count)
+        while int(slow.alive.sum()) > count:
+            errors = {int(j): slow.error(j[None]) for j in slow.alive.nonzero().flatten()}
+            slow.remove(torch.tensor([min(errors, key=errors.__getitem__)]))
+        assert kept.tolist() == slow.alive.nonzero().flatten().tolist() and len(kept) == count
+        torch.testing.assert_close(found.weight, slow.weight, atol=1e-6, rtol=1e-6)

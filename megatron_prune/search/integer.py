@@ -1,0 +1,58 @@
+"""The other search over a database of levels: an integer program on what single replacements cost.
+
+The divergence of every model with one half of one layer at another level is measured, and the sum of those over all
+halves is lowered within the budget, exactly, by SciPy's HiGHS. It takes replacements to add up; evolution does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_prune.errors import UserError
+from megatron_prune.search.evolution import Space
+from megatron_prune.search.fitness import Genome
+
+AT_A_TIME = 64
+"""So many candidates share a pass; each holds hidden states."""
+
+
+def single_replacements(space: Space, judged: Callable[[Sequence[Genome]], list[float]]) -> list[list[float]]:
+    """Divergence of the model in which only one gene has each of its levels, by gene and level. Collective."""
+    whole: Genome = (0,) * len(space.genes)
+    changed = [(gene, level) for gene, last in enumerate(space.last) for level in range(1, last + 1)]
+    genomes = [(*whole[:gene], level, *whole[gene + 1 :]) for gene, level in changed]
+    scores = [[0.0] * (last + 1) for last in space.last]
+    for first in range(0, len(genomes), AT_A_TIME):
+        found = judged(genomes[first : first + AT_A_TIME])
+        for (gene, level), score in zip(changed[first : first + AT_A_TIME], found, strict=True):
+            scores[gene][level] = score
+    return scores
+
+
+def best_sum(space: Space, scores: Sequence[Sequence[float]]) -> Genome:
+    """The genome within the budget whose scores sum to the least."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    places = [(gene, level) for gene, of_gene in enumerate(scores) for level in range(len(of_gene))]
+    one_each = np.zeros((len(scores), len(places)))
+    for column, (gene, _) in enumerate(places):
+        one_each[gene, column] = 1
+    saves = np.array([float(space.saves[gene][level]) for gene, level in places])
+    solved = milp(
+        c=np.array([scores[gene][level] for gene, level in places]),
+        integrality=np.ones(len(places)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(saves[None], float(space.whole - space.budget.parameters), np.inf),
+        ],
+    )
+    if solved.x is None:
+        raise UserError(f"target {space.budget}: the integer program found no model so small: {solved.message}")
+    chosen = [places[column] for column in np.flatnonzero(solved.x > 0.5)]
+    genome = tuple(level for _, level in sorted(chosen))
+    if not space.fits(genome):
+        raise UserError(f"target {space.budget}: the best sum leaves no attention or no MLP at all; give more")
+    return genome

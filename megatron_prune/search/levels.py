@@ -1,0 +1,228 @@
+"""A database of levels: every half of every layer at several sizes, refitted, to be put together by a search.
+
+A level is what stays of a layer's attention (heads, equally many in every group; for groups of one head, groups) or of
+its MLP (neurons), and the weight of the linear behind them once it has been refitted to do without the rest: structured
+optimal brain surgeon, unit by unit (ZipLM, Kurtic et al. 2023, arXiv:2302.04089; DarwinLM, Tang et al. 2025,
+arXiv:2502.07780, section 3.1). Level 0 is the whole half, the last level none of it. On disk, per half of a layer, kept
+numbers and kept columns only:
+
+    DIR/statistics.json                    model, weights and calibration windows that it was made from; see `store`
+    DIR/levels.json                        sizes of all levels, damping
+    DIR/00017.mlp.safetensors              "3.kept" int32 [units], "3.weight" [hidden, inputs], "errors" [levels]
+
+The halves are shared out over all ranks. A file is there when it is complete, so a killed build goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_prune.errors import UserError
+from megatron_prune.files import by_leader, from_leader, read_json, write_json
+from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
+from megatron_prune.methods.structured import FC2, PROJECTION
+from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.units import BlockUnits, all_of_block, heads_of
+from megatron_prune.statistics.channels import Gram
+from megatron_prune.statistics.passes import Passes
+from megatron_prune.statistics.store import StatisticsStore
+
+FILE = "levels.json"
+ATTENTION, MLP = "attention", "mlp"
+KINDS = {ATTENTION: PROJECTION, MLP: FC2}
+"""The halves of a layer, and the linear that each of them ends with."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Size of a half of a layer."""
+
+    groups: int = 0
+    heads: int = 0
+    """In each group."""
+    ffn: int = 0
+
+
+def attention_levels(config: ModelConfig, layer: int, count: int) -> list[Level]:
+    """From all heads to none, about `count` steps: fewer heads in every group, or fewer groups of one head."""
+    block = config.block(layer)
+    groups, heads = block.num_query_groups, block.group_heads
+    if heads > 1:
+        return [*(Level(groups, kept) for kept in _spaced(heads, count)), Level()]
+    return [*(Level(kept, 1) for kept in _spaced(groups, count)), Level()]
+
+
+def mlp_levels(config: ModelConfig, layer: int, count: int) -> list[Level]:
+    """From all neurons to none in `count` steps, sizes being multiples of 8 where that is fine enough."""
+    width = config.block(layer).ffn_hidden_size
+    unit = 8 if width // count >= 16 else 1
+    return [*(Level(ffn=kept) for kept in _spaced(width, count, unit)), Level()]
+
+
+def _spaced(whole: int, count: int, unit: int = 1) -> list[int]:
+    """`whole` and about `count` - 1 smaller sizes above 0, evenly spaced, in falling order."""
+    sizes = {round(whole * (count - step) / count / unit) * unit for step in range(1, count)}
+    return sorted({whole, *(size for size in sizes if 0 < size < whole)}, reverse=True)
+
+
+class Levels:
+    """The database of one model in a folder. Made and used by all ranks together."""
+
+    def __init__(self, folder: Path, passes: Passes, count: int, damping: float) -> None:
+        assert passes.tokens is not None
+        self.folder = folder
+        self.config = passes.model.config
+        self.damping = damping
+        self.sizes: dict[str, list[list[Level]]] = {
+            ATTENTION: [self._there(ATTENTION, layer, count) for layer in range(self.config.num_layers)],
+            MLP: [self._there(MLP, layer, count) for layer in range(self.config.num_layers)],
+        }
+        StatisticsStore(folder, passes.model, passes.tokens)  # refuses a folder that was made from something else
+        by_leader(self._describe)
+        self.cache: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+    def _there(self, kind: str, layer: int, count: int) -> list[Level]:
+        """Levels of a half; of one that the model lacks, its absence only."""
+        block = self.config.block(layer)
+        if kind == ATTENTION:
+            return attention_levels(self.config, layer, count) if block.num_attention_heads else [Level()]
+        return mlp_levels(self.config, layer, count) if block.ffn_hidden_size else [Level()]
+
+    def _describe(self) -> None:
+        about = {
+            "damping": self.damping,
+            **{kind: [[vars(level) for level in levels] for levels in found] for kind, found in self.sizes.items()},
+        }
+        if not (self.folder / FILE).exists():
+            write_json(self.folder / FILE, about)
+        elif read_json(self.folder / FILE, "a database of levels") != about:
+            raise UserError(f"{self.folder} has other levels or damping: give the same, or a new folder")
+
+    def _file(self, kind: str, layer: int) -> Path:
+        return self.folder / f"{layer:05d}.{kind}.safetensors"
+
+    def _missing(self) -> list[tuple[int, str]]:
+        """Halves that have no file yet, as rank 0 sees it. Collective."""
+        jobs = [(layer, kind) for layer in range(self.config.num_layers) for kind in KINDS]
+        return from_leader(
+            [(n, kind) for n, kind in jobs if len(self.sizes[kind][n]) > 1 and not self._file(kind, n).exists()]
+        )
+
+    def build(self, passes: Passes, progress: Callable[[int], None] = lambda halves: None) -> None:
+        """Make what is missing. Collective."""
+        missing = self._missing()
+        if missing:
+            mine: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+            for layer, seen in enumerate(passes.observe_each(dict.fromkeys(KINDS.values(), Gram))):
+                for kind in KINDS:
+                    if (layer, kind) in missing:
+                        weight = passes.weight(layer, KINDS[kind])
+                        if missing.index((layer, kind)) % dist.get_world_size() == backend.rank():
+                            mine[layer, kind] = weight, seen[KINDS[kind]].value()
+            for (layer, kind), (weight, gram) in mine.items():
+                self._make(layer, kind, weight, gram)
+                progress(dist.get_world_size())
+        dist.barrier()
+
+    def _make(self, layer: int, kind: str, weight: Tensor, gram: Tensor) -> None:
+        """All levels of a half, in a file that appears whole."""
+        linear = Reconstruction(weight, gram, self.damping)
+        steps = attention_steps if kind == ATTENTION else mlp_steps
+        wide = weight.double()
+        whole = float(((wide @ gram.double()) * wide).sum())
+        tensors, errors = {}, [0.0]
+        for number, (kept, inputs) in enumerate(steps(self.config, layer, linear, self.sizes[kind][layer]), start=1):
+            fitted = linear.weight[:, inputs].to(weight.dtype)
+            tensors[f"{number}.kept"] = torch.tensor(kept, dtype=torch.int32)
+            tensors[f"{number}.weight"] = fitted.contiguous().cpu()
+            change = wide.clone()
+            change[:, inputs] -= fitted.double()
+            errors.append(float(((change @ gram.double()) * change).sum()) / whole if whole else 0.0)
+        tensors["errors"] = torch.tensor([*errors, 1.0], dtype=torch.float64)
+        file = self._file(kind, layer)
+        partial = file.with_suffix(f".{backend.rank()}.partial")
+        save_file(tensors, partial)
+        os.replace(partial, file)
+
+    def _tensors(self, kind: str, layer: int) -> dict[str, Tensor]:
+        if (kind, layer) not in self.cache:
+            file = self._file(kind, layer)
+            try:
+                self.cache[kind, layer] = load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{file} is missing or damaged ({error}): remove it and run again") from error
+        return self.cache[kind, layer]
+
+    def error(self, kind: str, layer: int, level: int) -> float:
+        """Squared output error of a level, as a share of the linear's squared output on the calibration text."""
+        return float(self._tensors(kind, layer)["errors"][level]) if len(self.sizes[kind][layer]) > 1 else 0.0
+
+    def units(self, layer: int, attention: int, mlp: int) -> BlockUnits:
+        """What stays of a layer at these levels."""
+        whole = all_of_block(self.config, layer)
+        heads, ffn = whole.heads, whole.ffn
+        if attention:
+            heads = self._kept(ATTENTION, layer, attention)
+        if mlp:
+            ffn = self._kept(MLP, layer, mlp)
+        groups = tuple(g for g in whole.groups if set(heads_of(self.config, layer, g)) & set(heads))
+        return BlockUnits(groups, heads, ffn)
+
+    def _kept(self, kind: str, layer: int, level: int) -> tuple[int, ...]:
+        if level == len(self.sizes[kind][layer]) - 1:
+            return ()
+        return tuple(self._tensors(kind, layer)[f"{level}.kept"].tolist())
+
+    def weight(self, kind: str, layer: int, level: int, whole: Tensor) -> Tensor:
+        """The linear behind a half at a level, in the shape of the `whole` one, zero where inputs are gone."""
+        if level == 0:
+            return whole
+        kept = self._kept(kind, layer, level)
+        if not kept:
+            return torch.zeros_like(whole)
+        inputs = torch.tensor(kept) if kind == MLP else inputs_of(self.config, kept)
+        fitted = self._tensors(kind, layer)[f"{level}.weight"].to(whole.device, whole.dtype)
+        return torch.zeros_like(whole).index_copy_(1, inputs.to(whole.device), fitted)
+
+
+def inputs_of(config: ModelConfig, heads: tuple[int, ...]) -> Tensor:
+    """Inputs of the output projection that these heads write, int64."""
+    return (torch.tensor(heads)[:, None] * config.kv_channels + torch.arange(config.kv_channels)).flatten()
+
+
+Step = tuple[tuple[int, ...], Tensor]
+"""Units that stay, and the inputs of the linear that they are."""
+
+
+def attention_steps(config: Any, layer: int, linear: Reconstruction, levels: list[Level]) -> Iterator[Step]:
+    """Heads and their inputs at every level but the first and the last; `linear` is refitted to each in turn."""
+    groups: tuple[int, ...] = tuple(range(levels[0].groups))
+    kept: dict[int, list[int]] = {group: list(heads_of(config, layer, group)) for group in groups}
+    for level in levels[1:-1]:
+        if level.groups < len(kept):
+            stay = groups_to_keep(config, layer, linear, level.groups, tuple(kept))
+            kept = {group: kept[group] for group in stay}
+        else:
+            stay = heads_to_keep(config, layer, linear, kept, level.heads)
+            kept = {group: [head for head in heads if head in stay] for group, heads in kept.items()}
+        heads = tuple(sorted(head for group in kept.values() for head in group))
+        yield heads, inputs_of(config, heads)
+
+
+def mlp_steps(config: Any, layer: int, linear: Reconstruction, levels: list[Level]) -> Iterator[Step]:
+    """As `attention_steps`, neurons one by one."""
+    del config, layer
+    for level in levels[1:-1]:
+        kept = linear.shrink(level.ffn)
+        yield tuple(kept.tolist()), kept

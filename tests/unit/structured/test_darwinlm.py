@@ -1,0 +1,223 @@
+"""Levels, evolution, integer program: what is useless goes, budgets hold, a killed search goes on, zeros stay."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+from torch import Tensor
+
+from megatron_prune.apply.trim import cut
+from megatron_prune.errors import UserError
+from megatron_prune.methods.base import get_method
+from megatron_prune.methods.darwinlm import DarwinLM, put
+from megatron_prune.methods.target import Budget
+from megatron_prune.model.cost import parameters
+from megatron_prune.model.forward import logits
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.source import open_model
+from megatron_prune.search import levels as levels_module
+from megatron_prune.search.evolution import Space, Stage, next_generation
+from megatron_prune.search.fitness import Genome, divergences
+from megatron_prune.search.integer import best_sum
+from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attention_levels, mlp_levels
+from megatron_prune.search.offspring import Judge
+from megatron_prune.statistics.passes import Passes
+from megatron_prune.training.stopping import Stopped, StopRequest
+from tests.models import tiny_model
+
+LAYERS, USELESS = 4, 2
+SMALL = {"levels": 4, "generations": 3, "offspring": 6, "survivors": "2,1", "fitness_tokens": "48,96"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process() -> Iterator[None]:
+    with backend.running(backend.Layout()):
+        yield
+
+
+def load(path: Path) -> PrunableModel:
+    """A model of random weights in which the MLP of one layer adds nothing."""
+    model = open_model(tiny_model(path, "llama", num_hidden_layers=LAYERS, num_attention_heads=8)).load(
+        backend.Layout()
+    )
+    map = model.by_name[f"decoder.layers.{USELESS}.mlp.linear_fc2.weight"]
+    model.assign(map, torch.zeros(map.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> PrunableModel:
+    return load(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(128, (12, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def database(model: PrunableModel, tokens: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Levels:
+    passes = Passes(model, tokens)
+    found = Levels(tmp_path_factory.mktemp("levels") / "database", passes, 4, 0.001)
+    found.build(passes)
+    return found
+
+
+def budget(model: PrunableModel, share: float) -> Budget:
+    return Budget(int(share * parameters(model.config)))
+
+
+def test_levels_are_spaced_from_all_to_none(model: PrunableModel) -> None:
+    assert attention_levels(model.config, 0, 4) == [Level(2, 4), Level(2, 3), Level(2, 2), Level(2, 1), Level()]
+    assert [level.ffn for level in mlp_levels(model.config, 0, 4)] == [64, 48, 32, 16, 0]
+
+
+def test_levels_are_nested_and_their_errors_rise(database: Levels) -> None:
+    for layer, kind in itertools.product(range(LAYERS), (ATTENTION, MLP)):
+        errors = [database.error(kind, layer, level) for level in range(5)]
+        if (layer, kind) != (USELESS, MLP):
+            assert errors[0] == 0 and errors[-1] == 1 and errors == sorted(errors)
+        kept = [database.units(layer, *((n, 0) if kind == ATTENTION else (0, n))) for n in range(5)]
+        sets = [set(block.heads if kind == ATTENTION else block.ffn) for block in kept]
+        assert all(smaller < larger for larger, smaller in itertools.pairwise(sets)) and not sets[-1]
+
+
+def test_a_candidate_is_judged_as_the_model_that_comes_out(
+    model: PrunableModel, database: Levels, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Its divergence is that of the cut model's logits; the whole model's is zero."""
+    genome: Genome = (1, 2, 4, 0, 3, 4, 2, 1)
+    whole = logits(model, tokens[:4]).log_softmax(-1)
+    other = load(tmp_path)
+    put(other, database, genome)
+    space = Space(model.config, database, budget(model, 0.9))
+    smaller = cut(other, space.units(genome))
+    assert parameters(smaller.config) == space.cost(genome)
+    student = logits(smaller, tokens[:4]).log_softmax(-1)
+    expected = float((whole.exp() * (whole - student)).sum(-1).mean())
+    found = divergences(model, database, [genome, (0,) * 8], tokens[:4])
+    assert found[0] == pytest.approx(expected, rel=1e-3) and found[1] == pytest.approx(0, abs=1e-7)
+    assert expected > 1e-4
+
+
+def test_budgets_hold_and_useless_halves_go(model: PrunableModel, database: Levels, tokens: Tensor) -> None:
+    space = Space(model.config, database, budget(model, 0.8))
+    genome = space.start()
+    assert space.fits(genome)
+    for gene, level in enumerate(genome):  # nothing more fits in
+        assert not level or not space.fits((*genome[:gene], level - 1, *genome[gene + 1 :]))
+    rng = random.Random(0)
+    for trade in (True, False):
+        children = [space.mutate(genome, rng, 3, trade) for _ in range(30)]
+        assert all(space.fits(child) for child in children) and len(set(children)) > 5
+    judge = Judge(model, database, tokens, 1e-3, 2)
+    for number in range(12):
+        found = next_generation(space, genome, number, 0, [Stage(1, 96, 0)], 8, 3, True, judge.score)
+        genome = found.parent
+    assert genome[2 * USELESS + 1] == 4
+    with pytest.raises(UserError, match="are left"):
+        Space(model.config, database, Budget(100))
+
+
+def test_children_without_trade_keep_the_shares(model: PrunableModel, database: Levels) -> None:
+    space = Space(model.config, database, budget(model, 0.8))
+    genome, rng = space.start(), random.Random(1)
+    for _ in range(30):
+        child = space.mutate(genome, rng, 3, trade=False)
+        assert (sum(child[::2]), sum(child[1::2])) == (sum(genome[::2]), sum(genome[1::2]))
+
+
+def test_the_parent_is_only_replaced_by_a_better_child(model: PrunableModel, database: Levels) -> None:
+    space = Space(model.config, database, budget(model, 0.8))
+    parent = space.start()
+    stages = [Stage(2, 10, 0), Stage(1, 20, 0)]
+    asked: list[tuple[int, int]] = []
+
+    def score(pool: Sequence[Genome], stage: Stage, _rng: random.Random) -> list[float]:
+        asked.append((len(pool), stage.fitness_tokens))
+        return [0.0 if genome == parent else 1.0 for genome in pool]
+
+    kept = next_generation(space, parent, 0, 0, stages, 5, 3, True, score)
+    assert kept.parent == parent and not kept.replaced and asked[1] == (3, 20)
+    changed = next_generation(
+        space, parent, 0, 0, stages, 5, 3, True, lambda pool, *_: [-float(g != parent) for g in pool]
+    )
+    assert changed.replaced and changed.fitness == -1
+
+
+def test_training_moves_what_is_left_and_never_what_is_gone(
+    model: PrunableModel, database: Levels, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is trained from the database's weights with a fresh optimizer, and the model comes back as it was."""
+    before = {name: p.detach().clone() for name, p in model.parameters.items()}
+    judge = Judge(model, database, tokens, 1e-3, 2)
+    genome: Genome = (1, 2, 1, 2, 1, 2, 1, 2)
+    (plain,) = judge.score([genome], Stage(1, 96, 0), random.Random(0))
+    again = judge.score([genome, genome], Stage(1, 96, 240), random.Random(0))
+    assert again[0] == again[1] != plain  # each from the database and a fresh optimizer
+    assert all(torch.equal(p, before[name]) for name, p in model.parameters.items())
+    assert judge.school is not None and judge.school.zeros is not None
+    monkeypatch.setattr(judge.school.zeros.__class__, "clear_gradients", lambda self: None)
+    with pytest.raises(UserError, match="must stay zero"):  # the negative control
+        judge.score([genome], Stage(1, 96, 240), random.Random(0))
+    judge.school.restore()
+
+
+def test_the_integer_program_finds_the_best_sum(model: PrunableModel, database: Levels) -> None:
+    pytest.importorskip("scipy")
+    space = Space(model.config, database, budget(model, 0.7))
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(last + 1, generator=generator).cumsum(0).tolist() for last in space.last]
+    found = best_sum(space, scores)
+    best = min(
+        (genome for genome in itertools.product(*(range(last + 1) for last in space.last)) if space.fits(genome)),
+        key=lambda genome: sum(scores[gene][level] for gene, level in enumerate(genome)),
+    )
+    assert found == best
+
+
+def searched(path: Path, folder: Path, tokens: Tensor, stop: StopRequest | None = None, **options: Any) -> Any:
+    model = load(path)
+    method = get_method("darwinlm", **{**SMALL, "training_tokens": "0", **options})
+    assert isinstance(method, DarwinLM)
+    folder.mkdir(exist_ok=True)
+    return method.run(model, Passes(model, tokens), budget(model, 0.8), folder, stop or StopRequest())
+
+
+def test_a_search_that_was_stopped_goes_on(tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Database and generations are taken over, and the answer is that of a search left alone."""
+    whole = searched(tmp_path / "model", tmp_path / "whole", tokens)
+    with pytest.raises(Stopped):
+        searched(tmp_path / "model1", tmp_path / "parts", tokens, StopRequest(0))
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text().count("\n") == 1
+    made = (tmp_path / "parts" / "database" / "00001.mlp.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(levels_module, "Reconstruction", lambda *_: pytest.fail("a level was made again"))
+    assert searched(tmp_path / "model2", tmp_path / "parts", tokens) == whole
+    assert (tmp_path / "parts" / "database" / "00001.mlp.safetensors").stat().st_mtime_ns == made
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 3
+    with pytest.raises(UserError, match="other levels"):
+        searched(tmp_path / "model3", tmp_path / "parts", tokens, levels=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"search": "random"}, "allowed: evolution, integer"),
+        ({"survivors": "8,4"}, "survivors ending in 1"),
+        ({"fitness_tokens": "a,b"}, "whole numbers with commas"),
+        ({"offspring": 0}, "1 or more"),
+        ({"refit": "none"}, "leave them out"),
+    ],
+)
+def test_bad_requests(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        get_method("darwinlm", **options)
