@@ -6,6 +6,7 @@ losses are measured together, in one pass over the weights (`Passes.losses_witho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_prune.methods.structured import lowest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 CRITERIA = ("block_influence", "contiguous", "single", "combined")
 Layers = frozenset[int]
+EXCHANGES, ROUNDS = 32, 4
 
 
 def layers_to_remove(passes: Passes, count: int, criterion: str, protected: frozenset[int] = frozenset()) -> Layers:
@@ -24,7 +26,8 @@ def layers_to_remove(passes: Passes, count: int, criterion: str, protected: froz
     block_influence  the lowest 1 - cos(input, output) (ShortGPT, arXiv:2403.03853)
     contiguous       the neighbours without which the loss is lowest (Minitron, arXiv:2407.14679, section 2.2)
     single           those without which, one by one, the loss is lowest (Shortened LLaMA, arXiv:2402.02834)
-    combined         of these three sets the one without which the loss is lowest
+    combined         of these three sets the one without which the loss is lowest, then exchanges of one of its layers
+                     for another as long as they lower it
     """
     total = passes.model.config.num_layers
     if count == 0:
@@ -46,7 +49,27 @@ def layers_to_remove(passes: Passes, count: int, criterion: str, protected: froz
     if allowed:
         candidates.add(best(allowed, losses[total:]))
     ordered = sorted(candidates, key=sorted)
-    return best(ordered, passes.losses_without(ordered))
+    found = passes.losses_without(ordered)
+    chosen = best(ordered, found)
+    return exchanged(passes, chosen, min(found), losses[:total], protected)
+
+
+def exchanged(
+    passes: Passes, chosen: Layers, loss: float, singles: Sequence[float], protected: frozenset[int]
+) -> Layers:
+    """Exchange a layer of the set for another as long as the loss without the set falls.
+
+    Tried are the exchanges that look best by the losses without single layers, `EXCHANGES` of them at a time.
+    """
+    for _ in range(ROUNDS):
+        others = [layer for layer in range(len(singles)) if layer not in chosen and layer not in protected]
+        pairs = sorted((singles[new] - singles[old], old, new) for old in chosen for new in others)[:EXCHANGES]
+        sets = [chosen - {old} | {new} for _, old, new in pairs]
+        losses = passes.losses_without(sets) if sets else [loss]
+        if min(losses) >= loss:
+            return chosen
+        chosen, loss = best(sets, losses), min(losses)
+    return chosen
 
 
 def block_influence(passes: Passes) -> list[float]:
