@@ -195,7 +195,9 @@ class PruneConfig(Options):
     input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`, or a Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
     method: str = option(REQUIRED, "pruning method; `megatron-prune methods` lists them")
-    target: str = option(REQUIRED, "N:M (N KEPT of M, e.g. 2:4), a sparsity such as 0.5, sizes such as num_layers=24")
+    target: str = option(
+        REQUIRED, "N:M (N KEPT of M, e.g. 2:4), a sparsity such as 0.5, sizes such as num_layers=24, parameters=100M"
+    )
     prior: str | None = option(
         None, "mask that a learned method starts from: a run, a decision, a mask .npz or a method"
     )

@@ -27,7 +27,7 @@ from megatron_prune.log import say
 from megatron_prune.methods.target import NM, Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
-from megatron_prune.model.cost import parameters
+from megatron_prune.model.cost import cost, parameters
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
@@ -171,7 +171,7 @@ def _shape_check(source: Source, target: StructuredTarget) -> dict[str, Any]:
         found |= {name: getattr(config, name) for name in target.given()}
         holds = all(found[name] == wanted for name, wanted in target.given().items())
     else:
-        holds = found["parameters"] <= target.parameters
+        holds = cost(config, target.measure) <= target.limit
     return {"target": str(target), **found, "holds": holds}
 
 

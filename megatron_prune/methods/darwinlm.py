@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import StructuredMethod
-from megatron_prune.methods.target import Budget
+from megatron_prune.methods.target import MEASURES, Budget
 
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from megatron_prune.training.stopping import StopRequest
 
 SEARCHES = ("evolution", "integer")
-SHOWN = ("fitness", "parameters")
 
 
 @register("darwinlm")
@@ -42,7 +41,7 @@ class DarwinLM(StructuredMethod):
     """Search for the sizes of every layer by evolution over refitted levels of it; layers come out unequal."""
 
     paper: ClassVar[str] = "Tang et al. 2025, arXiv:2502.07780"
-    targets: ClassVar[Mapping[type, str]] = {Budget: "a budget: parameters=N"}
+    targets: ClassVar[Mapping[type, str]] = {Budget: f"a budget: {', '.join(MEASURES)}"}
     keeps_statistics: ClassVar[bool] = False
     searches: ClassVar[bool] = True
 
@@ -123,7 +122,8 @@ class DarwinLM(StructuredMethod):
         from megatron_prune.search.offspring import Judge
         from megatron_prune.training.stopping import REASONS, Stopped, largest
 
-        stages = self.stages()
+        stages, target = self.stages(), space.budget
+        shown = ("fitness", target.measure)
         judge = Judge(model, space.levels, passes.tokens, self.training_lr, self.training_batch)
         history = from_leader(read_history(folder))
         parent: Genome = tuple(history[-1]["parent"]) if history else space.start()
@@ -145,8 +145,8 @@ class DarwinLM(StructuredMethod):
                         judge.score,
                     )
                     parent = found.parent
-                    record = {"fitness": found.fitness, "parameters": space.cost(parent), "replaced": found.replaced}
-                    log.write({"step": number + 1, **record, "tried": found.tried, "parent": list(parent)}, SHOWN)
+                    record = {"fitness": found.fitness, target.measure: space.cost(parent), "replaced": found.replaced}
+                    log.write({"step": number + 1, **record, "tried": found.tried, "parent": list(parent)}, shown)
                     log.sync()
                     (reason,) = largest(stop.code())
                     if reason and number + 1 < self.generations:

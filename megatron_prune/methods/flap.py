@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import register
 from megatron_prune.methods.structured import FC2, PROJECTION, StructuredMethod
-from megatron_prune.methods.target import Budget, StructuredTarget
-from megatron_prune.model.cost import parameters
+from megatron_prune.methods.target import MEASURES, Budget, StructuredTarget
+from megatron_prune.model.cost import cost
 from megatron_prune.model.units import BlockUnits, Units, heads_of
 from megatron_prune.statistics.channels import ChannelActivations
 
@@ -33,7 +33,7 @@ class Flap(StructuredMethod):
     """Remove the query groups and neurons of lowest fluctuation, wherever they are; layers come out unequal."""
 
     paper: ClassVar[str] = "An et al. 2023, arXiv:2312.11983"
-    targets: ClassVar[Mapping[type, str]] = {Budget: "a budget: parameters=N"}
+    targets: ClassVar[Mapping[type, str]] = {Budget: f"a budget: {', '.join(MEASURES)}"}
 
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
         """The units that stay."""
@@ -73,15 +73,16 @@ def _within(config: Any, order: list[tuple[float, int, str, int]], budget: Budge
     """Remove units in this order until the budget holds; every layer keeps one of each kind."""
     units = Units.all(config)
     left = [{"groups": set(b.groups), "ffn": set(b.ffn)} for b in units.blocks]
-    excess = parameters(config) - budget.parameters
+    excess = cost(config, budget.measure) - budget.limit
     for _, layer, kind, unit in order:
         if excess <= 0:
             break
-        if len(left[layer][kind]) > 1:
+        saved = cost_of(config, layer, kind, budget.measure)
+        if saved and len(left[layer][kind]) > 1:
             left[layer][kind].remove(unit)
-            excess -= cost_of(config, layer, kind)
+            excess -= saved
     if excess > 0:
-        raise UserError(f"target {budget}: {excess} parameters too many even with one unit of a kind in every layer")
+        raise UserError(f"target {budget}: {excess} too many even with one unit of a kind in every layer")
     blocks = []
     for layer, kept in enumerate(left):
         groups = tuple(sorted(kept["groups"]))
@@ -91,8 +92,8 @@ def _within(config: Any, order: list[tuple[float, int, str, int]], budget: Budge
 
 
 @functools.cache
-def cost_of(config: Any, layer: int, kind: str) -> int:
-    """Parameters of one query group or neuron of a layer."""
+def cost_of(config: Any, layer: int, kind: str, measure: str = "parameters") -> int:
+    """What one query group or neuron of a layer costs."""
     block = config.block(layer)
     if kind == "ffn":
         smaller = replace(block, ffn_hidden_size=block.ffn_hidden_size - 1)
@@ -101,4 +102,4 @@ def cost_of(config: Any, layer: int, kind: str) -> int:
         smaller = replace(block, num_attention_heads=heads, num_query_groups=block.num_query_groups - 1)
     blocks = [config.block(n) for n in range(config.num_layers)]
     blocks[layer] = smaller
-    return parameters(config) - parameters(replace(config, blocks=None).with_blocks(blocks))
+    return cost(config, measure) - cost(replace(config, blocks=None).with_blocks(blocks), measure)

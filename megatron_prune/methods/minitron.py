@@ -38,7 +38,7 @@ from megatron_prune.methods.structured import (
     keep_best,
     removed_layers,
 )
-from megatron_prune.methods.target import Budget, Shape, StructuredTarget
+from megatron_prune.methods.target import MEASURES, Budget, Shape, StructuredTarget
 from megatron_prune.model.units import BlockUnits, Units, all_of_block, heads_of
 from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations, ChannelMoments
 
@@ -58,7 +58,7 @@ class Minitron(StructuredMethod):
     paper: ClassVar[str] = "Muralidharan et al. 2024, arXiv:2407.14679"
     targets: ClassVar[Mapping[type, str]] = {
         Shape: f"a smaller shape: {', '.join(SIZES)}",
-        Budget: "the best shape within a budget: parameters=N",
+        Budget: f"the best shape within a budget: {', '.join(MEASURES)}",
     }
 
     depth: str = hyperparameter("combined", f"how layers are chosen: {', '.join(CRITERIA)}")

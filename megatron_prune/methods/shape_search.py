@@ -1,4 +1,4 @@
-"""The best uniform shape of a model within a number of parameters (Minitron, arXiv:2407.14679, section 2.3).
+"""The best uniform shape of a model within a budget (Minitron, arXiv:2407.14679, section 2.3).
 
 Every combination of a few numbers of layers, hidden sizes, query groups and heads is completed by the widest MLP that
 the budget leaves room for. Each candidate is cut from the whole model, refitted in closed form from second moments that
@@ -22,7 +22,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.log import say
 from megatron_prune.methods.structured import FC1, FC2, PROJECTION, QKV, lowest
 from megatron_prune.methods.target import Budget, Shape
-from megatron_prune.model.cost import parameters
+from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.units import Units
 from megatron_prune.statistics.channels import RESIDUAL, BlockInfluence, ChannelActivations, ChannelMoments
@@ -58,7 +58,7 @@ def best_shape(
     shapes = list(candidates(config, budget))
     if not shapes:
         raise UserError(
-            f"target {budget}: no shape with at least {FEWEST:.0%} of the layers and heads has so few parameters; give "
+            f"target {budget}: no shape with at least {FEWEST:.0%} of the layers and heads costs so little; give "
             "more, or a shape such as num_layers=12,hidden_size=384"
         )
     found = passes.observe(SITES)
@@ -91,13 +91,14 @@ def candidates(config: ModelConfig, budget: Budget) -> Iterator[Shape]:
         if not hidden or hidden % (group_count * heads):
             continue
         shape = Shape(layers, hidden, ffn_step, group_count * heads, group_count)
-        least = parameters(_sized(config, shape))
-        each = (parameters(_sized(config, replace(shape, ffn_hidden_size=2 * ffn_step))) - least) // ffn_step
-        ffn = min((budget.parameters - least) // each // ffn_step * ffn_step + ffn_step, config.ffn_hidden_size)
+        least = cost(_sized(config, shape), budget.measure)
+        each = (cost(_sized(config, replace(shape, ffn_hidden_size=2 * ffn_step)), budget.measure) - least) // ffn_step
+        room = (budget.limit - least) // each // ffn_step * ffn_step if each else config.ffn_hidden_size
+        ffn = min(room + ffn_step, config.ffn_hidden_size)
         if ffn < config.ffn_hidden_size / 4:
             continue
         shape = replace(shape, ffn_hidden_size=ffn)
-        if CLOSE * budget.parameters <= parameters(_sized(config, shape)) <= budget.parameters:
+        if CLOSE * budget.limit <= cost(_sized(config, shape), budget.measure) <= budget.limit:
             yield shape
 
 

@@ -17,9 +17,11 @@ from fractions import Fraction
 from megatron_prune.errors import UserError
 
 MAX_M = 16
+MEASURES = ("parameters", "forward_flops", "kv_cache_bytes")
+"""What a budget may limit: weights of the model; of a token, FLOPs with 2048 before it and bytes of key-value cache."""
 _ALLOWED = (
     "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), sizes such as "
-    "num_layers=24,ffn_hidden_size=1152, or parameters=100M"
+    "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M or kv_cache_bytes=10K"
 )
 
 
@@ -123,16 +125,20 @@ class Shape:
 
 @dataclass(frozen=True)
 class Budget:
-    """A number of parameters that the smaller model may have at most; the method looks for its shape."""
+    """What the smaller model may cost at most; the method looks for its shape."""
 
-    parameters: int
+    limit: int
+    measure: str = "parameters"
+    """One of `MEASURES`; see `model/cost.py`."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.parameters, int) or self.parameters < 1:
-            raise UserError(f"target parameters={self.parameters} is not possible; give a whole number such as 100M")
+        if self.measure not in MEASURES:
+            raise UserError(f"a budget of {self.measure} is not possible; allowed: {', '.join(MEASURES)}")
+        if not isinstance(self.limit, int) or self.limit < 1:
+            raise UserError(f"target {self.measure}={self.limit} is not possible; give a whole number such as 100M")
 
     def __str__(self) -> str:
-        return f"parameters={self.parameters}"
+        return f"{self.measure}={self.limit}"
 
 
 Target = NM | Unstructured
@@ -182,13 +188,14 @@ def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
         return NM(given["n"], given["m"])  # type: ignore[arg-type]  # NM checks
     if set(given) == {"sparsity"}:
         return Unstructured(given["sparsity"])  # type: ignore[arg-type]  # Unstructured checks
-    if set(given) == {"parameters"}:
-        return Budget(_count(given["parameters"]))
+    if len(given) == 1 and set(given) <= set(MEASURES):
+        ((measure, limit),) = given.items()
+        return Budget(_count(limit), str(measure))
     names = [field.name for field in fields(Shape)]
     unknown = [str(key) for key in given if key not in names]
     if given and not unknown:
         return Shape(**{str(key): _count(value) for key, value in given.items()})
-    near = difflib.get_close_matches(unknown[0], [*names, "parameters"], n=1) if unknown else []
+    near = difflib.get_close_matches(unknown[0], [*names, *MEASURES], n=1) if unknown else []
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise UserError(f"target {dict(given)} is not understood{hint}; give {_ALLOWED}")
 

@@ -26,6 +26,17 @@ def forward_flops(config: ModelConfig, context: int) -> int:
     return 2 * (linears + config.vocab_size * config.hidden_size + attention)
 
 
+CONTEXT = 2048
+"""Tokens that a token sees where a budget limits its FLOPs, fewer in models that are made for fewer."""
+
+
+def cost(config: ModelConfig, measure: str) -> int:
+    """One of the measures that a budget may limit."""
+    if measure == "forward_flops":
+        return forward_flops(config, min(CONTEXT, config.max_position_embeddings))
+    return {"parameters": parameters, "kv_cache_bytes": kv_cache_bytes}[measure](config)
+
+
 def _over_layers(config: ModelConfig, symbol: str) -> int:
     """Sum of a size over the layers."""
     return sum(dimensions(config, layer)[symbol] for layer in range(config.num_layers))

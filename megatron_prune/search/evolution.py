@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from megatron_prune.errors import UserError
 from megatron_prune.methods.target import Budget
 from megatron_prune.model.blocks import Block
-from megatron_prune.model.cost import parameters
+from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.units import BlockUnits, Units
 from megatron_prune.search.fitness import Genome
@@ -33,17 +33,15 @@ class Space:
         self.budget = budget
         self.genes = [(kind, layer) for layer in range(config.num_layers) for kind in (ATTENTION, MLP)]
         self.last = [len(levels.sizes[kind][layer]) - 1 for kind, layer in self.genes]
-        self.whole = parameters(config)
+        self.whole = cost(config, budget.measure)
         saved: dict[tuple[Block, str, Level], int] = {}
         self.saves = [
             [self._saves(saved, kind, layer, level) for level in levels.sizes[kind][layer]]
             for kind, layer in self.genes
         ]
-        """Parameters that each level of each gene saves."""
-        if self.cost(tuple(self.last)) > budget.parameters:
-            raise UserError(
-                f"target {budget}: without any attention and MLP {self.cost(tuple(self.last))} parameters are left"
-            )
+        """What each level of each gene saves of that."""
+        if self.cost(tuple(self.last)) > budget.limit:
+            raise UserError(f"target {budget}: without any attention and MLP {self.cost(tuple(self.last))} are left")
 
     def _saves(self, known: dict[tuple[Block, str, Level], int], kind: str, layer: int, level: Level) -> int:
         block = self.config.block(layer)
@@ -56,33 +54,54 @@ class Space:
             blocks = [self.config.block(n) for n in range(self.config.num_layers)]
             if smaller != block:
                 blocks[layer] = smaller
-            known[key] = self.whole - parameters(replace(self.config, blocks=tuple(blocks)))
+            known[key] = self.whole - cost(replace(self.config, blocks=tuple(blocks)), self.budget.measure)
         return known[key]
 
     def cost(self, genome: Genome) -> int:
-        """Parameters of the model."""
+        """What the budget limits, of the model."""
         return self.whole - sum(saves[level] for saves, level in zip(self.saves, genome, strict=True))
 
     def fits(self, genome: Genome) -> bool:
         """Within the budget, and with some attention and some MLP left."""
+        return self.cost(genome) <= self.budget.limit and self._keeps_both_kinds(genome)
+
+    def _keeps_both_kinds(self, genome: Genome) -> bool:
         kinds = {kind for (kind, _), level, last in zip(self.genes, genome, self.last, strict=True) if level < last}
-        return self.cost(genome) <= self.budget.parameters and kinds == {ATTENTION, MLP}
+        return kinds == {ATTENTION, MLP}
 
     def start(self) -> Genome:
         """All halves equally far down, then the larger levels that fit in, where they lower the error most."""
         steps = max(self.last)
         uniform = (tuple(round(last * step / steps) for last in self.last) for step in range(steps + 1))
-        found = next((genome for genome in uniform if self.fits(genome)), None)
-        if found is None:
-            raise UserError(f"target {self.budget}: no model with the same level in every layer is so small")
+        found = next((genome for genome in uniform if self.fits(genome)), None) or self._descent()
 
-        def gain(genome: Genome, gene: int) -> float:
-            (kind, layer), level = self.genes[gene], genome[gene]
-            saved = self.saves[gene][level] - self.saves[gene][level - 1]
-            drop = self.levels.error(kind, layer, level) - self.levels.error(kind, layer, level - 1)
-            return drop / saved if saved else float("inf")
+        def worst(genome: Genome, genes: list[int]) -> int:
+            return max(genes, key=lambda gene: (self._slope(gene, genome[gene] - 1, genome[gene]), -gene))
 
-        return self.fill(found, lambda genome, genes: max(genes, key=lambda gene: (gain(genome, gene), -gene)))
+        return self.fill(found, worst)
+
+    def _descent(self) -> Genome:
+        """From the whole model down, always the level that adds the least error for what it saves."""
+        genome: Genome = (0,) * len(self.genes)
+        while self.cost(genome) > self.budget.limit:
+            steps = [
+                (self._slope(gene, genome[gene], level), gene, level)
+                for gene in range(len(genome))
+                for level in range(genome[gene] + 1, self.last[gene] + 1)
+                if self.saves[gene][level] > self.saves[gene][genome[gene]]
+                and self._keeps_both_kinds(_moved(genome, gene, level - genome[gene]))
+            ]
+            if not steps:
+                raise UserError(f"target {self.budget}: with some attention and some MLP no model costs so little")
+            _, gene, level = min(steps)
+            genome = _moved(genome, gene, level - genome[gene])
+        return genome
+
+    def _slope(self, gene: int, level: int, other: int) -> float:
+        """Error that the other, smaller level adds for each unit of cost that it saves."""
+        (kind, layer), saves = self.genes[gene], self.saves[gene]
+        added = self.levels.error(kind, layer, other) - self.levels.error(kind, layer, level)
+        return added / (saves[other] - saves[level]) if saves[other] > saves[level] else float("inf")
 
     def fill(self, genome: Genome, choose: Callable[[Genome, list[int]], int]) -> Genome:
         """Take larger levels, the gene that `choose` says each time, as long as one fits in."""
@@ -99,7 +118,7 @@ class Space:
             for _ in range(min(rng.randint(1, most), rng.randint(1, most))):
                 child = self._switched(child, rng, trade)
             if trade:
-                while self.cost(child) > self.budget.parameters:
+                while self.cost(child) > self.budget.limit:
                     child = _moved(child, rng.choice([g for g in range(len(child)) if child[g] < self.last[g]]), 1)
                 child = self.fill(child, lambda _genome, genes: rng.choice(genes))
             if child != parent and self.fits(child):

@@ -46,7 +46,7 @@ def best_sum(space: Space, scores: Sequence[Sequence[float]]) -> Genome:
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(saves[None], float(space.whole - space.budget.parameters), np.inf),
+            LinearConstraint(saves[None], float(space.whole - space.budget.limit), np.inf),
         ],
     )
     if solved.x is None:

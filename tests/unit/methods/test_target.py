@@ -43,6 +43,8 @@ def test_written_forms(written: object, meant: object) -> None:
         ({"hidden_size": 432}, Shape(hidden_size=432)),
         ("parameters=100M", Budget(100_000_000)),
         ("parameters=1.1B", Budget(1_100_000_000)),
+        ("kv_cache_bytes=10K", Budget(10_000, "kv_cache_bytes")),
+        ({"forward_flops": "2G"}, Budget(2_000_000_000, "forward_flops")),
         (Budget(7), Budget(7)),
     ],
 )

@@ -19,7 +19,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.darwinlm import DarwinLM, put
 from megatron_prune.methods.target import Budget
-from megatron_prune.model.cost import parameters
+from megatron_prune.model.cost import cost, parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import open_model
@@ -125,6 +125,18 @@ def test_budgets_hold_and_useless_halves_go(model: PrunableModel, database: Leve
     assert genome[2 * USELESS + 1] == 4
     with pytest.raises(UserError, match="are left"):
         Space(model.config, database, Budget(100))
+
+
+@pytest.mark.parametrize("measure", ["forward_flops", "kv_cache_bytes"])
+def test_other_budgets(model: PrunableModel, database: Levels, measure: str) -> None:
+    """Heads that share keys and values save no cache, MLPs none at all: only what saves is paid for."""
+    limit = int(0.8 * cost(model.config, measure))
+    space = Space(model.config, database, Budget(limit, measure))
+    genome = space.start()
+    smaller = space.units(genome).config(model.config)
+    assert space.cost(genome) == cost(smaller, measure) <= limit
+    if measure == "kv_cache_bytes":
+        assert not any(genome[1::2]) and genome[::2].count(4) == 1
 
 
 def test_children_without_trade_keep_the_shares(model: PrunableModel, database: Levels) -> None:

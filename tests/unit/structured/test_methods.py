@@ -144,7 +144,7 @@ def test_a_budget_gets_the_best_of_the_shapes_within_it(model: PrunableModel) ->
     budget = Budget(int(0.8 * parameters(model.config)))
     shapes = list(candidates(model.config, budget))
     sizes = [parameters(replace(model.config, **shape.given())) for shape in shapes]  # type: ignore[arg-type]
-    assert len(shapes) > 3 and all(0.95 * budget.parameters <= size <= budget.parameters for size in sizes)
+    assert len(shapes) > 3 and all(0.95 * budget.limit <= size <= budget.limit for size in sizes)
     assert all(shape.hidden_size % shape.num_attention_heads == 0 for shape in shapes)  # type: ignore[operator]
     units = chosen(model, "minitron", str(budget), depth="block_influence")
     smaller = units.config(model.config)
@@ -244,7 +244,7 @@ def test_scores_of_single_tensors() -> None:
         ("shortgpt", "ffn_hidden_size=32", {}, "supports num_layers"),
         ("shortgpt", "num_layers=9", {}, "the model has 4"),
         ("minitron", "num_attention_heads=3", {}, "allowed: 2, 4"),
-        ("minitron", "parameters=1B", {}, "give fewer"),
+        ("minitron", "parameters=1B", {}, "give less"),
         ("flap", "num_layers=3", {}, "a budget"),
         ("flap", "parameters=20", {}, "too many"),
         ("shortened_llama", "num_layers=3", {}, "are protected"),
