@@ -53,14 +53,14 @@ class StatisticsStore:
         if not (self.folder / FILE).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             if any(self.folder.iterdir()):
-                raise UserError(f"--statistics {self.folder} is not empty and holds no statistics: give another folder")
+                raise UserError(f"{self.folder} is not empty and holds no statistics: give another folder")
             self._describe()
             return
         found = read_json(self.folder / FILE, "a folder of statistics")
         for key, value in self.about.items():
             if found.get(key) != value:
                 raise UserError(
-                    f"--statistics {self.folder} was made with another {key}: give a new folder, or the same model and "
+                    f"{self.folder} was made with another {key}: give a new folder, or the same model and "
                     "calibration options"
                 )
         self.finished = set(found["complete"])
