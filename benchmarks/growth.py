@@ -64,7 +64,7 @@ class Point:
 SERIES = {
     "width": [Point(width=width, depth=2) for width in (256, 512, 768, 1024, 1536)],
     "depth": [Point(depth=depth) for depth in (2, 4, 8, 16)],
-    "M": [Point(target=target) for target in ("1:4", "2:4", "1:8", "4:8", "1:16")],
+    "M": [Point(target=target) for target in ("1:4", "2:4", "1:8", "2:8", "4:8")],
     "ranks": [Point(ranks=ranks) for ranks in (1, 2, 4)],
 }
 

@@ -87,8 +87,8 @@ def main() -> None:
     result = {
         "columns": ["2:4, stories260K", "held-out loss", "change", "its deviation over seeds"],
         "rows": rows,
-        "protocol": f"Nats per token of C4, means of {len(SEEDS)} seeds; changes against the first variant with the same "
-        "seed; 60 steps of 8 micro-batches of 256 tokens; bf16.",
+        "protocol": f"Nats per token of C4, means of {len(SEEDS)} seeds; changes against the first variant with the "
+        "same seed; 60 steps of 8 micro-batches of 256 tokens; bf16.",
         "hardware": hardware(),
         "date": today,
         "versions": versions(),
