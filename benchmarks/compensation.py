@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_prune.data.calibration import windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.methods.minitron import HEADS, Minitron
-from megatron_prune.methods.shape_search import SITES, refitted
+from megatron_prune.methods.shape_search import SITES, Refit, refitted, settled
 from megatron_prune.methods.target import Shape
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import open_model
@@ -73,14 +73,14 @@ def rows(model: PrunableModel, calibration: Mapping[str, Tensor], tests: Mapping
     yield ["dense", "", "", *perplexities(Units.all(config))]
     for source, tokens in calibration.items():
         passes = Passes(model, tokens)
-        found = passes.observe(SITES)
+        found = [settled(layer) for layer in passes.observe_each(SITES)]
         for target in TARGETS:
             attention = bool(target.num_attention_heads or target.num_query_groups)
             for heads in HEADS if attention else HEADS[:1]:
                 units = Minitron(heads=heads).width(config, passes, found, target)
                 chosen = f", heads by {heads}" if attention else ""
                 yield [str(target), source, f"none{chosen}", *perplexities(units)]
-                change = refitted(config, found, units, DAMPING)
+                change = refitted(config, found, units, Refit(DAMPING))
                 yield [str(target), source, f"refit{chosen}", *perplexities(units, change)]
                 print(source, target, heads, flush=True)
 

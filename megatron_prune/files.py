@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from megatron_prune.errors import UserError
 
@@ -43,13 +44,31 @@ def by_leader(work: Callable[[], None]) -> None:
     if _leader():
         try:
             work()
-        except UserError as error:
+        except (UserError, SafetensorError) as error:
             told[0] = str(error)
         except OSError as error:
             told[0] = f"{error}: give a place that can be written and has room; what was there before is untouched"
     complaint = from_leader(told[0])
     if complaint is not None:
         raise UserError(complaint)
+
+
+def together(work: Callable[[], object]) -> None:
+    """Let every rank do its own work; when one cannot, all raise its UserError. Collective."""
+    complaint: str | None = None
+    try:
+        work()
+    except (UserError, SafetensorError) as error:
+        complaint = str(error)
+    except OSError as error:
+        complaint = f"{error}: give a place that can be written and has room; what was there before is untouched"
+    complaints = [complaint]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        complaints = [None] * dist.get_world_size()
+        dist.all_gather_object(complaints, complaint)
+    for found in complaints:
+        if found is not None:
+            raise UserError(found)
 
 
 def refuse_existing(path: Path, what: str = "output") -> None:

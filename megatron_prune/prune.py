@@ -52,6 +52,11 @@ def run(config: PruneConfig) -> None:
         raise UserError(
             f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"
         )
+    if config.statistics and config.output.resolve() in (
+        config.statistics.resolve(),
+        *config.statistics.resolve().parents,
+    ):
+        raise UserError(f"--statistics {config.statistics} is inside --output {config.output}: give a folder beside it")
     going_on = may_go_on(config)
     layout = layout_of(config.parallelism)
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):

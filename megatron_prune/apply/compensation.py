@@ -18,6 +18,7 @@ import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before m
 import torch
 from torch import Tensor
 
+from megatron_prune.errors import UserError
 from megatron_prune.model.prunable import LINEARS, PrunableModel
 from megatron_prune.model.units import Units
 from megatron_prune.statistics.channels import NormRatio, Regression
@@ -38,8 +39,13 @@ def least_squares(weight: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, dam
     gram.diagonal().add_(penalty)
     wide = weight.double()
     asked = wide @ cross + penalty * wide.index_select(1, kept)
-    solved: Tensor = torch.linalg.solve(gram, asked.t())
-    return solved.t().to(weight.dtype)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        raise UserError(
+            f"--refit-damping {damping} is too little for inputs that depend on each other so much: give more, or more "
+            "calibration text"
+        )
+    return torch.cholesky_solve(asked.t(), factor).t().to(weight.dtype)
 
 
 def missing_mean(weight: Tensor, narrow: Tensor, sums: Regression) -> Tensor:

@@ -12,14 +12,16 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.files import read_json, write_json
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import StructuredMethod
 from megatron_prune.methods.target import MEASURES, Budget
@@ -57,6 +59,7 @@ class DarwinLM(StructuredMethod):
     training_lr: float = hyperparameter(1e-5, "learning rate of that training")
     trade: bool = hyperparameter(True, "attention and MLP may trade parameters")
     search_seed: int = hyperparameter(0, "of the evolution")
+    database: str = hyperparameter("", "folder of levels to use, or make; left out: in the run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,6 +70,8 @@ class DarwinLM(StructuredMethod):
                 raise UserError(f"darwinlm: {name} {getattr(self, name)} was given; allowed: 1 or more")
         if self.refit != "local" or not self.norm_gain:
             raise UserError("darwinlm: refit or norm_gain was given; every level is refitted already: leave them out")
+        if self.training_lr <= 0:
+            raise UserError(f"darwinlm: training_lr {self.training_lr} was given; allowed: above 0")
         self.stages()
 
     def stages(self) -> list[Stage]:
@@ -91,25 +96,65 @@ class DarwinLM(StructuredMethod):
 
         What is in `folder` already is used: the database, and the generations in metrics.jsonl. Collective.
         """
+        from megatron_prune.files import by_leader
         from megatron_prune.log import progress
         from megatron_prune.search.evolution import Space
         from megatron_prune.search.levels import Levels
+        from megatron_prune.training.stopping import REASONS, Stopped, largest
 
-        self._check_batch(model)
-        levels = Levels(folder / "database", passes, self.levels, self.refit_damping)
-        with progress("database", 2 * model.config.num_layers, "halves of layers") as advance:
-            levels.build(passes, advance)
+        self._check_training(model, passes)
+        by_leader(functools.partial(self._note, folder, target))
+        database = Path(self.database) if self.database else folder / "database"
+        levels = Levels(database, passes, self.levels, self.refit_damping)
         space = Space(model.config, levels, target)
-        found = self._integer(model, passes, space) if self.search == "integer" else None
-        genome = found or self._evolve(model, passes, space, folder, stop)
+
+        def ask() -> None:
+            (reason,) = largest(stop.code())
+            if reason:
+                raise Stopped(f"{REASONS[reason]}: what is in {database} is kept")
+
+        with stop:
+            with progress("database", model.config.num_layers, "layers") as advance:
+                levels.build(passes, advance, ask)
+            if self.search == "integer":
+                genome = self._integer(model, passes, space, ask)
+            else:
+                genome = self._evolve(model, passes, space, folder, stop)
         put(model, levels, genome)
         return space.units(genome)
 
-    def _check_batch(self, model: PrunableModel) -> None:
+    def _note(self, folder: Path, target: Budget) -> None:
+        """Write down what is searched, or refuse to go on with something else; only `generations` may grow."""
+        asked = {"target": str(target), **self.options()}
+        generations = asked.pop("generations")
+        file = folder / "search.json"
+        if not file.exists():
+            write_json(file, asked)
+        for key, value in read_json(file, "the options of a search").items():
+            if asked.get(key) != value:
+                raise UserError(f"--resume: {file} has {key} {value} and {asked.get(key)} was given: give the same")
+        done = len(read_history(folder))
+        if done > generations:
+            raise UserError(f"--resume: {done} generations are done and {generations} were given: give that or more")
+
+    def _check_training(self, model: PrunableModel, passes: Passes) -> None:
         """A step is the same in every layout, so its windows must divide among what shares them."""
-        layout = model.layout
+        from megatron_prune.model.forward import sequence_parts
+        from megatron_prune.search.offspring import training_length
+
+        layout, tokens = model.layout, passes.tokens
+        trained = [stage for stage in self.stages() if stage.training_tokens]
+        if not trained or tokens is None or self.search == "integer":
+            return
+        training_length(tokens.shape[1], sequence_parts(layout))
+        most = max(round(stage.fitness_tokens / tokens.shape[1]) for stage in trained)
+        if most >= len(tokens):
+            raise UserError(
+                f"darwinlm: {most} of {len(tokens)} calibration windows judge candidates and none is left to train on: "
+                "give more --calibration-samples, fewer fitness_tokens, or --training-tokens 0"
+            )
         parts = layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
-        if any(stage.training_tokens for stage in self.stages()) and self.training_batch % parts:
+        if self.training_batch % parts:
             raise UserError(
                 f"darwinlm: training_batch {self.training_batch} was given; with this layout it must be a multiple of "
                 f"{parts} (data-parallel replicas, times pipeline stages where they are interleaved)"
@@ -127,7 +172,7 @@ class DarwinLM(StructuredMethod):
         judge = Judge(model, space.levels, passes.tokens, self.training_lr, self.training_batch)
         history = from_leader(read_history(folder))
         parent: Genome = tuple(history[-1]["parent"]) if history else space.start()
-        with MetricsLog(folder, "generation") as log, stop:
+        with MetricsLog(folder, "generation") as log:
             log.resume_at(len(history))
             if history:
                 say(f"resumed after generation {len(history)}")
@@ -153,14 +198,15 @@ class DarwinLM(StructuredMethod):
                         raise Stopped(f"{REASONS[reason]}: saved after generation {number + 1} of {self.generations}")
         return parent
 
-    def _integer(self, model: PrunableModel, passes: Passes, space: Any) -> Genome:
+    def _integer(self, model: PrunableModel, passes: Passes, space: Any, between: Callable[[], None]) -> Genome:
+        from megatron_prune.files import from_leader
         from megatron_prune.search.fitness import divergences
         from megatron_prune.search.integer import best_sum, single_replacements
 
         assert passes.tokens is not None
-        tokens = draw_windows(passes.tokens, self.stages()[-1].fitness_tokens, random.Random(self.search_seed))
-        judged = functools.partial(divergences, model, space.levels, tokens=tokens)
-        return best_sum(space, single_replacements(space, judged))
+        chosen = draw_windows(passes.tokens, self.stages()[-1].fitness_tokens, random.Random(self.search_seed))
+        judged = functools.partial(divergences, model, space.levels, tokens=passes.tokens[chosen])
+        return from_leader(best_sum(space, single_replacements(space, judged, between)))
 
 
 def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
@@ -173,12 +219,24 @@ def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
             level = genome[2 * layer + gene]
             if map is not None and level:
                 model.assign(map, levels.weight(kind, layer, level, model.whole(map)))
+    silence(model, levels, genome)
 
 
-def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> Tensor:
-    """Random windows of about `count` tokens in all, at least one, of `[windows, length]`."""
+def silence(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
+    """Zero the biases behind halves of layers that these levels leave out."""
+    from megatron_prune.search.levels import KINDS
+
+    for gene, level in enumerate(genome):
+        layer, (kind, path) = gene // len(KINDS), list(KINDS.items())[gene % len(KINDS)]
+        bias = model.by_name.get(f"decoder.layers.{layer}.{path}.bias")
+        if bias is not None and level == len(levels.sizes[kind][layer]) - 1:
+            model.assign(bias, torch.zeros(bias.shape))
+
+
+def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> list[int]:
+    """Numbers, rising, of random windows of `[windows, length]`: of about `count` tokens in all, at least one."""
     number = min(max(1, round(count / tokens.shape[1])), len(tokens))
-    return tokens[sorted(rng.sample(range(len(tokens)), number))]
+    return sorted(rng.sample(range(len(tokens)), number))
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

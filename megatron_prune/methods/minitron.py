@@ -16,7 +16,7 @@ Heads and groups may instead be chosen by what a least-squares refit of the outp
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +27,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import CRITERIA, layers_to_remove
 from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
-from megatron_prune.methods.shape_search import best_shape
+from megatron_prune.methods.shape_search import SITES, Refit, best_shape, settled
 from megatron_prune.methods.structured import (
     FC1,
     FC2,
@@ -44,10 +44,10 @@ from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations,
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes
+    from megatron_prune.statistics.store import Statistic
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 HEADS = ("reconstruction", "activations")
-SITES = {QKV: ChannelActivations, PROJECTION: ChannelMoments, FC1: ChannelActivations, FC2: ChannelActivations}
 
 
 @register("minitron")
@@ -76,31 +76,63 @@ class Minitron(StructuredMethod):
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
         """The units that stay; width is scored in the whole model."""
         if isinstance(target, Budget):
-            width = functools.partial(self.width, config, passes)
-            target = best_shape(config, passes, target, width, self.refit_damping)
+            return self._search(config, passes, target)
         wanted = allowed_sizes(target, SIZES, self.name)
         units = Units.all(config)
         if set(wanted.given()) - {"num_layers"}:
-            units = self.width(config, passes, passes.observe(SITES), wanted)
+            found = passes.observe_each(self._sites(passes, wanted))
+            units = self.width(config, passes, map(settled, found), wanted)
         return units.without_layers(layers_to_remove(passes, removed_layers(config, wanted), self.depth))
 
-    def width(self, config: Any, passes: Passes, found: Sequence[Mapping[str, Any]], target: Shape) -> Units:
-        """All layers at the target's width, from what was seen at `SITES` in each. Collective."""
-        sites = (QKV, FC1)
-        seen = [layer[path].importance(self.batch, self.sequence) for layer in found for path in sites if path in layer]
-        return Units(
-            tuple(range(config.num_layers)),
-            keep_best(torch.stack(seen).sum(0), target.hidden_size or config.hidden_size),
-            tuple(self._block(config, passes, n, layer, target) for n, layer in enumerate(found)),
+    def _sites(self, passes: Passes, target: Shape) -> dict[str, Statistic]:
+        """What to look at; where it is kept, all that another target could ask for."""
+        if passes.store is not None:
+            return SITES
+        attention = target.num_attention_heads or target.num_query_groups
+        moments: dict[str, Statistic] = (
+            {PROJECTION: ChannelMoments} if attention and self.heads == "reconstruction" else {}
         )
+        return {**dict.fromkeys((QKV, PROJECTION, FC1, FC2), ChannelActivations), **moments}
+
+    def _search(self, config: Any, passes: Passes, budget: Budget) -> Units:
+        width = functools.partial(self.width, config, passes, known={})
+        refit = Refit(None if self.refit in ("none", "mean") else self.refit_damping, self.norm_gain)
+        shape, found = best_shape(config, passes, budget, width, refit)
+        removed = layers_to_remove(passes, removed_layers(config, shape), self.depth)
+        return width(found, shape).without_layers(removed)
+
+    def width(
+        self,
+        config: Any,
+        passes: Passes,
+        found: Iterable[Mapping[str, Any]],
+        target: Shape,
+        known: dict[Any, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    ) -> Units:
+        """All layers at the target's width, from what was seen in each; one at a time. Collective.
+
+        `known` remembers choices of heads between calls with the same `found`.
+        """
+        hidden = torch.zeros(config.hidden_size, dtype=torch.float64)
+        blocks = []
+        for number, layer in enumerate(found):
+            for path in (QKV, FC1):
+                if path in layer:
+                    hidden += layer[path].importance(self.batch, self.sequence).cpu()
+            blocks.append(self._block(config, passes, number, layer, target, {} if known is None else known))
+        kept = keep_best(hidden, target.hidden_size or config.hidden_size)
+        return Units(tuple(range(config.num_layers)), kept, tuple(blocks))
 
     def _block(
-        self, config: Any, passes: Passes, layer: int, seen: Mapping[str, ChannelActivations], target: Shape
+        self, config: Any, passes: Passes, layer: int, seen: Mapping[str, Any], target: Shape, known: dict[Any, Any]
     ) -> BlockUnits:
         block = all_of_block(config, layer)
         groups, heads, ffn = block.groups, block.heads, block.ffn
-        if PROJECTION in seen and (target.num_query_groups or target.num_attention_heads):
-            groups, heads = self._attention(config, passes, layer, seen[PROJECTION], target)
+        counts = head_counts(config, layer, target)
+        if PROJECTION in seen and counts != (len(groups), config.block(layer).group_heads):
+            if (layer, counts) not in known:
+                known[layer, counts] = self._attention(config, passes, layer, seen[PROJECTION], target)
+            groups, heads = known[layer, counts]
         if FC2 in seen:
             scores = seen[FC2].importance(self.batch, self.sequence)
             ffn = keep_best(scores, min(target.ffn_hidden_size or len(ffn), len(ffn)))
@@ -114,7 +146,7 @@ class Minitron(StructuredMethod):
             return keep_heads(
                 config, layer, head_scores(seen.importance(self.batch, self.sequence), config.kv_channels), target
             )
-        linear = Reconstruction(passes.weight(layer, PROJECTION), seen.gram.value(), self.refit_damping)
+        linear = Reconstruction(passes.weight(layer, PROJECTION), seen.settled, self.refit_damping)
         groups, heads = head_counts(config, layer, target)
         kept = groups_to_keep(config, layer, linear, groups)
         members = {group: heads_of(config, layer, group) for group in kept}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prune.errors import UserError
 from megatron_prune.model.units import group_of, heads_of
 
 EXHAUSTIVE = 64
@@ -32,7 +33,13 @@ class Reconstruction:
         damped = gram.to(self.weight.device, torch.float64, copy=True)
         mean = damped.diagonal().mean()
         damped.diagonal().add_(damping * (mean if mean > 0 else 1.0))
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            raise UserError(
+                f"--refit-damping {damping} is too little for inputs that depend on each other so much: give more, or "
+                "more calibration text"
+            )
+        self.inverse = torch.cholesky_inverse(factor)
         self.alive = torch.ones(len(damped), dtype=torch.bool, device=damped.device)
         """Inputs that have not been removed."""
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,16 +23,17 @@ from megatron_prune.log import say
 from megatron_prune.methods.structured import FC1, FC2, PROJECTION, QKV, lowest
 from megatron_prune.methods.target import Budget, Shape
 from megatron_prune.model.cost import cost
-from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.units import Units
 from megatron_prune.statistics.channels import RESIDUAL, BlockInfluence, ChannelActivations, ChannelMoments
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes
+    from megatron_prune.statistics.store import Statistic
     from megatron_prune.statistics.walk import Change
 
 NORM_OF = {QKV: "input_layernorm", FC1: "pre_mlp_layernorm"}
-SITES = {
+SITES: dict[str, Statistic] = {
     QKV: ChannelActivations,
     FC1: ChannelActivations,
     PROJECTION: ChannelMoments,
@@ -51,35 +52,54 @@ def best_shape(
     config: ModelConfig,
     passes: Passes,
     budget: Budget,
-    width: Callable[[Sequence[Mapping[str, Any]], Shape], Units],
-    damping: float,
-) -> Shape:
-    """The shape of lowest loss. `width(found, shape)` gives the units of all layers at a shape's width. Collective."""
-    shapes = list(candidates(config, budget))
+    width: Callable[[Iterable[Mapping[str, Any]], Shape], Units],
+    refit: Refit,
+) -> tuple[Shape, list[dict[str, Any]]]:
+    """The shape of lowest loss, and what was seen at `SITES`. Collective.
+
+    `width(found, shape)` gives the units of all layers at a shape's width, and `refit` says how they are corrected.
+    """
+    shapes = candidates(config, budget)
     if not shapes:
         raise UserError(
             f"target {budget}: no shape with at least {FEWEST:.0%} of the layers and heads costs so little; give "
             "more, or a shape such as num_layers=12,hidden_size=384"
         )
-    found = passes.observe(SITES)
+    found = [settled(layer) for layer in passes.observe_each(SITES)]
     influence = [layer[RESIDUAL].value() for layer in found]
 
     def loss(shape: Shape, windows: int) -> float:
         units = width(found, shape)
         removed = lowest(influence, config.num_layers - (shape.num_layers or config.num_layers))
         units = units.without_layers(removed)
-        return passes.loss(units, refitted(config, found, units, damping), windows)
+        return passes.loss(units, refitted(config, found, units, refit), windows)
 
     losses = {shape: loss(shape, FIRST_WINDOWS) for shape in shapes}
     finalists = sorted(shapes, key=losses.__getitem__)[:FINALISTS]
     losses = {shape: loss(shape, FINAL_WINDOWS) for shape in finalists}
     best = min(finalists, key=losses.__getitem__)
     say(f"{budget}: {len(shapes)} shapes tried; best " + "; ".join(f"{s} loss {losses[s]:.3f}" for s in finalists))
-    return best
+    return best, found
 
 
-def candidates(config: ModelConfig, budget: Budget) -> Iterator[Shape]:
-    """Shapes that use the budget to at least `CLOSE`, each with the widest MLP that fits in."""
+def settled(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's statistics, large ones in the host's memory."""
+    return {site: x.settle() if isinstance(x, ChannelMoments) else x for site, x in layer.items()}
+
+
+def candidates(config: ModelConfig, budget: Budget) -> list[Shape]:
+    """Shapes that use the budget to at least `CLOSE`, or without one the largest that fit in."""
+    fitting = [
+        (cost(_sized(config, shape), budget.measure), n, shape) for n, shape in enumerate(_shapes(config, budget))
+    ]
+    fitting = [entry for entry in fitting if entry[0] <= budget.limit]
+    close = [entry for entry in fitting if entry[0] >= CLOSE * budget.limit]
+    return [shape for _, _, shape in close or sorted(fitting, reverse=True)[:FINALISTS]]
+
+
+def _shapes(config: ModelConfig, budget: Budget) -> Iterator[Shape]:
+    """Every combination, each with the widest MLP that the budget has room for."""
+    family = get_family(config.family)
     ffn_step = 2 ** max(0, int(math.log2(config.ffn_hidden_size / 32)))
     depth_step = max(1, round(config.num_layers / 10))
     depths = range(config.num_layers, math.ceil(config.num_layers * FEWEST) - 1, -depth_step)
@@ -88,18 +108,15 @@ def candidates(config: ModelConfig, budget: Budget) -> Iterator[Shape]:
     for layers, share, group_count, heads in itertools.product(depths, (1, 7 / 8, 3 / 4), groups, per_group):
         unit = math.lcm(group_count * heads, 8)  # Hugging Face wants a whole number of channels for each head
         hidden = config.hidden_size if share == 1 else int(config.hidden_size * share) // unit * unit
-        if not hidden or hidden % (group_count * heads):
+        if not hidden or not family.opens(replace(config, hidden_size=hidden), group_count * heads):
             continue
         shape = Shape(layers, hidden, ffn_step, group_count * heads, group_count)
         least = cost(_sized(config, shape), budget.measure)
         each = (cost(_sized(config, replace(shape, ffn_hidden_size=2 * ffn_step)), budget.measure) - least) // ffn_step
         room = (budget.limit - least) // each // ffn_step * ffn_step if each else config.ffn_hidden_size
         ffn = min(room + ffn_step, config.ffn_hidden_size)
-        if ffn < config.ffn_hidden_size / 4:
-            continue
-        shape = replace(shape, ffn_hidden_size=ffn)
-        if CLOSE * budget.limit <= cost(_sized(config, shape), budget.measure) <= budget.limit:
-            yield shape
+        if ffn >= config.ffn_hidden_size / 4:
+            yield replace(shape, ffn_hidden_size=ffn)
 
 
 def _shares(count: int, shares: Sequence[float]) -> list[int]:
@@ -111,7 +128,16 @@ def _sized(config: ModelConfig, shape: Shape) -> ModelConfig:
     return replace(config, blocks=None, **sizes)
 
 
-def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Units, damping: float) -> Change:
+@dataclass(frozen=True)
+class Refit:
+    """How what stays is corrected for what goes."""
+
+    damping: float | None
+    """Of the least squares; None: there is none."""
+    norm_gain: bool = True
+
+
+def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Units, refit: Refit) -> Change:
     """Corrections of the layers for what `units` leave out, from second moments of the whole model's inputs."""
     from megatron_prune.apply.compensation import least_squares
     from megatron_prune.statistics.walk import FINAL_NORM
@@ -119,7 +145,7 @@ def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Uni
     kept_channels = torch.tensor(units.hidden)
 
     def gain(site: str, layer: Mapping[str, Any]) -> float:
-        if len(kept_channels) == config.hidden_size or site not in layer:
+        if not refit.norm_gain or len(kept_channels) == config.hidden_size or site not in layer:
             return 1.0
         squares = layer[NORM_OF[site]].sums[1]
         return float((squares[kept_channels.to(squares.device)].mean() / squares.mean()).sqrt())
@@ -138,11 +164,11 @@ def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Uni
         for path, symbol in ((PROJECTION, "query"), (FC2, "ffn")):
             kept = units.indices(config, layer, symbol)
             weight = tensors.get(f"{path}.weight")
-            if weight is None or kept is None or len(kept) == weight.shape[1]:
+            if refit.damping is None or weight is None or kept is None or len(kept) == weight.shape[1]:
                 continue
             kept = kept.to(weight.device)
-            gram = found[layer][path].gram.value().double().to(weight.device)
-            fitted = least_squares(weight, kept, gram[:, kept], gram[kept][:, kept], damping)
+            gram = found[layer][path].settled.to(weight.device, torch.float64)
+            fitted = least_squares(weight, kept, gram[:, kept], gram[kept][:, kept], refit.damping)
             changed[f"{path}.weight"] = torch.zeros_like(weight).index_copy_(1, kept, fitted)
         for path, norm in NORM_OF.items():
             name = f"{norm}.weight"

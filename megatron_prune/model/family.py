@@ -296,7 +296,7 @@ class Family:
         shapes = [
             (count, parts)
             for count in range(heads, config.hidden_size + 1)
-            if self._opens(config, count)
+            if self.opens(config, count)
             for parts in range(groups, count * groups // heads + 1)
             if count % parts == 0 and ("num_query_groups" in self.keys or parts == count)
         ]
@@ -308,7 +308,7 @@ class Family:
         count, parts = min(shapes)
         return replace(config, num_attention_heads=count, num_query_groups=parts, blocks=None)
 
-    def _opens(self, config: ModelConfig, heads: int) -> bool:
+    def opens(self, config: ModelConfig, heads: int) -> bool:
         """Whether transformers opens a model of ``config`` with this many heads."""
         implied = "kv_channels" not in self.keys and heads * config.kv_channels != config.hidden_size
         return config.hidden_size % heads == 0 and not implied

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from megatron_prune.errors import UserError
 from megatron_prune.methods.target import Budget
-from megatron_prune.model.blocks import Block
+from megatron_prune.model.blocks import Block, widest
 from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.units import BlockUnits, Units
@@ -34,6 +34,7 @@ class Space:
         self.genes = [(kind, layer) for layer in range(config.num_layers) for kind in (ATTENTION, MLP)]
         self.last = [len(levels.sizes[kind][layer]) - 1 for kind, layer in self.genes]
         self.whole = cost(config, budget.measure)
+        self.largest = widest([config.block(layer) for layer in range(config.num_layers)])
         saved: dict[tuple[Block, str, Level], int] = {}
         self.saves = [
             [self._saves(saved, kind, layer, level) for level in levels.sizes[kind][layer]]
@@ -51,11 +52,15 @@ class Space:
             if kind == ATTENTION:
                 heads = level.groups * level.heads
                 smaller = replace(block, num_attention_heads=heads, num_query_groups=level.groups)
-            blocks = [self.config.block(n) for n in range(self.config.num_layers)]
-            if smaller != block:
-                blocks[layer] = smaller
-            known[key] = self.whole - cost(replace(self.config, blocks=tuple(blocks)), self.budget.measure)
+            known[key] = self._cost_with(layer, block) - self._cost_with(layer, smaller)
         return known[key]
+
+    def _cost_with(self, layer: int, block: Block) -> int:
+        """Of the model with another layer in this place, and one more of the largest: no half is the last."""
+        blocks = [self.config.block(n) for n in range(self.config.num_layers)]
+        blocks[layer] = block
+        larger = replace(self.config, blocks=None).with_blocks([*blocks, self.largest])
+        return cost(larger, self.budget.measure)
 
     def cost(self, genome: Genome) -> int:
         """What the budget limits, of the model."""
@@ -191,7 +196,7 @@ def next_generation(
         if stage is stages[-1]:
             pool = [parent, *pool]
         draw = random.Random(rng.random())
-        scores = score(pool, stage, draw)
+        scores = [found if found == found else float("inf") for found in score(pool, stage, draw)]
         order = sorted(range(len(pool)), key=lambda n: (scores[n], n))[: stage.survivors]
         pool, scores = [pool[n] for n in order], [scores[n] for n in order]
     return Generation(pool[0], scores[0], pool[0] != parent, len(children))

@@ -18,8 +18,13 @@ AT_A_TIME = 64
 """So many candidates share a pass; each holds hidden states."""
 
 
-def single_replacements(space: Space, judged: Callable[[Sequence[Genome]], list[float]]) -> list[list[float]]:
-    """Divergence of the model in which only one gene has each of its levels, by gene and level. Collective."""
+def single_replacements(
+    space: Space, judged: Callable[[Sequence[Genome]], list[float]], between: Callable[[], None] = lambda: None
+) -> list[list[float]]:
+    """Divergence of the model in which only one gene has each of its levels, by gene and level. Collective.
+
+    `between` is called after each share of them.
+    """
     whole: Genome = (0,) * len(space.genes)
     changed = [(gene, level) for gene, last in enumerate(space.last) for level in range(1, last + 1)]
     genomes = [(*whole[:gene], level, *whole[gene + 1 :]) for gene, level in changed]
@@ -28,6 +33,7 @@ def single_replacements(space: Space, judged: Callable[[Sequence[Genome]], list[
         found = judged(genomes[first : first + AT_A_TIME])
         for (gene, level), score in zip(changed[first : first + AT_A_TIME], found, strict=True):
             scores[gene][level] = score
+        between()
     return scores
 
 
@@ -40,19 +46,25 @@ def best_sum(space: Space, scores: Sequence[Sequence[float]]) -> Genome:
     for column, (gene, _) in enumerate(places):
         one_each[gene, column] = 1
     saves = np.array([float(space.saves[gene][level]) for gene, level in places])
+    needed = float(space.whole - space.budget.limit)
+    keeps = np.zeros((2, len(places)))  # of attention and of MLPs: anything but none
+    for column, (gene, level) in enumerate(places):
+        keeps[gene % 2, column] = level < space.last[gene]
     solved = milp(
         c=np.array([scores[gene][level] for gene, level in places]),
         integrality=np.ones(len(places)),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each, 1, 1),
-            LinearConstraint(saves[None], float(space.whole - space.budget.limit), np.inf),
+            LinearConstraint(saves[None] / needed, 1, np.inf),
+            LinearConstraint(keeps, 1, np.inf),
         ],
+        options={"mip_rel_gap": 0},
     )
     if solved.x is None:
         raise UserError(f"target {space.budget}: the integer program found no model so small: {solved.message}")
     chosen = [places[column] for column in np.flatnonzero(solved.x > 0.5)]
     genome = tuple(level for _, level in sorted(chosen))
     if not space.fits(genome):
-        raise UserError(f"target {space.budget}: the best sum leaves no attention or no MLP at all; give more")
+        raise UserError(f"target {space.budget}: the program's answer costs {space.cost(genome)}, a rounding too much")
     return genome

@@ -15,6 +15,7 @@ The halves are shared out over all ranks. A file is there when it is complete, s
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, from_leader, read_json, write_json
+from megatron_prune.files import by_leader, from_leader, read_json, together, write_json
 from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 from megatron_prune.methods.structured import FC2, PROJECTION
 from megatron_prune.model.families import ModelConfig
@@ -119,21 +120,36 @@ class Levels:
             [(n, kind) for n, kind in jobs if len(self.sizes[kind][n]) > 1 and not self._file(kind, n).exists()]
         )
 
-    def build(self, passes: Passes, progress: Callable[[int], None] = lambda halves: None) -> None:
-        """Make what is missing. Collective."""
-        missing = self._missing()
-        if missing:
-            mine: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-            for layer, seen in enumerate(passes.observe_each(dict.fromkeys(KINDS.values(), Gram))):
-                for kind in KINDS:
-                    if (layer, kind) in missing:
-                        weight = passes.weight(layer, KINDS[kind])
-                        if missing.index((layer, kind)) % dist.get_world_size() == backend.rank():
-                            mine[layer, kind] = weight, seen[KINDS[kind]].value()
-            for (layer, kind), (weight, gram) in mine.items():
-                self._make(layer, kind, weight, gram)
-                progress(dist.get_world_size())
-        dist.barrier()
+    def build(
+        self,
+        passes: Passes,
+        progress: Callable[[int], None] = lambda layers: None,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Make what is missing, as many layers at a time as there are ranks: each has one attention and one MLP.
+
+        `between` is called after each round. Collective.
+        """
+        missing = set(self._missing())
+        if not missing:
+            return
+        world = dist.get_world_size()
+        mine: list[Job] = []
+        for layer, seen in enumerate(passes.observe_each(dict.fromkeys(KINDS.values(), Gram))):
+            for shift, (kind, path) in enumerate(KINDS.items()):
+                if (layer, kind) in missing:
+                    weight = passes.weight(layer, path)
+                    if (layer + shift) % world == backend.rank():
+                        mine.append((layer, kind, weight, seen[path].value()))
+            if (layer + 1) % world == 0 or layer + 1 == self.config.num_layers:
+                together(functools.partial(self._make_all, mine))
+                mine.clear()
+                between()
+            progress(1)
+
+    def _make_all(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._make(*job)
 
     def _make(self, layer: int, kind: str, weight: Tensor, gram: Tensor) -> None:
         """All levels of a half, in a file that appears whole."""
@@ -149,7 +165,7 @@ class Levels:
             change = wide.clone()
             change[:, inputs] -= fitted.double()
             errors.append(float(((change @ gram.double()) * change).sum()) / whole if whole else 0.0)
-        tensors["errors"] = torch.tensor([*errors, 1.0], dtype=torch.float64)
+        tensors["errors"] = torch.tensor([*errors, 1.0 if whole else 0.0], dtype=torch.float64)
         file = self._file(kind, layer)
         partial = file.with_suffix(f".{backend.rank()}.partial")
         save_file(tensors, partial)
@@ -201,6 +217,8 @@ def inputs_of(config: ModelConfig, heads: tuple[int, ...]) -> Tensor:
     return (torch.tensor(heads)[:, None] * config.kv_channels + torch.arange(config.kv_channels)).flatten()
 
 
+Job = tuple[int, str, Tensor, Tensor]
+"""A half of a layer: number, kind, weight and second moments of its inputs."""
 Step = tuple[tuple[int, ...], Tensor]
 """Units that stay, and the inputs of the linear that they are."""
 

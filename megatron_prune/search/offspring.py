@@ -17,14 +17,15 @@ from torch import Tensor
 
 from megatron_prune.config import Training
 from megatron_prune.errors import UserError
-from megatron_prune.methods.darwinlm import draw_windows, put
+from megatron_prune.log import say
+from megatron_prune.methods.darwinlm import draw_windows, put, silence
 from megatron_prune.model.forward import sequence_parts
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.search.evolution import Stage
 from megatron_prune.search.fitness import Genome, divergences
 from megatron_prune.search.levels import Levels
 from megatron_prune.statistics.walk import Head, LayerWalk, WholeWeights, sum_over_ranks
-from megatron_prune.training.loop import Trainer
+from megatron_prune.training.loop import Diverged, Trainer
 from megatron_prune.training.losses import divergence
 from megatron_prune.training.zeros import Zeros
 
@@ -43,20 +44,31 @@ class Judge:
 
     def score(self, candidates: Sequence[Genome], stage: Stage, rng: random.Random) -> list[float]:
         """KL divergences from the whole model, nats per token, of all candidates on the same windows. Collective."""
-        windows = draw_windows(self.tokens, stage.fitness_tokens, rng)
+        chosen = draw_windows(self.tokens, stage.fitness_tokens, rng)
         if not stage.training_tokens:
-            return divergences(self.model, self.levels, candidates, windows)
+            return divergences(self.model, self.levels, candidates, self.tokens[chosen])
         if self.school is None:
             self.school = School(self.model, self.tokens, self.lr, self.batch)
-        reference = Reference(self.model, windows)
-        first = rng.randrange(len(self.tokens))
-        found = []
-        for genome in candidates:
-            put(self.model, self.levels, genome)
-            self.school.train(first, stage.training_tokens)
-            found.append(reference.divergence(self.model))
-            self.school.restore()
-        return found
+        others = [n for n in range(len(self.tokens)) if n not in chosen]
+        rng.shuffle(others)
+        reference = Reference(self.model, self.tokens[chosen])
+        return [self._trained_score(self.school, genome, others, stage, reference) for genome in candidates]
+
+    def _trained_score(
+        self, school: School, genome: Genome, windows: list[int], stage: Stage, reference: Reference
+    ) -> float:
+        """Of one candidate after its training; infinite when that fails."""
+        put(self.model, self.levels, genome)
+        try:
+            school.train(windows, stage.training_tokens)
+        except Diverged as error:
+            say(f"a candidate is given up: {error}")
+            return float("inf")
+        else:
+            silence(self.model, self.levels, genome)
+            return reference.divergence(self.model)
+        finally:
+            school.restore()
 
 
 class Reference:
@@ -94,8 +106,8 @@ class School:
         self.length = training_length(tokens.shape[1], sequence_parts(model.layout))
         self.model = model
         self.tokens = tokens
-        self.first = 0
-        self.dense = {name: parameter.detach().clone() for name, parameter in model.parameters.items()}
+        self.windows: list[int] = []
+        self.dense = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.parameters.items()}
         self.batch = batch
         training = Training(
             seq_length=self.length,
@@ -111,15 +123,15 @@ class School:
 
     def sample(self, index: int) -> Tensor:
         """Training window number `index`, `[length + 1]`."""
-        return self.tokens[(self.first + index) % len(self.tokens)][: self.length + 1]
+        return self.tokens[self.windows[index % len(self.windows)]][: self.length + 1]
 
     def _clear(self) -> None:
         assert self.zeros is not None
         self.zeros.clear_gradients()
 
-    def train(self, first: int, tokens: int) -> None:
-        """Train the model as it is now on `tokens` tokens or a few more from window `first`; zeros stay. Collective."""
-        self.first = first
+    def train(self, windows: list[int], tokens: int) -> None:
+        """Train the model as it is now on `tokens` tokens or a few more of these windows; zeros stay. Collective."""
+        self.windows = windows
         self.zeros = Zeros(self.model)
         _start_afresh(self.trainer.optimizer)
         for step in range(max(1, -(-tokens // (self.batch * self.length)))):
@@ -153,4 +165,6 @@ def _start_afresh(optimizer: Any) -> None:
     """Forget the moments, and take the model's weights as masters."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part.optimizer.state.clear()
+        for group in part.optimizer.param_groups:
+            group.pop("step", None)  # where Apex and Transformer Engine count
     optimizer.reload_model_params()

@@ -1,7 +1,7 @@
 """Statistics of the channels that enter a submodule, and of what a layer does to the residual stream.
 
 All are sums in float64 over windows, each in float32, so that ranks' shares add up to the same numbers in every layout;
-they are small (a few numbers a channel), can be saved and serve any target.
+they can be saved and serve any target. All but the second moments are small, a few numbers a channel.
 """
 
 from __future__ import annotations
@@ -141,6 +141,12 @@ class ChannelMoments(ChannelActivations):
     def tensors(self) -> list[Tensor]:
         """The accumulators."""
         return [*super().tensors(), *self.gram.tensors()]
+
+    def settle(self) -> ChannelMoments:
+        """Keep the second moments in the host's memory, rounded to float32; nothing can be added any more."""
+        self.settled = self.gram.value().cpu()
+        del self.gram
+        return self
 
 
 class NormRatio:

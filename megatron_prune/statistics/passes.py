@@ -11,6 +11,7 @@ from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.model.families import ModelConfig, dimensions
@@ -21,6 +22,10 @@ from megatron_prune.statistics.store import Statistic, StatisticsStore
 from megatron_prune.statistics.walk import Change, CutWeights, Head, LayerWalk, WholeWeights, sum_over_ranks, unchanged
 
 NORMS = ("input_layernorm", "pre_mlp_layernorm")
+
+
+HELD_BYTES = 8 * 2**30
+"""Hidden states of candidates that a process holds at a time."""
 
 
 class Passes:
@@ -97,9 +102,19 @@ class Passes:
     def losses_without(self, sets: Sequence[frozenset[int]]) -> list[float]:
         """Mean next-token loss (nats) without each set of layers.
 
-        All candidates ride along one pass over the weights; those that agree on the layers so far share their hidden
-        states, so the states before the first removed layer are computed once.
+        Candidates ride along one pass over the weights, as many as `HELD_BYTES` of hidden states allow; those that
+        agree on the layers so far share theirs, so the states before the first removed layer are computed once.
         """
+        found: list[float] = []
+        assert self.tokens is not None
+        share = -(-self.tokens.numel() // dist.get_world_size())
+        held = share * self.model.config.hidden_size * WholeWeights(self.model).dtype.itemsize
+        width = max(8, HELD_BYTES // held)
+        for first in range(0, len(sets), width):
+            found += self._losses_without(sets[first : first + width])
+        return found
+
+    def _losses_without(self, sets: Sequence[frozenset[int]]) -> list[float]:
         weights = WholeWeights(self.model)
         walk = LayerWalk(weights, self.tokens)
         states: dict[frozenset[int], list[Tensor]] = {frozenset(): walk.hidden}

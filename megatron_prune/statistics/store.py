@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, from_leader, read_json, write_json
+from megatron_prune.files import PARTIAL, by_leader, from_leader, read_json, write_json
 from megatron_prune.model.prunable import PrunableModel
 
 FILE = "statistics.json"
@@ -52,7 +53,7 @@ class StatisticsStore:
         """Find out what is complete."""
         if not (self.folder / FILE).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.iterdir()):
+            if any(not path.name.endswith(PARTIAL) for path in self.folder.iterdir()):
                 raise UserError(f"{self.folder} is not empty and holds no statistics: give another folder")
             self._describe()
             return
@@ -70,15 +71,25 @@ class StatisticsStore:
 
     def has(self, sites: Mapping[str, Statistic]) -> bool:
         """Whether all these statistics are there, of every layer."""
-        return {_name(site, kind) for site, kind in sites.items()} <= self.finished
+        return all(self._kept(site, kind) in self.finished for site, kind in sites.items())
+
+    def _kept(self, site: str, kind: Statistic) -> str:
+        """The name under which a statistic is there, or would be: one that begins as it does will do."""
+        names = [_name(site, each) for each in (kind, *kind.__subclasses__())]  # type: ignore[attr-defined]
+        return next((name for name in names if name in self.finished), names[0])
 
     def write(self, layer: int, found: Mapping[str, Any]) -> None:
-        """Keep a layer's statistics by site; rank 0 writes."""
-        if backend.rank() != 0:
-            return
-        for site, statistic in found.items():
-            tensors = {str(n): tensor.cpu().contiguous() for n, tensor in enumerate(statistic.tensors())}
-            save_file(tensors, self._file(layer, site, type(statistic)))
+        """Keep a layer's statistics by site, those that are not there; rank 0 writes. Collective."""
+
+        def save() -> None:
+            for site, statistic in found.items():
+                if _name(site, type(statistic)) not in self.finished:
+                    tensors = {str(n): tensor.cpu().contiguous() for n, tensor in enumerate(statistic.tensors())}
+                    file = self._file(layer, _name(site, type(statistic)))
+                    save_file(tensors, file.with_name(file.name + PARTIAL))
+                    os.replace(file.with_name(file.name + PARTIAL), file)
+
+        by_leader(save)
 
     def complete(self, sites: Mapping[str, Statistic]) -> None:
         """Note that these statistics are there of every layer. Collective."""
@@ -88,7 +99,7 @@ class StatisticsStore:
     def read(self, layer: int, into: Mapping[str, Any]) -> None:
         """Fill fresh statistics with what was kept."""
         for site, statistic in into.items():
-            file = self._file(layer, site, type(statistic))
+            file = self._file(layer, self._kept(site, type(statistic)))
             try:
                 kept = load_file(file)
                 for number, tensor in enumerate(statistic.tensors()):
@@ -96,8 +107,8 @@ class StatisticsStore:
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise UserError(f"{file} is missing or damaged ({error}): remove {self.folder}") from error
 
-    def _file(self, layer: int, site: str, kind: Statistic) -> Path:
-        return self.folder / f"{layer:05d}.{_name(site, kind)}.safetensors"
+    def _file(self, layer: int, name: str) -> Path:
+        return self.folder / f"{layer:05d}.{name}.safetensors"
 
 
 def _name(site: str, kind: Statistic) -> str:

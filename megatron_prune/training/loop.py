@@ -106,6 +106,10 @@ class NextToken:
         return losses["loss"]
 
 
+class Diverged(UserError):
+    """The loss or the gradients are no numbers any more."""
+
+
 class Trainer:
     """Trains the parameters of a model that require gradients.
 
@@ -207,14 +211,14 @@ class Trainer:
         parts = self._mean_losses(self._pass(self._batches(step), step))
         loss = self.objective.total(parts)
         if not math.isfinite(loss):
-            raise UserError(
+            raise Diverged(
                 f"the loss of step {step} is {loss}; nothing was updated and the last checkpoint is kept: lower the "
                 "learning rate, or resume from that checkpoint with other settings"
             )
         self.before_update()
         ok, grad_norm, _zeros = self.optimizer.step()
         if not ok or not math.isfinite(float(grad_norm or 0.0)):
-            raise UserError(
+            raise Diverged(
                 f"the gradient norm of step {step} is {grad_norm}; the last checkpoint is kept: lower the learning rate"
             )
         self.scheduler.step(increment=1)

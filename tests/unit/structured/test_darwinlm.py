@@ -196,6 +196,18 @@ def test_the_integer_program_finds_the_best_sum(model: PrunableModel, database: 
     assert found == best
 
 
+class StopAfter(StopRequest):
+    """Asks to stop once it has been looked at so many times."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def code(self) -> int:
+        self.looks -= 1
+        return int(self.looks <= 0)
+
+
 def searched(path: Path, folder: Path, tokens: Tensor, stop: StopRequest | None = None, **options: Any) -> Any:
     model = load(path)
     method = get_method("darwinlm", **{**SMALL, "training_tokens": "0", **options})
@@ -207,8 +219,12 @@ def searched(path: Path, folder: Path, tokens: Tensor, stop: StopRequest | None 
 def test_a_search_that_was_stopped_goes_on(tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Database and generations are taken over, and the answer is that of a search left alone."""
     whole = searched(tmp_path / "model", tmp_path / "whole", tokens)
-    with pytest.raises(Stopped):
-        searched(tmp_path / "model1", tmp_path / "parts", tokens, StopRequest(0))
+    with pytest.raises(Stopped, match="is kept"):
+        searched(tmp_path / "model0", tmp_path / "parts", tokens, StopAfter(2))
+    made = sorted(file.name for file in (tmp_path / "parts" / "database").glob("*.mlp.safetensors"))
+    assert made == ["00000.mlp.safetensors", "00001.mlp.safetensors"]
+    with pytest.raises(Stopped, match="generation 1 of 3"):
+        searched(tmp_path / "model1", tmp_path / "parts", tokens, StopAfter(5))
     assert (tmp_path / "parts" / "metrics.jsonl").read_text().count("\n") == 1
     made = (tmp_path / "parts" / "database" / "00001.mlp.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(levels_module, "Reconstruction", lambda *_: pytest.fail("a level was made again"))
@@ -216,8 +232,12 @@ def test_a_search_that_was_stopped_goes_on(tmp_path: Path, tokens: Tensor, monke
     assert (tmp_path / "parts" / "database" / "00001.mlp.safetensors").stat().st_mtime_ns == made
     lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert lines[0] == lines[1] and lines[0].count("\n") == 3
-    with pytest.raises(UserError, match="other levels"):
+    with pytest.raises(UserError, match="has levels 4 and 3 was given"):
         searched(tmp_path / "model3", tmp_path / "parts", tokens, levels=3)
+    with pytest.raises(UserError, match="3 generations are done and 2"):
+        searched(tmp_path / "model4", tmp_path / "parts", tokens, generations=2)
+    with pytest.raises(UserError, match="other levels"):
+        searched(tmp_path / "model5", tmp_path / "x", tokens, levels=3, database=str(tmp_path / "parts" / "database"))
 
 
 @pytest.mark.parametrize(
