@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 HEADS = ("reconstruction", "activations")
+AUTO = "auto"
+"""Reconstruction where a refit follows: what it chooses is worse than anything without one."""
 
 
 @register("minitron")
@@ -62,13 +64,13 @@ class Minitron(StructuredMethod):
     }
 
     depth: str = hyperparameter("combined", f"how layers are chosen: {', '.join(CRITERIA)}")
-    heads: str = hyperparameter("reconstruction", f"how heads and query groups are chosen: {', '.join(HEADS)}")
+    heads: str = hyperparameter(AUTO, f"how heads and query groups are chosen: {', '.join(HEADS)}, or as refit needs")
     batch: str = hyperparameter("l2", f"aggregation over windows: {', '.join(AGGREGATIONS)}")
     sequence: str = hyperparameter("mean", f"aggregation over the tokens of a window: {', '.join(AGGREGATIONS)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choices = (("depth", CRITERIA), ("heads", HEADS), ("batch", AGGREGATIONS), ("sequence", AGGREGATIONS))
+        choices = (("depth", CRITERIA), ("heads", (AUTO, *HEADS)), ("batch", AGGREGATIONS), ("sequence", AGGREGATIONS))
         for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise UserError(f"minitron: {name} {getattr(self, name)!r} was given; allowed: {', '.join(allowed)}")
@@ -84,14 +86,16 @@ class Minitron(StructuredMethod):
             units = self.width(config, passes, map(settled, found), wanted)
         return units.without_layers(layers_to_remove(passes, removed_layers(config, wanted), self.depth))
 
+    @property
+    def _reconstructs(self) -> bool:
+        return self.heads == "reconstruction" or (self.heads == AUTO and self.refit in ("local", "propagated"))
+
     def _sites(self, passes: Passes, target: Shape) -> dict[str, Statistic]:
         """What to look at; where it is kept, all that another target could ask for."""
         if passes.store is not None:
             return SITES
         attention = target.num_attention_heads or target.num_query_groups
-        moments: dict[str, Statistic] = (
-            {PROJECTION: ChannelMoments} if attention and self.heads == "reconstruction" else {}
-        )
+        moments: dict[str, Statistic] = {PROJECTION: ChannelMoments} if attention and self._reconstructs else {}
         return {**dict.fromkeys((QKV, PROJECTION, FC1, FC2), ChannelActivations), **moments}
 
     def _search(self, config: Any, passes: Passes, budget: Budget) -> Units:
@@ -142,7 +146,7 @@ class Minitron(StructuredMethod):
         self, config: Any, passes: Passes, layer: int, seen: Any, target: Shape
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Groups and heads of a layer that stay."""
-        if self.heads == "activations":
+        if not self._reconstructs:
             return keep_heads(
                 config, layer, head_scores(seen.importance(self.batch, self.sequence), config.kv_channels), target
             )
