@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megatron_prune.errors import UserError
 from megatron_prune.imports import without_triton
@@ -116,16 +116,26 @@ def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreT
     directory = Path(directory)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise UserError(f"{directory}: no tokenizer found; expected tokenizer.json or tokenizer.model there")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         _check_json(directory / name)
     try:
         with without_triton():
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory), config=_plain_config(directory), local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: the tokenizer does not load: {error}") from error
     if vocab_size is not None:
         check_tokenizer(tokenizer, vocab_size, str(directory))
     return tokenizer
+
+
+def _plain_config(directory: Path) -> PreTrainedConfig | None:
+    """The model's config.json without the class that belongs to it: that is 30 MB, and not needed for a tokenizer."""
+    file = directory / "config.json"
+    if not file.is_file():
+        return None
+    return PreTrainedConfig.from_dict({**json.loads(file.read_bytes()), "_name_or_path": str(directory)})
 
 
 def _check_json(path: Path) -> None:
