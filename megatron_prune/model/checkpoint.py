@@ -108,6 +108,14 @@ def _on_host(buckets: list[Any], copy: bool) -> list[Any]:
     ]
 
 
+def _refusal(error: BaseException) -> OSError | None:
+    """What the file system refused, where PyTorch's zip writer fails on its own end after that."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found
+
+
 def _write(request: Any, buckets: list[Any]) -> dict[str, str]:
     """Write this rank's files durably and read them back for their checksums, by name."""
     if not buckets:
@@ -122,7 +130,7 @@ def _write(request: Any, buckets: list[Any]) -> dict[str, str]:
     results = dict(outcomes.get_nowait() for _ in buckets)
     for result in results.values():
         if isinstance(result, Exception):
-            raise result
+            raise _refusal(result) or result
     request.async_fn_args[2].put(results)
     return {Path(path).name: checksum(Path(path)) for path, _key, _data in buckets}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -170,6 +170,10 @@ def test_the_time_limit_saves(root: Path, capsys: pytest.CaptureFixture[str]) ->
     assert_as_whole(root, root / "late")
 
 
+FULL_BYTES = 16384
+"""More than a run's metrics, less than the data of a checkpoint."""
+
+
 @pytest.mark.parametrize("background", [(), ("--async-save",)])
 def test_a_full_disk_ends_the_run_and_keeps_what_was_there(
     root: Path, background: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -178,14 +182,19 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(
     write, name = checkpoint._write, f"full{len(background)}"
 
     def full_at_second(request: Any, buckets: list[Any]) -> dict[str, str]:
-        if any("step_0000006" in str(path) for path, _key, _data in buckets):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(request, buckets)
+        if not any("step_0000006" in str(path) for path, _key, _data in buckets):
+            return write(request, buckets)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_BYTES, hard))
+        try:
+            return write(request, buckets)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     monkeypatch.setattr(checkpoint, "_write", full_at_second)
     assert main(learn(root, name, *background)) == 2
     message = capsys.readouterr().err
-    assert "No space left on device" in message and "earlier checkpoints are untouched" in message
+    assert "File too large" in message and "earlier checkpoints are untouched" in message
     assert steps_in(root / name) == ["step_0000003"]
     monkeypatch.undo()
     assert main(learn(root, name, "--resume")) == 0
