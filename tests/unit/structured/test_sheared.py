@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -16,11 +17,15 @@ from torch import Tensor
 
 from megatron_prune.apply.gates import Gates, fold
 from megatron_prune.apply.trim import cut
-from megatron_prune.config import Training
+from megatron_prune.command_line import parse
+from megatron_prune.config import PruneConfig, TrainConfig, Training
 from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog
 from megatron_prune.methods.base import get_method
-from megatron_prune.methods.target import Shape
+from megatron_prune.methods.fit import check_target
+from megatron_prune.methods.target import Shape, parse_any_target
+from megatron_prune.model.cost import parameters
+from megatron_prune.model.families import family_of
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import open_model
@@ -31,6 +36,7 @@ from megatron_prune.training.stopping import Stopped, StopRequest
 from megatron_prune.training.unit_masks import UnitMasks, axes, units_of
 from tests.models import tiny_blocks, tiny_model
 
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "sheared_llama"
 TARGET = Shape(num_layers=3, hidden_size=24, ffn_hidden_size=40, num_attention_heads=2, num_query_groups=2)
 SIZES = dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)
 
@@ -268,3 +274,19 @@ def test_layers_must_be_equal(tmp_path: Path) -> None:
     config = open_model(tiny_blocks(tmp_path)).config
     with pytest.raises(UserError, match="layers of this model differ in size"):
         axes(config, Shape(num_layers=2))
+
+
+@pytest.mark.parametrize(("name", "millions"), [("2.7b", 2700), ("1.3b", 1345), ("370m", 374)])
+def test_recipes_make_the_published_models(tmp_path: Path, name: str, millions: int) -> None:
+    sizes = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
+    whole = {"model_type": "llama", "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5, **sizes}
+    config = family_of(whole).from_hf(whole)
+    file = EXAMPLE / f"prune_{name}.yaml"
+    words = ["--config", str(file), "--input", str(tmp_path), "--output", str(tmp_path / "run")]
+    target = parse_any_target(parse(PruneConfig, words, "prune").target)
+    assert isinstance(target, Shape)
+    check_target(config, target)
+    assert all(axis.kept < axis.shape[-1] for axis in axes(config, target).values())
+    smaller = dataclasses.replace(config, **target.given())
+    assert parameters(smaller) // 10**6 == pytest.approx(millions, abs=2)
+    parse(TrainConfig, ["--config", str(EXAMPLE / "continue.yaml"), *words[2:]], "train")
