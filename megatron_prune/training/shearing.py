@@ -100,3 +100,8 @@ class ShearingRunner(TrainingSession):
         """Of the model that would come out now."""
         self.trainer.gates.set(self.trainer.masks.decided())
         return super().held_out_loss(trainer, windows)
+
+    def domain_loss(self, trainer: Trainer, windows: Tensor) -> float:
+        """With the masks as they are now: the smaller model is bad at everything while much of it is being closed."""
+        self.trainer.gates.set(self.trainer.masks.median())
+        return trainer.evaluate(windows)

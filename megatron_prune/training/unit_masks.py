@@ -146,6 +146,11 @@ class UnitMasks:
         return record
 
     @torch.no_grad()
+    def median(self) -> dict[str, Tensor]:
+        """z as it is now, at its median, whatever is to stay."""
+        return {kind: hard_concrete.median(log_alpha.double()).float() for kind, log_alpha in self.log_alpha.items()}
+
+    @torch.no_grad()
     def decided(self) -> dict[str, Tensor]:
         """z when all is over: of each last axis exactly as many as the target keeps, those most open, at their median.
 

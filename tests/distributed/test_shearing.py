@@ -1,4 +1,6 @@
-"""Masks of units trained with the weights follow one process in every layout, also over a kill."""
+"""Masks of units trained with the weights follow one process in every layout, also over a kill; so do the shares of two
+domains of text.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ def shear(root: Path, layout: Layout, name: str = "", **options: Any) -> list[st
         "target": TARGET,
         "input": root / "model",
         "output": root / (name or layout.name),
-        "data": root / "words.jsonl",
+        "data": [root / "few.jsonl", root / "words.jsonl"],
+        "eval_data": [root / "words.jsonl", root / "few.jsonl"],
+        "eval_windows": 4,
+        "domain_interval": 2,
+        "domain_targets": [1, 5],
         "seq_length": 32,
         "global_batch_size": 2,
         "train_iters": STEPS,
@@ -40,8 +46,8 @@ def shear(root: Path, layout: Layout, name: str = "", **options: Any) -> list[st
         "target_warmup": 0.5,
         **options,
     }
-    pairs = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    return ["prune", *pairs, *layout.flags()]
+    words = [[f"--{key.replace('_', '-')}", *map(str, x if isinstance(x, list) else [x])] for key, x in given.items()]
+    return ["prune", *(word for part in words for word in part), *layout.flags()]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every layout's run, one of another seed, and one that goes on in another layout after three steps."""
     root = tmp_path_factory.mktemp("shearing")
     words(root / "words.jsonl")
+    words(root / "few.jsonl", documents=16, seed=1)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8)
     byte_tokenizer(tiny_llama(root / "hf", num_key_value_heads=4, vocab_size=257, **sizes))
     first = ["import", "--input", str(root / "hf"), "--output", str(root / "model")]
@@ -72,10 +79,10 @@ def unfinished(root: Path, name: str, copy: str) -> None:
     shutil.rmtree(run / "checkpoints" / f"step_{STEPS:07d}")
 
 
-def losses(root: Path, name: str) -> list[float]:
-    """Loss of every step."""
+def losses(root: Path, name: str, key: str = "loss") -> list[float]:
+    """The loss, or another metric, of every step that has it."""
     lines = (root / name / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    return [record[key] for record in map(json.loads, lines) if key in record]
 
 
 def masks(root: Path, name: str) -> dict[str, torch.Tensor]:
@@ -97,6 +104,9 @@ def test_training_follows_one_process(root: Path, name: str) -> None:
     expected = losses(root, ONE.name)
     assert len(expected) == STEPS
     assert losses(root, name) == pytest.approx(expected, abs=1e-5)
+    shares = losses(root, name, "domain_weight/few.jsonl")
+    assert len(shares) == 2 and shares[1] > shares[0] > 0.3
+    assert shares == pytest.approx(losses(root, ONE.name, "domain_weight/few.jsonl"), abs=1e-5)
     assert difference(root, name) < 1e-5
     a, b = (Trim.load(root / run / "decision").units for run in (ONE.name, name))
     assert a == b

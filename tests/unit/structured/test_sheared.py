@@ -157,6 +157,31 @@ def test_the_masked_model_is_the_cut_one(tmp_path: Path, family: str, sizes: dic
     torch.testing.assert_close(logits(smaller, tokens), masked, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["layer", "hidden", "group", "head", "ffn"])
+def test_gradients_of_masks_are_slopes_of_the_loss(tmp_path: Path, kind: str) -> None:
+    """Against the difference between two losses, over two micro-batches, along a random direction."""
+    model = load(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    z = {key: torch.rand(axis.shape, generator=generator) / 2 + 0.4 for key, axis in axes(model.config, TARGET).items()}
+    direction = torch.randn(z[kind].shape, generator=generator)
+    direction /= direction.norm()
+    gates = Gates(model)
+    slopes: list[float] = []
+
+    def measure() -> None:
+        slopes.append(float((gates.gradients()[kind] * direction).sum()))
+
+    trainer = Trainer(model, training(lr=1e-12, min_lr=0.0), Cycle(), before_update=measure)
+
+    def loss(step: float) -> float:
+        gates.set({key: (x + step * direction if key == kind else x.clone()).requires_grad_() for key, x in z.items()})
+        return trainer.step(0).loss
+
+    loss(0.0)
+    assert slopes[0] == pytest.approx((loss(0.01) - loss(-0.01)) / 0.02, rel=0.02, abs=2e-3)
+    assert abs(slopes[0]) > 0.01
+
+
 def test_norms_of_another_package_are_replaced(tmp_path: Path) -> None:
     """By ones that can leave channels out, with the same parameters."""
     model = load(tmp_path)
