@@ -15,10 +15,12 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
+from megatron_prune.__main__ import main
 from megatron_prune.apply.gates import Gates, fold
 from megatron_prune.apply.trim import cut
 from megatron_prune.command_line import parse
 from megatron_prune.config import PruneConfig, TrainConfig, Training
+from megatron_prune.data.training import first_windows, held_out_windows
 from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog
 from megatron_prune.methods.base import get_method
@@ -34,7 +36,7 @@ from megatron_prune.training.loop import Trainer
 from megatron_prune.training.shearing import ShearingRunner
 from megatron_prune.training.stopping import Stopped, StopRequest
 from megatron_prune.training.unit_masks import UnitMasks, axes, units_of
-from tests.models import tiny_blocks, tiny_model
+from tests.models import byte_tokenizer, tiny_blocks, tiny_model, words
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "sheared_llama"
 TARGET = Shape(num_layers=3, hidden_size=24, ffn_hidden_size=40, num_attention_heads=2, num_query_groups=2)
@@ -279,6 +281,31 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     runs = [[{key: x.get(key) for key in shown} for x in records(tmp_path / f"run_{n}")] for n in ("whole", "parts")]
     assert runs[0] == runs[1] and len(runs[0]) == 6
     assert math.isfinite(runs[0][-1]["eval_loss"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_whole_road(tmp_path: Path, tied: bool) -> None:
+    """Pruned, trimmed and exported, transformers finds the held-out loss that the run's last line says."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    byte_tokenizer(tiny_model(tmp_path / "hf", "llama", **SIZES, vocab_size=257, tie_word_embeddings=tied))
+    text = words(tmp_path / "words.jsonl", documents=8)
+    read = Training(data=(text,), eval_data=(text,), eval_windows=3, seq_length=32)
+    flags = [f"--data={text}", f"--eval-data={text}", "--eval-windows=3", "--seq-length=32"]
+    flags += ["--train-iters=6", "--global-batch-size=1", "--lr=1e-3", "--mask-start=0.5", "--mask-lr=0.5"]
+    run, trimmed, out = (str(tmp_path / name) for name in ("run", "trimmed", "out"))
+    places = ["--input", str(tmp_path / "hf"), "--output", run]
+    assert main(["prune", "--method", "sheared_llama", "--target", str(TARGET), *places, *flags]) == 0
+    assert main(["trim", "--input", run, "--output", trimmed]) == 0
+    assert main(["export", "--input", trimmed, "--output", out]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert model.config.num_hidden_layers == 3 and model.config.tie_word_embeddings == tied
+    windows = held_out_windows(read, AutoTokenizer.from_pretrained(out), 257)
+    tokens = first_windows(windows, 3)
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss
+    (*_, last) = (record["eval_loss"] for record in records(tmp_path / "run") if "eval_loss" in record)
+    assert float(loss) == pytest.approx(last, abs=1e-5)
 
 
 @pytest.mark.parametrize(
