@@ -1,8 +1,8 @@
 """The optimizer steps of one run folder: metrics, held-out loss, checkpoints, stopping and resuming.
 
 What is trained, and towards what, is the subclass's: `learning.LearningRunner` learns masks, `recovery.RecoveryRunner`
-trains weights. A resumed run needs no generator state (noise and data are functions of the step) and may continue in
-another layout.
+trains weights, `shearing.ShearingRunner` both. A resumed run needs no generator state (noise and data are functions of
+the step, and of the shares of domains where these change) and may continue in another layout.
 """
 
 from __future__ import annotations
