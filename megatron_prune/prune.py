@@ -190,6 +190,7 @@ def _sheared(
     stop: StopRequest,
 ) -> None:
     """As `_searched`, for a method that trains the weights, too."""
+    method.check(source.config, target)
     folder, t = config.output, config.training
     if config.resume:
         check_resume(folder, _about(config))

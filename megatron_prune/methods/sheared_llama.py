@@ -52,6 +52,12 @@ class ShearedLLaMA(StructuredMethod):
         if self.refit != "local" or not self.norm_gain:
             raise UserError("sheared_llama: refit or norm_gain was given; weights are trained instead: leave them out")
 
+    def check(self, config: Any, target: Any) -> None:
+        """All layers are equal, and something is to go."""
+        from megatron_prune.training.unit_masks import axes
+
+        axes(config, target)
+
     def train(self, runner: ShearingRunner, target: Any) -> Units:
         """The units that stay, whose weights are then in the runner's model. Collective; raises Stopped."""
         return runner.shear(target, self.mask_start, self.mask_lr, self.target_warmup)

@@ -80,6 +80,9 @@ class StructuredMethod(PruningMethod):
         """
         raise NotImplementedError
 
+    def check(self, config: Any, target: StructuredTarget) -> None:
+        """UserError for a model or target that the method cannot take; called before a method that trains begins."""
+
     def train(self, runner: ShearingRunner, target: Any) -> Units:
         """As `run`, by the steps of a training session. Collective; raises Stopped when asked to end."""
         raise NotImplementedError

@@ -322,6 +322,23 @@ def test_bad_requests(options: dict[str, Any], why: str) -> None:
         get_method("sheared_llama", **options)
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--target", "num_layers=4", "--data", "x.txt"], "target num_layers=4 is the shape that the model has"),
+        (["--target", "num_layers=3"], "method sheared_llama learns from text and none was given"),
+        (["--target", "parameters=1000", "--data", "x.txt"], "cannot prune to parameters=1000"),
+    ],
+)
+def test_what_cannot_begin_leaves_nothing(
+    tmp_path: Path, given: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    byte_tokenizer(tiny_model(tmp_path / "hf", "llama", **SIZES, vocab_size=257))
+    places = ["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "run")]
+    assert main(["prune", "--method", "sheared_llama", *places, *given]) == 2
+    assert why in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
+
+
 def test_layers_must_be_equal(tmp_path: Path) -> None:
     config = open_model(tiny_blocks(tmp_path)).config
     with pytest.raises(UserError, match="layers of this model differ in size"):
