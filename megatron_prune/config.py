@@ -91,6 +91,15 @@ class Training(Options):
     data_cache: Path | None = option(
         None, "folder for the order of preprocessed data, seen by all nodes; left out: in the user's cache"
     )
+    domain_interval: int | None = option(
+        None,
+        "optimizer steps after which shares of the domains (prefixes or files of --data) follow their held-out losses; "
+        "left out: the shares stay",
+        at_least=1,
+    )
+    domain_targets: tuple[float, ...] = option(
+        (), "with --domain-interval: the loss that is aimed at for each domain, in nats per token"
+    )
     eval_data: tuple[Path, ...] = option(
         (), "held-out documents, as text or prefixes, for the loss every --eval-interval steps"
     )
@@ -130,6 +139,8 @@ class Training(Options):
         parse_documents("data_documents", self.data_documents)
         parse_documents("eval_documents", self.eval_documents)
         parse_split("data_split", self.data_split)
+        if self.domain_targets and self.domain_interval is None:
+            raise UserError("--domain-targets: given without --domain-interval; give both, or none of them")
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr: {self.min_lr} given; allowed: at most --lr ({self.lr})")
         if self.lr_warmup_iters >= self.train_iters:

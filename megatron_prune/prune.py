@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from megatron_prune.apply.trimming import Trim
 from megatron_prune.config import PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.text import load_tokenizer
-from megatron_prune.data.training import first_windows, held_out_windows, training_windows
+from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
 from megatron_prune.files import from_leader, new_folder
 from megatron_prune.log import MetricsLog, progress, say
@@ -32,12 +32,14 @@ from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.import_hf import layout_of, packed_masks
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import ModelSource, open_model
+from megatron_prune.model.units import Units
 from megatron_prune.resume import check_resume, describe, finished_by_this_launch, goes_on, may_go_on, note_resumption
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import RECOMPUTE, check_learning
+from megatron_prune.training.shearing import ShearingRunner
 from megatron_prune.training.stopping import Stopped, StopRequest
 
 
@@ -66,7 +68,9 @@ def run(config: PruneConfig) -> None:
             say(f"{config.output} was finished when a process was lost")
         elif isinstance(method, StructuredMethod):
             assert isinstance(target, (Shape, Budget))
-            if method.searches:
+            if method.learned:
+                _sheared(config, source, method, target, layout, stop)
+            elif method.searches:
                 _searched(config, source, method, target, layout, stop)
             else:
                 _structured(config, source, method, target, layout)
@@ -167,24 +171,100 @@ def _searched(
         _forget_unfinished_decision(folder)
     calibration = _calibration(config, source)
     model = source.load(layout)
-    if config.resume:
-        note_resumption(config, folder)
-    else:
-        with new_folder(folder) as new:
-            if backend.rank() == 0:
-                describe(new, config, _about(config, "searching"))
+    _begin(config, "searching")
     try:
         units = method.run(model, Passes(model, calibration.tokens), target, folder, stop)
     except Stopped as stopped:
         say(f"{stopped}; go on with --resume")
         return
-    _save_weights(source, model, folder / "weights", method)
     info = mask_info(method, target, model.config, **_origin(calibration))
+    _finish_units(config, source, method, model, info, units)
+
+
+def _sheared(
+    config: PruneConfig,
+    source: ModelSource,
+    method: StructuredMethod,
+    target: StructuredTarget,
+    layout: backend.Layout,
+    stop: StopRequest,
+) -> None:
+    """As `_searched`, for a method that trains the weights, too."""
+    method.check(source.config, target)
+    folder, t = config.output, config.training
+    if config.resume:
+        check_resume(folder, _about(config))
+        _forget_unfinished_decision(folder)
+    inputs = _training_inputs(config, source, method, layout)
+    model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
+    _begin(config, "learning")
+    runner = ShearingRunner(
+        model,
+        t,
+        inputs.data,
+        folder,
+        log=MetricsLog(folder),
+        eval_windows=inputs.held_out,
+        resume=config.resume,
+        stop=stop,
+        identity={"data": inputs.data.info(), "method_options": method.options(), "target": str(target)},
+    )
+    try:
+        units = method.train(runner, target)
+    except Stopped as stopped:
+        say(f"{stopped}; go on with --resume")
+        return
+    info = mask_info(method, target, model.config, seed=t.seed, notes={"data": inputs.data.info()})
+    _finish_units(config, source, method, model, info, units)
+
+
+def _finish_units(
+    config: PruneConfig,
+    source: ModelSource,
+    method: StructuredMethod,
+    model: PrunableModel,
+    info: MaskInfo,
+    units: Units,
+) -> None:
+    """Write the weights of the units that stay, and then which these are. Collective."""
+    folder = config.output
+    _save_weights(source, model, folder / "weights", method)
     if backend.rank() == 0:
         Trim(info, units).save(folder / "decision", model.config)
         describe(folder, config, _about(config, "decided"))
     before, after = parameters(model.config), parameters(units.config(model.config))
-    say(f"{method.name} {target}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}")
+    say(f"{method.name} {info.target}: {after} of {before} parameters stay ({after / before:.4f}), in {folder}")
+
+
+class TrainingInputs(NamedTuple):
+    """What a method that learns reads."""
+
+    data: Windows
+    held_out: Tensor | None
+
+
+def _training_inputs(
+    config: PruneConfig, source: ModelSource, method: PruningMethod, layout: backend.Layout
+) -> TrainingInputs:
+    """Training windows and held-out ones `[n, seq_length]`; UserError when the model or layout cannot. Collective."""
+    t, vocab_size = config.training, source.config.vocab_size
+    if not t.data:
+        raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
+    check_learning(t, layout)
+    source.config.check_length(t.seq_length)
+    tokenizer = load_tokenizer(source.tokenizer, vocab_size)
+    held_out = held_out_windows(t, tokenizer, vocab_size)
+    return TrainingInputs(training_windows(t, tokenizer, vocab_size), first_windows(held_out, t.eval_windows))
+
+
+def _begin(config: PruneConfig, state: str) -> None:
+    """Make the run folder, or note that its run goes on. Collective."""
+    if config.resume:
+        note_resumption(config, config.output)
+        return
+    with new_folder(config.output) as new:
+        if backend.rank() == 0:
+            describe(new, config, _about(config, state))
 
 
 def _origin(calibration: CalibrationSet | None) -> dict[str, Any]:
@@ -220,21 +300,11 @@ def _learn(
         check_resume(folder, _about(config))
         _forget_unfinished_decision(folder)
     t = config.training
-    if not t.data:
-        raise UserError(f"method {method.name} learns from text and none was given: --data FILE.jsonl (or .txt)")
-    check_learning(t, layout)
-    source.config.check_length(t.seq_length)
     check_shards(source.config, target, layout.tensor)
+    inputs = _training_inputs(config, source, method, layout)
+    data = inputs.data
     model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
-    tokenizer = load_tokenizer(source.tokenizer, model.config.vocab_size)
-    data = training_windows(t, tokenizer, model.config.vocab_size)
-    held_out = held_out_windows(t, tokenizer, model.config.vocab_size)
-    if not config.resume:
-        with new_folder(folder) as new:
-            if backend.rank() == 0:
-                describe(new, config, _about(config, "learning"))
-    else:
-        note_resumption(config, folder)
+    _begin(config, "learning")
     info = mask_info(method, target, model.config, seed=t.seed, notes={"data": data.info()})
     runner = LearningRunner(
         model,
@@ -245,7 +315,7 @@ def _learn(
         log=MetricsLog(folder),
         prior=prior or _made_prior(config, source, model, target, folder),
         initial_logits=config.initial_logits,
-        eval_windows=first_windows(held_out, t.eval_windows),
+        eval_windows=inputs.held_out,
         resume=config.resume,
         stop=stop,
         identity={"data": data.info(), "method_options": method.options()},

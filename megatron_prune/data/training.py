@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prune.config import Training
 from megatron_prune.data.blend import HELD_OUT, TRAIN, Blend, BlendWindows, parse_blend
 from megatron_prune.data.dataset import TokenWindows, cache_folder
+from megatron_prune.data.domains import Domain, DomainWindows
 from megatron_prune.errors import UserError
 
 
@@ -30,6 +32,8 @@ class Windows(Protocol):
 
 def training_windows(t: Training, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Windows:
     """What the optimizer's steps see. Collective."""
+    if t.domain_interval is not None:
+        return _domains(t, t.domain_interval, tokenizer, vocab_size)
     blend = _blend(t)
     if blend is None:
         return TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)
@@ -59,6 +63,42 @@ def first_windows(windows: Windows | None, count: int) -> Tensor | None:
     if windows is None:
         return None
     return torch.stack([windows.sample(i)[:-1] for i in range(min(count, windows.num_windows))])
+
+
+def _domains(t: Training, interval: int, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> DomainWindows:
+    """Every prefix or file of `data` as a domain, tested on its own held-out part or its place in `eval_data`."""
+    blend = _blend(t)
+    data = t.data if blend is None else blend.prefixes
+    tested = _places("eval_data", t.eval_data)
+    names = [path.name for path in data]
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise UserError(
+            f"--domain-interval: --data has {', '.join(names)}; allowed: two domains or more, all named apart"
+        )
+    if len(t.domain_targets) != len(data) or (tested and len(tested) != len(data)):
+        raise UserError(
+            f"--domain-interval: {len(data)} domains in --data, {len(t.domain_targets)} --domain-targets and "
+            f"{len(tested)} in --eval-data given; allowed: a target for each domain, and held-out text for each or none"
+        )
+    domains = []
+    for number, path in enumerate(data):
+        own = replace(t, data=(path,), eval_data=tested[number : number + 1], domain_interval=None, domain_targets=())
+        held_out = first_windows(held_out_windows(own, tokenizer, vocab_size), t.eval_windows)
+        if held_out is None:
+            raise UserError(
+                "--domain-interval: no held-out text given; give --eval-data, or --data-split with prefixes"
+            )
+        source = training_windows(own, tokenizer, vocab_size)
+        domains.append(Domain(path.name, source, held_out, t.domain_targets[number]))
+    weights = blend.weights if blend else None
+    sizes = [domain.source.info()["tokens"] for domain in domains]
+    return DomainWindows(domains, weights or sizes, interval, t.global_batch_size)
+
+
+def _places(key: str, given: Sequence[Path]) -> tuple[Path, ...]:
+    """The files of text or prefixes that an option names, without weights."""
+    blend = parse_blend(key, given) if given else None
+    return tuple(given) if blend is None else blend.prefixes
 
 
 def _blend(t: Training) -> Blend | None:

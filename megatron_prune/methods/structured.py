@@ -22,6 +22,7 @@ from megatron_prune.model.units import Units, heads_of
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
     from megatron_prune.statistics.passes import Passes
+    from megatron_prune.training.shearing import ShearingRunner
     from megatron_prune.training.stopping import StopRequest
 
 QKV, PROJECTION = "self_attention.linear_qkv", "self_attention.linear_proj"
@@ -38,7 +39,7 @@ class StructuredMethod(PruningMethod):
     keeps_statistics: ClassVar[bool] = True
     """Whether what it measures can be kept and serve another target."""
     searches: ClassVar[bool] = False
-    """Whether it takes long and goes on after a kill: `run` instead of `choose` and `compensate`."""
+    """Whether it takes long and goes on after a kill: `run` (`train` where `learned`) instead of `choose`."""
 
     refit: str = hyperparameter("local", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
     refit_damping: float = hyperparameter(0.001, "damping of the fit, as a share of the mean diagonal")
@@ -77,6 +78,13 @@ class StructuredMethod(PruningMethod):
 
         What an earlier process left in the run's `folder` is used.
         """
+        raise NotImplementedError
+
+    def check(self, config: Any, target: StructuredTarget) -> None:
+        """UserError for a model or target that the method cannot take; called before a method that trains begins."""
+
+    def train(self, runner: ShearingRunner, target: Any) -> Units:
+        """As `run`, by the steps of a training session. Collective; raises Stopped when asked to end."""
         raise NotImplementedError
 
 

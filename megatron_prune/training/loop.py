@@ -1,8 +1,8 @@
 """One training loop for every method that learns: megatron-core's schedules, DDP, optimizer and checkpoints.
 
 The caller freezes what must not move, says what each micro-batch needs (`on_microbatch`) and pulls steps one by one.
-Data is a pure function of the step, so resuming needs nothing but the step's number, and the order of samples over
-micro-batches and replicas is the same in every layout:
+Data is a pure function of the step, so resuming needs nothing but the step's number (and the shares of domains, where
+they change), and the order of samples over micro-batches and replicas is the same in every layout:
 
     sample of step t, local micro-batch i, replica d, row j:   t * global_batch + (i * replicas + d) * micro_batch + j
 """

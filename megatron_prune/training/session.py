@@ -1,8 +1,8 @@
 """The optimizer steps of one run folder: metrics, held-out loss, checkpoints, stopping and resuming.
 
 What is trained, and towards what, is the subclass's: `learning.LearningRunner` learns masks, `recovery.RecoveryRunner`
-trains weights. A resumed run needs no generator state (noise and data are functions of the step) and may continue in
-another layout.
+trains weights, `shearing.ShearingRunner` both. A resumed run needs no generator state (noise and data are functions of
+the step, and of the shares of domains where these change) and may continue in another layout.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.config import Training
+from megatron_prune.data.domains import DomainWindows
 from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog, device_names, say
 from megatron_prune.model.checkpoint import load_sharded
@@ -73,6 +74,10 @@ class TrainingSession:
         """Mean next-token loss over held-out windows `[n, seq_length]`. Collective."""
         return trainer.evaluate(windows)
 
+    def domain_loss(self, trainer: Trainer, windows: Tensor) -> float:
+        """Mean next-token loss by which a domain gets its share. Collective."""
+        return self.held_out_loss(trainer, windows)
+
     def check_state(self, when: str) -> dict[str, float]:
         """Called before a state is saved and after one was loaded; UserError when it must not be used.
 
@@ -107,7 +112,20 @@ class TrainingSession:
             self._log_step(done, result, values)
         if done % self.training.eval_interval == 0 or done == steps:
             self._evaluate(trainer, done)
+        self._mix_domains(trainer, done)
         self._save_or_stop(trainer, done)
+
+    def _mix_domains(self, trainer: Trainer, done: int) -> None:
+        """Change the shares of the data's domains when it is time; before the checkpoint, which has them."""
+        data = self.data
+        if not isinstance(data, DomainWindows) or done % data.interval or done == self.training.train_iters:
+            return
+        record = data.update(done, [self.domain_loss(trainer, domain.held_out) for domain in data.domains])
+        self.log.write({"step": done, **record}, [key for key in record if key.startswith("domain_weight/")])
+
+    def _data_state(self) -> dict[str, Any]:
+        """Of data that are no function of the step alone."""
+        return {"domains": self.data.state()} if isinstance(self.data, DomainWindows) else {}
 
     def _save_or_stop(self, trainer: Trainer, done: int) -> None:
         """Save when it is time; Stopped, after saving, when any rank was asked to end before the last step."""
@@ -120,7 +138,8 @@ class TrainingSession:
             if checked:
                 self.log.write({"step": done, **checked})
             self.log.sync()
-            self.checkpoints.save(self._about(done), {**trainer.state(is_loading=False), "step": done})
+            state = {**trainer.state(is_loading=False), **self._data_state(), "step": done}
+            self.checkpoints.save(self._about(done), state)
         if reason or last:
             self.checkpoints.finish()
         if reason and not last:
@@ -181,6 +200,8 @@ class TrainingSession:
 
     def load(self, trainer: Trainer, path: Path) -> int:
         """Take over a checkpoint; the number of steps it has done. Collective."""
-        state = load_sharded(path, {**trainer.state(is_loading=True), "step": 0})
+        state = load_sharded(path, {**trainer.state(is_loading=True), **self._data_state(), "step": 0})
         trainer.load_state(state)
+        if isinstance(self.data, DomainWindows):
+            self.data.load(state["domains"])
         return int(state["step"])

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from megatron_prune.apply.gates import Gates
 from megatron_prune.kernels.gumbel import Position
 from megatron_prune.methods.base import PruningMethod, register, select_nm
 from megatron_prune.methods.structured import StructuredMethod, keep_neurons
@@ -60,3 +62,12 @@ def draw_noise_by_local_position() -> None:
         return Position(row_ids=torch.arange(rows), first_group=0, groups_per_row=inputs // m)
 
     PrunableModel.position = position  # type: ignore[method-assign]
+
+
+def leave_unit_gradients_unreduced() -> None:
+    """Each rank's masks follow its own part of the batch, of the layers and of the units."""
+
+    def gradients(self: Gates) -> dict[str, Tensor]:
+        return {kind: torch.zeros_like(z) if z.grad is None else z.grad for kind, z in self.z.items()}
+
+    Gates.gradients = gradients  # type: ignore[method-assign]
