@@ -76,7 +76,7 @@ ROWS = [
     *width("num_query_groups=2", "72.03", "47.06 (@16)", attention=True),
     *width("hidden_size=504", "", ""),
     *width("hidden_size=432", "", ""),
-    *width("ffn_hidden_size=1152,num_attention_heads=6", "2800.5", "49.18")[::2],
+    *width("ffn_hidden_size=1152,num_attention_heads=6", "2800.5", "49.18"),
     Row("minitron", "parameters=100M", samples=32),
     Row("llm_pruner", "ffn_hidden_size=1013,num_query_groups=2", ("--refit=none",), "144.2", samples=16),
     Row("llm_pruner", "ffn_hidden_size=1013,num_query_groups=2", (), "", samples=16),
