@@ -62,13 +62,14 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
+    parser.add_argument("--ways", nargs="+", choices=[way.folder for way in WAYS], default=[way.folder for way in WAYS])
     parser.add_argument("--note", default="", help="what the result file must say of how these rows came about")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     bench = RecoveryBench(given.model, given.shared, given.work)
     bench.verb("import", "--input", given.model, output=bench.dense)
     start = bench.perplexity(given.start)["perplexity"]
-    found = [bench.row(way, given.start, given.steps) for way in WAYS]
+    found = [bench.row(way, given.start, given.steps) for way in WAYS if way.folder in given.ways]
     today = datetime.date.today().isoformat()
     result = {
         "columns": ["recovery", "steps", "tokens", "perplexity", "wall min"],
