@@ -181,6 +181,18 @@ def _searched(
     _finish_units(config, source, method, model, info, units)
 
 
+def _refuse_unused(config: PruneConfig) -> None:
+    """UserError for options of other methods that would have no effect."""
+    options = {
+        "--prior": config.prior,
+        "--initial-logits": config.initial_logits,
+        "--calibration": config.calibration.text,
+    }
+    given = [flag for flag, value in options.items() if value]
+    if given:
+        raise UserError(f"{', '.join(given)} was given and method {config.method} has no use for it: leave it out")
+
+
 def _sheared(
     config: PruneConfig,
     source: ModelSource,
@@ -190,6 +202,7 @@ def _sheared(
     stop: StopRequest,
 ) -> None:
     """As `_searched`, for a method that trains the weights, too."""
+    _refuse_unused(config)
     method.check(source.config, target)
     folder, t = config.output, config.training
     if config.resume:

@@ -328,6 +328,11 @@ def test_bad_requests(options: dict[str, Any], why: str) -> None:
         (["--target", "num_layers=4", "--data", "x.txt"], "target num_layers=4 is the shape that the model has"),
         (["--target", "num_layers=3"], "method sheared_llama learns from text and none was given"),
         (["--target", "parameters=1000", "--data", "x.txt"], "cannot prune to parameters=1000"),
+        (
+            ["--target", "num_layers=3", "--data", "x.txt", "--calibration", "x.txt"],
+            "--calibration was given and method",
+        ),
+        (["--target", "num_layers=3", "--data", "x.txt", "--prior", "wanda"], "--prior was given and method"),
     ],
 )
 def test_what_cannot_begin_leaves_nothing(
