@@ -38,37 +38,33 @@ def from_leader(value: T) -> T:
     return box[0]
 
 
+def _complaint(work: Callable[[], object]) -> str | None:
+    """Do the work; what to tell the user when it cannot be done."""
+    try:
+        work()
+    except (UserError, SafetensorError) as error:
+        return str(error)
+    except OSError as error:
+        return f"{error}: give a place that can be written and has room; what was there before is untouched"
+    return None
+
+
 def by_leader(work: Callable[[], None]) -> None:
     """Let rank 0 alone look at files or change them; when it cannot, every rank raises its UserError. Collective."""
-    told: list[str | None] = [None]
-    if _leader():
-        try:
-            work()
-        except (UserError, SafetensorError) as error:
-            told[0] = str(error)
-        except OSError as error:
-            told[0] = f"{error}: give a place that can be written and has room; what was there before is untouched"
-    complaint = from_leader(told[0])
+    complaint = from_leader(_complaint(work) if _leader() else None)
     if complaint is not None:
         raise UserError(complaint)
 
 
 def together(work: Callable[[], object]) -> None:
     """Let every rank do its own work; when one cannot, all raise its UserError. Collective."""
-    complaint: str | None = None
-    try:
-        work()
-    except (UserError, SafetensorError) as error:
-        complaint = str(error)
-    except OSError as error:
-        complaint = f"{error}: give a place that can be written and has room; what was there before is untouched"
-    complaints = [complaint]
+    complaints = [_complaint(work)]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        complaints = [None] * dist.get_world_size()
-        dist.all_gather_object(complaints, complaint)
-    for found in complaints:
-        if found is not None:
-            raise UserError(found)
+        own, complaints = complaints[0], [None] * dist.get_world_size()
+        dist.all_gather_object(complaints, own)
+    for complaint in complaints:
+        if complaint is not None:
+            raise UserError(complaint)
 
 
 def refuse_existing(path: Path, what: str = "output") -> None:

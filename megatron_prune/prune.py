@@ -143,17 +143,13 @@ def _structured(
             store = StatisticsStore(config.statistics, model, tokens)
         with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
             units = from_leader(method.choose(model.config, Passes(model, tokens, advance, store), target))
-        smaller = units.config(model.config)
         with progress("compensation", model.config.num_layers, "layers") as advance:
             changed = method.compensate(model, units, tokens, advance)
         if changed:
             _save_weights(source, model, folder / "weights", method)
         info = mask_info(method, target, model.config, **_origin(calibration))
-        if backend.rank() == 0:
-            Trim(info, units).save(folder / "decision", model.config)
-            describe(folder, config, _about(config, "decided"))
-    before, after = parameters(model.config), parameters(smaller)
-    say(f"{method.name} {target}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}")
+        _save_units(config, folder, model.config, info, units)
+    _say_units(config, model.config, units)
 
 
 def _searched(
@@ -166,9 +162,7 @@ def _searched(
 ) -> None:
     """As `_structured`, for a method that works in the run folder and may be resumed."""
     folder = config.output
-    if config.resume:
-        check_resume(folder, _about(config))
-        _forget_unfinished_decision(folder)
+    _reopen(config)
     calibration = _calibration(config, source)
     model = source.load(layout)
     _begin(config, "searching")
@@ -177,8 +171,9 @@ def _searched(
     except Stopped as stopped:
         say(f"{stopped}; go on with --resume")
         return
-    info = mask_info(method, target, model.config, **_origin(calibration))
-    _finish_units(config, source, method, model, info, units)
+    _save_weights(source, model, folder / "weights", method)
+    _save_units(config, folder, model.config, mask_info(method, target, model.config, **_origin(calibration)), units)
+    _say_units(config, model.config, units)
 
 
 def _refuse_unused(config: PruneConfig) -> None:
@@ -205,9 +200,7 @@ def _sheared(
     _refuse_unused(config)
     method.check(source.config, target)
     folder, t = config.output, config.training
-    if config.resume:
-        check_resume(folder, _about(config))
-        _forget_unfinished_decision(folder)
+    _reopen(config)
     inputs = _training_inputs(config, source, method, layout)
     model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
     _begin(config, "learning")
@@ -227,26 +220,30 @@ def _sheared(
     except Stopped as stopped:
         say(f"{stopped}; go on with --resume")
         return
-    info = mask_info(method, target, model.config, seed=t.seed, notes={"data": inputs.data.info()})
-    _finish_units(config, source, method, model, info, units)
-
-
-def _finish_units(
-    config: PruneConfig,
-    source: ModelSource,
-    method: StructuredMethod,
-    model: PrunableModel,
-    info: MaskInfo,
-    units: Units,
-) -> None:
-    """Write the weights of the units that stay, and then which these are. Collective."""
-    folder = config.output
     _save_weights(source, model, folder / "weights", method)
+    info = mask_info(method, target, model.config, seed=t.seed, notes={"data": inputs.data.info()})
+    _save_units(config, folder, model.config, info, units)
+    _say_units(config, model.config, units)
+
+
+def _save_units(config: PruneConfig, folder: Path, whole: ModelConfig, info: MaskInfo, units: Units) -> None:
+    """Write which units stay; the run is decided then."""
     if backend.rank() == 0:
-        Trim(info, units).save(folder / "decision", model.config)
+        Trim(info, units).save(folder / "decision", whole)
         describe(folder, config, _about(config, "decided"))
-    before, after = parameters(model.config), parameters(units.config(model.config))
-    say(f"{method.name} {info.target}: {after} of {before} parameters stay ({after / before:.4f}), in {folder}")
+
+
+def _say_units(config: PruneConfig, whole: ModelConfig, units: Units) -> None:
+    before, after = parameters(whole), parameters(units.config(whole))
+    asked = parse_any_target(config.target)
+    say(f"{config.method} {asked}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}")
+
+
+def _reopen(config: PruneConfig) -> None:
+    """With --resume: the run in the output folder must be this one, and loses a decision that it did not finish."""
+    if config.resume:
+        check_resume(config.output, _about(config))
+        _forget_unfinished_decision(config.output)
 
 
 class TrainingInputs(NamedTuple):
@@ -309,9 +306,7 @@ def _learn(
             f"--initial-logits {config.initial_logits} has no checkpoints; give a run of a method that learns, or "
             "its mask with --prior"
         )
-    if config.resume:
-        check_resume(folder, _about(config))
-        _forget_unfinished_decision(folder)
+    _reopen(config)
     t = config.training
     check_shards(source.config, target, layout.tensor)
     inputs = _training_inputs(config, source, method, layout)

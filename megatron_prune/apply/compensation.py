@@ -18,7 +18,7 @@ import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before m
 import torch
 from torch import Tensor
 
-from megatron_prune.errors import UserError
+from megatron_prune.methods.reconstruction import damped_factor
 from megatron_prune.model.prunable import LINEARS, PrunableModel
 from megatron_prune.model.units import Units
 from megatron_prune.statistics.channels import NormRatio, Regression
@@ -33,18 +33,9 @@ def least_squares(weight: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, dam
     b b^T, both up to the same factor. What the data leave open stays as it was: a penalty towards zero would shrink
     every channel that is small beside the largest.
     """
-    mean = gram.diagonal().mean()
-    penalty = damping * (mean if mean > 0 else torch.ones_like(mean))  # inputs that are always zero: nothing to fit
-    gram = gram.clone()
-    gram.diagonal().add_(penalty)
+    factor, penalty = damped_factor(gram, damping)
     wide = weight.double()
     asked = wide @ cross + penalty * wide.index_select(1, kept)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if failed:
-        raise UserError(
-            f"--refit-damping {damping} is too little for inputs that depend on each other so much: give more, or more "
-            "calibration text"
-        )
     return torch.cholesky_solve(asked.t(), factor).t().to(weight.dtype)
 
 
@@ -129,7 +120,7 @@ class Compensation:
             self.changed[f"{path}.weight"] = self._scaled(tensors[f"{path}.weight"], ratio.value())
 
     def _scaled(self, gain: Tensor, ratio: float) -> Tensor:
-        offset = 1.0 if self.model.config.normalization == "LayerNorm1P" else 0.0
+        offset = self.model.config.gain_offset
         return ((gain.double() + offset) * ratio - offset).to(gain.dtype)
 
     def _fit(self, number: int, place: int, path: str, tensors: dict[str, Tensor]) -> None:

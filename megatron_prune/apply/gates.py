@@ -17,7 +17,7 @@ are averaged, as weights are, and pipeline stages add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_prune.apply.masking import NORMS
+from megatron_prune.apply.masking import NORMS, own_norms
 from megatron_prune.model.build import LayerNorm, RMSNorm
 from megatron_prune.model.families import ModelConfig, WeightMap
 from megatron_prune.model.prunable import PrunableModel
@@ -50,7 +50,7 @@ class Gates:
     def _attach(self, chunk: Any, first_layer: int) -> None:
         if chunk.pre_process:
             self._after(chunk.embedding, lambda x: self._hidden(x))
-        for norm in _own_norms(chunk, self.model.config):
+        for norm in own_norms(chunk, self.model.config):
             self.norms.append(norm)
             self._after(norm, lambda x: self._hidden(x))
         for layer, module in enumerate(chunk.decoder.layers, start=first_layer):
@@ -147,22 +147,6 @@ def _heads(config: ModelConfig, z: Mapping[str, Tensor], layer: int) -> Tensor |
     return wide if head is None else wide * head[layer].flatten()
 
 
-def _own_norms(chunk: Any, config: ModelConfig) -> Iterator[RMSNorm | LayerNorm]:
-    """The norms of the residual stream, those of Transformer Engine replaced by ours with the same parameters."""
-    for name, module in list(chunk.named_modules()):
-        path, _, last = name.rpartition(".")
-        if last not in NORMS or not any(True for _ in module.parameters()):
-            continue
-        if not isinstance(module, (RMSNorm, LayerNorm)):
-            cls = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-            own = cls(chunk.config, config.hidden_size, config.layernorm_epsilon)
-            for key, parameter in module.named_parameters():
-                setattr(own, key, parameter)
-            setattr(chunk.get_submodule(path), last, own)
-            module = own
-        yield module
-
-
 @torch.no_grad()
 def fold(model: PrunableModel, z: Mapping[str, Tensor]) -> None:
     """Multiply masks into the weights: the model then computes without them what it does with them, once cut to the
@@ -184,7 +168,7 @@ def _folded(config: ModelConfig, map: WeightMap, tensor: Tensor, z: Mapping[str,
     if last in NORMS:
         if last == "final_layernorm" and config.tie_word_embeddings:
             return tensor
-        offset = 1.0 if config.normalization == "LayerNorm1P" and name == "weight" else 0.0
+        offset = config.gain_offset if name == "weight" else 0.0
         return _times(tensor + offset, hidden) - offset
     if map.layer is None or last not in ("linear_proj", "linear_fc2"):
         return tensor

@@ -6,15 +6,20 @@ do it: a norm would still divide by the number of all channels, so norms count t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
 from megatron_prune.methods.structured import FC2, PROJECTION
 from megatron_prune.model.build import LayerNorm, RMSNorm
+from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.units import Units
+from megatron_prune.statistics.passes import NORMS as LAYER_NORMS
 
-NORMS = ("input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+NORMS = (*LAYER_NORMS, "final_layernorm")
 
 
 def _absent(units: Units, layer: int) -> list[str]:
@@ -27,10 +32,7 @@ def _absent(units: Units, layer: int) -> list[str]:
 
 @torch.no_grad()
 def mask_units(model: PrunableModel, units: Units) -> None:
-    """Zero all units but `units`, in place. Collective.
-
-    NotImplementedError where channels go and the norms are Transformer Engine's, which count every channel.
-    """
+    """Zero all units but `units`, in place. Norms that count every channel are replaced by ours. Collective."""
     config = model.config
     for map in model.maps:
         whole = model.whole(map)
@@ -42,10 +44,22 @@ def mask_units(model: PrunableModel, units: Units) -> None:
     every = len(units.hidden) == config.hidden_size
     kept = None if every else torch.tensor(units.hidden, device=backend.device())
     for chunk in model.chunks:
-        for name, module in chunk.named_modules():
-            if name.rsplit(".", 1)[-1] in NORMS and any(True for _ in module.parameters()):
-                if every and not hasattr(module, "kept"):
-                    continue
-                if not isinstance(module, (RMSNorm, LayerNorm)):
-                    raise NotImplementedError(f"{name} is a {type(module).__name__}, which cannot skip masked channels")
-                module.kept = kept
+        ours = (module for module in chunk.modules() if isinstance(module, (RMSNorm, LayerNorm)))
+        for norm in ours if every else own_norms(chunk, config):
+            norm.kept = kept
+
+
+def own_norms(chunk: Any, config: ModelConfig) -> Iterator[RMSNorm | LayerNorm]:
+    """The norms of the residual stream, those of Transformer Engine replaced by ours with the same parameters."""
+    for name, module in list(chunk.named_modules()):
+        path, _, last = name.rpartition(".")
+        if last not in NORMS or not any(True for _ in module.parameters()):
+            continue
+        if not isinstance(module, (RMSNorm, LayerNorm)):
+            cls = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
+            own = cls(chunk.config, config.hidden_size, config.layernorm_epsilon)
+            for key, parameter in module.named_parameters():
+                setattr(own, key, parameter)
+            setattr(chunk.get_submodule(path), last, own)
+            module = own
+        yield module

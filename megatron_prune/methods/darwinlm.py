@@ -229,7 +229,7 @@ def silence(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
     for gene, level in enumerate(genome):
         layer, (kind, path) = gene // len(KINDS), list(KINDS.items())[gene % len(KINDS)]
         bias = model.by_name.get(f"decoder.layers.{layer}.{path}.bias")
-        if bias is not None and level == len(levels.sizes[kind][layer]) - 1:
+        if bias is not None and levels.gone(kind, layer, level):
             model.assign(bias, torch.zeros(bias.shape))
 
 

@@ -9,17 +9,35 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.units import group_of, heads_of
+from megatron_prune.model.units import channels_of, group_of, heads_of
 
 EXHAUSTIVE = 64
 """Up to so many choices in a layer are all tried; beyond, units go one by one."""
+
+
+def damped_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factor of `gram + penalty`, and the penalty: `damping` in units of the mean diagonal.
+
+    `gram` is float64 `[n, n]`. UserError when it stays singular.
+    """
+    mean = gram.diagonal().mean()
+    penalty = damping * (mean if mean > 0 else torch.ones_like(mean))  # inputs that are always zero: nothing to fit
+    damped = gram.clone()
+    damped.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise UserError(
+            f"--refit-damping {damping} is too little for inputs that depend on each other so much: give more, or more "
+            "calibration text"
+        )
+    return factor, penalty
 
 
 class Reconstruction:
@@ -30,17 +48,9 @@ class Reconstruction:
 
     def __init__(self, weight: Tensor, gram: Tensor, damping: float) -> None:
         self.weight = weight.double().clone()
-        damped = gram.to(self.weight.device, torch.float64, copy=True)
-        mean = damped.diagonal().mean()
-        damped.diagonal().add_(damping * (mean if mean > 0 else 1.0))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            raise UserError(
-                f"--refit-damping {damping} is too little for inputs that depend on each other so much: give more, or "
-                "more calibration text"
-            )
+        factor, _ = damped_factor(gram.to(self.weight.device, torch.float64), damping)
         self.inverse = torch.cholesky_inverse(factor)
-        self.alive = torch.ones(len(damped), dtype=torch.bool, device=damped.device)
+        self.alive = torch.ones(len(factor), dtype=torch.bool, device=factor.device)
         """Inputs that have not been removed."""
 
     def error(self, columns: Tensor) -> float:
@@ -96,7 +106,7 @@ def groups_to_keep(
     `among` are those that are there still; left out: all.
     """
     groups = range(config.block(layer).num_query_groups) if among is None else among
-    columns = {group: _columns(config, heads_of(config, layer, group)) for group in groups}
+    columns = {group: channels_of(heads_of(config, layer, group), config.kv_channels) for group in groups}
     gone: set[int] = set()
     if math.comb(len(groups), count) <= EXHAUSTIVE:
         gone.update(_remove(linear, columns, list(itertools.combinations(groups, len(groups) - count))))
@@ -112,7 +122,7 @@ def heads_to_keep(
 
     `members`: heads that are there still, equally many, by group.
     """
-    columns = {head: _columns(config, [head]) for heads in members.values() for head in heads}
+    columns = {head: channels_of([head], config.kv_channels) for heads in members.values() for head in heads}
     surplus = len(next(iter(members.values()))) - count
     gone: set[int] = set()
     if math.comb(surplus + count, count) ** len(members) <= EXHAUSTIVE:
@@ -127,12 +137,6 @@ def heads_to_keep(
             gone.add(head)
             waiting.remove(group_of(config, layer, head))
     return tuple(head for head in columns if head not in gone)
-
-
-def _columns(config: Any, heads: Iterable[int]) -> Tensor:
-    """Inputs of the output projection that heads write, int64."""
-    width = config.kv_channels
-    return (torch.tensor(list(heads))[:, None] * width + torch.arange(width)).flatten()
 
 
 def _remove(linear: Reconstruction, columns: dict[int, Tensor], choices: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -151,8 +151,7 @@ def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Uni
         return float((squares[kept_channels.to(squares.device)].mean() / squares.mean()).sqrt())
 
     def scaled(tensor: Tensor, ratio: float) -> Tensor:
-        offset = 1.0 if config.normalization == "LayerNorm1P" else 0.0
-        return (tensor + offset) * ratio - offset
+        return (tensor + config.gain_offset) * ratio - config.gain_offset
 
     def change(layer: int | None, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         changed = dict(tensors)

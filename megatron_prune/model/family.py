@@ -90,6 +90,11 @@ class ModelConfig:
     def _layer_sizes(self) -> Block:
         return Block(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
 
+    @property
+    def gain_offset(self) -> float:
+        """What a norm adds to its stored gain before use."""
+        return 1.0 if self.normalization == "LayerNorm1P" else 0.0
+
     def block(self, layer: int | None) -> Block:
         """Sizes of a layer; of the widest without a number."""
         return self._layer_sizes() if self.blocks is None or layer is None else self.blocks[layer]

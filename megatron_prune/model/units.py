@@ -96,8 +96,8 @@ class Units:
             return None
         block = self.blocks[self.layers.index(layer)]
         size = dimensions(whole, layer)
-        query = _channels(block.heads, size["head"])
-        key_value = _channels(block.groups, size["head"])
+        query = channels_of(block.heads, size["head"])
+        key_value = channels_of(block.groups, size["head"])
         rows = {
             "ffn": torch.tensor(block.ffn, dtype=torch.int64),
             "query": query,
@@ -146,8 +146,8 @@ def all_of_block(config: ModelConfig, layer: int) -> BlockUnits:
     )
 
 
-def _channels(units: Sequence[int], width: int) -> Tensor:
-    """Numbers of the channels of units that are `width` wide."""
+def channels_of(units: Sequence[int], width: int) -> Tensor:
+    """Numbers int64 of the channels of units, heads say, that are `width` wide."""
     return (torch.tensor(units, dtype=torch.int64)[:, None] * width + torch.arange(width)).flatten()
 
 

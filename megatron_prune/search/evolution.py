@@ -8,6 +8,7 @@ would bring populations, crossover and real-valued genes, none of which this has
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -196,7 +197,7 @@ def next_generation(
         if stage is stages[-1]:
             pool = [parent, *pool]
         draw = random.Random(rng.random())
-        scores = [found if found == found else float("inf") for found in score(pool, stage, draw)]
+        scores = [float("inf") if math.isnan(found) else found for found in score(pool, stage, draw)]
         order = sorted(range(len(pool)), key=lambda n: (scores[n], n))[: stage.survivors]
         pool, scores = [pool[n] for n in order], [scores[n] for n in order]
     return Generation(pool[0], scores[0], pool[0] != parent, len(children))

@@ -45,14 +45,23 @@ def divergences(model: PrunableModel, levels: Levels, genomes: Sequence[Genome],
     head = Head(weights)
     found = torch.zeros(len(genomes), dtype=torch.float64, device=walk.device)
     for place, genome in enumerate(mine):
-        total, count = 0.0, 0
-        for x, reference in zip(states[genome], states[whole], strict=True):
-            for student, teacher in zip(head.logits(x), head.logits(reference), strict=True):
-                losses = divergence(student, teacher)
-                total, count = total + float(losses.sum(dtype=torch.float64)), count + losses.numel()
+        total, count = divergence_sums(head, states[genome], head, states[whole])
         found[backend.rank() + place * dist.get_world_size()] = total / count
     dist.all_reduce(found)
     return found.tolist()
+
+
+def divergence_sums(head: Head, states: Sequence[Tensor], teacher: Head, reference: Sequence[Tensor]) -> Tensor:
+    """Summed KL(teacher || student) over this rank's tokens and their number, float64 `[2]`.
+
+    From hidden states `[s, b, hidden]` after the last layer, those of both models for the same windows.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=backend.device())
+    for x, y in zip(states, reference, strict=True):
+        for student, other in zip(head.logits(x), teacher.logits(y), strict=True):
+            losses = divergence(student, other)
+            total += torch.stack([losses.sum(dtype=torch.float64), total.new_tensor(float(losses.numel()))])
+    return total
 
 
 def replaced(levels: Levels, layer: int, attention: int, mlp: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,6 +72,6 @@ def replaced(levels: Levels, layer: int, attention: int, mlp: int, tensors: dict
         if level and name in tensors:
             found[name] = levels.weight(kind, layer, level, tensors[name])
         bias = tensors.get(f"{path}.bias")
-        if bias is not None and level == len(levels.sizes[kind][layer]) - 1:
+        if bias is not None and levels.gone(kind, layer, level):
             found[f"{path}.bias"] = torch.zeros_like(bias)
     return found

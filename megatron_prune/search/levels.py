@@ -34,7 +34,7 @@ from megatron_prune.files import by_leader, from_leader, read_json, together, wr
 from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 from megatron_prune.methods.structured import FC2, PROJECTION
 from megatron_prune.model.families import ModelConfig
-from megatron_prune.model.units import BlockUnits, all_of_block, heads_of
+from megatron_prune.model.units import BlockUnits, all_of_block, channels_of, heads_of
 from megatron_prune.statistics.channels import Gram
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.store import StatisticsStore
@@ -195,8 +195,12 @@ class Levels:
         groups = tuple(g for g in whole.groups if set(heads_of(self.config, layer, g)) & set(heads))
         return BlockUnits(groups, heads, ffn)
 
+    def gone(self, kind: str, layer: int, level: int) -> bool:
+        """Whether nothing is left of the half at this level."""
+        return level == len(self.sizes[kind][layer]) - 1
+
     def _kept(self, kind: str, layer: int, level: int) -> tuple[int, ...]:
-        if level == len(self.sizes[kind][layer]) - 1:
+        if self.gone(kind, layer, level):
             return ()
         return tuple(self._tensors(kind, layer)[f"{level}.kept"].tolist())
 
@@ -207,14 +211,9 @@ class Levels:
         kept = self._kept(kind, layer, level)
         if not kept:
             return torch.zeros_like(whole)
-        inputs = torch.tensor(kept) if kind == MLP else inputs_of(self.config, kept)
+        inputs = torch.tensor(kept) if kind == MLP else channels_of(kept, self.config.kv_channels)
         fitted = self._tensors(kind, layer)[f"{level}.weight"].to(whole.device, whole.dtype)
         return torch.zeros_like(whole).index_copy_(1, inputs.to(whole.device), fitted)
-
-
-def inputs_of(config: ModelConfig, heads: tuple[int, ...]) -> Tensor:
-    """Inputs of the output projection that these heads write, int64."""
-    return (torch.tensor(heads)[:, None] * config.kv_channels + torch.arange(config.kv_channels)).flatten()
 
 
 Job = tuple[int, str, Tensor, Tensor]
@@ -235,7 +234,7 @@ def attention_steps(config: Any, layer: int, linear: Reconstruction, levels: lis
             stay = heads_to_keep(config, layer, linear, kept, level.heads)
             kept = {group: [head for head in heads if head in stay] for group, heads in kept.items()}
         heads = tuple(sorted(head for group in kept.values() for head in group))
-        yield heads, inputs_of(config, heads)
+        yield heads, channels_of(heads, config.kv_channels)
 
 
 def mlp_steps(config: Any, layer: int, linear: Reconstruction, levels: list[Level]) -> Iterator[Step]:

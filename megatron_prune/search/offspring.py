@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
 import torch
 from torch import Tensor
 
@@ -22,11 +22,10 @@ from megatron_prune.methods.darwinlm import draw_windows, put, silence
 from megatron_prune.model.forward import sequence_parts
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.search.evolution import Stage
-from megatron_prune.search.fitness import Genome, divergences
+from megatron_prune.search.fitness import Genome, divergence_sums, divergences
 from megatron_prune.search.levels import Levels
 from megatron_prune.statistics.walk import Head, LayerWalk, WholeWeights, sum_over_ranks
 from megatron_prune.training.loop import Diverged, Trainer
-from megatron_prune.training.losses import divergence
 from megatron_prune.training.zeros import Zeros
 
 
@@ -79,22 +78,15 @@ class Reference:
         self.final, self.head = self._final(model)
 
     def _final(self, model: PrunableModel) -> tuple[list[Tensor], Head]:
-        weights = WholeWeights(model)
-        walk = LayerWalk(weights, self.windows)
-        for number in range(model.config.num_layers):
-            walk.load(number, weights.layer(number))
-            walk.advance()
-        return walk.hidden, Head(weights)
+        walk = LayerWalk(WholeWeights(model), self.windows)
+        walk.finish()
+        return walk.hidden, Head(walk.weights)
 
     @torch.no_grad()
     def divergence(self, model: PrunableModel) -> float:
         """Mean KL(whole || model) per token. Collective."""
         states, head = self._final(model)
-        total = torch.zeros(2, dtype=torch.float64, device=backend.device())
-        for x, reference in zip(states, self.final, strict=True):
-            for student, teacher in zip(head.logits(x), self.head.logits(reference), strict=True):
-                losses = divergence(student, teacher)
-                total += torch.stack([losses.sum(dtype=torch.float64), total.new_tensor(float(losses.numel()))])
+        total = divergence_sums(head, states, self.head, self.final)
         sum_over_ranks([total])
         return float(total[0] / total[1])
 

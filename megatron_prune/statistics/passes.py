@@ -140,9 +140,7 @@ class Passes:
         """
         weights = CutWeights(self.model, units, change)
         walk = LayerWalk(weights, None if self.tokens is None else self.tokens[:windows])
-        for number in range(weights.config.num_layers):
-            walk.load(number, weights.layer(number))
-            walk.advance()
+        walk.finish()
         total = walk.losses(walk.hidden)
         sum_over_ranks([total])
         return float(total[0] / total[1])

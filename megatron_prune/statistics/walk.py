@@ -193,6 +193,13 @@ class LayerWalk:
         for i, hidden in enumerate(self.hidden):
             self.hidden[i] = self.run(hidden)
 
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Take the hidden states from before the first layer through all of them. Collective."""
+        for number in range(self.weights.config.num_layers):
+            self.load(number, self.weights.layer(number))
+            self.advance()
+
     def losses(self, states: Sequence[Tensor]) -> Tensor:
         """Summed next-token loss and number of predicted tokens, float64 `[2]`, after the last layer. This rank's."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)

@@ -88,7 +88,7 @@ def losses(root: Path, name: str, key: str = "loss") -> list[float]:
 def masks(root: Path, name: str) -> dict[str, torch.Tensor]:
     """What the last checkpoint has learned beside the weights."""
     path = root / name / "checkpoints" / f"step_{STEPS:07d}" / "common.pt"
-    saved = torch.load(path, weights_only=False)["masks"]
+    saved = torch.load(path, weights_only=True)["masks"]
     return {key: state["value"] for key, state in saved.items()}
 
 

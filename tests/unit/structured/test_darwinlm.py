@@ -184,7 +184,6 @@ def test_training_moves_what_is_left_and_never_what_is_gone(
 
 
 def test_the_integer_program_finds_the_best_sum(model: PrunableModel, database: Levels) -> None:
-    pytest.importorskip("scipy")
     space = Space(model.config, database, budget(model, 0.7))
     generator = torch.Generator().manual_seed(0)
     scores = [torch.rand(last + 1, generator=generator).cumsum(0).tolist() for last in space.last]
