@@ -71,6 +71,7 @@ VERBS = {
         "megatron_prune.inspect_run:run",
         "show what a checkpoint, run or decision holds",
     ),
+    "report": Verb(config.ReportConfig, "megatron_prune.report.report:run", "one HTML page of runs and results"),
     "methods": Verb(
         config.MethodsConfig,
         "megatron_prune.methods.listing:run",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_prune.errors import UserError
 from megatron_prune.options import REQUIRED, Options, group, option, parse_documents, parse_split
@@ -391,6 +391,19 @@ class InspectConfig(Options):
     """What is in a checkpoint, a run folder or a decision"""
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or decision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Options):
+    """One self-contained HTML page of what runs removed and what it cost; RUN... may stand right after the verb"""
+
+    leading: ClassVar[str] = "inputs"
+
+    inputs: tuple[Path, ...] = option(
+        (), "run folders, checkpoints, Hugging Face directories, JSON results of evaluate, verify and bench"
+    )
+    output: Path = option(REQUIRED, "HTML file to write; must not exist")
+    title: str = option("megatron_prune report", "heading of the page")
 
 
 @dataclass(frozen=True, kw_only=True)
