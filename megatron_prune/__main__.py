@@ -66,6 +66,9 @@ VERBS = {
         "prove pattern, zeros, density and equal logits",
     ),
     "bench": Verb(config.BenchConfig, "megatron_prune.bench:run", "time an exported 2:4 model, dense against sparse"),
+    "latency": Verb(
+        config.LatencyConfig, "megatron_prune.model.latency:run", "time a layer's parts at several sizes, for budgets"
+    ),
     "inspect": Verb(
         config.InspectConfig,
         "megatron_prune.inspect_run:run",

@@ -216,6 +216,7 @@ class PruneConfig(Options):
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
     method_options: dict[str, Any] = option({}, "the method's own hyper-parameters")
+    latency_table: Path | None = option(None, "table that `latency` measured, for a target such as latency_us=800K")
     statistics: Path | None = option(
         None, "folder of a structured method's statistics: read where they are there, kept where not"
     )
@@ -391,6 +392,19 @@ class InspectConfig(Options):
     """What is in a checkpoint, a run folder or a decision"""
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or decision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig(Options):
+    """Time of a model's attention and MLP at several sizes on this device, for budgets of latency"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint or Hugging Face directory; its weights are not read")
+    output: Path = option(REQUIRED, "JSON file to write; must not exist")
+    levels: int = option(10, "sizes between a whole attention or MLP and none, as darwinlm has them", at_least=1)
+    batch_size: int = option(1, "prompts at a time", at_least=1)
+    prompt_length: int = option(512, "tokens of each prompt", at_least=1)
+    repeats: int = option(9, "rounds over all sizes, of which the median counts, after one that does not", at_least=1)
+    dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)
