@@ -63,14 +63,6 @@ def width(target: str, plain: str, best: str, attention: bool = False) -> list[R
     ]
 
 
-EVOLUTION = (
-    "--training-tokens=0",
-    "--generations=30",
-    "--offspring=8",
-    "--survivors=2,1",
-    "--fitness-tokens=1024,4096",
-)
-ONE_STAGE = ("--training-tokens=0", "--survivors=1", "--fitness-tokens=2048")
 ROWS = [
     *width("ffn_hidden_size=1152", "45.05", "35.55 (@16)"),
     Row("minitron", "ffn_hidden_size=1152", ("--sequence=l2",), "35.55 (@16)"),
@@ -85,8 +77,6 @@ ROWS = [
     Row("llm_pruner", "ffn_hidden_size=1013,num_query_groups=2", (), "", samples=16),
     Row("flap", "parameters=107M", ("--refit=none",)),
     Row("flap", "parameters=107M"),
-    Row("darwinlm", "parameters=107972928", EVOLUTION, "54.01"),
-    Row("darwinlm", "parameters=107972928", ("--search=integer", *ONE_STAGE), ""),
     *depth(27, "37.41", "40.06"),
     *depth(24, "71.80", "63.22"),
     *depth(21, "134.4", "162.1"),

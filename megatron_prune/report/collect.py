@@ -157,7 +157,7 @@ def read_result(path: Path, name: str) -> Result:
     content = read_json(path, "a result of evaluate, verify or bench")
     kind = None
     if isinstance(content, dict):
-        signs = {"tasks": "tasks", "evaluate": "perplexity", "verify": "holds", "bench": "benchmark"}
+        signs = {"tasks": "results", "evaluate": "perplexity", "verify": "holds", "bench": "benchmark"}
         kind = next((kind for kind, key in signs.items() if key in content), None)
     if kind is None:
         raise UserError(

@@ -83,19 +83,19 @@ def perplexity_rows(results: list[Result]) -> list[dict[str, Any]]:
 
 
 def task_table(results: list[Result]) -> dict[str, Any]:
-    """Tasks and their metrics as columns, results as rows: (score, standard error), None where not measured."""
+    """Tasks and their metrics as columns, models as rows: (score, standard error), None where not measured."""
     columns: list[tuple[str, str]] = []
     rows = []
-    for result in results:
+    models = [(result.name, model) for result in results for model in result.content["results"]]
+    for name, model in models:
         scores = {
-            (task, metric): (value["value"], value.get("stderr"))
-            for task, about in result.content["tasks"].items()
+            (task, metric): (value, about["standard_errors"].get(metric))
+            for task, about in model["tasks"].items()
             for metric, value in about["metrics"].items()
         }
         columns += [column for column in scores if column not in columns]
-        rows.append((result, scores))
-    filled = [(result.name, result.content["input"], [scores.get(c) for c in columns]) for result, scores in rows]
-    return {"columns": columns, "rows": filled}
+        rows.append((name, model["model"], scores))
+    return {"columns": columns, "rows": [(*row, [scores.get(column) for column in columns]) for *row, scores in rows]}
 
 
 def bench_rows(results: list[Result]) -> list[dict[str, Any]]:
