@@ -343,7 +343,9 @@ class TaskOptions(Options):
     )
     num_fewshot: int | None = option(None, "examples before each question; left out: the task's own", at_least=0)
     limit: float | None = option(None, "items of each task, the first ones; below 1: a share of them", above=0)
-    tokens_per_batch: int = option(4096, "tokens in a forward pass over questions", at_least=1)
+    tokens_per_batch: int | None = option(
+        None, "tokens in a forward pass over questions; left out: 1024 on a CPU, 16384 on a GPU", at_least=1
+    )
     dense: str | None = option(
         None, "model to stand in the first line: its result of the same tasks (JSON), or a model, evaluated first"
     )

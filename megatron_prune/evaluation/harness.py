@@ -6,6 +6,7 @@ of long texts and seeds are those of lm-eval's Hugging Face model, so that the a
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
 import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
@@ -122,7 +124,7 @@ def load_tasks(
 
     UserError for names that do not exist, tasks that cannot be fetched, and those that need more than likelihoods.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _quieten()
     loaded: dict[str, Any] = (
         TaskManager(include_defaults=not folders).load(local_tasks.load(names, folders))
         if folders
@@ -140,9 +142,13 @@ def load_tasks(
     return loaded
 
 
-def _from_hub(names: Sequence[str]) -> dict[str, Any]:
-    import difflib
+def _quieten() -> None:
+    """The harness's own messages and bars, one for each task, which take no time and say nothing that goes wrong."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    setattr(lm_eval.api.task, "tqdm", lambda items, **_: items)
 
+
+def _from_hub(names: Sequence[str]) -> dict[str, Any]:
     manager = TaskManager()
     for name in names:
         if name not in manager.all_tasks:

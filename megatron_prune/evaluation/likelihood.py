@@ -69,8 +69,17 @@ class MegatronScorer:
         model.eval()
         for chunk in model.chunks:
             _take_masks(chunk)
-            if hasattr(chunk, "rotary_pos_emb"):
-                chunk.rotary_pos_emb.register_forward_hook(self._place)
+
+    @contextlib.contextmanager
+    def _placing(self) -> Iterator[None]:
+        """While active rotary embeddings are those of the tokens' own positions."""
+        modules = [chunk.rotary_pos_emb for chunk in self.model.chunks if hasattr(chunk, "rotary_pos_emb")]
+        hooks = [module.register_forward_hook(self._place) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _place(self, _module: Any, _inputs: Any, angles: Tensor) -> Tensor:
         """Rotary angles `[s, 1, 1, d]` of positions 0, 1, ... -> those of the tokens' own `[s, b, 1, d]`."""
@@ -82,7 +91,7 @@ class MegatronScorer:
         batches = plan(requests, self.longest, budget, multiple=multiple)
         mine = batches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
         speaks = parallel_state.is_pipeline_last_stage() and self.model.tp_rank == 0
-        with progress("evaluate", len(mine), "batches") as advance:
+        with self._placing(), progress("evaluate", len(mine), "batches") as advance:
             answers = (self._answer(batch, advance) for batch in mine)
             if parallel_state.is_pipeline_last_stage():
                 total, greedy = collect(len(requests), mine, (answer for answer in answers if answer is not None))

@@ -67,7 +67,7 @@ def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> dict[
     with backend.running(layout):
         model = load_model(Path(path), layout, config.dtype)
         tokenizer = load_tokenizer(Path(path) / "tokenizer", model.config.vocab_size)
-        scorer = MegatronScorer(model, config.tasks.tokens_per_batch)
+        scorer = MegatronScorer(model, _tokens_per_batch(config))
         about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
         return about | evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
 
@@ -80,6 +80,9 @@ def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> d
             f"{name} is a Hugging Face model and {backend.world_size()} processes were started: use one process, or "
             "import it and evaluate the Megatron checkpoint"
         )
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     reader = HFReader(name)
     about = reader.model_config
     tokenizer = load_tokenizer(reader.directory, about.vocab_size)
@@ -87,9 +90,14 @@ def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> d
     model = in_transformers(reader, DTYPES.get(dtype, torch.float16))
     torch.nn.Module.to(model, backend.device()).eval()
     longest, window = about.max_position_embeddings, about.sliding_window
-    scorer = TransformersScorer(model, longest, config.tasks.tokens_per_batch, window)
+    scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window)
     scores = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
     return {"kind": "hugging face", "dtype": dtype} | scores
+
+
+def _tokens_per_batch(config: EvaluateConfig) -> int:
+    """Enough to keep the device busy, and no more: short batches have less padding."""
+    return config.tasks.tokens_per_batch or (16384 if backend.has_cuda() else 1024)
 
 
 def _check_finite(model: str, scores: dict[str, Any]) -> None:
