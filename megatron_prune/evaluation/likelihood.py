@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_prune.errors import UserError
 from megatron_prune.evaluation.requests import Batch, Request, collect, plan
 from megatron_prune.log import progress
 from megatron_prune.model.attention import SDPACoreAttention
@@ -56,11 +55,7 @@ class MegatronScorer:
     def __init__(self, model: PrunableModel, tokens_per_batch: int) -> None:
         """`tokens_per_batch`: in one forward pass of a replica, in one micro-batch where there is a pipeline."""
         layout = model.layout
-        if layout.context > 1:
-            raise UserError(
-                f"context-parallel-size {layout.context} was given and tasks are short texts: leave it out, and "
-                "processes left over are replicas"
-            )
+        assert layout.context == 1, "sequences are not shared"
         self.model = model
         self.longest = model.config.max_position_embeddings
         self.micro_batches = MICRO_BATCHES * layout.pipeline if layout.pipeline > 1 else 1
