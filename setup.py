@@ -14,7 +14,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
-    package_data={"megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"], "megatron_prune.report": ["*.j2"]},
+    package_data={
+        "megatron_prune.evaluation": ["tasks/*.yaml"],
+        "megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"],
+        "megatron_prune.report": ["*.j2"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
@@ -40,7 +44,7 @@ setup(
         # On NVIDIA GPUs. Apex has no wheel: build it, or start from NVIDIA's PyTorch image.
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "modelopt": ["nvidia-modelopt>=0.37"],
-        "eval": ["lm-eval>=0.4.9"],
+        "eval": ["lm-eval==0.4.13"],
         "quickstart": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [
             "pytest>=8.0",
