@@ -300,6 +300,11 @@ class TrainConfig(Options):
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
+    engine: Literal["megatron", "fsdp"] = option(
+        "megatron",
+        "megatron: megatron-core, in the layout below; fsdp: transformers' model from a Hugging Face directory, every "
+        "parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory comes out",
+    )
     keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
@@ -307,6 +312,26 @@ class TrainConfig(Options):
     lora: LoRA = group(LoRA)
     training: Training = group(Training)
     parallelism: Parallelism = group(Parallelism)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine != "fsdp":
+            return
+        p = self.parallelism
+        given = {
+            "--tensor-model-parallel-size": p.tensor_model_parallel_size > 1,
+            "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
+            "--virtual-pipeline-model-parallel-size": p.virtual_pipeline_model_parallel_size is not None,
+            "--context-parallel-size": p.context_parallel_size > 1,
+            "--use-distributed-optimizer": self.training.use_distributed_optimizer,
+            "--lora-rank": self.lora.rank > 0,
+        }
+        if any(given.values()):
+            names = ", ".join(name for name, found in given.items() if found)
+            raise UserError(
+                f"--engine fsdp: {names} given; FSDP shards all parameters and their optimizer over all processes and "
+                "trains all of them: leave it out, or use --engine megatron"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,6 +193,15 @@ class HFReader:
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {name} from {file}: {error}") from error
 
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last``, that one not included, of the tensor ``name``; nothing else of it is read."""
+        entry = self._entries[name]
+        try:
+            with safe_open(entry.file, framework="pt") as opened:
+                return opened.get_slice(entry.name)[first:last]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read {name} from {entry.file}: {error}") from error
+
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation config files that come with the checkpoint."""
         return tokenizer_files(self.directory)
