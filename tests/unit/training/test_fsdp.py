@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_prune.__main__ import main
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros
+from megatron_prune.fsdp.trainer import FsdpTrainer
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import read_description
+from megatron_prune.training.loop import StepResult
 from tests.models import TINY_SIZES, byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model, words
 
 STEPS, SAVED = 10, 5
@@ -127,6 +130,25 @@ def test_a_resumed_run_is_bit_identical(root: Path, kind: str, capsys: pytest.Ca
         assert curve(run, key) == curve(root / f"fsdp_{kind}", key)
     found, expected = (path / "weights" / "model.safetensors" for path in (run, root / f"fsdp_{kind}"))
     assert found.read_bytes() == expected.read_bytes()
+
+
+def test_a_signal_saves_and_the_run_goes_on(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = FsdpTrainer.step
+
+    def signalled(trainer: FsdpTrainer, number: int) -> StepResult:
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(trainer, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FsdpTrainer, "step", signalled)
+        assert main(train(root, "fsdp", "hf", "stopped")) == 0
+    assert "SIGTERM: saved after step 3 of 10; go on with --resume" in capsys.readouterr().out
+    assert not (root / "stopped" / "weights").exists()
+    assert main(train(root, "fsdp", "hf", "stopped", "--resume")) == 0
+    assert curve(root / "stopped") == curve(root / "fsdp_plain")
 
 
 def test_recomputed_layers_change_nothing(root: Path) -> None:
