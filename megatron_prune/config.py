@@ -192,7 +192,7 @@ class PreprocessConfig(Options):
 class ImportConfig(Options):
     """A Hugging Face checkpoint -> a Megatron checkpoint"""
 
-    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors)")
+    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors), or a directory of export's fms form")
     output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
     dtype: Dtype | None = option(None, "type of the weights; left out: the source's own")
     mask: Path | None = option(None, "mask .npz (Hugging Face weight names) applied to the weights")
@@ -347,9 +347,13 @@ class TrimConfig(Options):
 class ExportConfig(Options):
     """A checkpoint or a run -> files that other software reads"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint (hf) or run folder (mask-npz)")
-    output: Path = option(REQUIRED, "directory (hf) or file (mask-npz) to write; must not exist")
-    format: Literal["hf", "mask-npz"] = option("hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight")
+    input: Path = option(REQUIRED, "Megatron checkpoint (hf, fms) or run folder (mask-npz)")
+    output: Path = option(REQUIRED, "directory (hf, fms) or file (mask-npz) to write; must not exist")
+    format: Literal["hf", "fms", "mask-npz"] = option(
+        "hf",
+        "hf: from_pretrained opens it; fms: IBM's foundation-model-stack, LLaMA models; mask-npz: packed bits per "
+        "weight",
+    )
     layers: Literal["padded", "custom", "blocks"] | None = option(
         None,
         "form of a model whose layers differ: padded with zeros (left out: this), custom: with a modelling file that "

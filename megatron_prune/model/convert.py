@@ -171,7 +171,7 @@ class HFReader:
     def __init__(self, source: str | Path) -> None:
         self.directory = _local_directory(source)
         self.config: dict[str, Any] = _read_json(self.directory / "config.json")
-        self._entries = _read_entries(self.directory)
+        self._entries = read_entries(self.directory)
         self.model_config = self._model_config()
         family = get_family(self.model_config.family)
         self._maps = family.weights(self.model_config)
@@ -320,7 +320,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _read_entries(directory: Path) -> dict[str, _Entry]:
+def read_entries(directory: Path) -> dict[str, _Entry]:
     """Every tensor of the checkpoint, from the headers of its one or many safetensors files."""
     index = directory / "model.safetensors.index.json"
     if index.is_file() and not (directory / "model.safetensors").is_file():
