@@ -1,7 +1,8 @@
 """The `train` verb: a model in, the same model with better weights out; what was pruned stays zero.
 
 Recovery after pruning, distillation from the unpruned model, LoRA and continued pretraining are this one verb, by the
-weights of the losses. The run folder is that of a pruning run without a decision; its `weights` are the result.
+weights of the losses. The run folder is that of a pruning run without a decision; its `weights` are the result. The
+model is megatron-core's, or with `--engine fsdp` transformers' (`fsdp/recover.py`).
 """
 
 from __future__ import annotations

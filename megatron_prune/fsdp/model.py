@@ -8,7 +8,7 @@ parameter, gradient, moments of Adam      float32, sharded alike; a decoder laye
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -115,15 +115,13 @@ class ShardedZeros:
 
     def check(self, when: str) -> int:
         """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
-        return check_zeros(self._found(), when)
-
-    def _found(self) -> Iterable[tuple[Tensor, bool]]:
-        return ((local(parameter)[mask], True) for parameter, mask in zip(self.parameters, self.masks, strict=True))
+        pairs = zip(self.parameters, self.masks, strict=True)
+        return check_zeros(((local(parameter)[mask], True) for parameter, mask in pairs), when)
 
 
-def check_model(config: ModelConfig, given: str) -> None:
-    """UserError when FSDP cannot have a model, or what it was `given` by."""
-    compute_dtype(config.dtype)
+def check_model(config: ModelConfig, dtype: str | None, given: str) -> None:
+    """UserError when FSDP cannot have a model, `given` by these words, in `dtype` (None: its own)."""
+    compute_dtype(dtype or config.dtype)
     if config.blocks is not None:
         raise UserError(
             f"--engine fsdp: {given} is a model whose layers differ, which transformers builds only with code of its "

@@ -27,8 +27,12 @@ from megatron_prune.training.throughput import forward_flops
 
 def readers(config: TrainConfig, source: ModelSource, teacher: ModelSource | None) -> list[HFReader]:
     """Of the model and of its teacher; UserError for what FSDP cannot train, before anything is loaded."""
+    x = config.losses
     found = []
-    for given, each in ((f"--input {config.input}", source), (f"--teacher {config.losses.teacher}", teacher)):
+    for given, each, dtype in (
+        (f"--input {config.input}", source, None),
+        (f"--teacher {x.teacher}", teacher, x.teacher_dtype),
+    ):
         if each is None:
             continue
         if each.reader is None:
@@ -36,7 +40,7 @@ def readers(config: TrainConfig, source: ModelSource, teacher: ModelSource | Non
                 f"--engine fsdp: {given} is no Hugging Face directory: give one, such as `export` writes from a "
                 "checkpoint that `trim` wrote, or use --engine megatron"
             )
-        check_model(each.config, given)
+        check_model(each.config, dtype, given)
         found.append(each.reader)
     return found
 

@@ -162,6 +162,7 @@ class FsdpTrainer:
         done = state["updates"]
         for name, parameter in self.model.parameters.items():
             moments = {kind: state["optimizer"][kind][name] for kind in MOMENTS}
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(done)), **moments}
+            step = torch.tensor(float(done), device=parameter.device)
+            self.optimizer.state[parameter] = {"step": step, **moments}
         self.scheduler.num_steps = done
         self.scheduler.step(increment=0)
