@@ -39,6 +39,8 @@ from megatron_prune.training.zeros import Zeros
 
 BATCH, LENGTH = 4, 256
 ENGINES = ("megatron", "fsdp")
+CASES = ((1, 1), (1, 4), (2, 1), (2, 2))
+"""Processes, and windows in a micro-batch of each."""
 
 
 def megatron(reader: HFReader, training: Training, data: Samples) -> Steps:
@@ -55,7 +57,7 @@ def fsdp(reader: HFReader, training: Training, data: Samples) -> Steps:
     return FsdpTrainer(model, training, data, Objective(model, Weighting(), None), ShardedZeros(model))
 
 
-def measure(model: Path, text: Path, steps: int, engines: list[str]) -> dict[str, Any]:
+def measure(model: Path, text: Path, steps: int, micro_batch: int, engines: list[str]) -> dict[str, Any]:
     """Wall and CPU seconds of each step, CPU over all ranks, losses, and the largest peak memory of a rank. Collective.
 
     The first step of an engine does not count.
@@ -64,7 +66,7 @@ def measure(model: Path, text: Path, steps: int, engines: list[str]) -> dict[str
     training = Training(
         data=(text,),
         seq_length=LENGTH,
-        micro_batch_size=1,
+        micro_batch_size=micro_batch,
         global_batch_size=BATCH,
         train_iters=steps + 1,
         lr=1e-4,
@@ -94,16 +96,19 @@ def measure(model: Path, text: Path, steps: int, engines: list[str]) -> dict[str
 def worker(given: argparse.Namespace) -> None:
     """One of torchrun's processes."""
     with backend.running(backend.Layout()):
-        found = measure(given.model, given.text, given.steps, given.engines)
+        found = measure(given.model, given.text, given.steps, given.micro_batch, given.engines)
         if backend.rank() == 0:
             given.result.write_text(json.dumps(found))
 
 
-def launch(given: argparse.Namespace, model: Path, processes: int, engines: tuple[str, ...]) -> dict[str, Any]:
+def launch(
+    given: argparse.Namespace, model: Path, processes: int, micro_batch: int, engines: tuple[str, ...]
+) -> dict[str, Any]:
     """Measure in processes of their own."""
-    result = given.work / f"{processes}_{'_'.join(engines)}.json"
+    result = given.work / f"{processes}_{micro_batch}_{'_'.join(engines)}.json"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    words = ["--model", model, "--text", given.text, "--steps", given.steps, "--result", result, "--engines", *engines]
+    words = ["--model", model, "--text", given.text, "--steps", given.steps, "--micro-batch", micro_batch]
+    words += ["--result", result, "--engines", *engines]
     subprocess.run([*torchrun, __file__, *map(str, words)], check=True)
     return json.loads(result.read_text())
 
@@ -120,9 +125,9 @@ def sparse_model(given: argparse.Namespace) -> Path:
     return names["hf"]
 
 
-def rows(given: argparse.Namespace, model: Path, processes: int) -> list[list[Any]]:
+def rows(given: argparse.Namespace, model: Path, processes: int, micro_batch: int) -> list[list[Any]]:
     """Both engines on a number of processes."""
-    both = launch(given, model, processes, ENGINES)
+    both = launch(given, model, processes, micro_batch, ENGINES)
     pairs = zip(both["megatron"]["loss"], both["fsdp"]["loss"], strict=True)
     difference = max(abs(a - b) for a, b in pairs)
     found: list[list[Any]] = []
@@ -130,9 +135,9 @@ def rows(given: argparse.Namespace, model: Path, processes: int) -> list[list[An
         wall, cpu = median(both[name]["wall_s"]), median(both[name]["cpu_s"])
         base = both["megatron"]
         ratio = median(a / b for a, b in zip(base["cpu_s"], both[name]["cpu_s"], strict=True))
-        peak = launch(given, model, processes, (name,))["peak_gib"]
+        peak = launch(given, model, processes, micro_batch, (name,))["peak_gib"]
         shown = None if name == "megatron" else difference
-        found.append([name, processes, BATCH * LENGTH / wall, cpu, ratio, peak, shown])
+        found.append([name, processes, micro_batch, BATCH * LENGTH / wall, cpu, ratio, peak, shown])
     return found
 
 
@@ -144,6 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("runs/fsdp"))
     parser.add_argument("--note", default="", help="what the result file must say of how these rows came about")
+    parser.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -157,15 +163,16 @@ def main() -> None:
         "columns": [
             "engine",
             "processes",
+            "windows at a time",
             "tokens/s",
             "CPU s a step",
             "tokens per CPU s, times megatron's",
             "peak GiB",
             "largest difference of a step's loss",
         ],
-        "rows": [row for processes in (1, 2) for row in rows(given, model, processes)],
+        "rows": [row for case in CASES for row in rows(given, model, *case)],
         "protocol": f"SmolLM2-135M, 2:4 by magnitude, zeros kept, bf16 with float32 masters; {given.steps} steps of "
-        f"{BATCH} x {LENGTH} tokens of C4 after one that does not count, micro-batches of one window, medians; the "
+        f"{BATCH} x {LENGTH} tokens of C4 after one that does not count, medians; the "
         "engines take turns step by step. CPU seconds of all processes, one thread each; peak resident memory of a "
         f"process, libraries included, with one engine alone. {given.note}".rstrip(),
         "hardware": hardware(),

@@ -8,6 +8,7 @@ parameter, gradient, moments of Adam      float32, sharded alike; a decoder laye
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -57,6 +58,8 @@ class ShardedModel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        deprecated = r"`torch\.distributed\.\w+` is deprecated"  # by torch itself, in FSDP2
+        warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning, module=r"torch\.distributed")
         mesh = init_device_mesh(backend.device().type, (dist.get_world_size(),))
         lower = None if compute == torch.float32 else compute
         policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None)

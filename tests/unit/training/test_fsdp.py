@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemWriter
 
 from megatron_prune.__main__ import main
+from megatron_prune.fsdp.checkpoint import FsdpSave, load_fsdp
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros
 from megatron_prune.fsdp.trainer import FsdpTrainer
 from megatron_prune.model.convert import HFReader
@@ -149,6 +154,39 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert not (root / "stopped" / "weights").exists()
     assert main(train(root, "fsdp", "hf", "stopped", "--resume")) == 0
     assert curve(root / "stopped") == curve(root / "fsdp_plain")
+
+
+def test_what_is_saved_in_the_background_is_the_state_of_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are held back until the tensor has changed."""
+    changed = threading.Event()
+    write_data = FileSystemWriter.write_data
+
+    def later(writer: FileSystemWriter, *given: Any) -> Any:
+        assert changed.wait(60)
+        return write_data(writer, *given)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", later)
+    with backend.running(backend.Layout()):
+        state = {"model": {"w": torch.ones(4)}, "step": 3}
+        save = FsdpSave(tmp_path, state, in_background=True)
+        assert save.busy()
+        state["model"]["w"].zero_()
+        changed.set()
+        save.finish()
+        assert load_fsdp(tmp_path, state)["step"] == 3
+    assert torch.equal(state["model"]["w"], torch.ones(4))
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_no_checkpoint(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(writer: FileSystemWriter, *given: Any) -> Any:
+        raise RuntimeError("unexpected pos") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    assert main(train(root, "fsdp", "hf", "full")) == 2
+    assert "could not be written (process 0: [Errno 28] No space left" in capsys.readouterr().err
+    assert not list((root / "full" / "checkpoints").glob("step_*"))
 
 
 def test_recomputed_layers_change_nothing(root: Path) -> None:
