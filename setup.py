@@ -51,6 +51,7 @@ setup(
             "pytest-xdist>=3.6",
             "triton>=3.3",  # its interpreter runs the GPU kernels in tests; CUDA builds of PyTorch bring their own
             "hypothesis>=6.100",
+            "ibm-fms>=1.13,<2; python_version < '3.13'",  # reads what `export --format fms` writes
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML>=6.0",

@@ -192,7 +192,7 @@ class PreprocessConfig(Options):
 class ImportConfig(Options):
     """A Hugging Face checkpoint -> a Megatron checkpoint"""
 
-    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors)")
+    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors), or a directory of export's fms form")
     output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
     dtype: Dtype | None = option(None, "type of the weights; left out: the source's own")
     mask: Path | None = option(None, "mask .npz (Hugging Face weight names) applied to the weights")
@@ -301,6 +301,11 @@ class TrainConfig(Options):
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
+    engine: Literal["megatron", "fsdp"] = option(
+        "megatron",
+        "megatron: megatron-core, in the layout below; fsdp: transformers' model from a Hugging Face directory, every "
+        "parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory comes out",
+    )
     keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
@@ -308,6 +313,26 @@ class TrainConfig(Options):
     lora: LoRA = group(LoRA)
     training: Training = group(Training)
     parallelism: Parallelism = group(Parallelism)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine != "fsdp":
+            return
+        p = self.parallelism
+        given = {
+            "--tensor-model-parallel-size": p.tensor_model_parallel_size > 1,
+            "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
+            "--virtual-pipeline-model-parallel-size": p.virtual_pipeline_model_parallel_size is not None,
+            "--context-parallel-size": p.context_parallel_size > 1,
+            "--use-distributed-optimizer": self.training.use_distributed_optimizer,
+            "--lora-rank": self.lora.rank > 0,
+        }
+        if any(given.values()):
+            names = ", ".join(name for name, found in given.items() if found)
+            raise UserError(
+                f"--engine fsdp: {names} given; FSDP shards all parameters and their optimizer over all processes and "
+                "trains all of them: leave it out, or use --engine megatron"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,9 +348,13 @@ class TrimConfig(Options):
 class ExportConfig(Options):
     """A checkpoint or a run -> files that other software reads"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint (hf) or run folder (mask-npz)")
-    output: Path = option(REQUIRED, "directory (hf) or file (mask-npz) to write; must not exist")
-    format: Literal["hf", "mask-npz"] = option("hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight")
+    input: Path = option(REQUIRED, "Megatron checkpoint (hf, fms) or run folder (mask-npz)")
+    output: Path = option(REQUIRED, "directory (hf, fms) or file (mask-npz) to write; must not exist")
+    format: Literal["hf", "fms", "mask-npz"] = option(
+        "hf",
+        "hf: from_pretrained opens it; fms: IBM's foundation-model-stack, LLaMA models; mask-npz: packed bits per "
+        "weight",
+    )
     layers: Literal["padded", "custom", "blocks"] | None = option(
         None,
         "form of a model whose layers differ: padded with zeros (left out: this), custom: with a modelling file that "

@@ -24,9 +24,9 @@ from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
-from megatron_prune.model.prunable import LINEARS, LocalLinear
+from megatron_prune.model.prunable import LINEARS, LocalLinear, PrunableModel
 from megatron_prune.training.checkpoints import find_newest
-from megatron_prune.training.loop import Trainer
+from megatron_prune.training.loop import Steps, Trainer
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
 
@@ -40,6 +40,7 @@ MaskSource = Callable[[str], Tensor]
 class LearningRunner(TrainingSession):
     """Learns mask logits in `folder`; `prior` and `initial_logits` say where learning starts."""
 
+    model: PrunableModel
     trained = "mask_logits"
 
     def __init__(
@@ -154,7 +155,7 @@ class LearningRunner(TrainingSession):
             record[f"mask_entropy/{kind}"] = entropy / count
         return record
 
-    def held_out_loss(self, trainer: Trainer, windows: Tensor) -> float:
+    def held_out_loss(self, trainer: Steps, windows: Tensor) -> float:
         """With every group's best pattern."""
         assert self.draw is not None
         self.draw.decoded = True
@@ -162,7 +163,7 @@ class LearningRunner(TrainingSession):
         self.draw.decoded = False
         return loss
 
-    def load(self, trainer: Trainer, path: Path) -> int:
+    def load(self, trainer: Steps, path: Path) -> int:
         """As the base class; changes of masks count from there."""
         done = super().load(trainer, path)
         for linear in self.model.linears():
