@@ -17,6 +17,7 @@ import pytest
 from megatron_prune.__main__ import main
 from megatron_prune.report.collect import collect
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.tasks import write_tasks
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 COMMANDS = (
@@ -29,15 +30,16 @@ COMMANDS = (
     "--calibration words.jsonl --calibration-samples 4 --calibration-seq-length 16",
     "evaluate --input dense --text text.txt --window 16 --windows 2 --output dense.json",
     "evaluate --input exported --text text.txt --window 16 --windows 2 --output exported.json",
+    "evaluate --input exported --dense dense --tasks choices --tasks-folder tasks --output tasks.json",
     "verify --input exported --target 2:4 --output verified.json",
     "bench --input exported --batch-sizes 1 2 --prompt-length 8 --new-tokens 2 --repeats 1 --output bench.json",
 )
-INPUTS = "learned narrow dense exported dense.json exported.json verified.json bench.json".split()
+INPUTS = "learned narrow dense exported dense.json exported.json tasks.json verified.json bench.json".split()
 
 
 def at(root: Path, command: str) -> list[str]:
     """The words of a command, names of files and folders placed in `root`."""
-    names = {*INPUTS, "hf", "sparse", "words.jsonl", "text.txt"}
+    names = {*INPUTS, "hf", "sparse", "words.jsonl", "text.txt", "tasks"}
     return [str(root / word) if word in names else word for word in command.split()]
 
 
@@ -46,6 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs, models, results, and the page."""
     root = tmp_path_factory.mktemp("report")
     words(root / "words.jsonl")
+    write_tasks(root / "tasks")
     byte_tokenizer(tiny_llama(root / "hf", vocab_size=257))
     (root / "text.txt").write_text("words of a text that is long enough for two windows of sixteen bytes")
     for command in COMMANDS:
@@ -73,6 +76,12 @@ def test_its_numbers_are_those_of_the_files(root: Path, page: str) -> None:
     assert f'<td class="n">{pruned:.4g}</td><td class="n">{pruned / dense:.3f}</td>' in page
     density = re.findall(r'class="n" style="[^"]*">([\d.]+)</td>', page)
     assert len(density) == 2 * 7 and set(density) == {"0.5000"}  # layers x matrices
+    dense, pruned = json.loads((root / "tasks.json").read_text())["results"]
+    assert f'<th class="n" data-sort>choices<br>{next(iter(dense["tasks"]["choices"]["metrics"]))}</th>' in page
+    for model in (dense, pruned):
+        scores = [f"{value:.4f}" for value in model["tasks"]["choices"]["metrics"].values()]
+        row = page[page.index(f"<td>{model['model']}</td>", page.index("Zero-shot tasks")) :]
+        assert re.findall(r'class="n">([\d.]+) &plusmn;', row[: row.index("</tr>")]) == scores
     narrow = json.loads((root / "narrow" / "decision" / "trim.json").read_text())
     assert f"{narrow['parameters']:,} parameters" in page
     assert "verified.json</b>: verified" in page and "pattern 2:4 holds" in page
