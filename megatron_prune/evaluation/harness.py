@@ -29,8 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prune.data.text import tokenize
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import local_tasks
-from megatron_prune.evaluation.likelihood import Scorer
-from megatron_prune.evaluation.requests import Request
+from megatron_prune.evaluation.requests import Request, Scorer
 
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """Kinds of tasks that need likelihoods only."""

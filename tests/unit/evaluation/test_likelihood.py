@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_prune.errors import UserError
+from megatron_prune.evaluation import likelihood
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer, log_probabilities
 from megatron_prune.evaluation.requests import Request, plan
 from megatron_prune.export.padding import in_transformers
@@ -90,3 +92,13 @@ def test_of_equal_logits_the_first_is_the_answer() -> None:
     logits = torch.tensor([[0.0, 1.0, 1.0]])
     _, best = log_probabilities(logits, torch.tensor([0, 0]), torch.tensor([1, 2]))
     assert best.tolist() == [True, False]
+
+
+def test_processes_that_ask_different_things_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They would wait for each other's batches for ever."""
+    path = tiny_model(tmp_path / "hf", "llama")
+    with backend.running(backend.Layout()):
+        scorer = MegatronScorer(open_model(path).load(backend.Layout(), "float32"), 100)
+        monkeypatch.setattr(likelihood, "from_leader", lambda digest: "another")
+        with pytest.raises(UserError, match="the processes read different items"):
+            scorer.score([Request([1], [2])])
