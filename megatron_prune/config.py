@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_prune.errors import UserError
 from megatron_prune.options import REQUIRED, Options, group, option, parse_documents, parse_split
@@ -216,6 +216,7 @@ class PruneConfig(Options):
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
     method_options: dict[str, Any] = option({}, "the method's own hyper-parameters")
+    latency_table: Path | None = option(None, "table that `latency` measured, for a target such as latency_us=800K")
     statistics: Path | None = option(
         None, "folder of a structured method's statistics: read where they are there, kept where not"
     )
@@ -363,11 +364,30 @@ class ExportConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskOptions(Options):
+    """Tasks of lm-eval"""
+
+    names: tuple[str, ...] = option((), "tasks of lm-eval by name, scored by likelihood", key="tasks")
+    tasks_folder: tuple[Path, ...] = option(
+        (), "folders with the tasks' rows, and definitions of your own; left out: lm-eval's tasks, from the hub"
+    )
+    num_fewshot: int | None = option(None, "examples before each question; left out: the task's own", at_least=0)
+    limit: float | None = option(None, "items of each task, the first ones; below 1: a share of them", above=0)
+    tokens_per_batch: int | None = option(
+        None, "tokens in a forward pass over questions; left out: 1024 on a CPU, 16384 on a GPU", at_least=1
+    )
+    samples: Path | None = option(None, "JSONL file for every item: log-likelihoods of its answers, target and scores")
+    dense: str | None = option(
+        None, "model to stand in the first line: its result of the same tasks (JSON), or a model, evaluated first"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Perplexity of a Megatron checkpoint or a Hugging Face directory"""
+    """Perplexity, or scores of lm-eval's tasks, of a Megatron checkpoint or a Hugging Face directory"""
 
     input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory or hub id")
-    text: Path = option(REQUIRED, "text file, tokenised whole, without a beginning-of-text token")
+    text: Path | None = option(None, "text file, tokenised whole, without a beginning-of-text token")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2)
     windows: int = option(32, "windows evaluated, from the start of the text; 0 = all", at_least=0)
@@ -375,7 +395,14 @@ class EvaluateConfig(Options):
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1)
+    tasks: TaskOptions = group(TaskOptions)
     parallelism: Parallelism = group(Parallelism)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.text is None) == (not self.tasks.names):
+            given = "both were given" if self.text is not None else "neither was given"
+            raise UserError(f"--text (a perplexity) or --tasks (scores of tasks): {given}; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,6 +447,32 @@ class InspectConfig(Options):
     """What is in a checkpoint, a run folder or a decision"""
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or decision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig(Options):
+    """Time of a model's attention and MLP at several sizes on this device, for budgets of latency"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint or Hugging Face directory; its weights are not read")
+    output: Path = option(REQUIRED, "JSON file to write; must not exist")
+    levels: int = option(10, "sizes between a whole attention or MLP and none, as darwinlm has them", at_least=1)
+    batch_size: int = option(1, "prompts at a time", at_least=1)
+    prompt_length: int = option(512, "tokens of each prompt", at_least=1)
+    repeats: int = option(9, "rounds over all sizes, of which the median counts, after one that does not", at_least=1)
+    dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Options):
+    """One self-contained HTML page of what runs removed and what it cost; RUN... may stand right after the verb"""
+
+    leading: ClassVar[str] = "inputs"
+
+    inputs: tuple[Path, ...] = option(
+        (), "run folders, checkpoints, Hugging Face directories, JSON results of evaluate, verify and bench"
+    )
+    output: Path = option(REQUIRED, "HTML file to write; must not exist")
+    title: str = option("megatron_prune report", "heading of the page")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,28 +129,30 @@ class LearningRunner(TrainingSession):
 
     @torch.no_grad()
     def _mask_statistics(self) -> dict[str, float]:
-        """Over all groups, and over those of each kind of linear: mean best probability, share whose best pattern has
-        changed since the last look and, over all, since the start. Collective.
+        """Over all groups, and over those of each kind of linear: mean best probability, mean entropy (nats), share
+        whose best pattern has changed since the last look and, over all, since the start. Collective.
         """
         draw = self.draw
         assert draw is not None
-        sums = torch.zeros(len(LINEARS), 4, dtype=torch.float64, device=backend.device())
+        sums = torch.zeros(len(LINEARS), 5, dtype=torch.float64, device=backend.device())
         for linear in self.model.linears():
-            now, best = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
+            now, spread = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
             changed, moved = (int((now != before[linear.name]).count_nonzero()) for before in (self.last, self.start))
-            values = (best, changed, moved, now.numel())
+            values = (*spread.tolist(), changed, moved, now.numel())
             sums[linear.tensor_id % len(LINEARS)] += torch.tensor(values, dtype=sums.dtype, device=sums.device)
             self.last[linear.name] = now
         dist.all_reduce(sums)
-        best, changed, moved, count = sums.sum(0).tolist()
+        best, entropy, changed, moved, count = sums.sum(0).tolist()
         record = {
             "max_probability": best / count,
+            "mask_entropy": entropy / count,
             "changed_fraction": changed / count,
             "differs_from_start_fraction": moved / count,
         }
-        for path, (best, changed, _moved, count) in zip(LINEARS, sums.tolist(), strict=True):
+        for path, (best, entropy, changed, _moved, count) in zip(LINEARS, sums.tolist(), strict=True):
             kind = path.split(".")[-1]
             record |= {f"max_probability/{kind}": best / count, f"changed_fraction/{kind}": changed / count}
+            record[f"mask_entropy/{kind}"] = entropy / count
         return record
 
     def held_out_loss(self, trainer: Steps, windows: Tensor) -> float:
