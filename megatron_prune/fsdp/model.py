@@ -1,8 +1,10 @@
 """A Hugging Face model as transformers has it, its parameters sharded over all processes by PyTorch's FSDP2.
 
-parameter [rows, ...] on n processes      process r holds rows r * k to (r + 1) * k, k = rows / n rounded up
-parameter, gradient, moments of Adam      float32, sharded alike; a decoder layer at a time is gathered, in the
-                                          model's own type, for its forward and for its backward pass
+Rows are shared out in order, and whole layers exist only while they compute:
+
+    parameter [rows, ...] on n processes      process r holds rows r * k to (r + 1) * k, k = rows / n rounded up
+    parameter, gradient, moments of Adam      float32, sharded alike; a decoder layer at a time is gathered, in the
+                                              model's own type, for its forward and for its backward pass
 """
 
 from __future__ import annotations

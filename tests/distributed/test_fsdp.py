@@ -47,7 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything run: in one process with both engines, then in two, some of it from the other's checkpoints."""
     root = tmp_path_factory.mktemp("fsdp_ranks")
     words(root / "words.jsonl")
-    hf = byte_tokenizer(tiny_llama(root / "hf", vocab_size=257, hidden_size=64, intermediate_size=128))
+    sizes = dict(vocab_size=257, hidden_size=64, intermediate_size=128)
+    hf = byte_tokenizer(tiny_llama(root / "hf", tie_word_embeddings=True, **sizes))
     byte_tokenizer(tiny_llama(root / "teacher", vocab_size=257, hidden_size=64, num_hidden_layers=4, seed=1))
     make_sparse(hf)
     for kind in KINDS:
