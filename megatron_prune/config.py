@@ -322,9 +322,11 @@ class TrimConfig(Options):
 class ExportConfig(Options):
     """A checkpoint or a run -> files that other software reads"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint (hf) or run folder (mask-npz)")
-    output: Path = option(REQUIRED, "directory (hf) or file (mask-npz) to write; must not exist")
-    format: Literal["hf", "mask-npz"] = option("hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight")
+    input: Path = option(REQUIRED, "Megatron checkpoint (hf, maxtext) or run folder (mask-npz, maxtext)")
+    output: Path = option(REQUIRED, "directory (hf, maxtext) or file (mask-npz) to write; must not exist")
+    format: Literal["hf", "mask-npz", "maxtext"] = option(
+        "hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight; maxtext: Orbax, for TPUs"
+    )
     layers: Literal["padded", "custom", "blocks"] | None = option(
         None,
         "form of a model whose layers differ: padded with zeros (left out: this), custom: with a modelling file that "
