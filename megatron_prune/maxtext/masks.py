@@ -40,7 +40,9 @@ class PackedMasks(Mapping[str, np.ndarray]):
                     self._bits[name] = _bits(f"{path}: {name}", archive, name, shape)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; give a mask .npz (export --format mask-npz)") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a mask .npz, or is damaged: {error}") from error
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -97,13 +97,13 @@ def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings:
         *machine(),
         *settings,
     ]
-    config = pyconfig.initialize(["", *_last(arguments)])
+    config = pyconfig.initialize(["", *last_of_each(arguments)])
     model, mesh = model_creation_utils.from_pretrained(config)
     graph, state = nnx.split(model)
     return LoadedModel(config, mesh, graph, state)
 
 
-def _last(arguments: Sequence[str]) -> list[str]:
+def last_of_each(arguments: Sequence[str]) -> list[str]:
     """The same, of settings given twice the last: MaxText refuses them."""
     found = {argument.partition("=")[0]: argument for argument in arguments}
     return list(found.values())

@@ -32,3 +32,19 @@ class VerifyConfig(Options):
 
     input: Path = option(REQUIRED, "model for MaxText with masks")
     checkpoint: Path | None = option(None, "run that has trained it, or one step of it; left out: the model as it is")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Options):
+    """MaxText's trainer with removed weights held at zero; the same command goes on after an interruption"""
+
+    input: str = option(REQUIRED, "model for MaxText: the folder from convert or export --format maxtext")
+    output: str = option(REQUIRED, "run folder (or gs://...): MaxText writes OUTPUT/checkpoints and goes on from there")
+    data: tuple[str, ...] = option((), "[WEIGHT] PREFIX ... from `megatron-prune preprocess`; left out: synthetic data")
+    data_cache: Path | None = option(None, "local folder for the order of the data; left out: in the user's cache")
+    steps: int = option(REQUIRED, "optimizer steps, over all continuations", at_least=1)
+    seq_length: int = option(2048, "tokens in a training window", at_least=2)
+    save_interval: int = option(100, "optimizer steps between checkpoints; the last step is always saved", at_least=1)
+    seed: int = option(0, "of the order of the data", at_least=0)
+    keep_zeros: bool = option(True, "removed weights stay zero, by the masks beside the model")
+    settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...: learning_rate=1e-4 ...")
