@@ -18,10 +18,13 @@ QUIET = ("log_config=False", "enable_goodput_recording=False", "monitor_goodput=
 
 
 def prepare() -> None:
-    """Environment variables that MaxText looks at when it is imported: no cloud services, no hub."""
+    """What MaxText finds where its own main function starts: no cloud services, no hub, absl's flags and logging."""
     os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from absl import flags
+
+    flags.FLAGS(["maxtext"])
 
 
 def machine() -> list[str]:

@@ -26,7 +26,7 @@ from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.folder import Folder
 from megatron_prune.maxtext.masks import PackedMasks, stacked
 from megatron_prune.maxtext.model import QUIET, last_of_each, machine, prepare
-from megatron_prune.maxtext.options import TrainConfig
+from megatron_prune.maxtext.options import Data, TrainConfig
 from megatron_prune.model.families import ModelConfig
 
 CLIP = "gradient_clipping_threshold"
@@ -44,9 +44,11 @@ def train(config: TrainConfig) -> None:
             clip = float(value(arguments, CLIP) or CLIP_DEFAULT)
             arguments = last_of_each([*arguments, f"{CLIP}=0"])  # `keep_zeros` clips
             changes.enter_context(_kept_zeros(clip, lambda state: check_state(state, masks, folder.config)))
+        from absl import logging
         from maxtext.trainers.pre_train import train as trainer
 
-        _prepare_absl()
+        logging.set_verbosity(logging.INFO)  # MaxText tells its progress through absl
+        logging.use_absl_handler()
         trainer.main(["", *arguments])
     done = last_step(config.output)
     if done < config.steps - 1:  # MaxText takes an error of the data for the end of the data
@@ -60,15 +62,6 @@ def last_step(output: str) -> int:
     folder = epath.Path(output) / "checkpoints"
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
     return max(steps, default=-1)
-
-
-def _prepare_absl() -> None:
-    """What absl's own main function does: grain asks for its flags, and progress is logged by it."""
-    from absl import flags, logging
-
-    flags.FLAGS(["maxtext"])
-    logging.set_verbosity(logging.INFO)
-    logging.use_absl_handler()
 
 
 def settings(config: TrainConfig, folder: Folder) -> list[str]:
@@ -97,7 +90,7 @@ def settings(config: TrainConfig, folder: Folder) -> list[str]:
     return last_of_each([*ours, *config.settings])
 
 
-def data_settings(config: TrainConfig, model: ModelConfig) -> list[str]:
+def data_settings(config: Data, model: ModelConfig) -> list[str]:
     """Text from `preprocess`, in the order of Megatron's data sets; without, MaxText's synthetic data."""
     if not config.data:
         return ["dataset_type=synthetic"]
