@@ -1,8 +1,8 @@
 """Learned N:M masks (MaskLLM) on MaxText's model: the mask logits are trained, the weights are frozen.
 
 The same maths as `megatron-prune prune --method maskllm`: patterns, schedules, regularisation, the start at a prior,
-and the noise of a step, which is drawn once for a step's whole batch (there: --mask-draw step). Model, sharding and data
-are MaxText's; the loop is ours, because its trainer trains what the model has.
+and the noise of a step, which is drawn once for a step's whole batch (there: --mask-draw step). Model, sharding and
+data are MaxText's; the loop is ours, because its trainer trains what the model has.
 
 Masks are made layer by layer, so that beside the logits, Adam's two means and one masked copy of the weights only one
 layer's noise is in memory. Logits are [layers, out, in / m, patterns], sharded over all devices along `out` where that
@@ -28,7 +28,7 @@ from megatron_prune.maxtext.keys import keys, row_ids
 from megatron_prune.maxtext.masks import PackedMasks, write_masks
 from megatron_prune.maxtext.model import LoadedModel, load
 from megatron_prune.maxtext.options import LearnConfig
-from megatron_prune.maxtext.train import data_settings, leaf_of
+from megatron_prune.maxtext.train import data_settings, leaf_of, users_settings
 from megatron_prune.model.families import ModelConfig
 
 LEAVES = tuple(leaf for leaf in layout.LEAVES if leaf.prunable)
@@ -50,7 +50,8 @@ def learn(config: LearnConfig) -> None:
         _check_prior(config, prior)
     length, batch = config.seq_length, config.global_batch_size
     data = data_settings(config, folder.config)
-    model = load(config.input, None, length, batch, [f"steps={config.steps}", *data, *config.settings])
+    more = users_settings(config.settings, folder.config, but=["weight_dtype"])
+    model = load(config.input, None, length, batch, [f"steps={config.steps}", *data, *more])
     import jax
     import orbax.checkpoint as ocp
     from maxtext.input_pipeline.input_pipeline_interface import create_data_iterator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -28,12 +29,19 @@ def prepare() -> None:
 
 
 def machine() -> list[str]:
-    """MaxText settings that this machine asks for: without accelerator the plain attention and no cluster."""
-    import jax
+    """MaxText settings that this machine asks for: without accelerator the plain attention and no cluster.
 
-    if jax.default_backend() != "cpu":
+    JAX itself is not asked: hosts of a cluster must have found each other before it looks for devices.
+    """
+    if accelerated():
         return []
     return ["hardware=cpu", "attention=dot_product", "skip_jax_distributed_system=True"]
+
+
+def accelerated() -> bool:
+    """Whether this environment has JAX's part for an accelerator and may use it."""
+    plugins = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(importlib.util.find_spec(name) for name in plugins)
 
 
 @dataclass
@@ -85,6 +93,8 @@ def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings:
     from maxtext.configs import pyconfig
     from maxtext.utils import model_creation_utils
 
+    if accelerated() and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
     devices = jax.device_count()
     if batch % devices:
         raise UserError(f"a batch of {batch} was given; allowed: a multiple of the {devices} devices")

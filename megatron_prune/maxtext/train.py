@@ -82,12 +82,17 @@ def settings(config: TrainConfig, folder: Folder) -> list[str]:
         *machine(),
         *data_settings(config, folder.config),
     ]
-    fixed = {argument.partition("=")[0] for argument in folder.arguments()} | set(layout.settings(folder.config))
-    for argument in config.settings:
+    return last_of_each([*ours, *users_settings(config.settings, folder.config)])
+
+
+def users_settings(given: Sequence[str], model: ModelConfig, but: Sequence[str] = ()) -> Sequence[str]:
+    """The same; UserError for a setting that defines the model, unless it is one of `but`."""
+    fixed = {*layout.settings(model), "load_parameters_path", "tokenizer_path"} - {*but}
+    for argument in given:
         key, equals, _value = argument.partition("=")
         if not equals or key in fixed:
             raise UserError(f"--settings {argument}: allowed: KEY=VALUE of MaxText's keys that do not define the model")
-    return last_of_each([*ours, *config.settings])
+    return given
 
 
 def data_settings(config: Data, model: ModelConfig) -> list[str]:

@@ -39,3 +39,8 @@ def dump(run: str, output: str) -> None:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         found = flatten(reader.restore(items, args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy)))
     np.savez(output, **{path: np.asarray(value) for path, value in found.items() if isinstance(value, np.ndarray)})
+
+
+def copy_step(run: str, target: str, step: str) -> None:
+    """A run of which one checkpoint is left."""
+    shutil.copytree(Path(run) / "checkpoints" / step, Path(target) / "checkpoints" / step)

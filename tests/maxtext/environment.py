@@ -29,6 +29,6 @@ def run(folder: Path, calls: list[list[object]]) -> list[str]:
     (folder / "calls.json").write_text(json.dumps([[str(word) for word in call] for call in calls]))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     command = [str(python()), str(WORKER), str(folder / "calls.json"), str(folder / "answers.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads((folder / "answers.json").read_text())

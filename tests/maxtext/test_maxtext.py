@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply.decision import Masks
+from megatron_prune.apply.decision import Masks, prunable_shapes
 from megatron_prune.export.padding import in_transformers
+from megatron_prune.kernels.gumbel import Draw, Position, masked_weight
 from megatron_prune.maxtext.layout import LLAMA3
 from megatron_prune.maxtext.masks import PackedMasks
+from megatron_prune.model import convert
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.families import get_family
+from megatron_prune.model.prunable import LINEARS
 from tests.maxtext import environment
 from tests.models import byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model, words
 
@@ -72,6 +76,12 @@ def prepare(root: Path) -> None:
         reference(root / name, root / f"{name}.npz")
     text = ["--input", words(root / "words.jsonl"), "--tokenizer", root / "dense", "--append-eod", "--workers", 1]
     verb("preprocess", *text, "--output", root / "tokens")
+    verb("prune", "--input", root / "rope", "--output", root / "prior", "--method", "magnitude", "--target", "2:4")
+    verb("export", "--input", root / "prior", "--output", root / "prior.npz", "--format", "mask-npz")
+    shapes = prunable_shapes(HFReader(root / "dense").model_config).items()
+    random = np.random.default_rng(0)
+    logits = {name: random.normal(0, 0.01, (out, size // 4, 6)).astype(np.float32) for name, (out, size) in shapes}
+    np.savez(root / "logits.npz", **logits)
     tiny_model(root / "qwen2", "qwen2")
     byte_tokenizer(tiny_llama(root / "factor", rope_parameters=ROPE | {"factor": 32.0}))
     shutil.copytree(root / "dense", root / "lying")
@@ -93,6 +103,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, wrong in WRONG.items():
         calls[name] = [*calls[name.split()[0]][:3], root / f"{name}.npz", *wrong]
     calls |= training_calls(root)
+    calls |= learning_calls(root)
     calls["wrong shape"] = ["call", "tests.maxtext.doctored", "change_model", root / "dense_maxtext", root / "doctored"]
     answers = environment.run(root, list(calls.values()))
     (root / "answers").write_text(json.dumps(dict(zip(calls, answers, strict=True))))
@@ -123,6 +134,25 @@ def training_calls(root: Path) -> dict[str, list[object]]:
         "back": ["main", "export", *model, "--checkpoint", root / "sparse_run", "--output", root / "trained"],
         "back plain": ["main", "export", *model, "--checkpoint", root / "plain", "--output", root / "lost"],
     }
+
+
+def learning_calls(root: Path) -> dict[str, list[object]]:
+    data = ["--data", root / "tokens", "--data-cache", root / "cache", "--seq-length", 32, "--global-batch-size", 4]
+    schedule = ["--scale-start", 1000, "--temperature-start", 10, "--lr", "1e-3", "--steps", 4, "--save-interval", 2]
+    more = [*data, *schedule, "--settings", "dtype=float32", "grain_worker_count=0"]
+    dense = ["--input", root / "dense_maxtext"]
+    masks = ["--input", root / "dense", "--masks", root / "learned" / "masks.npz", "--output", root / "learned_maxtext"]
+    return {
+        "learn": ["main", "learn", *dense, "--output", root / "learned", *more],
+        "first half": ["call", "tests.maxtext.doctored", "copy_step", root / "learned", root / "again", 2],
+        "learn on": ["main", "learn", *dense, "--output", root / "again", *more],
+        "learn masked": ["main", "learn", "--input", root / "sparse_maxtext", "--output", root / "none"],
+        "learn 4:4": ["main", "learn", *dense, "--output", root / "none", "--n", 4],
+        "learned": ["main", "convert", *masks],
+        "start": ["call", "tests.maxtext.gumbel_jax", "start_of_prior", root / "rope_maxtext", root / "prior.npz"],
+        "masked": ["call", "tests.maxtext.gumbel_jax", "masked_tree", root / "dense_maxtext", root / "logits.npz",
+                   root / "masked.npz"],
+    }  # fmt: skip
 
 
 WRONG = {
@@ -233,3 +263,57 @@ def test_what_does_not_fit_is_refused(root: Path, call: str, message: str) -> No
     assert re.search(message, said(root, call)), said(root, call)
     name = call.removeprefix("convert ")
     assert not list(root.glob(f"{name}_maxtext*")) and not (root / "doctored" / "hf").exists()
+
+
+def test_learned_masks_are_whole_patterns_and_lower_the_loss(root: Path) -> None:
+    assert said(root, "learn").startswith("0 ") and said(root, "learned").startswith("0 ")
+    masks = PackedMasks(root / "learned" / "masks.npz", HFReader(root / "dense").model_config)
+    assert masks.pattern == "2:4"
+    assert all((masks[name].reshape(-1, 4).sum(-1) == 2).all() for name in masks)
+    records = [json.loads(line) for line in (root / "learned" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[0]["scale"] == 1000.0 and records[-1]["weight_regularization"] == 0.0
+    assert all(np.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in records)
+    assert records[-1]["max_probability"] > records[0]["max_probability"]
+
+
+def test_learning_goes_on_where_it_was(root: Path) -> None:
+    assert said(root, "learn on").startswith("0 ")
+    config = HFReader(root / "dense").model_config
+    first, second = (PackedMasks(root / run / "masks.npz", config) for run in ("learned", "again"))
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    lines = [(root / run / "metrics.jsonl").read_text().splitlines() for run in ("learned", "again")]
+    losses = [[json.loads(line)["loss"] for line in each] for each in lines]
+    assert losses[1] == losses[0][2:]
+
+
+def test_masked_weights_are_those_of_pytorch(root: Path) -> None:
+    """Of a whole model: names, rows, numbers of linears, keys, schedule."""
+    reader, given = HFReader(root / "dense"), np.load(root / "logits.npz")
+    found = np.load(root / "masked.npz")
+    config = reader.model_config
+    done = 2 / 4
+    scale, temperature = 100 + done * 400, 4 + done * (0.05 - 4)
+    for map in get_family("llama").weights(config):
+        if map.prunable:
+            weight = convert.merge(map, [reader.read(name) for name in map.hf], config)
+            logits = convert.merge(map, [torch.from_numpy(given[name]) for name in map.hf], config).contiguous()
+            linear = next(number for number, path in enumerate(LINEARS) if path in map.megatron)
+            masked = masked_weight(
+                weight.contiguous(), logits, n=2, m=4, scale=scale, temperature=temperature,
+                draw=Draw(3, 2, 0, (map.layer or 0) * 4 + linear), position=Position.whole(*logits.shape[:2]),
+            )  # fmt: skip
+            for name, part in zip(map.hf, convert.split(map, masked, config), strict=True):
+                np.testing.assert_allclose(found[name], part.numpy(), atol=2e-5, err_msg=name)
+
+
+def test_a_start_decodes_to_its_prior(root: Path) -> None:
+    assert said(root, "start") == "True"
+
+
+@pytest.mark.parametrize("call, message", [
+    ("learn masked", "has masks, so what they remove is zero: learn masks on the dense model"),
+    ("learn 4:4", "--n 4 --m 4 given"),
+])  # fmt: skip
+def test_learning_refuses(root: Path, call: str, message: str) -> None:
+    assert message in said(root, call) and not (root / "none").exists()
