@@ -58,7 +58,7 @@ VERBS = {
     "evaluate": Verb(
         config.EvaluateConfig,
         "megatron_prune.evaluation.perplexity:run",
-        "perplexity of a checkpoint on a text",
+        "perplexity of a checkpoint on a text, or scores of lm-eval's tasks",
     ),
     "verify": Verb(
         config.VerifyConfig,

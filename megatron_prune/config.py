@@ -336,11 +336,29 @@ class ExportConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskOptions(Options):
+    """Tasks of lm-eval"""
+
+    names: tuple[str, ...] = option((), "tasks of lm-eval by name, scored by likelihood", key="tasks")
+    tasks_folder: tuple[Path, ...] = option(
+        (), "folders with the tasks' rows, and definitions of your own; left out: lm-eval's tasks, from the hub"
+    )
+    num_fewshot: int | None = option(None, "examples before each question; left out: the task's own", at_least=0)
+    limit: float | None = option(None, "items of each task, the first ones; below 1: a share of them", above=0)
+    tokens_per_batch: int | None = option(
+        None, "tokens in a forward pass over questions; left out: 1024 on a CPU, 16384 on a GPU", at_least=1
+    )
+    dense: str | None = option(
+        None, "model to stand in the first line: its result of the same tasks (JSON), or a model, evaluated first"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Perplexity of a Megatron checkpoint or a Hugging Face directory"""
+    """Perplexity, or scores of lm-eval's tasks, of a Megatron checkpoint or a Hugging Face directory"""
 
     input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory or hub id")
-    text: Path = option(REQUIRED, "text file, tokenised whole, without a beginning-of-text token")
+    text: Path | None = option(None, "text file, tokenised whole, without a beginning-of-text token")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2)
     windows: int = option(32, "windows evaluated, from the start of the text; 0 = all", at_least=0)
@@ -348,7 +366,14 @@ class EvaluateConfig(Options):
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1)
+    tasks: TaskOptions = group(TaskOptions)
     parallelism: Parallelism = group(Parallelism)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.text is None) == (not self.tasks.names):
+            given = "both were given" if self.text is not None else "neither was given"
+            raise UserError(f"--text (a perplexity) or --tasks (scores of tasks): {given}; give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

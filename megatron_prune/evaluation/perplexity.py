@@ -31,6 +31,10 @@ from megatron_prune.model.import_hf import layout_of
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate `config.input`, print the result and write it where asked."""
+    if config.tasks.names:
+        from megatron_prune.evaluation import zeroshot
+
+        return zeroshot.run(config)
     if config.output is not None:
         refuse_existing(config.output)
     path = Path(config.input)
@@ -39,9 +43,11 @@ def run(config: EvaluateConfig) -> None:
         print(f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})")
         if config.output is not None:
             write_json(config.output, result)
+    return None
 
 
 def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> EvaluationText:
+    assert config.text is not None, "checked by the configuration"
     return evaluation_windows(config.text, load_tokenizer(tokenizer, vocab_size), config.window, config.windows)
 
 

@@ -18,7 +18,8 @@ class SDPACoreAttention(torch.nn.Module):
     """Causal attention of this rank's heads by torch's fused kernel; `[s, b, heads, d]` in, `[s, b, heads * d]` out.
 
     With a sliding window `w` a token sees itself and the `w - 1` tokens before it. With context parallelism every rank
-    attends from its own part of the sequence to the keys and values of all parts, which are gathered for it.
+    attends from its own part of the sequence to the keys and values of all parts, which are gathered for it. A mask
+    `[b, 1, s, s]` to add to the scores takes the place of both the causal order and the window.
     """
 
     def __init__(
@@ -30,9 +31,12 @@ class SDPACoreAttention(torch.nn.Module):
         self.window = config.window_size[0] + 1 if config.window_size else None
         self.shared = config.context_parallel_size > 1
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Attention over the whole (causal) sequence; any mask argument must be None."""
-        mask = self._mask(query)
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Attention over the whole sequence, in causal order unless there is a mask."""
+        assert attention_mask is None or not self.shared, "a mask with context parallelism"
+        mask = self._mask(query) if attention_mask is None else attention_mask
         if self.shared:
             key, value = context.gather(key), context.gather(value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))

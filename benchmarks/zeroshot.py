@@ -1,0 +1,177 @@
+"""Zero-shot scores of SmolLM2-135M, dense and after every method, through `evaluate --tasks`. One command:
+
+    python benchmarks/zeroshot.py --shared ../shared --runs runs --calibration TRAIN.jsonl
+
+The models are those of quality.py and structured.py, in RUNS/quality and RUNS/structured; what neither makes is pruned
+here, from the same text as there. Models that are not there are left out and named in the result, evaluations that are
+already in `--work` are not done again. Writes benchmarks/results/zeroshot_DATE.json, from which README's table is drawn.
+
+Scores are percentages: acc_norm where the public task has it, else acc, of the first `--limit` items of each task (RTE
+has 277, the others more), zero-shot, with their 95% errors. The change of the mean is over the same items, and so is its
+error: items that both models answer alike do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quality import HERE, Bench, hardware, versions
+
+TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
+SHORT = ["HellaSwag", "PIQA", "WinoGr.", "BoolQ", "ARC-e", "ARC-c", "OBQA", "RTE"]
+Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Model:
+    """One line of the table."""
+
+    method: str
+    target: str
+    path: str
+    """Below the folder of runs; a run that is made here is pruned with `options` and trimmed."""
+    options: tuple[str, ...] = ()
+
+
+DENSE = Model("dense", "", "quality/dense")
+MODELS = [
+    Model("magnitude", "2:4", "quality/magnitude_2-4_sparse"),
+    Model("wanda", "2:4", "quality/wanda_2-4_sparse"),
+    Model("wanda", "4:8", "quality/wanda_4-8_sparse"),
+    Model("wanda", "0.5", "quality/wanda_0.5_sparse"),
+    Model("sparsegpt, mask only", "2:4", "quality/sparsegpt_2-4_no-update-weights_sparse"),
+    Model("sparsegpt", "2:4", "quality/sparsegpt_2-4_sparse"),
+    Model("sparsegpt", "0.5", "quality/sparsegpt_0.5_sparse"),
+    Model("maskllm, 60 steps", "2:4", "quality/maskllm_60_steps_sparse"),
+    Model("maskllm, long run", "2:4", "quality/maskllm_long_sparse"),
+    Model("shortgpt", "27 of 30 layers", "structured/shortgpt_num_layers-27_trimmed"),
+    Model(
+        "shortened_llama",
+        "27 of 30 layers",
+        "shortened_llama_num_layers-27",
+        ("--method=shortened_llama", "--target=num_layers=27", "--calibration-samples=8"),
+    ),
+    Model("minitron", "27 of 30 layers", "structured/minitron_num_layers-27_trimmed"),
+    Model("minitron", "MLP 1152 of 1536", "structured/minitron_ffn_hidden_size-1152_trimmed"),
+    Model("minitron", "6 of 9 heads", "structured/minitron_num_attention_heads-6_trimmed"),
+    Model("minitron", "2 of 3 groups", "structured/minitron_num_query_groups-2_trimmed"),
+    Model("minitron", "100M parameters", "structured/minitron_parameters-100M_trimmed"),
+    Model(
+        "llm_pruner",
+        "MLP 1013, 2 of 3 groups",
+        "structured/llm_pruner_ffn_hidden_size-1013-num_query_groups-2_trimmed",
+    ),
+    Model("flap", "107M parameters", "structured/flap_parameters-107M_trimmed"),
+    Model("flap, no refit", "107M parameters", "structured/flap_parameters-107M_refit-none_trimmed"),
+    Model("darwinlm", "108M parameters", "structured/darwinlm_evolution_trimmed"),
+    Model("sheared_llama", "108M parameters", "structured/sheared_llama_trimmed"),
+]
+
+
+class ZeroShot(Bench):
+    """Runs the rows."""
+
+    def __init__(self, shared: Path, runs: Path, work: Path, limit: int, calibration: Path | None) -> None:
+        super().__init__(work, shared, work)
+        self.runs, self.limit, self.calibration = runs, limit, calibration
+        self.dense = runs / DENSE.path
+
+    def scores(self, model: Model) -> list[dict[str, Any]] | None:
+        """The dense model's scores and the model's; None when the model is not there and cannot be made."""
+        path = self.made(model) if model.options else self.runs / model.path
+        name = "dense" if model is DENSE else path.name
+        result = self.work / f"{name}_{self.limit}.json"
+        if path is None or not (path.is_dir() or result.exists()):
+            return None
+        words = ["--tasks", *TASKS, "--tasks-folder", self.shared / "data" / "zeroshot", "--limit", self.limit]
+        dense = [] if model is DENSE else ["--dense", self.work / f"dense_{self.limit}.json"]
+        self.verb("evaluate", "--input", path, *words, *dense, output=result)
+        return json.loads(result.read_text())["results"]
+
+    def made(self, model: Model) -> Path:
+        """Prune and trim what no other benchmark makes."""
+        run = self.work / model.path
+        small = run.with_name(run.name + "_trimmed")
+        if small.exists() or self.calibration is None:
+            return small
+        text = ["--calibration", self.calibration, "--calibration-seq-length", 512]
+        self.verb("prune", "--input", self.dense, *model.options, *text, output=run)
+        self.verb("trim", "--input", run, output=small)
+        return small
+
+
+def metric(task: dict[str, Any]) -> str:
+    """What is shown of a task."""
+    return "acc_norm" if "acc_norm" in task["metrics"] else "acc"
+
+
+def line(model: Model, results: list[dict[str, Any]]) -> list[Any]:
+    """Method, target, each task, their mean and its change from the dense model."""
+    dense, own = results[0]["tasks"], results[-1]["tasks"]
+    cells = [(task["metrics"][m], task["standard_errors"][m]) for task in own.values() for m in [metric(task)]]
+    mean = statistics.fmean(score for score, _ in cells), math.hypot(*(error for _, error in cells)) / len(cells)
+    shown = [percent(*cell) for cell in [*cells, mean]]
+    if model is DENSE:
+        return [model.method, model.target, *shown, ""]
+    changes = [paired(own[name], dense[name]) for name in own]
+    change = statistics.fmean(c for c, _ in changes), math.hypot(*(e for _, e in changes)) / len(changes)
+    return [model.method, model.target, *shown, percent(*change, sign="+")]
+
+
+def paired(own: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
+    """Change of a task's score and its standard error over the same items."""
+    answers = [task["right"][metric(task)] for task in (own, dense)]
+    differences = [int(a) - int(b) for a, b in zip(*answers, strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def percent(value: float, error: float, sign: str = "") -> str:
+    """`43.2 ± 4.1`"""
+    return f"{100 * value:{sign}.1f} ± {100 * Z95 * error:.1f}"
+
+
+def main() -> None:
+    """Run everything and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--calibration", type=Path, help="text of what is pruned here; left out: nothing is")
+    parser.add_argument("--work", type=Path, default=Path("runs/zeroshot"))
+    parser.add_argument("--limit", type=int, default=64, help="items of each task")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    bench = ZeroShot(given.shared, given.runs, given.work, given.limit, given.calibration)
+    found = [(model, bench.scores(model)) for model in (DENSE, *MODELS)]
+    missing = ", ".join(f"{model.method} {model.target}" for model, results in found if results is None)
+    today = datetime.date.today().isoformat()
+    result = {
+        "columns": ["method", "target", *SHORT, "mean", "change"],
+        "rows": [line(model, results) for model, results in found if results is not None],
+        "protocol": f"SmolLM2-135M, zero-shot, bf16, no recovery training: the first {given.limit} items of each task, "
+        "percent with 95% errors; acc_norm of HellaSwag, PIQA, ARC and OBQA, acc of the others. Chance is 25 for four "
+        "choices and 50 for two. Change: of the mean, over the same items."
+        + (f" Not measured: {missing}." if missing else ""),
+        "hardware": hardware(),
+        "date": today,
+        "versions": versions() | _lm_eval(),
+    }
+    path = HERE / "results" / f"zeroshot_{today}.json"
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(path)
+
+
+def _lm_eval() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {"lm-eval": version("lm-eval")}
+
+
+if __name__ == "__main__":
+    main()

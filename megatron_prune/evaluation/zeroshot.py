@@ -1,0 +1,167 @@
+"""`evaluate --tasks`: scores of lm-eval's tasks, of a Megatron checkpoint in any layout or a Hugging Face directory.
+
+Where a dense model is given, it stands in the first line of every result, and the change from it is of the same items:
+its standard error is that of the paired differences.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+
+from megatron_prune.config import EvaluateConfig
+from megatron_prune.data.text import load_tokenizer
+from megatron_prune.errors import UserError
+from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
+from megatron_prune.export.padding import in_transformers
+from megatron_prune.files import read_json, refuse_existing, write_json
+from megatron_prune.log import environment, say
+from megatron_prune.model.build import DTYPES
+from megatron_prune.model.checkpoint import load_model
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import is_checkpoint
+from megatron_prune.model.import_hf import layout_of
+
+
+def run(config: EvaluateConfig) -> None:
+    """Evaluate `config.input` on `config.tasks`, print the scores and write them where asked."""
+    if config.output is not None:
+        refuse_existing(config.output)
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-eval, which is not installed: pip install 'lm-eval==0.4.13'")
+    from megatron_prune.evaluation import harness
+
+    options = config.tasks
+    tasks = harness.load_tasks(options.names, options.tasks_folder, options.num_fewshot)
+    dense = _finished(Path(options.dense)) if options.dense and options.dense.endswith(".json") else None
+    models = [config.input] if options.dense is None or dense else [options.dense, config.input]
+    results = [*([dense] if dense else []), *(_evaluate(config, model, tasks) for model in models)]
+    check_same_items(results)
+    if backend.rank() == 0:
+        for line in table(results):
+            say(line)
+        if config.output is not None:
+            versions = environment()
+            write_json(config.output, {"results": results, "limit": options.limit, "environment": versions})
+
+
+def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> dict[str, Any]:
+    """Scores of one model with what says how they were made."""
+    began = time.perf_counter()
+    scores = (_megatron if is_checkpoint(Path(model)) else _hugging_face)(config, model, tasks)
+    _check_finite(model, scores)
+    return {"model": model, **scores, "seconds": time.perf_counter() - began}
+
+
+def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> dict[str, Any]:
+    from megatron_prune.evaluation.harness import Harness, evaluate
+
+    layout = layout_of(config.parallelism)
+    with backend.running(layout):
+        model = load_model(Path(path), layout, config.dtype)
+        tokenizer = load_tokenizer(Path(path) / "tokenizer", model.config.vocab_size)
+        scorer = MegatronScorer(model, _tokens_per_batch(config))
+        about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
+        return about | evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+
+
+def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> dict[str, Any]:
+    from megatron_prune.evaluation.harness import Harness, evaluate
+
+    if backend.world_size() > 1:
+        raise UserError(
+            f"{name} is a Hugging Face model and {backend.world_size()} processes were started: use one process, or "
+            "import it and evaluate the Megatron checkpoint"
+        )
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    reader = HFReader(name)
+    about = reader.model_config
+    tokenizer = load_tokenizer(reader.directory, about.vocab_size)
+    dtype = config.dtype or about.dtype
+    model = in_transformers(reader, DTYPES.get(dtype, torch.float16))
+    torch.nn.Module.to(model, backend.device()).eval()
+    longest, window = about.max_position_embeddings, about.sliding_window
+    scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window)
+    scores = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+    return {"kind": "hugging face", "dtype": dtype} | scores
+
+
+def _tokens_per_batch(config: EvaluateConfig) -> int:
+    """Enough to keep the device busy, and no more: short batches have less padding."""
+    return config.tasks.tokens_per_batch or (16384 if backend.has_cuda() else 1024)
+
+
+def _check_finite(model: str, scores: dict[str, Any]) -> None:
+    for name, task in scores["tasks"].items():
+        if not all(math.isfinite(value) for value in task["metrics"].values()):
+            raise UserError(f"{name}: the scores of {model} are not finite: its weights are damaged or it overflows")
+
+
+def _finished(path: Path) -> dict[str, Any]:
+    """The dense model's line of an earlier result."""
+    what = "a result of evaluate --tasks"
+    content = read_json(path, what)
+    try:
+        first = content["results"][0]
+        assert all("items_sha256" in task for task in first["tasks"].values())
+    except (KeyError, IndexError, TypeError, AttributeError, AssertionError):
+        raise UserError(f"--dense {path} is not {what}; give one, or a model") from None
+    return first
+
+
+def check_same_items(results: Sequence[dict[str, Any]]) -> None:
+    """UserError unless all results are of the same items, to the letter."""
+    first = results[0]
+    for result in results[1:]:
+        for name, task in result["tasks"].items():
+            other = first["tasks"].get(name, {})
+            if other.get("items_sha256") != task["items_sha256"]:
+                raise UserError(
+                    f"{name}: {first['model']} was evaluated on {other.get('items', 0)} items and {result['model']} on "
+                    f"{task['items']}, which are not the same; evaluate the dense model with the same options"
+                )
+
+
+def change(one: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[float, float | None]:
+    """By how much a task's score in `one` is above that in `other`, and the standard error over paired items."""
+    difference = one["metrics"][metric] - other["metrics"][metric]
+    answers = [task["right"].get(metric) for task in (one, other)]
+    if None in answers or len(answers[0]) < 2:
+        return difference, None
+    pairs = torch.tensor([int(a) - int(b) for a, b in zip(*answers, strict=True)], dtype=torch.float64)
+    return difference, float(pairs.std() / math.sqrt(len(pairs)))
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines: for each task and metric the dense model first, where there is one, and then the model."""
+    lines = [["task", "metric", "items", "shots", "model", "score", "+-", "change", "+-"]]
+    for name, task in results[-1]["tasks"].items():
+        for metric in task["metrics"]:
+            for number, result in enumerate(results):
+                lines.append(_line(name, metric, result, results[0] if number else None))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return ["  ".join(line).rstrip() for line in lines] + ["+- is one standard error; of changes, over the same items"]
+
+
+def _line(name: str, metric: str, result: dict[str, Any], dense: dict[str, Any] | None) -> list[str]:
+    task = result["tasks"][name]
+    cells = [name, metric, str(task["items"]), str(task["num_fewshot"]), Path(result["model"]).name]
+    cells += [f"{task['metrics'][metric]:.4f}", _error(task["standard_errors"][metric])]
+    if dense is None:
+        return [*cells, "", ""]
+    difference, error = change(task, dense["tasks"][name], metric)
+    return [*cells, f"{difference:+.4f}", _error(error)]
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
