@@ -355,9 +355,9 @@ class TaskOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Perplexity, or scores of lm-eval's tasks, of a Megatron checkpoint or a Hugging Face directory"""
+    """Perplexity, or scores of lm-eval's tasks, of a Megatron checkpoint, a Hugging Face or MaxText directory"""
 
-    input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory or hub id")
+    input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory, hub id, or model for MaxText")
     text: Path | None = option(None, "text file, tokenised whole, without a beginning-of-text token")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2)
@@ -366,6 +366,7 @@ class EvaluateConfig(Options):
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1)
+    checkpoint: Path | None = option(None, "of a model for MaxText: the run that has trained it, or one step of it")
     tasks: TaskOptions = group(TaskOptions)
     parallelism: Parallelism = group(Parallelism)
 

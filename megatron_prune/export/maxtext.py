@@ -85,7 +85,7 @@ def export_maxtext(config: ExportConfig) -> None:
                 pattern = masks.info.target if isinstance(masks, Masks) and form is None else None
                 write_masks(handover / "masks.npz", {name: found[name].numpy() for name in names}, pattern)
                 arguments += ["--masks", handover / "masks.npz"]
-            _run(python, "convert", *arguments)
+            call(python, "convert", *arguments)
         finally:
             shutil.rmtree(handover, ignore_errors=True)
 
@@ -136,9 +136,11 @@ class _Kept:
         return masks if wide is None else padded(self.config, masks)
 
 
-def _run(python: Path, *arguments: object) -> None:
+def call(python: Path, *arguments: object, on_cpu: bool = True) -> None:
     """A verb of `megatron_prune.maxtext` in its own environment; UserError says what it complained about."""
-    environment = os.environ | {"PYTHONPATH": str(_ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(_ROOT), "HF_HUB_OFFLINE": "1"}
+    if on_cpu:
+        environment["JAX_PLATFORMS"] = "cpu"
     command = [str(python), "-m", "megatron_prune.maxtext", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

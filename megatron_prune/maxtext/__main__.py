@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[type[Options], str, str]] = {
     "export": (options.ExportConfig, "convert:export", "model for MaxText, trained or not -> Hugging Face directory"),
     "train": (options.TrainConfig, "train:train", "MaxText's trainer with removed weights held at zero"),
     "learn": (options.LearnConfig, "learn:learn", "N:M masks learned on frozen weights"),
+    "score": (options.ScoreConfig, "score:score", "log-likelihoods, for megatron-prune evaluate"),
     "verify": (options.VerifyConfig, "convert:verify", "count the zeros of a trained model against its masks"),
 }
 

@@ -93,3 +93,17 @@ class LearnConfig(Data):
         super().__post_init__()
         if self.n >= self.m:
             raise UserError(f"--n {self.n} --m {self.m} given; N:M keeps N of every M inputs: N must be below M")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(Options):
+    """Log-likelihoods of requests; `megatron-prune evaluate` calls this"""
+
+    input: Path = option(REQUIRED, "model for MaxText")
+    checkpoint: Path | None = option(None, "run that has trained it, or one step of it; left out: the model as it is")
+    requests: Path = option(REQUIRED, "requests (.npz)")
+    output: Path = option(REQUIRED, "answers (.npz)")
+    tokens_per_batch: int = option(1024, "tokens in a forward pass", at_least=1)
+    rows_multiple: int | None = option(None, "devices that share the rows; left out: this host's", at_least=1)
+    dtype: Literal["bfloat16", "float32", "float16"] = option("float32", "of the computation")
+    settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...")
