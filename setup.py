@@ -14,7 +14,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
-    package_data={"megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"]},
+    package_data={
+        "megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"],
+        "megatron_prune.evaluation": ["tasks/*.yaml"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17",
@@ -37,7 +40,7 @@ setup(
         # On NVIDIA GPUs. Apex has no wheel: build it, or start from NVIDIA's PyTorch image.
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "modelopt": ["nvidia-modelopt>=0.37"],
-        "eval": ["lm-eval>=0.4.9"],
+        "eval": ["lm-eval==0.4.13"],
         "benchmarks": ["matplotlib>=3.9"],
         "quickstart": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [

@@ -3,12 +3,12 @@
     python benchmarks/zeroshot.py --shared ../shared --runs runs --calibration TRAIN.jsonl
 
 The models are those of quality.py and structured.py, in RUNS/quality and RUNS/structured; what neither makes is pruned
-here, from the same text as there. Models that are not there are left out and named in the result, evaluations that are
-already in `--work` are not done again. Writes benchmarks/results/zeroshot_DATE.json, from which README's table is drawn.
+here, from the same text as there. Models that are not there are left out and named in the result; evaluations that are
+in `--work` already are not done again. Writes benchmarks/results/zeroshot_DATE.json, of which README's table is made.
 
-Scores are percentages: acc_norm where the public task has it, else acc, of the first `--limit` items of each task (RTE
-has 277, the others more), zero-shot, with their 95% errors. The change of the mean is over the same items, and so is its
-error: items that both models answer alike do not count.
+Scores are percentages with 95% errors, zero-shot: acc_norm where the public task has it, else acc, of the first
+`--limit` items of each task (RTE has 277, the others more). The change of the mean is over the same items, and so is
+its error: items that both models answer alike do not count.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ZeroShot(Bench):
         path = self.made(model) if model.options else self.runs / model.path
         name = "dense" if model is DENSE else path.name
         result = self.work / f"{name}_{self.limit}.json"
-        if path is None or not (path.is_dir() or result.exists()):
+        if not (path.is_dir() or result.exists()):
             return None
         words = ["--tasks", *TASKS, "--tasks-folder", self.shared / "data" / "zeroshot", "--limit", self.limit]
         dense = [] if model is DENSE else ["--dense", self.work / f"dense_{self.limit}.json"]

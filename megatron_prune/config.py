@@ -348,6 +348,7 @@ class TaskOptions(Options):
     tokens_per_batch: int | None = option(
         None, "tokens in a forward pass over questions; left out: 1024 on a CPU, 16384 on a GPU", at_least=1
     )
+    samples: Path | None = option(None, "JSONL file for every item: log-likelihoods of its answers, target and scores")
     dense: str | None = option(
         None, "model to stand in the first line: its result of the same tasks (JSON), or a model, evaluated first"
     )

@@ -38,6 +38,7 @@ PACKAGES = (
     "torch",
     "megatron-core",
     "transformers",
+    "lm-eval",
     "safetensors",
     "numpy",
     "transformer-engine",

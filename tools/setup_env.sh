@@ -31,5 +31,5 @@ echo "setup_env: installing into .venv (once; a few minutes)"
 rm -f .venv/stamp
 # shellcheck disable=SC2086  # TORCH_SPEC may hold options
 .venv/bin/python -m pip install --quiet $TORCH_SPEC
-.venv/bin/python -m pip install --quiet -e '.[dev,quickstart]'
+.venv/bin/python -m pip install --quiet -e '.[dev,quickstart,eval]'
 echo "$stamp" > .venv/stamp

@@ -29,8 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prune.data.text import tokenize
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import local_tasks
-from megatron_prune.evaluation.likelihood import Scorer
-from megatron_prune.evaluation.requests import Request
+from megatron_prune.evaluation.requests import Request, Scorer
 
 SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
 """Kinds of tasks that need likelihoods only."""
@@ -164,9 +163,14 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
         ) from error
 
 
-def evaluate(model: Harness, tasks: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
-    """Scores of a model: for each task `metrics`, their standard errors, items, examples, version and hash; for groups
-    their scores. Collective."""
+def evaluate(
+    model: Harness, tasks: dict[str, Any], limit: float | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Scores of a model, and its answers to every item. Collective.
+
+    For each task `metrics`, their standard errors, items, examples, version and the hash of what was asked; for groups
+    their scores.
+    """
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002  (the generator that the harness uses)
     for task in tasks["tasks"].values():
@@ -175,11 +179,25 @@ def evaluate(model: Harness, tasks: dict[str, Any], limit: float | None = None) 
     found: Any = evaluator.evaluate(model, tasks, limit=limit)
     about = {name: _about_task(found, name, task) for name, task in tasks["tasks"].items()}
     groups = {name: _metrics(scores) for name, scores in found.get("groups", {}).items()}
-    return {"tasks": about, "truncated_requests": model.truncated} | ({"groups": groups} if groups else {})
+    scores = {"tasks": about, "truncated_requests": model.truncated} | ({"groups": groups} if groups else {})
+    return scores, [_answers(name, sample) for name in tasks["tasks"] for sample in _samples(found, name)]
+
+
+def _samples(found: Any, name: str) -> list[dict[str, Any]]:
+    return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+
+
+def _answers(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """One item: log-likelihoods in nats, in the order of the choices."""
+    values = [resps[0] for resps in sample["resps"]]
+    values = [value[0] if isinstance(value, tuple) else value for value in values]
+    scores = {name: sample[name] for name in sample["metrics"]}
+    about = {"task": task, "item": sample["doc_id"], "target": sample["target"], "prompt": sample["prompt_hash"]}
+    return about | {"log_likelihoods": values, "scores": scores}
 
 
 def _about_task(found: Any, name: str, task: Task) -> dict[str, Any]:
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    samples = _samples(found, name)
     return {
         **_metrics(found["results"][name]),
         "items": found["n-samples"][name]["effective"],

@@ -8,8 +8,9 @@ places at a time, and its probabilities in float32.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import numpy as np
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.requests import Batch, Request, collect, plan
+from megatron_prune.evaluation.requests import Batch, Request, Scores, collect, plan
+from megatron_prune.files import from_leader, together
 from megatron_prune.log import progress
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.forward import sequence_parts
@@ -35,20 +37,6 @@ LOGITS = 1 << 24
 MICRO_BATCHES = 4
 """For each pipeline stage: the stages wait for each other in a fifth of the time, or less."""
 
-Scores = tuple[NDArray[np.float64], NDArray[np.bool_]]
-"""For each request its log-likelihood in nats, and whether every token of it is the most probable one."""
-
-
-class Scorer(Protocol):
-    """A model that answers requests."""
-
-    longest: int
-    """Tokens that it reads."""
-
-    def score(self, requests: Sequence[Request]) -> Scores:
-        """The same on every process. Collective."""
-        ...
-
 
 class MegatronScorer:
     """A Megatron model: requests divided over replicas, batches in micro-batches through its pipeline."""
@@ -56,11 +44,7 @@ class MegatronScorer:
     def __init__(self, model: PrunableModel, tokens_per_batch: int) -> None:
         """`tokens_per_batch`: in one forward pass of a replica, in one micro-batch where there is a pipeline."""
         layout = model.layout
-        if layout.context > 1:
-            raise UserError(
-                f"context-parallel-size {layout.context} was given and tasks are short texts: leave it out, and "
-                "processes left over are replicas"
-            )
+        assert layout.context == 1, "sequences are not shared"
         self.model = model
         self.longest = model.config.max_position_embeddings
         self.micro_batches = MICRO_BATCHES * layout.pipeline if layout.pipeline > 1 else 1
@@ -87,6 +71,7 @@ class MegatronScorer:
 
     def score(self, requests: Sequence[Request]) -> Scores:
         """See `Scorer`."""
+        _check_agreement(requests)
         budget, multiple = self.tokens_per_batch * self.micro_batches, sequence_parts(self.model.layout)
         batches = plan(requests, self.longest, budget, multiple=multiple)
         mine = batches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
@@ -280,6 +265,20 @@ def _without_head(chunk: GPTModel) -> Iterator[None]:
         yield
     finally:
         chunk.post_process = before
+
+
+def _check_agreement(requests: Sequence[Request]) -> None:
+    """UserError unless all processes ask the same: they would wait for each other's batches for ever. Collective."""
+    digest = hashlib.sha256(repr([(list(r.context), list(r.continuation)) for r in requests]).encode()).hexdigest()
+
+    def compare(first: str) -> None:
+        if digest != first:
+            raise UserError(
+                "the processes read different items of the tasks: give all nodes the same lm-eval and the same files"
+            )
+
+    first = from_leader(digest)
+    together(lambda: compare(first))
 
 
 def _whole(total: NDArray[np.float64], greedy: NDArray[np.bool_]) -> Scores:

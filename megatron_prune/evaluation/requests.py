@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,21 @@ class Request:
                 f"allowed: at least one of each, and a continuation of at most {longest}, which the model can read"
             )
         return (*self.context, *self.continuation)[-(longest + 1) :][:-1]
+
+
+Scores = tuple[NDArray[np.float64], NDArray[np.bool_]]
+"""For each request its log-likelihood in nats, and whether every token of it is the most probable one."""
+
+
+class Scorer(Protocol):
+    """A model that answers requests, whatever computes it."""
+
+    longest: int
+    """Tokens that it reads."""
+
+    def score(self, requests: Sequence[Request]) -> Scores:
+        """The same on every process. Collective."""
+        ...
 
 
 @dataclass
@@ -127,8 +143,9 @@ def plan(
 ) -> list[Batch]:
     """Batches that answer all requests, in the order in which they are best computed: longest rows first.
 
-    `longest`: tokens that the model reads; `tokens_per_batch`: rows x length, exceeded only by a row that is longer by
-    itself; `multiple`: what the length of a batch must be a multiple of; `share`: compute common beginnings once.
+    `longest`: tokens that the model reads; `tokens_per_batch`: rows x length, exceeded only by a single row, at most
+    twice as long as a request; `multiple`: what the length of a batch must be a multiple of; `share`: compute common
+    beginnings once.
     """
     rows = sorted(_rows(requests, longest, tokens_per_batch, pair_cost, share), key=lambda row: -len(row.tokens))
     batches, start = [], 0
@@ -141,7 +158,7 @@ def plan(
 
 
 def _rows(requests: Sequence[Request], longest: int, limit: int, pair_cost: float, share: bool) -> Iterable[Row]:
-    """Sorted requests that begin alike in one row, as long as that is less work and the row stays within `limit`."""
+    """Sorted requests that begin alike in one row, as long as `_worth_sharing` says so."""
     inputs = [request.inputs(longest) for request in requests]
     row, last = Row(), -1
     for number in sorted(range(len(requests)), key=inputs.__getitem__):
@@ -162,10 +179,13 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _worth_sharing(row: int, request: int, shared: int, limit: int, pair_cost: float) -> bool:
-    """Whether a request costs less in a row of `row` tokens than by itself; attention is quadratic in a row."""
+    """Whether a request costs less in a row of `row` tokens than by itself; attention is quadratic in a row.
+
+    Rows stay within `limit` tokens, those of longer requests within twice a request.
+    """
     together = row + request - shared
     pairs = together**2 - row**2 - request**2
-    return together <= max(limit, row) and shared > pair_cost * pairs
+    return together <= max(limit, 2 * request) and shared > pair_cost * pairs
 
 
 def _batch(rows: Sequence[Row], length: int) -> Batch:
@@ -190,7 +210,7 @@ def _batch(rows: Sequence[Row], length: int) -> Batch:
 
 def collect(
     count: int, batches: Sequence[Batch], answers: Iterable[tuple[NDArray[np.floating], NDArray[np.bool_]]]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+) -> Scores:
     """Log-likelihood `[count]` of every request, and whether it is what the model would say by itself.
 
     `answers` are those of the batches, in their order: for each question the log-probability `[q]` of its target and

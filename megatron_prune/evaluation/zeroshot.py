@@ -7,6 +7,7 @@ its standard error is that of the paired differences.
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -33,17 +34,25 @@ from megatron_prune.model.import_hf import layout_of
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate `config.input` on `config.tasks`, print the scores and write them where asked."""
-    if config.output is not None:
-        refuse_existing(config.output)
+    options = config.tasks
+    for path in (config.output, options.samples):
+        if path is not None:
+            refuse_existing(path)
+    shared = config.parallelism.context_parallel_size
+    if shared > 1:
+        raise UserError(
+            f"--context-parallel-size {shared} was given and tasks are short texts: leave it out, processes left "
+            "over are replicas"
+        )
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-eval, which is not installed: pip install 'lm-eval==0.4.13'")
     from megatron_prune.evaluation import harness
 
-    options = config.tasks
     tasks = harness.load_tasks(options.names, options.tasks_folder, options.num_fewshot)
     dense = _finished(Path(options.dense)) if options.dense and options.dense.endswith(".json") else None
     models = [config.input] if options.dense is None or dense else [options.dense, config.input]
-    results = [*([dense] if dense else []), *(_evaluate(config, model, tasks) for model in models)]
+    found = [_evaluate(config, model, tasks) for model in models]
+    results = [*([dense] if dense else []), *(result for result, _ in found)]
     check_same_items(results)
     if backend.rank() == 0:
         for line in table(results):
@@ -51,19 +60,27 @@ def run(config: EvaluateConfig) -> None:
         if config.output is not None:
             versions = environment()
             write_json(config.output, {"results": results, "limit": options.limit, "environment": versions})
+        if options.samples is not None:
+            lines = [json.dumps(line) + "\n" for _, samples in found for line in samples]
+            options.samples.write_text("".join(lines), encoding="utf-8")
 
 
-def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> dict[str, Any]:
+Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]
+"""Scores of a model, and its answers to every item."""
+
+
+def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> Evaluated:
     """Scores of one model with what says how they were made."""
     began = time.perf_counter()
     path = Path(model)
     kind = _megatron if is_checkpoint(path) else _maxtext if is_folder(path) else _hugging_face
-    scores = kind(config, model, tasks)
+    scores, samples = kind(config, model, tasks)
     _check_finite(model, scores)
-    return {"model": model, **scores, "seconds": time.perf_counter() - began}
+    about = {"model": model, **scores, "seconds": time.perf_counter() - began}
+    return about, [{"model": model, **sample} for sample in samples]
 
 
-def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> dict[str, Any]:
+def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evaluated:
     from megatron_prune.evaluation.harness import Harness, evaluate
 
     layout = layout_of(config.parallelism)
@@ -72,20 +89,22 @@ def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> dict[
         tokenizer = load_tokenizer(Path(path) / "tokenizer", model.config.vocab_size)
         scorer = MegatronScorer(model, _tokens_per_batch(config))
         about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
-        return about | evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+        scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+        return about | scores, samples
 
 
-def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> dict[str, Any]:
+def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evaluated:
     from megatron_prune.evaluation.harness import Harness, evaluate
     from megatron_prune.evaluation.maxtext import MaxTextScorer
 
     scorer = MaxTextScorer(Path(path), config.checkpoint, _tokens_per_batch(config), config.dtype)
     tokenizer = load_tokenizer(scorer.tokenizer, scorer.config.vocab_size)
     about = {"kind": "maxtext", "dtype": scorer.dtype}
-    return about | evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+    scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+    return about | scores, samples
 
 
-def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> dict[str, Any]:
+def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> Evaluated:
     from megatron_prune.evaluation.harness import Harness, evaluate
 
     if backend.world_size() > 1:
@@ -104,8 +123,8 @@ def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> d
     torch.nn.Module.to(model, backend.device()).eval()
     longest, window = about.max_position_embeddings, about.sliding_window
     scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window)
-    scores = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
-    return {"kind": "hugging face", "dtype": dtype} | scores
+    scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+    return {"kind": "hugging face", "dtype": dtype} | scores, samples
 
 
 def _tokens_per_batch(config: EvaluateConfig) -> int:

@@ -98,8 +98,9 @@ def test_a_short_common_beginning_does_not_make_long_rows() -> None:
 def test_questions_after_the_same_examples_share_them() -> None:
     examples = list(range(1000, 1200))
     requests = [Request([*examples, n, n + 1, n + 2], [choice]) for n in range(0, 30, 3) for choice in (1, 2)]
-    (batch,) = plan(requests, 512, 4096)
-    assert batch.tokens.size == 200 + 10 * 3
+    for budget in (4096, 100):  # also where a request alone is more than a batch should be
+        (batch,) = plan(requests, 512, budget)
+        assert batch.tokens.size == 200 + 10 * 3
 
 
 def test_rows_of_a_batch_are_of_similar_length() -> None:

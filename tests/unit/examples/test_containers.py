@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[3]
-EXTRAS = ("dev", "quickstart")
+EXTRAS = ("dev", "quickstart", "eval")
 """Those that tools/setup_env.sh installs."""
 
 
