@@ -153,7 +153,7 @@ def flatten(nested: Mapping[str, Any], start: str = "") -> dict[str, Any]:
 
 def newest_step(path: Path) -> Path:
     """A step of a checkpoint: `path` itself, or the newest of a run folder; UserError when there is none."""
-    if (path / "items").is_dir():
+    if path.name.isdigit() and (path / "items").is_dir():
         return path
     for folder in (path / "checkpoints", path):
         steps = [step for step in folder.glob("[0-9]*") if step.name.isdigit() and (step / "items").is_dir()]
