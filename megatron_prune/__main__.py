@@ -53,7 +53,7 @@ VERBS = {
     "export": Verb(
         config.ExportConfig,
         "megatron_prune.export.export:run",
-        "Megatron checkpoint -> Hugging Face directory or masks",
+        "Megatron checkpoint -> Hugging Face directory, MaxText or masks",
     ),
     "evaluate": Verb(
         config.EvaluateConfig,

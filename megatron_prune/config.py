@@ -348,12 +348,12 @@ class TrimConfig(Options):
 class ExportConfig(Options):
     """A checkpoint or a run -> files that other software reads"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint (hf, fms) or run folder (mask-npz)")
-    output: Path = option(REQUIRED, "directory (hf, fms) or file (mask-npz) to write; must not exist")
-    format: Literal["hf", "fms", "mask-npz"] = option(
+    input: Path = option(REQUIRED, "Megatron checkpoint (hf, fms, maxtext) or run folder (mask-npz, maxtext)")
+    output: Path = option(REQUIRED, "directory (hf, fms, maxtext) or file (mask-npz) to write; must not exist")
+    format: Literal["hf", "fms", "mask-npz", "maxtext"] = option(
         "hf",
         "hf: from_pretrained opens it; fms: IBM's foundation-model-stack, LLaMA models; mask-npz: packed bits per "
-        "weight",
+        "weight; maxtext: Orbax, for TPUs",
     )
     layers: Literal["padded", "custom", "blocks"] | None = option(
         None,
@@ -384,9 +384,9 @@ class TaskOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Perplexity, or scores of lm-eval's tasks, of a Megatron checkpoint or a Hugging Face directory"""
+    """Perplexity, or scores of lm-eval's tasks, of a Megatron checkpoint, a Hugging Face or MaxText directory"""
 
-    input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory or hub id")
+    input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory, hub id, or model for MaxText")
     text: Path | None = option(None, "text file, tokenised whole, without a beginning-of-text token")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2)
@@ -395,6 +395,7 @@ class EvaluateConfig(Options):
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1)
+    checkpoint: Path | None = option(None, "of a model for MaxText: the run that has trained it, or one step of it")
     tasks: TaskOptions = group(TaskOptions)
     parallelism: Parallelism = group(Parallelism)
 

@@ -6,12 +6,12 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from megatron_prune.errors import UserError
@@ -21,19 +21,28 @@ PARTIAL = ".partial"
 T = TypeVar("T")
 
 
+def _dist() -> Any:
+    """torch.distributed where processes are joined; None where they are not, also in environments without PyTorch."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
 def _leader() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    dist = _dist()
+    return dist is None or dist.get_rank() == 0
 
 
 def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    dist = _dist()
+    if dist is not None:
         dist.barrier()
 
 
 def from_leader(value: T) -> T:
     """Rank 0's `value` on every rank: what files say may differ between nodes of a shared file system. Collective."""
     box = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    dist = _dist()
+    if dist is not None:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -59,7 +68,8 @@ def by_leader(work: Callable[[], None]) -> None:
 def together(work: Callable[[], object]) -> None:
     """Let every rank do its own work; when one cannot, all raise its UserError. Collective."""
     complaints = [_complaint(work)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    dist = _dist()
+    if dist is not None:
         own, complaints = complaints[0], [None] * dist.get_world_size()
         dist.all_gather_object(complaints, own)
     for complaint in complaints:

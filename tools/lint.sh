@@ -17,6 +17,6 @@ check ruff format --check .
 check mypy
 check shellcheck "${scripts[@]}"
 check yamllint .
-check hadolint docker/Dockerfile docker/Dockerfile.cpu
-check kubernetes-validate --strict docker/kubernetes.yaml
+check hadolint docker/Dockerfile docker/Dockerfile.cpu docker/Dockerfile.tpu
+check kubernetes-validate --strict docker/kubernetes.yaml examples/tpu/gke.yaml
 exit $status

@@ -21,6 +21,7 @@ from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
@@ -38,7 +39,8 @@ def run(config: EvaluateConfig) -> None:
     if config.output is not None:
         refuse_existing(config.output)
     path = Path(config.input)
-    result = _megatron(config, path) if is_checkpoint(path) else _hugging_face(config)
+    kind = _megatron if is_checkpoint(path) else _maxtext if is_folder(path) else _hugging_face
+    result = kind(config)
     if backend.rank() == 0:
         print(f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})")
         if config.output is not None:
@@ -67,7 +69,8 @@ def _result(
     }
 
 
-def _megatron(config: EvaluateConfig, path: Path) -> dict[str, Any]:
+def _megatron(config: EvaluateConfig) -> dict[str, Any]:
+    path = Path(config.input)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = load_model(path, layout, config.dtype)
@@ -83,6 +86,17 @@ def _check_length(window: int, longest: int) -> None:
         raise UserError(
             f"--window {window} was given and the model reads at most {longest} tokens: use {longest} or less"
         )
+
+
+def _maxtext(config: EvaluateConfig) -> dict[str, Any]:
+    from megatron_prune.evaluation.maxtext import MaxTextScorer
+
+    tokens_per_batch = max(config.window, 1024) * config.micro_batch_size
+    scorer = MaxTextScorer(Path(config.input), config.checkpoint, tokens_per_batch, config.dtype)
+    text = _text(config, scorer.tokenizer, scorer.config.vocab_size)
+    _check_length(config.window, scorer.longest)
+    loss, tokens = scorer.window_losses(text.tokens.numpy())
+    return _result(config, text, loss, tokens, {"kind": "maxtext", "dtype": scorer.dtype})
 
 
 def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:

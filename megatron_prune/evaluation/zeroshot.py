@@ -24,6 +24,7 @@ from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersSco
 from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import read_json, refuse_existing, write_json
 from megatron_prune.log import environment, say
+from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
@@ -71,7 +72,9 @@ Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]
 def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> Evaluated:
     """Scores of one model with what says how they were made."""
     began = time.perf_counter()
-    scores, samples = (_megatron if is_checkpoint(Path(model)) else _hugging_face)(config, model, tasks)
+    path = Path(model)
+    kind = _megatron if is_checkpoint(path) else _maxtext if is_folder(path) else _hugging_face
+    scores, samples = kind(config, model, tasks)
     _check_finite(model, scores)
     about = {"model": model, **scores, "seconds": time.perf_counter() - began}
     return about, [{"model": model, **sample} for sample in samples]
@@ -88,6 +91,17 @@ def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalu
         about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
         scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
         return about | scores, samples
+
+
+def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evaluated:
+    from megatron_prune.evaluation.harness import Harness, evaluate
+    from megatron_prune.evaluation.maxtext import MaxTextScorer
+
+    scorer = MaxTextScorer(Path(path), config.checkpoint, _tokens_per_batch(config), config.dtype)
+    tokenizer = load_tokenizer(scorer.tokenizer, scorer.config.vocab_size)
+    about = {"kind": "maxtext", "dtype": scorer.dtype}
+    scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+    return about | scores, samples
 
 
 def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> Evaluated:

@@ -1,4 +1,4 @@
-"""The `export` verb: a checkpoint as a Hugging Face or fms directory, or a run's masks as one .npz file."""
+"""The `export` verb: a checkpoint for Hugging Face, fms or MaxText, or a run's masks as one .npz file."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def run(config: ExportConfig) -> None:
     if config.format == "mask-npz":
         if backend.rank() == 0:
             save_mask_npz(config.output, Masks.load(decision_of(config.input)))
+        return
+    if config.format == "maxtext":
+        from megatron_prune.export.maxtext import export_maxtext
+
+        export_maxtext(config)
         return
     stored = read_description(config.input).config
     form = form_of(stored, config.layers)

@@ -24,20 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.model.description import TOKENIZER_FILES, tokenizer_files
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
@@ -130,11 +119,6 @@ def row_ids(map: WeightMap, config: ModelConfig, tp_rank: int, tp_size: int) -> 
 def row_blocks(map: WeightMap, config: ModelConfig) -> dict[str, Tensor]:
     """Hugging Face name -> [its rows] int64: where each of its rows lies in the unsharded Megatron tensor."""
     return dict(zip(map.hf, split(map, torch.arange(map.shape[0]), config), strict=True))
-
-
-def tokenizer_files(directory: Path) -> list[Path]:
-    """Tokenizer, chat template and generation config files in ``directory``."""
-    return [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
 
 
 def _pad_rows(tensor: Tensor, count: int) -> Tensor:
@@ -288,7 +272,7 @@ def _download(hub_id: str) -> Path:
                     "*.safetensors",
                     "*.safetensors.index.json",
                     "config.json",
-                    *_TOKENIZER_FILES,
+                    *TOKENIZER_FILES,
                 ],
             )
         )

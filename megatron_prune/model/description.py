@@ -12,6 +12,18 @@ from megatron_prune.model.family import ModelConfig
 
 FORMAT = 1
 DESCRIPTION = "megatron_prune.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -40,3 +52,8 @@ def read_description(path: Path) -> Description:
     if about.get("format") != FORMAT:
         raise UserError(f"{path} has checkpoint format {about.get('format')}; this version reads format {FORMAT}")
     return Description(ModelConfig.from_dict(about["model"]), about["source"])
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Tokenizer, chat template and generation config files in ``directory``."""
+    return [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]

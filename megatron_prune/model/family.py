@@ -15,13 +15,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from typing import Any, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_prune.errors import UserError
 from megatron_prune.model import blocks as block_list
 from megatron_prune.model.blocks import Block, widest
+
+if TYPE_CHECKING:  # environments without PyTorch read these tables too
+    from torch import Tensor
 
 Transform = Literal["copy", "qkv", "fused_qkv", "gated"]
 

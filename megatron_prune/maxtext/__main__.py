@@ -1,0 +1,48 @@
+"""`python -m megatron_prune.maxtext VERB`: what runs in MaxText's environment (tools/setup_maxtext.sh)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_prune.command_line import parse
+from megatron_prune.errors import UserError
+from megatron_prune.maxtext import options
+from megatron_prune.options import Options
+
+PROGRAM = "python -m megatron_prune.maxtext"
+VERBS: dict[str, tuple[type[Options], str, str]] = {
+    "convert": (options.ConvertConfig, "convert:convert", "Hugging Face directory -> model for MaxText"),
+    "export": (options.ExportConfig, "convert:export", "model for MaxText, trained or not -> Hugging Face directory"),
+    "train": (options.TrainConfig, "train:train", "MaxText's trainer with removed weights held at zero"),
+    "learn": (options.LearnConfig, "learn:learn", "N:M masks learned on frozen weights"),
+    "score": (options.ScoreConfig, "score:score", "log-likelihoods, for megatron-prune evaluate"),
+    "verify": (options.VerifyConfig, "convert:verify", "count the zeros of a trained model against its masks"),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one verb; exit status: 0 done, 1 a check failed, 2 the user's mistake."""
+    try:
+        return _run(list(argv))
+    except UserError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: {PROGRAM} VERB [--flag VALUE ...]\n\nverbs:")
+        print("\n".join(f"  {name:<9} {help}" for name, (_config, _function, help) in VERBS.items()))
+        return 0 if argv else 2
+    if argv[0] not in VERBS:
+        raise UserError(f"unknown verb {argv[0]!r}; allowed: {', '.join(VERBS)}")
+    config, function, _help = VERBS[argv[0]]
+    settings = parse(config, argv[1:], prog=f"{PROGRAM} {argv[0]}")
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(f"megatron_prune.maxtext.{module}"), name)(settings) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""Masks for models in MaxText: read from a mask .npz, and what they say of a tree of parameters.
+
+A mask .npz (`export --format mask-npz`) has packed bits by Hugging Face weight name. One beside a MaxText model has
+those of every prunable weight, and padding counts as removed.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from megatron_prune.errors import UserError
+from megatron_prune.maxtext.layout import LEAVES, Leaf, kernel, weight_shape
+from megatron_prune.model.families import ModelConfig
+
+SHAPE = ".shape"
+PATTERN = "__pattern__"
+
+
+class PackedMasks(Mapping[str, np.ndarray]):
+    """Bool masks by Hugging Face weight name, held as bits; UserError unless each prunable weight has one."""
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self._shapes = prunable_shapes(config)
+        self._bits: dict[str, np.ndarray] = {}
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                self.pattern = str(archive[PATTERN]) if PATTERN in archive.files else None
+                extra = set(archive.files) - {name + end for name in self._shapes for end in ("", SHAPE)} - {PATTERN}
+                if extra:
+                    raise UserError(f"{path} holds {sorted(extra)[0]}, which is not a prunable weight of this model")
+                for name, shape in self._shapes.items():
+                    if name not in archive.files:
+                        raise UserError(f"{path} lacks the mask of {name}")
+                    self._bits[name] = _bits(f"{path}: {name}", archive, name, shape)
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; give a mask .npz (export --format mask-npz)") from None
+        except UserError:
+            raise
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a mask .npz, or is damaged: {error}") from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        shape = self._shapes[name]
+        return np.unpackbits(self._bits[name], count=math.prod(shape)).astype(bool).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def save(self, path: Path) -> None:
+        """Write them as a mask .npz."""
+        write_masks(path, self, self.pattern)
+
+
+def write_masks(path: Path, masks: Mapping[str, np.ndarray], pattern: str | None) -> None:
+    """A mask .npz of bool arrays, one in memory at a time."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        if pattern is not None:
+            _write(archive, PATTERN, np.array(pattern))
+        for name in masks:
+            mask = masks[name]
+            _write(archive, name, np.packbits(mask.reshape(-1)))
+            _write(archive, name + SHAPE, np.array(mask.shape, np.int64))
+
+
+def prunable(config: ModelConfig) -> Iterator[tuple[Leaf, int, str]]:
+    """The leaf, layer and Hugging Face name of every weight that masks apply to."""
+    for leaf in LEAVES:
+        if leaf.prunable:
+            for layer in range(config.num_layers):
+                yield leaf, layer, leaf.hf.format(layer=layer)
+
+
+def prunable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every weight that masks apply to."""
+    return {name: weight_shape(leaf, config) for leaf, _layer, name in prunable(config)}
+
+
+def stacked(leaf: Leaf, masks: Mapping[str, np.ndarray], config: ModelConfig) -> np.ndarray:
+    """The masks of every layer in the shape of the tree's array."""
+    layers = [kernel(leaf, masks[leaf.hf.format(layer=layer)], config) for layer in range(config.num_layers)]
+    return np.stack(layers, axis=1)
+
+
+def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    with archive.open(name + ".npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array(entry, array, allow_pickle=False)
+
+
+def _bits(where: str, archive: np.lib.npyio.NpzFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = archive[name]
+    stated = tuple(archive[name + SHAPE].reshape(-1).tolist()) if name + SHAPE in archive.files else shape
+    if stated != shape or array.dtype != np.uint8 or array.size != -(-math.prod(shape) // 8):
+        raise UserError(f"{where} is {array.dtype} of {array.size}, shape {list(stated)}; the weight is {list(shape)}")
+    return array

@@ -1,0 +1,246 @@
+"""MaxText's own trainer, with removed weights held at zero. Nothing of MaxText is copied or changed on disk.
+
+MaxText asks one function for its optimizer (`maxtext.optimizers.optimizers.get_optimizer`); here it gets that optimizer
+inside `keep_zeros`, which clears the gradients of removed weights before clipping and their updates after. So clipping,
+Adam's means, weight decay and every layout of the weights over devices see weights that cannot move.
+
+Which weights are removed is decided by the masks that lie beside the model, not by what happens to be zero: a kept
+weight of a masked matrix is never exactly zero (`layout.TINY`, and no step lands there), so that on the devices zero
+means removed. This takes no memory, where masks would take a byte a weight. At the start every device's part of the
+weights is compared with the masks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_prune.errors import UserError
+from megatron_prune.files import read_json
+from megatron_prune.maxtext import layout
+from megatron_prune.maxtext.folder import Folder
+from megatron_prune.maxtext.masks import PackedMasks, stacked
+from megatron_prune.maxtext.model import QUIET, last_of_each, machine, prepare
+from megatron_prune.maxtext.options import Data, TrainConfig
+from megatron_prune.model.families import ModelConfig
+
+CLIP = "gradient_clipping_threshold"
+CLIP_DEFAULT = 1.0
+"""MaxText's."""
+
+
+def train(config: TrainConfig) -> None:
+    """Train the model `config.input` into the run `config.output`, or go on where that run was saved last."""
+    folder = Folder.open(Path(config.input))
+    arguments = settings(config, folder)
+    masks = folder.masks() if config.keep_zeros else None
+    with ExitStack() as changes:
+        if masks is not None:
+            clip = float(value(arguments, CLIP) or CLIP_DEFAULT)
+            arguments = last_of_each([*arguments, f"{CLIP}=0"])  # `keep_zeros` clips
+            changes.enter_context(_kept_zeros(clip, lambda state: check_state(state, masks, folder.config)))
+        from absl import logging
+        from maxtext.trainers.pre_train import train as trainer
+
+        logging.set_verbosity(logging.INFO)  # MaxText tells its progress through absl
+        logging.use_absl_handler()
+        trainer.main(["", *arguments])
+    done = last_step(config.output)
+    if done < config.steps - 1:  # MaxText takes an error of the data for the end of the data
+        raise UserError(f"MaxText stopped after step {done} of {config.steps} (see above): give more data, or go on")
+
+
+def last_step(output: str) -> int:
+    """The newest step saved in a run folder, on any storage; -1 where there is none."""
+    from etils import epath
+
+    folder = epath.Path(output) / "checkpoints"
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    return max(steps, default=-1)
+
+
+def settings(config: TrainConfig, folder: Folder) -> list[str]:
+    """MaxText's arguments: the model's, then ours, then those of the user, which win."""
+    prepare()
+    base, _, name = config.output.rstrip("/").rpartition("/")
+    if "://" not in config.output:
+        base = str(Path(base or ".").resolve())
+    ours = [
+        *folder.arguments(),
+        f"run_name={name}",
+        f"base_output_directory={base}",
+        f"steps={config.steps}",
+        f"max_target_length={config.seq_length}",
+        "enable_checkpointing=True",
+        f"checkpoint_period={config.save_interval}",
+        *QUIET,
+        *machine(),
+        *data_settings(config, folder.config),
+    ]
+    return last_of_each([*ours, *users_settings(config.settings, folder.config)])
+
+
+def users_settings(given: Sequence[str], model: ModelConfig, but: Sequence[str] = ()) -> Sequence[str]:
+    """The same; UserError for a setting that defines the model, unless it is one of `but`."""
+    fixed = {*layout.settings(model), "load_parameters_path", "tokenizer_path"} - {*but}
+    for argument in given:
+        key, equals, _value = argument.partition("=")
+        if not equals or key in fixed:
+            raise UserError(f"--settings {argument}: allowed: KEY=VALUE of MaxText's keys that do not define the model")
+    return given
+
+
+def data_settings(config: Data, model: ModelConfig) -> list[str]:
+    """Text from `preprocess`, in the order of Megatron's data sets; without, MaxText's synthetic data."""
+    if not config.data:
+        return ["dataset_type=synthetic"]
+    prefixes, weights = _blend(config.data)
+    ends = {_end_of_text(prefix, model) for prefix in prefixes}
+    if len(ends) > 1:
+        raise UserError(f"--data: the prefixes have different end-of-text tokens {sorted(ends)}: preprocess them alike")
+    cache = config.data_cache or Path("~/.cache/megatron_prune/maxtext").expanduser()
+    specs = [f"{cache.resolve()}/{prefix.name}|{prefix.resolve()}" for prefix in prefixes]
+    files = specs[0] if len(specs) == 1 else ";".join(f"{s},{w}" for s, w in zip(specs, weights, strict=True))
+    return [
+        "dataset_type=grain",
+        "grain_file_type=mmap_npy",
+        f"grain_train_files={files}",
+        f"mmap_eod_id={ends.pop()}",
+        "reset_attention_mask=False",  # as in `train`: a window is one sequence
+        f"data_shuffle_seed={config.seed}",
+    ]
+
+
+def keep_zeros(inner: Any, clip: float) -> Any:
+    """The optimizer `inner` (optax) for weights of which those that are zero in a masked matrix stay zero.
+
+    Gradients are clipped to a norm of `clip` here (0: not at all), after those of removed weights are cleared. The
+    state is that of `inner`.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    def only_kept(tree: Any, params: Any) -> Any:
+        def of(path: Any, values: Any, weights: Any) -> Any:
+            return jnp.where(weights == 0, 0, values).astype(values.dtype) if is_masked(path) else values
+
+        return jax.tree_util.tree_map_with_path(of, tree, params)
+
+    def not_to_zero(path: Any, update: Any, weights: Any) -> Any:
+        """A kept weight that this step would bring to zero stays where it is for the step."""
+        if not is_masked(path):
+            return update
+        lands = (jnp.abs(weights + update) < layout.TINY) & (weights != 0)
+        return jnp.where(lands, 0, update).astype(update.dtype)
+
+    def update(gradients: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        gradients = only_kept(gradients, params)
+        if clip > 0:
+            gradients, _ = optax.clip_by_global_norm(clip).update(gradients, optax.EmptyState())
+        updates, state = inner.update(gradients, state, params, **extra)
+        updates = only_kept(updates, params)
+        return jax.tree_util.tree_map_with_path(not_to_zero, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def is_masked(path: Any) -> bool:
+    """Whether a parameter, by its path in any of JAX's trees, is a matrix that masks apply to."""
+    return leaf_of(path) is not None
+
+
+def leaf_of(path: Any) -> layout.Leaf | None:
+    """The masked matrix that a path in any of JAX's trees leads to."""
+    import jax
+
+    text = jax.tree_util.keystr(path, simple=True, separator="/")
+    for leaf in layout.LEAVES:
+        if leaf.prunable and re.search(rf"(^|/){re.escape(leaf.path)}($|/)", text):
+            return leaf
+    return None
+
+
+def check_state(state: Any, masks: PackedMasks, config: ModelConfig) -> None:
+    """UserError unless the zeros of this host's part of the masked weights are exactly those that masks remove."""
+    import jax
+    from flax import nnx
+
+    found = 0
+    for path, array in jax.tree_util.tree_leaves_with_path(nnx.state(state.model, nnx.Param)):
+        leaf = leaf_of(path)
+        if leaf is None:
+            continue
+        found += 1
+        kept = stacked(leaf, masks, config)
+        for shard in array.addressable_shards:
+            wrong = int(((np.asarray(shard.data) != 0) != kept[shard.index]).sum())
+            if wrong:
+                raise UserError(
+                    f"{wrong} weights of {leaf.path} contradict the masks: the run was begun with another model or "
+                    "trained without masks; give another --output"
+                )
+    if found != sum(leaf.prunable for leaf in layout.LEAVES):
+        raise RuntimeError(f"{found} masked matrices found in MaxText's model: this is not the MaxText that was tested")
+
+
+@contextmanager
+def _kept_zeros(clip: float, check: Callable[[Any], None]) -> Iterator[None]:
+    """While active, MaxText's trainer uses `keep_zeros`, and looks at the weights once they are loaded."""
+    from maxtext.optimizers import optimizers
+    from maxtext.utils import train_utils
+
+    original, setup = optimizers.get_optimizer, train_utils.setup_train_loop
+
+    def get_optimizer(*args: Any, **kwargs: Any) -> Any:
+        return keep_zeros(original(*args, **kwargs), clip)
+
+    def setup_train_loop(*args: Any, **kwargs: Any) -> Any:
+        result = setup(*args, **kwargs)
+        check(result[-1])
+        return result
+
+    optimizers.get_optimizer, train_utils.setup_train_loop = get_optimizer, setup_train_loop
+    try:
+        yield
+    finally:
+        optimizers.get_optimizer, train_utils.setup_train_loop = original, setup
+
+
+def value(arguments: Sequence[str], key: str) -> str | None:
+    """The value of a setting among KEY=VALUE."""
+    return next((text.partition("=")[2] for text in arguments if text.startswith(key + "=")), None)
+
+
+def _blend(data: Sequence[str]) -> tuple[list[Path], list[float]]:
+    """`[WEIGHT] PREFIX ...` as prefixes and weights."""
+    prefixes: list[Path] = []
+    weights: list[float] = []
+    weight = None
+    for word in data:
+        try:
+            weight = float(word)
+        except ValueError:
+            prefixes.append(Path(word))
+            weights.append(1.0 if weight is None else weight)
+            weight = None
+    if not prefixes or weight is not None:
+        raise UserError(f"--data {' '.join(data)}: allowed: PREFIX ..., or WEIGHT PREFIX ...")
+    return prefixes, weights
+
+
+def _end_of_text(prefix: Path, model: ModelConfig) -> int:
+    about = read_json(prefix.with_name(prefix.name + ".json"), "text from megatron-prune preprocess")
+    if about["vocab_size"] > model.vocab_size:
+        raise UserError(
+            f"{prefix} has a vocabulary of {about['vocab_size']}, the model of {model.vocab_size}: preprocess it with "
+            "the model's tokenizer"
+        )
+    if about["end_of_text"] is None:
+        raise UserError(f"{prefix} was made by a tokenizer without end-of-text token, which MaxText needs")
+    return int(about["end_of_text"])

@@ -1,0 +1,51 @@
+"""`evaluate` of a model for MaxText: the answers of the same model in transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.__main__ import main
+from tests.maxtext import environment
+from tests.models import byte_tokenizer, tiny_llama, words
+from tests.tasks import write_tasks
+from tests.unit.evaluation.test_tasks import NAMES, largest_difference, read
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model in both forms, and what both answered."""
+    environment.python()
+    root = tmp_path_factory.mktemp("evaluation")
+    byte_tokenizer(tiny_llama(root / "hf", vocab_size=257, max_position_embeddings=128))
+    write_tasks(root / "tasks")
+    (root / "text.txt").write_text(words(root / "words.jsonl", documents=4).read_text())
+    verb("export", "--input", root / "hf", "--output", root / "maxtext", "--format", "maxtext")
+    for model in ("hf", "maxtext"):
+        tasks = ["--tasks", *NAMES, "--tasks-folder", root / "tasks", "--dtype", "float32"]
+        verb("evaluate", "--input", root / model, *tasks, "--samples", root / f"{model}.jsonl")
+        text = ["--text", root / "text.txt", "--window", 64, "--windows", 8]
+        verb("evaluate", "--input", root / model, *text, "--output", root / f"{model}.json")
+    return root
+
+
+def verb(*words: object) -> None:
+    """Run a verb that must succeed."""
+    assert main([str(word) for word in words]) == 0, words
+
+
+def test_answers_to_tasks_are_equal(root: Path) -> None:
+    found, expected = (read(root / f"{model}.jsonl") for model in ("maxtext", "hf"))
+    assert len(found) > 12 and largest_difference(found, [line["log_likelihoods"] for line in expected]) < 1e-3
+    assert [line["scores"].keys() for line in found] == [line["scores"].keys() for line in expected]
+
+
+def test_perplexities_are_equal(root: Path) -> None:
+    found, expected = (json.loads((root / f"{model}.json").read_text()) for model in ("maxtext", "hf"))
+    assert found["kind"] == "maxtext" and found["text"] == expected["text"]
+    assert found["predicted_tokens"] == expected["predicted_tokens"] == 8 * 63
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
