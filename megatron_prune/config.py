@@ -304,7 +304,8 @@ class TrainConfig(Options):
     engine: Literal["megatron", "fsdp"] = option(
         "megatron",
         "megatron: megatron-core, in the layout below; fsdp: transformers' model from a Hugging Face directory, or a "
-        "run that pruned one, every parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory comes out",
+        "run that pruned one, every parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory "
+        "comes out",
     )
     keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
     resume: bool = option(False, "go on from the last checkpoint in --output")
