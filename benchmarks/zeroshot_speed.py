@@ -34,6 +34,7 @@ from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersSco
 from megatron_prune.model.source import open_model
 
 TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
+SCORES = ("acc,none", "acc_norm,none")
 PEER = "lm-eval's HFLM"
 
 
@@ -55,7 +56,7 @@ class Timed:
         self.cpu.append(time.process_time() - cpu)
         samples = [sample for name in self.tasks["tasks"] for sample in found["samples"][name]]
         self.answers = [answer for sample in samples for resps in sample["resps"] for answer in resps]
-        self.scores = {f"{n} {k}": v for n, s in found["results"].items() for k, v in s.items() if k.startswith("acc")}
+        self.scores = {f"{n} {k}": v for n, s in found["results"].items() for k, v in s.items() if k in SCORES}
         return self.wall[-1]
 
 
@@ -85,7 +86,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=16, help="items of each task")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--tokens-per-batch", type=int, default=1024)
+    parser.add_argument("--tokens-per-batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     logging.disable(logging.WARNING)

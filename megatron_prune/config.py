@@ -303,8 +303,9 @@ class TrainConfig(Options):
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
     engine: Literal["megatron", "fsdp"] = option(
         "megatron",
-        "megatron: megatron-core, in the layout below; fsdp: transformers' model from a Hugging Face directory, every "
-        "parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory comes out",
+        "megatron: megatron-core, in the layout below; fsdp: transformers' model from a Hugging Face directory, or a "
+        "run that pruned one, every parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory "
+        "comes out",
     )
     keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
     resume: bool = option(False, "go on from the last checkpoint in --output")
@@ -374,7 +375,7 @@ class TaskOptions(Options):
     num_fewshot: int | None = option(None, "examples before each question; left out: the task's own", at_least=0)
     limit: float | None = option(None, "items of each task, the first ones; below 1: a share of them", above=0)
     tokens_per_batch: int | None = option(
-        None, "tokens in a forward pass over questions; left out: 1024 on a CPU, 16384 on a GPU", at_least=1
+        None, "tokens in a forward pass over questions; left out: 256 on a CPU, 16384 on a GPU", at_least=1
     )
     samples: Path | None = option(None, "JSONL file for every item: log-likelihoods of its answers, target and scores")
     dense: str | None = option(

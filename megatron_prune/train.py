@@ -76,7 +76,7 @@ def open_source(path: Path) -> ModelSource:
         return model
 
     history = {**weights.history, "method": about.method, "target": about.target}
-    return replace(weights, load=load, reader=None, history=history)
+    return replace(weights, load=load, masks=masks.get, history=history)
 
 
 def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None, layout: backend.Layout) -> None:
@@ -86,9 +86,9 @@ def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None,
         raise UserError("train learns from text and none was given: --data FILE.jsonl (or .txt)")
     source.config.check_length(t.seq_length)
     if config.engine == "fsdp":
-        from megatron_prune.fsdp.recover import readers
+        from megatron_prune.fsdp.recover import check_sources
 
-        readers(config, source, teacher)
+        check_sources(config, source, teacher)
     if config.lora.rank:
         linear_kinds(source.config, config.lora.targets)
     if teacher is not None:

@@ -128,8 +128,8 @@ def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> E
 
 
 def _tokens_per_batch(config: EvaluateConfig) -> int:
-    """Enough to keep the device busy, and no more: short batches have less padding."""
-    return config.tasks.tokens_per_batch or (16384 if backend.has_cuda() else 1024)
+    """Enough to keep the device busy and no more: small batches have less padding and stay in a processor's caches."""
+    return config.tasks.tokens_per_batch or (16384 if backend.has_cuda() else 256)
 
 
 def _check_finite(model: str, scores: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,11 +36,18 @@ class ShardedModel:
     """This process's part of a model."""
 
     def __init__(
-        self, reader: HFReader, dtype: str | None = None, *, trained: bool = True, recompute: bool = False
+        self,
+        reader: HFReader,
+        dtype: str | None = None,
+        *,
+        masks: Callable[[str], Tensor] | None = None,
+        trained: bool = True,
+        recompute: bool = False,
     ) -> None:
         """Weights computed with in `dtype` (None: as the directory has them), float32 masters when they are `trained`.
 
-        `recompute`: layers run again in the backward pass. Collective.
+        `masks`: of the prunable weights by name, False where one becomes zero. `recompute`: layers run again in the
+        backward pass. Collective.
         """
         self.config: ModelConfig = replace(reader.model_config, dtype=dtype) if dtype else reader.model_config
         compute = compute_dtype(self.config.dtype)
@@ -53,7 +60,7 @@ class ShardedModel:
         self._shard(compute if trained else None)
         self.parameters: dict[str, Parameter] = dict(self.module.named_parameters())
         """By Hugging Face name, each once; tensors are torch's DTensors."""
-        self._load(reader)
+        self._load(reader, masks)
 
     def _shard(self, compute: torch.dtype | None) -> None:
         """Layer by layer, the rest with the whole; memory is taken now."""
@@ -73,14 +80,17 @@ class ShardedModel:
             buffer.copy_(buffers[name])
 
     @torch.no_grad()
-    def _load(self, reader: HFReader) -> None:
+    def _load(self, reader: HFReader, masks: Callable[[str], Tensor] | None) -> None:
         """Read this process's rows of every weight, one weight at a time."""
         assert set(reader.names()) == set(self.parameters), "the family's table and transformers name other weights"
+        prunable = prunable_shapes(self.config)
         for name, parameter in self.parameters.items():
             own = local(parameter)
             rows = -(-parameter.shape[0] // dist.get_world_size())
             first = min(dist.get_rank() * rows, parameter.shape[0])
             own.copy_(reader.read_rows(name, first, first + own.shape[0]))
+            if masks is not None and name in prunable:
+                own.masked_fill_(~masks(name)[first : first + own.shape[0]].to(own.device), 0.0)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """`[b, s, vocab]` of tokens `[b, s]`, in the type that is computed in. Collective."""

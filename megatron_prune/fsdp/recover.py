@@ -18,17 +18,15 @@ from megatron_prune.files import together
 from megatron_prune.fsdp.checkpoint import FsdpSave, load_fsdp
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros, check_model
 from megatron_prune.fsdp.trainer import FsdpTrainer, Objective
-from megatron_prune.model.convert import HFReader
 from megatron_prune.model.source import ModelSource
 from megatron_prune.training.recovery import Weighting
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.throughput import forward_flops
 
 
-def readers(config: TrainConfig, source: ModelSource, teacher: ModelSource | None) -> list[HFReader]:
-    """Of the model and of its teacher; UserError for what FSDP cannot train, before anything is loaded."""
+def check_sources(config: TrainConfig, source: ModelSource, teacher: ModelSource | None) -> None:
+    """UserError for what FSDP cannot train or learn from, before anything is loaded."""
     x = config.losses
-    found = []
     for given, each, dtype in (
         (f"--input {config.input}", source, None),
         (f"--teacher {x.teacher}", teacher, x.teacher_dtype),
@@ -37,12 +35,16 @@ def readers(config: TrainConfig, source: ModelSource, teacher: ModelSource | Non
             continue
         if each.reader is None:
             raise UserError(
-                f"--engine fsdp: {given} is no Hugging Face directory: give one, such as `export` writes from a "
-                "checkpoint that `trim` wrote, or use --engine megatron"
+                f"--engine fsdp: {given} has no weights as a Hugging Face directory: give one, such as `export` writes "
+                "from a checkpoint that `trim` wrote, or use --engine megatron"
             )
         check_model(each.config, dtype, given)
-        found.append(each.reader)
-    return found
+
+
+def load(source: ModelSource, dtype: str | None = None, **more: Any) -> ShardedModel:
+    """The model of a source that `check_sources` has seen, pruned where it is a pruning run's. Collective."""
+    assert source.reader is not None
+    return ShardedModel(source.reader, dtype, masks=source.masks, **more)
 
 
 class FsdpEngine:
@@ -51,10 +53,9 @@ class FsdpEngine:
     def __init__(self, config: TrainConfig, source: ModelSource, teacher: ModelSource | None) -> None:
         """Collective."""
         self.config = config
-        student, *taught = readers(config, source, teacher)
-        self.source = student
-        self.model = ShardedModel(student, recompute=config.training.recompute)
-        self.teacher = ShardedModel(taught[0], config.losses.teacher_dtype, trained=False) if taught else None
+        self.tokenizer = source.tokenizer
+        self.model = load(source, recompute=config.training.recompute)
+        self.teacher = load(teacher, config.losses.teacher_dtype, trained=False) if teacher else None
 
     def recover(self, weighting: Weighting, **session: Any) -> int | None:
         """Train; the number of kept zeros, None when they are not kept. Collective; raises Stopped."""
@@ -70,7 +71,7 @@ class FsdpEngine:
         def write() -> None:
             try:
                 if backend.rank() == 0:
-                    write_hf(path, config, weights, self.source.directory)
+                    write_hf(path, config, weights, self.tokenizer)
             finally:  # every rank takes part in gathering each tensor, also when it cannot be written
                 for _ in weights:
                     pass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.model.checkpoint import load_model
@@ -32,6 +33,8 @@ class ModelSource:
     """`load(layout, dtype=None, **extra)`: the model in a layout. Collective."""
     reader: HFReader | None = None
     """Of a Hugging Face directory."""
+    masks: Callable[[str], Tensor] | None = None
+    """Of a pruning run: bool by Hugging Face name of a prunable weight, True = kept; `load` applies them itself."""
 
 
 def open_model(path: Path) -> ModelSource:

@@ -106,6 +106,24 @@ def test_a_directory_comes_out_whose_zeros_are_true(root: Path, kind: str) -> No
     assert json.loads((weights / "config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_run_that_pruned_a_directory_is_recovered(tmp_path: Path, family: str) -> None:
+    """Its masks are applied, for the student and for a teacher; GPT-2 stores its weights the other way round."""
+    words(tmp_path / "words.jsonl")
+    hf = byte_tokenizer(tiny_model(tmp_path / "hf", family, vocab_size=257))
+    pruning = ["--method", "magnitude", "--target", "2:4"]
+    assert main(["prune", "--input", str(hf), "--output", str(tmp_path / "run"), *pruning]) == 0
+    assert main(["trim", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "sparse")]) == 0
+    assert main(["export", "--input", str(tmp_path / "sparse"), "--output", str(tmp_path / "sparse_hf")]) == 0
+    short = ["--train-iters", "2", "--lm-weight", "1"]
+    for source in ("run", "sparse_hf"):
+        assert main(train(tmp_path, "fsdp", source, f"of_{source}", *short, "--teacher", str(tmp_path / source))) == 0
+    assert curve(tmp_path / "of_run") == curve(tmp_path / "of_sparse_hf")
+    assert curve(tmp_path / "of_run", "zeros") == curve(tmp_path / "of_sparse_hf", "zeros")
+    assert main(["verify", "--input", str(tmp_path / "of_run"), "--output", str(tmp_path / "verified.json")]) == 0
+    assert json.loads((tmp_path / "verified.json").read_text())["pattern"]["target"] == "2:4"
+
+
 def test_small_steps_add_up_in_bf16(root: Path) -> None:
     """A weight in [1/16, 1/8) is a multiple of 2^-11: without a float32 master no step of 1e-5 would move it."""
     small = "--lr 1e-5 --lr-decay-style constant --train-iters 40 --save-interval 40".split()
@@ -276,8 +294,8 @@ MISTAKES = {
     "layout": (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size given; FSDP shards all"),
     "optimizer": (["--use-distributed-optimizer"], "--use-distributed-optimizer given"),
     "adapters": (["--lora-rank", "4"], "--lora-rank given"),
-    "checkpoint": (["--input", "ROOT/model"], "is no Hugging Face directory"),
-    "teacher": (["--teacher", "ROOT/model"], "is no Hugging Face directory"),
+    "checkpoint": (["--input", "ROOT/model"], "has no weights as a Hugging Face directory"),
+    "teacher": (["--teacher", "ROOT/model"], "has no weights as a Hugging Face directory"),
     "blocks": (["--input", "ROOT/blocks"], "layers differ"),
     "float16": (["--input", "ROOT/half"], "float16 are not supported"),
     "engine": (["--engine", "ddp"], "allowed: megatron or fsdp"),
