@@ -166,7 +166,7 @@ def check_same_items(results: Sequence[dict[str, Any]]) -> None:
 def change(one: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[float, float | None]:
     """By how much a task's score in `one` is above that in `other`, and the standard error over paired items."""
     difference = one["metrics"][metric] - other["metrics"][metric]
-    answers = [task["right"].get(metric) for task in (one, other)]
+    answers = [task.get("right", {}).get(metric) for task in (one, other)]
     if None in answers or len(answers[0]) < 2:
         return difference, None
     pairs = torch.tensor([int(a) - int(b) for a, b in zip(*answers, strict=True)], dtype=torch.float64)
@@ -176,22 +176,25 @@ def change(one: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[flo
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """Lines: for each task and metric the dense model first, where there is one, and then the model."""
     lines = [["task", "metric", "items", "shots", "model", "score", "+-", "change", "+-"]]
-    for name, task in results[-1]["tasks"].items():
-        for metric in task["metrics"]:
-            for number, result in enumerate(results):
-                lines.append(_line(name, metric, result, results[0] if number else None))
+    for kind in ("tasks", "groups"):
+        for name, entry in results[-1].get(kind, {}).items():
+            for metric in entry["metrics"]:
+                entries = [(Path(result["model"]).name, result[kind][name]) for result in results]
+                lines += [
+                    [name, metric, *_line(metric, model, own, entries[0][1] if number else None)]
+                    for number, (model, own) in enumerate(entries)
+                ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return ["  ".join(line).rstrip() for line in lines] + ["+- is one standard error; of changes, over the same items"]
 
 
-def _line(name: str, metric: str, result: dict[str, Any], dense: dict[str, Any] | None) -> list[str]:
-    task = result["tasks"][name]
-    cells = [name, metric, str(task["items"]), str(task["num_fewshot"]), Path(result["model"]).name]
-    cells += [f"{task['metrics'][metric]:.4f}", _error(task["standard_errors"][metric])]
+def _line(metric: str, model: str, own: dict[str, Any], dense: dict[str, Any] | None) -> list[str]:
+    cells = [str(own.get("items", "")), str(own.get("num_fewshot", "")), model]
+    cells += [f"{own['metrics'][metric]:.4f}", _error(own["standard_errors"][metric])]
     if dense is None:
         return [*cells, "", ""]
-    difference, error = change(task, dense["tasks"][name], metric)
+    difference, error = change(own, dense, metric)
     return [*cells, f"{difference:+.4f}", _error(error)]
 
 

@@ -121,6 +121,18 @@ def test_a_change_has_the_error_of_paired_items() -> None:
     assert difference == 0.0 and error == pytest.approx((2 / 7) ** 0.5 / 8**0.5)
 
 
+def test_groups_have_lines_after_their_tasks() -> None:
+    from megatron_prune.evaluation.zeroshot import table
+
+    scores = {"metrics": {"acc": 0.5}, "standard_errors": {"acc": 0.1}}
+    task = scores | {"items": 2, "num_fewshot": 5, "right": {"acc": "10"}}
+    results = [{"model": name, "tasks": {"part": task}, "groups": {"all": scores}} for name in ("dense", "sparse")]
+    lines = [line.split() for line in table(results)[1:-1]]
+    assert [line[:2] for line in lines] == [["part", "acc"], ["part", "acc"], ["all", "acc"], ["all", "acc"]]
+    assert lines[1][2:] == ["2", "5", "sparse", "0.5000", "0.1000", "+0.0000", "0.0000"]
+    assert lines[3][2:] == ["sparse", "0.5000", "0.1000", "+0.0000"]
+
+
 def test_the_packages_tasks_ask_what_the_public_ones_ask(tmp_path: Path) -> None:
     from megatron_prune.evaluation import harness
 
