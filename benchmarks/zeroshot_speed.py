@@ -87,6 +87,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--tokens-per-batch", type=int, default=256)
+    parser.add_argument("--note", default="nothing ran beside.", help="what ran beside, for the result")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -131,7 +132,7 @@ def report(given: argparse.Namespace, timed: dict[str, Timed], sizes: dict[int, 
         f"largest difference of a log-likelihood in nats and of {len(peer.scores)} scores "
         "those that are not equal. Batch "
         f"sizes tried (CPU s): {', '.join(f'{size}: {value:.0f}' for size, value in sizes.items())}. "
-        f"{torch.get_num_threads()} threads.",
+        f"{torch.get_num_threads()} threads; {given.note}",
         "seconds": {name: {"wall": one.wall, "cpu": one.cpu} for name, one in timed.items()},
         "scores": peer.scores,
         "hardware": hardware(),
