@@ -11,14 +11,13 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from megatron_prune.config import Training
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros
 from megatron_prune.training.loop import Samples, StepResult, check_loss, check_norm, make_scheduler, micro_batches
-from megatron_prune.training.losses import divergence, hidden_distance
+from megatron_prune.training.losses import divergence, hidden_distance, next_token
 from megatron_prune.training.recovery import Weighting, teacher_layer
 from megatron_prune.training.state import MOMENTS
 
@@ -54,7 +53,7 @@ class Objective:
         logits = self.student.logits(tokens)
         parts = {}
         if self.weighting.lm:
-            parts["lm_loss"] = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+            parts["lm_loss"] = next_token(logits, labels).mean()
         if taught is not None and self.weighting.distillation:
             parts["distillation_loss"] = divergence(logits, taught, self.weighting.temperature).mean()
         if self.pairs:
@@ -139,9 +138,9 @@ class FsdpTrainer:
         for first in range(0, len(windows), world):
             number = min(first + rank, len(windows) - 1)
             tokens = windows[number : number + 1].to(backend.device())
-            logits = self.model.logits(tokens)[0, :-1].float()
+            logits = self.model.logits(tokens)[:, :-1]
             if first + rank < len(windows):
-                losses = F.cross_entropy(logits, tokens[0, 1:], reduction="none").double()
+                losses = next_token(logits, tokens[:, 1:]).double()
                 totals += torch.stack([losses.sum(), totals.new_tensor(losses.numel())])
         self.objective.outputs.clear()
         dist.all_reduce(totals)

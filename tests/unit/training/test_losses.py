@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_prune.training.losses import AddLoss, divergence, hidden_distance
+from megatron_prune.training.losses import AddLoss, divergence, hidden_distance, next_token
 from megatron_prune.training.recovery import teacher_layer
 
 
@@ -46,6 +46,19 @@ def test_equal_logits_do_not_diverge() -> None:
     found = divergence(x, x.detach() + 5.0)
     assert found.abs().max() < 1e-5
     assert torch.autograd.grad(found.sum(), x)[0].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_next_token_loss_is_exact_with_a_large_vocabulary(dtype: torch.dtype) -> None:
+    logits = (4 * torch.randn(16, 49152, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    labels = torch.arange(16) * 3000
+    found, expected = next_token(logits, labels), F.cross_entropy(exact, labels, reduction="none")
+    assert found.dtype == torch.float32 and (found - expected).abs().max() < 2e-6
+    found.sum().backward()
+    expected.sum().backward()
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-3
+    assert (logits.grad - exact.grad).norm() < tolerance * exact.grad.norm()
 
 
 def test_hidden_distances() -> None:
