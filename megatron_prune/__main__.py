@@ -66,11 +66,15 @@ VERBS = {
         "prove pattern, zeros, density and equal logits",
     ),
     "bench": Verb(config.BenchConfig, "megatron_prune.bench:run", "time an exported 2:4 model, dense against sparse"),
+    "latency": Verb(
+        config.LatencyConfig, "megatron_prune.model.latency:run", "time a layer's parts at several sizes, for budgets"
+    ),
     "inspect": Verb(
         config.InspectConfig,
         "megatron_prune.inspect_run:run",
         "show what a checkpoint, run or decision holds",
     ),
+    "report": Verb(config.ReportConfig, "megatron_prune.report.report:run", "one HTML page of runs and results"),
     "methods": Verb(
         config.MethodsConfig,
         "megatron_prune.methods.listing:run",

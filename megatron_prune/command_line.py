@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 from argparse import SUPPRESS, ArgumentError, HelpFormatter
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ METHOD_OPTIONS = "method_options"
 def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     """The configuration that `argv` (no verb) describes; mistakes are `UserError`s, `--help` exits with 0."""
     known = {entry.key: entry for entry in entries(config)}
-    argv, files = _take_config_files(list(argv))
+    argv, files = _take_config_files(_name_leading(config, list(argv)))
     from_yaml = [pair for file in files for pair in _read_yaml(file)]
     switches = {entry.key for entry in known.values() if entry.kind is bool}
     given = from_yaml + _read_flags(argv, switches)
@@ -54,6 +55,12 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
 
 Pair = tuple[str, list[str]]
 """A key as the user wrote it, with underscores, and its values as text."""
+
+
+def _name_leading(config: type[Options], argv: list[str]) -> list[str]:
+    """Words before the first flag are values of the option that the verb calls `leading`, if it has one."""
+    words = list(itertools.takewhile(lambda token: not token.startswith("-"), argv))
+    return [flag(config.leading), *argv] if config.leading and words else argv
 
 
 def _take_config_files(argv: list[str]) -> tuple[list[str], list[Path]]:

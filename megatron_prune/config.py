@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from megatron_prune.errors import UserError
 from megatron_prune.options import REQUIRED, Options, group, option, parse_documents, parse_split
@@ -192,7 +192,7 @@ class PreprocessConfig(Options):
 class ImportConfig(Options):
     """A Hugging Face checkpoint -> a Megatron checkpoint"""
 
-    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors)")
+    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors), or a directory of export's fms form")
     output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
     dtype: Dtype | None = option(None, "type of the weights; left out: the source's own")
     mask: Path | None = option(None, "mask .npz (Hugging Face weight names) applied to the weights")
@@ -216,6 +216,7 @@ class PruneConfig(Options):
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
     method_options: dict[str, Any] = option({}, "the method's own hyper-parameters")
+    latency_table: Path | None = option(None, "table that `latency` measured, for a target such as latency_us=800K")
     statistics: Path | None = option(
         None, "folder of a structured method's statistics: read where they are there, kept where not"
     )
@@ -300,6 +301,11 @@ class TrainConfig(Options):
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
+    engine: Literal["megatron", "fsdp"] = option(
+        "megatron",
+        "megatron: megatron-core, in the layout below; fsdp: transformers' model from a Hugging Face directory, every "
+        "parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory comes out",
+    )
     keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
@@ -307,6 +313,26 @@ class TrainConfig(Options):
     lora: LoRA = group(LoRA)
     training: Training = group(Training)
     parallelism: Parallelism = group(Parallelism)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine != "fsdp":
+            return
+        p = self.parallelism
+        given = {
+            "--tensor-model-parallel-size": p.tensor_model_parallel_size > 1,
+            "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
+            "--virtual-pipeline-model-parallel-size": p.virtual_pipeline_model_parallel_size is not None,
+            "--context-parallel-size": p.context_parallel_size > 1,
+            "--use-distributed-optimizer": self.training.use_distributed_optimizer,
+            "--lora-rank": self.lora.rank > 0,
+        }
+        if any(given.values()):
+            names = ", ".join(name for name, found in given.items() if found)
+            raise UserError(
+                f"--engine fsdp: {names} given; FSDP shards all parameters and their optimizer over all processes and "
+                "trains all of them: leave it out, or use --engine megatron"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,10 +348,12 @@ class TrimConfig(Options):
 class ExportConfig(Options):
     """A checkpoint or a run -> files that other software reads"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint (hf, maxtext) or run folder (mask-npz, maxtext)")
-    output: Path = option(REQUIRED, "directory (hf, maxtext) or file (mask-npz) to write; must not exist")
-    format: Literal["hf", "mask-npz", "maxtext"] = option(
-        "hf", "hf: from_pretrained opens it; mask-npz: packed bits per weight; maxtext: Orbax, for TPUs"
+    input: Path = option(REQUIRED, "Megatron checkpoint (hf, fms, maxtext) or run folder (mask-npz, maxtext)")
+    output: Path = option(REQUIRED, "directory (hf, fms, maxtext) or file (mask-npz) to write; must not exist")
+    format: Literal["hf", "fms", "mask-npz", "maxtext"] = option(
+        "hf",
+        "hf: from_pretrained opens it; fms: IBM's foundation-model-stack, LLaMA models; mask-npz: packed bits per "
+        "weight; maxtext: Orbax, for TPUs",
     )
     layers: Literal["padded", "custom", "blocks"] | None = option(
         None,
@@ -420,6 +448,32 @@ class InspectConfig(Options):
     """What is in a checkpoint, a run folder or a decision"""
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or decision")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyConfig(Options):
+    """Time of a model's attention and MLP at several sizes on this device, for budgets of latency"""
+
+    input: Path = option(REQUIRED, "Megatron checkpoint or Hugging Face directory; its weights are not read")
+    output: Path = option(REQUIRED, "JSON file to write; must not exist")
+    levels: int = option(10, "sizes between a whole attention or MLP and none, as darwinlm has them", at_least=1)
+    batch_size: int = option(1, "prompts at a time", at_least=1)
+    prompt_length: int = option(512, "tokens of each prompt", at_least=1)
+    repeats: int = option(9, "rounds over all sizes, of which the median counts, after one that does not", at_least=1)
+    dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Options):
+    """One self-contained HTML page of what runs removed and what it cost; RUN... may stand right after the verb"""
+
+    leading: ClassVar[str] = "inputs"
+
+    inputs: tuple[Path, ...] = option(
+        (), "run folders, checkpoints, Hugging Face directories, JSON results of evaluate, verify and bench"
+    )
+    output: Path = option(REQUIRED, "HTML file to write; must not exist")
+    title: str = option("megatron_prune report", "heading of the page")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from megatron_prune.errors import UserError
 
@@ -44,6 +44,9 @@ def group(kind: type) -> Any:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Base of every configuration: checks the range of each field; a value outside is a `UserError`."""
+
+    leading: ClassVar[str] = ""
+    """Key of the option whose values may stand before the first flag, without its name."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_prune.apply.decision import MaskInfo, Masks, MaskWriter, check_mask, prunable_shapes
 from megatron_prune.apply.run_folder import RunDescription, decision_of
 from megatron_prune.apply.trimming import Trim
-from megatron_prune.config import PruneConfig
+from megatron_prune.config import PruneConfig, Training
 from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
@@ -25,7 +25,7 @@ from megatron_prune.log import MetricsLog, progress, say
 from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.methods.structured import StructuredMethod
-from megatron_prune.methods.target import Budget, Shape, StructuredTarget, Target, parse_any_target
+from megatron_prune.methods.target import LATENCY, Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import ModelConfig, get_family
@@ -33,6 +33,7 @@ from megatron_prune.model.import_hf import layout_of, packed_masks
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import ModelSource, open_model
 from megatron_prune.model.units import Units
+from megatron_prune.options import flag, flatten
 from megatron_prune.resume import check_resume, describe, finished_by_this_launch, goes_on, may_go_on, note_resumption
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.runner import Runner
@@ -49,6 +50,7 @@ def run(config: PruneConfig) -> None:
     method, target = get_method(config.method, **config.method_options), parse_any_target(config.target)
     method.accept(target)
     source = open_model(config.input)
+    target = _with_table(config, target)
     check_target(source.config, target)
     if config.statistics and not (isinstance(method, StructuredMethod) and method.keeps_statistics):
         raise UserError(
@@ -80,6 +82,21 @@ def run(config: PruneConfig) -> None:
             _learn(config, source, method, target, layout, stop)
         else:
             _one_shot(config, source, method, target, layout)
+
+
+def _with_table(config: PruneConfig, target: Target | StructuredTarget) -> Target | StructuredTarget:
+    """A budget of latency with what it is counted by."""
+    wanted = isinstance(target, Budget) and target.measure == LATENCY
+    if wanted != (config.latency_table is not None):
+        raise UserError(
+            f"target {target} and --latency-table {config.latency_table} were given: {LATENCY}=N goes with "
+            "--latency-table FILE, which `latency` makes, and other targets go without"
+        )
+    if not isinstance(target, Budget) or config.latency_table is None:
+        return target
+    from megatron_prune.model.latency import LatencyTable
+
+    return replace(target, table=LatencyTable.load(config.latency_table))
 
 
 def _calibration(config: PruneConfig, source: ModelSource) -> CalibrationSet:
@@ -161,6 +178,7 @@ def _searched(
     stop: StopRequest,
 ) -> None:
     """As `_structured`, for a method that works in the run folder and may be resumed."""
+    _refuse_training(config)
     folder = config.output
     _reopen(config)
     calibration = _calibration(config, source)
@@ -174,6 +192,17 @@ def _searched(
     _save_weights(source, model, folder / "weights", method)
     _save_units(config, folder, model.config, mask_info(method, target, model.config, **_origin(calibration)), units)
     _say_units(config, model.config, units)
+
+
+def _refuse_training(config: PruneConfig) -> None:
+    """UserError for options of training in a search, which has its own for the steps that it takes."""
+    found, usual = flatten(config.training), flatten(Training())
+    given = [flag(key) for key, value in found.items() if value != usual[key] and key not in ("seed", "time_limit")]
+    if given:
+        raise UserError(
+            f"{', '.join(given)} was given and method {config.method} has no use for it: leave it out, or see "
+            f"`prune --method {config.method} --help` for the method's own options"
+        )
 
 
 def _refuse_unused(config: PruneConfig) -> None:

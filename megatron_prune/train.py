@@ -1,7 +1,8 @@
 """The `train` verb: a model in, the same model with better weights out; what was pruned stays zero.
 
 Recovery after pruning, distillation from the unpruned model, LoRA and continued pretraining are this one verb, by the
-weights of the losses. The run folder is that of a pruning run without a decision; its `weights` are the result.
+weights of the losses. The run folder is that of a pruning run without a decision; its `weights` are the result. The
+model is megatron-core's, or with `--engine fsdp` transformers' (`fsdp/recover.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch.distributed as dist
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import Masks
 from megatron_prune.apply.run_folder import TRAINED, RunDescription, decision_of, read_run, weights_of
-from megatron_prune.apply.trim import apply_masks
+from megatron_prune.apply.trim import apply_masks, open_trained
 from megatron_prune.apply.trimming import is_trim
 from megatron_prune.config import TrainConfig
 from megatron_prune.data.text import load_tokenizer
@@ -59,9 +60,10 @@ def open_source(path: Path) -> ModelSource:
     """The model of a checkpoint, a Hugging Face directory or a run (with its masks applied); UserError otherwise."""
     if not (path / run_folder.DESCRIPTION).is_file():
         return open_model(path)
-    about, weights = read_run(path), open_model(weights_of(path))
+    about = read_run(path)
     if about.state == TRAINED:
-        return weights
+        return open_trained(path)
+    weights = open_model(weights_of(path))
     decision = decision_of(path)
     if is_trim(decision):
         raise UserError(f"{path} has decided on a smaller model: give the checkpoint that trim writes from it")
@@ -73,7 +75,8 @@ def open_source(path: Path) -> ModelSource:
         apply_masks(model, masks)
         return model
 
-    return replace(weights, load=load, history={**weights.history, "method": about.method, "target": about.target})
+    history = {**weights.history, "method": about.method, "target": about.target}
+    return replace(weights, load=load, reader=None, history=history)
 
 
 def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None, layout: backend.Layout) -> None:
@@ -82,6 +85,10 @@ def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None,
     if not t.data:
         raise UserError("train learns from text and none was given: --data FILE.jsonl (or .txt)")
     source.config.check_length(t.seq_length)
+    if config.engine == "fsdp":
+        from megatron_prune.fsdp.recover import readers
+
+        readers(config, source, teacher)
     if config.lora.rank:
         linear_kinds(source.config, config.lora.targets)
     if teacher is not None:
@@ -125,37 +132,76 @@ def _train(
     tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size)
     data = training_windows(t, tokenizer, source.config.vocab_size)
     held_out = held_out_windows(t, tokenizer, source.config.vocab_size)
-    model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
-    teacher_model = teacher.load(layout, config.losses.teacher_dtype) if teacher else None
+    engine = _engine(config, source, teacher, layout)
     if config.resume:
         note_resumption(config, folder)
     else:
         with new_folder(folder) as new:
             if backend.rank() == 0:
                 describe(new, config, _about(config, source, "training"))
-    runner = RecoveryRunner(
-        model,
-        t,
-        data,
-        folder,
-        log=MetricsLog(folder),
-        eval_windows=first_windows(held_out, t.eval_windows),
-        resume=config.resume,
-        stop=stop,
-        identity={"data": data.info(), **_settings(config)},
-    )
     try:
-        zeros = runner.recover(
-            _weighting(config), teacher_model, _adapters(config), config.lora.targets, config.keep_zeros
+        zeros = engine.recover(
+            _weighting(config),
+            data=data,
+            folder=folder,
+            log=MetricsLog(folder),
+            eval_windows=first_windows(held_out, t.eval_windows),
+            resume=config.resume,
+            stop=stop,
+            identity={"data": data.info(), **_settings(config)},
         )
     except Stopped as stopped:
         say(f"{stopped}; go on with --resume")
         return
-    save_model(folder / "weights", model, _history(config, source), source.tokenizer_files)
+    engine.save(folder / "weights", _history(config, source))
     if backend.rank() == 0:
         describe(folder, config, _about(config, source, TRAINED))
     kept = "zeros were not kept" if zeros is None else f"{zeros} weights stayed zero"
     say(f"trained {t.train_iters} steps, {kept}: {folder / 'weights'}")
+
+
+class Engine(Protocol):
+    """A model, and its teacher, loaded to be trained."""
+
+    def recover(self, weighting: Weighting, **session: Any) -> int | None:
+        """Train in a `TrainingSession` with these settings; the number of kept zeros, None when they are not kept.
+
+        Collective; raises Stopped.
+        """
+
+    def save(self, path: Path, history: dict[str, Any]) -> None:
+        """Write the trained weights. Collective."""
+
+
+def _engine(config: TrainConfig, source: ModelSource, teacher: ModelSource | None, layout: backend.Layout) -> Engine:
+    if config.engine == "megatron":
+        return MegatronEngine(config, source, teacher, layout)
+    from megatron_prune.fsdp.recover import FsdpEngine
+
+    return FsdpEngine(config, source, teacher)
+
+
+class MegatronEngine:
+    """megatron-core's model in a layout."""
+
+    def __init__(
+        self, config: TrainConfig, source: ModelSource, teacher: ModelSource | None, layout: backend.Layout
+    ) -> None:
+        """Collective."""
+        self.config = config
+        self.source = source
+        self.model = source.load(layout, **(RECOMPUTE if config.training.recompute else {}))
+        self.teacher = teacher.load(layout, config.losses.teacher_dtype) if teacher else None
+
+    def recover(self, weighting: Weighting, **session: Any) -> int | None:
+        """As `Engine` says."""
+        config = self.config
+        runner = RecoveryRunner(self.model, config.training, **session)
+        return runner.recover(weighting, self.teacher, _adapters(config), config.lora.targets, config.keep_zeros)
+
+    def save(self, path: Path, history: dict[str, Any]) -> None:
+        """As `Engine` says: a checkpoint."""
+        save_model(path, self.model, history, self.source.tokenizer_files)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -163,7 +209,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     losses = flatten(config.losses)
     if config.losses.teacher:
         losses["teacher"] = str(config.losses.teacher.resolve())
-    return {**losses, **flatten(config.lora), "keep_zeros": config.keep_zeros}
+    return {**losses, **flatten(config.lora), "engine": config.engine, "keep_zeros": config.keep_zeros}
 
 
 def _weighting(config: TrainConfig) -> Weighting:

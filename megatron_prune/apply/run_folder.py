@@ -3,7 +3,8 @@
 run.json           what was asked: checkpoint, method, target; `state` is "learning" until the decision is there
 config.yaml        the merged configuration; environment.json versions and hardware
 decision/          the masks, or the units that stay
-weights/           a Megatron checkpoint: the weights, where a method compensated them or `train` trained them
+weights/           a Megatron checkpoint: the weights, where a method compensated them or `train` trained them; after
+                   `train --engine fsdp` a Hugging Face directory
 checkpoints/       resumable state of what is trained; metrics.jsonl and TensorBoard events beside it
 """
 

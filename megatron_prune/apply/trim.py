@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -45,10 +46,16 @@ def cut(model: PrunableModel, units: Units) -> PrunableModel:
     return smaller
 
 
+def open_trained(run: Path) -> ModelSource:
+    """The weights of a finished `train` run; a Hugging Face directory has no record of its pattern, the run does."""
+    weights = open_model(weights_of(run))
+    return replace(weights, history={"target": read_run(run).target, **weights.history})
+
+
 def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> tuple[PrunableModel, ModelSource]:
     """The model of a run with its decision applied, or trained, and where its weights come from. Collective."""
     if read_run(run).method == "train":
-        weights = open_model(weights_of(run))
+        weights = open_trained(run)
         return weights.load(layout, dtype), weights
     decision = decision_of(run)
     weights = open_model(weights_of(run))

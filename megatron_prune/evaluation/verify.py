@@ -24,7 +24,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.log import say
-from megatron_prune.methods.target import NM, Budget, Shape, StructuredTarget, Target, parse_any_target
+from megatron_prune.methods.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import cost, parameters
@@ -125,6 +125,8 @@ def run(config: VerifyConfig) -> int:
     source = open_source(config.input)
     recorded = config.target or source.target
     asked = parse_any_target(recorded) if recorded else None
+    if isinstance(asked, Budget) and asked.measure == LATENCY:
+        asked = None  # weights do not tell
     target = None if isinstance(asked, (Shape, Budget)) else asked
     layout = layout_of(config.parallelism)
     with backend.running(layout):

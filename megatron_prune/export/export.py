@@ -1,4 +1,4 @@
-"""The `export` verb: a checkpoint as a Hugging Face directory or for MaxText, or a run's masks as one .npz file."""
+"""The `export` verb: a checkpoint for Hugging Face, fms or MaxText, or a run's masks as one .npz file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from megatron_prune.apply.decision import Masks
 from megatron_prune.apply.run_folder import decision_of
 from megatron_prune.config import ExportConfig
 from megatron_prune.export.forms import costs, form_of
-from megatron_prune.export.huggingface import write_hf
+from megatron_prune.export.huggingface import write_directory, write_hf
 from megatron_prune.export.mask_file import save_mask_npz
 from megatron_prune.export.padding import padded
 from megatron_prune.files import refuse_existing
 from megatron_prune.log import say
+from megatron_prune.model import fms
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import read_description
 from megatron_prune.model.families import check_exportable, get_family
@@ -35,16 +36,23 @@ def run(config: ExportConfig) -> None:
     form = form_of(stored, config.layers)
     written = get_family(stored.family).uniform(stored) if form == "padded" else stored
     check_exportable(written)
+    if config.format == "fms":
+        fms.check_model(written)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = load_model(config.input, layout)
         weights = model.hf_weights()
         if form == "padded":
             weights = padded(stored, weights)
-        if backend.rank() == 0:
-            write_hf(config.output, written, weights, config.input / "tokenizer", with_code=form == "custom")
-            for line in costs(stored, form) if form else []:
-                say(line)
+        tokenizer = config.input / "tokenizer"
+        if backend.rank() == 0 and config.format == "fms":
+            about = fms.fms_config(written) | {fms.HF_CONFIG: get_family(written.family).to_hf(written)}
+            tensors = fms.to_fms(written, weights)
+            write_directory(config.output, fms.tensor_shapes(written), tensors, {fms.CONFIG: about}, tokenizer)
+        elif backend.rank() == 0:
+            write_hf(config.output, written, weights, tokenizer, with_code=form == "custom")
         else:
             for _ in weights:  # every rank takes part in gathering each tensor
                 pass
+        for line in costs(stored, form) if form else []:
+            say(line)

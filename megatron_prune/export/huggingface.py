@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,38 @@ def write_hf(
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     with_code: bool = False,
 ) -> None:
-    """Write the model to ``directory``, which must not exist and appears only when complete.
+    """Write the model to ``directory`` as `write_directory` does.
 
     ``weights``: Hugging Face name and tensor, each of the model's exactly once, in any order, on any device;
-    dtypes are kept, -0.0 becomes +0.0, an output layer tied to the embedding is left out. Tokenizer, chat
-    template and generation config files are copied from ``tokenizer_dir``. ``with_code``: the modelling file that
-    transformers needs for layers that differ is written too. One process writes.
+    an output layer tied to the embedding is left out. ``with_code``: the modelling file that transformers needs for
+    layers that differ is written too. One process writes.
+    """
+    family = get_family(config.family)
+    hf_config = family.to_hf(config)
+    code = None
+    if with_code:
+        code = code_file(config)
+        hf_config["auto_map"] = auto_map(config)
+    shapes = {name: shape for map in family.weights(config) for name, shape in zip(map.hf, map.shapes, strict=True)}
+    tied = family.tied_names(config)
+    own = ((name, tensor) for name, tensor in weights if name not in tied)
+    write_directory(directory, shapes, own, {"config.json": hf_config}, tokenizer_dir, max_shard_bytes, code)
+
+
+def write_directory(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Iterator[tuple[str, Tensor]],
+    configs: Mapping[str, Any],
+    tokenizer_dir: Path | None = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    code: tuple[str, str] | None = None,
+) -> None:
+    """Write a model's files to ``directory``, which must not exist and appears only when complete.
+
+    ``weights``: name and tensor, each of ``shapes`` exactly once; dtypes are kept, -0.0 becomes +0.0. ``configs``: JSON
+    files by name. Tokenizer, chat template and generation config files are copied from ``tokenizer_dir``. ``code``:
+    name and content of a file of code.
     """
     refuse_existing(directory, "export")
     if tokenizer_dir is not None and not tokenizer_dir.is_dir():
@@ -52,13 +78,11 @@ def write_hf(
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
     partial.mkdir(parents=True)
     try:
-        _write_weights(partial, config, weights, max_shard_bytes)
-        hf_config = get_family(config.family).to_hf(config)
-        if with_code:
-            name, code = code_file(config)
-            (partial / name).write_text(code, encoding="utf-8")
-            hf_config["auto_map"] = auto_map(config)
-        _write_json(partial / "config.json", hf_config)
+        _write_weights(partial, shapes, weights, max_shard_bytes)
+        if code is not None:
+            (partial / code[0]).write_text(code[1], encoding="utf-8")
+        for name, content in configs.items():
+            _write_json(partial / name, content)
         for file in tokenizer_files(tokenizer_dir) if tokenizer_dir is not None else []:
             shutil.copyfile(file, partial / file.name)
         sync(partial)
@@ -73,16 +97,15 @@ def positive_zeros(tensor: Tensor) -> Tensor:
 
 
 def _write_weights(
-    directory: Path, config: ModelConfig, weights: Iterator[tuple[str, Tensor]], max_shard_bytes: int
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Iterator[tuple[str, Tensor]],
+    max_shard_bytes: int,
 ) -> None:
-    family = get_family(config.family)
-    missing = {name: shape for map in family.weights(config) for name, shape in zip(map.hf, map.shapes, strict=True)}
+    missing = dict(shapes)
     room = sum(len(name) + _ENTRY_BYTES for name in missing)
-    tied = family.tied_names(config)
     shards: list[_Shard] = []
     for name, tensor in weights:
-        if name in tied:
-            continue
         if missing.pop(name, None) != tuple(tensor.shape):
             raise ValueError(f"{name} {list(tensor.shape)} is not a tensor of this model, or came twice")
         if not shards or not shards[-1].fits(tensor, max_shard_bytes):

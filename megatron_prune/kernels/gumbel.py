@@ -144,14 +144,13 @@ def masked_weight(
 
 def statistics(
     logits: Tensor, *, scale: float, temperature: float, implementation: Implementation = "auto"
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """What is logged of the masks as they are without noise, in one pass over the logits [out, groups, patterns].
 
-    The winners, and the sum over groups of their probability (divide by groups: 1 / patterns undecided, 1 decided);
-    sums over shards add up to that of the whole.
+    The winners, and float64 [2]: the sums over groups of their probability (divide by groups: 1 / patterns undecided, 1
+    decided) and of the entropy in nats (ln patterns undecided, 0 decided); those of shards add up.
     """
-    index, best = _winners(logits, scale / temperature, implementation)
-    return index, float(best)
+    return _winners(logits, scale / temperature, implementation)
 
 
 def winners(logits: Tensor, implementation: Implementation = "auto") -> Tensor:
@@ -292,14 +291,17 @@ def _eager_backward(
 
 
 def _eager_winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
-    """Winners, and the sum of their noiseless probabilities, softmax(sharpness * logits)."""
+    """Winners, and the sums of their noiseless probabilities, softmax(sharpness * logits), and of the entropies."""
     index = torch.empty(logits.shape[:2], dtype=torch.uint8, device=logits.device)
-    best = torch.zeros((), dtype=torch.float64, device=logits.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=logits.device)
     for rows in _chunks(logits):
         z = logits[rows].to(_compute_dtype(logits, logits))
         index[rows] = z.argmax(dim=-1)
-        best += ((z - z.amax(dim=-1, keepdim=True)) * sharpness).softmax(dim=-1).amax(dim=-1).sum(dtype=torch.float64)
-    return index, best
+        logs = ((z - z.amax(dim=-1, keepdim=True)) * sharpness).log_softmax(dim=-1)
+        probabilities = logs.exp()
+        sums[0] += probabilities.amax(dim=-1).sum(dtype=torch.float64)
+        sums[1] -= torch.where(probabilities > 0, probabilities * logs, 0).sum(dtype=torch.float64)
+    return index, sums
 
 
 # ---- compiled C ----------------------------------------------------------------------------------------
@@ -382,10 +384,10 @@ def _compiled_backward(
 
 def _compiled_winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
     index = torch.empty(logits.shape[:2], dtype=torch.uint8)
-    best = torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     call = Call(1, 1, sharpness, 1.0, None, Position.whole(*logits.shape[:2]), False, 0.0, "cpu")
-    _run("gumbel_winners", call, logits, index, best)
-    return index, best
+    _run("gumbel_winners", call, logits, index, sums)
+    return index, sums
 
 
 # ---- Triton --------------------------------------------------------------------------------------------

@@ -282,7 +282,8 @@ def winners(
     logits, winners, sums, total, sharpness,
     P: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, P_LOAD: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """winners[g]: pattern with the largest logit; sums[program]: their probabilities without noise, added up.
+    """winners[g]: pattern with the largest logit; sums[program]: of their probabilities without noise, and of the
+    entropies in nats.
 
     sharpness is scale / temperature.
     """
@@ -291,7 +292,13 @@ def winners(
     z = _load(logits, flat, inside, P, P_LOAD)
     largest, winner = _winner(z, P)
     weight = tl.zeros_like(largest)
+    moment = tl.zeros_like(largest)
     for k in tl.static_range(P):
-        weight += _exp2((z[k] - largest) * (sharpness * 1.4426950408889634), HARDWARE)
-    tl.store(sums + tl.program_id(0), tl.sum(tl.where(inside, 1.0 / weight, 0.0), axis=0))
+        exponent = (z[k] - largest) * (sharpness * 1.4426950408889634)
+        e = _exp2(exponent, HARDWARE)
+        weight += e
+        moment += e * exponent
+    entropy = (_log2(weight, HARDWARE) - moment / weight) * 0.6931471805599453
+    tl.store(sums + 2 * tl.program_id(0), tl.sum(tl.where(inside, 1.0 / weight, 0.0), axis=0))
+    tl.store(sums + 2 * tl.program_id(0) + 1, tl.sum(tl.where(inside, entropy, 0.0), axis=0))
     tl.store(winners + flat, winner.to(tl.uint8), mask=inside)

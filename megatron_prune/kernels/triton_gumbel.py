@@ -52,11 +52,13 @@ def backward(
 
 
 def winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
-    """Index of the largest logit of each group, uint8 [out, groups], and the sum of their probabilities."""
+    """Index of the largest logit of each group, uint8 [out, groups]; the sums of their probabilities and
+    of the entropies, float64 [2].
+    """
     index = torch.empty(logits.shape[:2], dtype=torch.uint8, device=logits.device)
-    sums = torch.empty(_programs(logits), device=logits.device)
+    sums = torch.empty(_programs(logits), 2, device=logits.device)
     _launch(kernels.winners, logits, (logits, index, sums, index.numel(), sharpness), HARDWARE=on_nvidia())
-    return index, sums.sum(dtype=torch.float64)
+    return index, sums.sum(0, dtype=torch.float64)
 
 
 def _run(kernel: Any, logits: Tensor, call: Call, own: tuple[Any, ...], **flags: bool) -> None:

@@ -24,7 +24,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import read_json, write_json
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import StructuredMethod
-from megatron_prune.methods.target import MEASURES, Budget
+from megatron_prune.methods.target import LATENCY, MEASURES, Budget
 
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
@@ -43,11 +43,13 @@ class DarwinLM(StructuredMethod):
     """Search for the sizes of every layer by evolution over refitted levels of it; layers come out unequal."""
 
     paper: ClassVar[str] = "Tang et al. 2025, arXiv:2502.07780"
-    targets: ClassVar[Mapping[type, str]] = {Budget: f"a budget: {', '.join(MEASURES)}"}
+    targets: ClassVar[Mapping[type, str]] = {Budget: f"a budget: {', '.join(MEASURES)}, {LATENCY} with --latency-table"}
+    measures: ClassVar[tuple[str, ...]] = (*MEASURES, LATENCY)
     keeps_statistics: ClassVar[bool] = False
     searches: ClassVar[bool] = True
 
     levels: int = hyperparameter(10, "steps from a whole attention or MLP to none")
+    free_groups: bool = hyperparameter(False, "levels give up whole query groups too: finer steps, unequal groups")
     search: str = hyperparameter("evolution", f"{', '.join(SEARCHES)} (programming on single replacements)")
     generations: int = hyperparameter(200, "of the evolution")
     offspring: int = hyperparameter(16, "children in a generation")
@@ -105,7 +107,7 @@ class DarwinLM(StructuredMethod):
         self._check_training(model, passes)
         by_leader(functools.partial(self._note, folder, target))
         database = Path(self.database) if self.database else folder / "database"
-        levels = Levels(database, passes, self.levels, self.refit_damping)
+        levels = Levels(database, passes, self.levels, self.refit_damping, self.free_groups)
         space = Space(model.config, levels, target)
 
         def ask() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_prune.errors import UserError
 from megatron_prune.methods.target import NM, Budget, Shape, StructuredTarget, Target
-from megatron_prune.model.cost import cost
+from megatron_prune.model.cost import budgeted
 from megatron_prune.model.families import get_family
 from megatron_prune.model.family import ModelConfig
 
@@ -14,7 +14,7 @@ def check_target(config: ModelConfig, target: Target | StructuredTarget) -> None
     if isinstance(target, Shape):
         _check_shape(config, target)
     elif isinstance(target, Budget):
-        whole = cost(config, target.measure)
+        whole = budgeted(config, target)
         if target.limit >= whole:
             raise UserError(f"target {target}: the whole model has {whole}; give less")
     else:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import PruningMethod, hyperparameter
-from megatron_prune.methods.target import Budget, Shape, StructuredTarget
+from megatron_prune.methods.target import MEASURES, Budget, Shape, StructuredTarget, Target
 from megatron_prune.model.units import Units, heads_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class StructuredMethod(PruningMethod):
     """Base of methods that remove whole units; subclass as a frozen dataclass, as other methods are."""
 
     structured: ClassVar[bool] = True
+    measures: ClassVar[tuple[str, ...]] = MEASURES
+    """What its budgets may limit."""
     keeps_statistics: ClassVar[bool] = True
     """Whether what it measures can be kept and serve another target."""
     searches: ClassVar[bool] = False
@@ -50,6 +52,14 @@ class StructuredMethod(PruningMethod):
             raise UserError(f"{self.name}: refit {self.refit!r} was given; allowed: {', '.join(REFITS)}")
         if not 0 < self.refit_damping < float("inf"):
             raise UserError(f"{self.name}: refit_damping {self.refit_damping} was given; allowed: above 0")
+
+    def accept(self, target: Target | StructuredTarget) -> None:
+        """As the base class; of budgets, only those that limit what the method knows."""
+        super().accept(target)
+        if isinstance(target, Budget) and target.measure not in self.measures:
+            raise UserError(
+                f"method {self.name} cannot prune to {target}; its budgets may limit {', '.join(self.measures)}"
+            )
 
     def compensate(
         self, model: PrunableModel, units: Units, tokens: Tensor | None, progress: Callable[[int], None]

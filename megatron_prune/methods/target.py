@@ -11,17 +11,24 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from megatron_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_prune.model.latency import LatencyTable
 
 MAX_M = 16
 MEASURES = ("parameters", "forward_flops", "kv_cache_bytes")
 """What a budget may limit: weights of the model; of a token, FLOPs with 2048 before it and bytes of key-value cache."""
+LATENCY = "latency_us"
+"""Another measure: microseconds by a table that was measured; see `model/latency.py`."""
 _ALLOWED = (
     "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), sizes such as "
-    "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M or kv_cache_bytes=10K"
+    "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M, kv_cache_bytes=10K "
+    "or latency_us=800K"
 )
 
 
@@ -129,11 +136,13 @@ class Budget:
 
     limit: int
     measure: str = "parameters"
-    """One of `MEASURES`; see `model/cost.py`."""
+    """One of `MEASURES`, see `model/cost.py`, or `LATENCY`."""
+    table: LatencyTable | None = field(default=None, compare=False, repr=False)
+    """What a budget of latency is counted by."""
 
     def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise UserError(f"a budget of {self.measure} is not possible; allowed: {', '.join(MEASURES)}")
+        if self.measure not in (*MEASURES, LATENCY):
+            raise UserError(f"a budget of {self.measure} is not possible; allowed: {', '.join((*MEASURES, LATENCY))}")
         if not isinstance(self.limit, int) or self.limit < 1:
             raise UserError(f"target {self.measure}={self.limit} is not possible; give a whole number such as 100M")
 
@@ -188,14 +197,14 @@ def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
         return NM(given["n"], given["m"])  # type: ignore[arg-type]  # NM checks
     if set(given) == {"sparsity"}:
         return Unstructured(given["sparsity"])  # type: ignore[arg-type]  # Unstructured checks
-    if len(given) == 1 and set(given) <= set(MEASURES):
+    if len(given) == 1 and set(given) <= {*MEASURES, LATENCY}:
         ((measure, limit),) = given.items()
         return Budget(_count(limit), str(measure))
     names = [field.name for field in fields(Shape)]
     unknown = [str(key) for key in given if key not in names]
     if given and not unknown:
         return Shape(**{str(key): _count(value) for key, value in given.items()})
-    near = difflib.get_close_matches(unknown[0], [*names, *MEASURES], n=1) if unknown else []
+    near = difflib.get_close_matches(unknown[0], [*names, *MEASURES, LATENCY], n=1) if unknown else []
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise UserError(f"target {dict(given)} is not understood{hint}; give {_ALLOWED}")
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import pickle
 import queue
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,28 @@ class ShardedSave:
 
     def __init__(self, folder: Path, state: dict[str, Any], in_background: bool = False) -> None:
         self.folder = folder
+        work, self._finalize = self._prepare(state, in_background)
+        writer = ThreadPoolExecutor(1)
+        self._written = writer.submit(work)
+        writer.shutdown(wait=False)
+
+    def _prepare(
+        self, state: dict[str, Any], in_background: bool
+    ) -> tuple[Callable[[], dict[str, str]], Callable[[], None]]:
+        """What the thread does, which gives the checksums of this rank's files, and what all ranks do after it."""
         # Through this queue megatron-core learns what was written; its own is a process that starts python again.
         filesystem_async._results_queue = queue.Queue()
-        self._request = dist_checkpointing.save(
-            state, str(folder), sharded_strategy=("torch_dist", 1), async_sharded_save=True
+        request = dist_checkpointing.save(
+            state, str(self.folder), sharded_strategy=("torch_dist", 1), async_sharded_save=True
         )
-        buckets = _buckets(self._request)
-        writer = ThreadPoolExecutor(1)
         copy = in_background and not backend.has_cuda()  # tensors of a GPU become copies, others are made for this
-        self._written = writer.submit(_write, self._request, _on_host(buckets, copy))
-        writer.shutdown(wait=False)
+        buckets = _on_host(_buckets(request), copy)
+
+        def finalize() -> None:
+            for each in request.finalize_fns:
+                each()
+
+        return partial(_write, request, buckets), finalize
 
     def busy(self) -> bool:
         """Whether this rank is still writing."""
@@ -85,8 +98,7 @@ class ShardedSave:
                 f"checkpoint {self.folder} could not be written ({told}); earlier checkpoints are untouched: "
                 "make room or give another disk, then resume"
             )
-        for finalize in self._request.finalize_fns:
-            finalize()
+        self._finalize()
         by_leader(lambda: self._write_checksums({name: value for found in outcomes for name, value in found.items()}))
 
     def _write_checksums(self, checksums: dict[str, str]) -> None:
@@ -108,7 +120,7 @@ def _on_host(buckets: list[Any], copy: bool) -> list[Any]:
     ]
 
 
-def _refusal(error: BaseException) -> OSError | None:
+def refusal(error: BaseException) -> OSError | None:
     """What the file system refused, where PyTorch's zip writer fails on its own end after that."""
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
@@ -130,7 +142,7 @@ def _write(request: Any, buckets: list[Any]) -> dict[str, str]:
     results = dict(outcomes.get_nowait() for _ in buckets)
     for result in results.values():
         if isinstance(result, Exception):
-            raise _refusal(result) or result
+            raise refusal(result) or result
     request.async_fn_args[2].put(results)
     return {Path(path).name: checksum(Path(path)) for path, _key, _data in buckets}
 
@@ -140,10 +152,15 @@ def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
     Nothing in the folder is executed.
     """
+    return read_safely(folder, lambda: dist_checkpointing.load(state, str(folder)))
+
+
+def read_safely(folder: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` makes of a distributed checkpoint; UserError when it cannot, or when it would run code."""
     try:
         check_table(folder)
         with only_weights():
-            return dist_checkpointing.load(state, str(folder))
+            return read()
     except UserError:
         raise
     except (*DAMAGE, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:

@@ -155,7 +155,7 @@ class HFReader:
     def __init__(self, source: str | Path) -> None:
         self.directory = _local_directory(source)
         self.config: dict[str, Any] = _read_json(self.directory / "config.json")
-        self._entries = _read_entries(self.directory)
+        self._entries = read_entries(self.directory)
         self.model_config = self._model_config()
         family = get_family(self.model_config.family)
         self._maps = family.weights(self.model_config)
@@ -176,6 +176,15 @@ class HFReader:
                 return opened.get_tensor(self._entries[name].name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {name} from {file}: {error}") from error
+
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows ``first`` to ``last``, that one not included, of the tensor ``name``; nothing else of it is read."""
+        entry = self._entries[name]
+        try:
+            with safe_open(entry.file, framework="pt") as opened:
+                return opened.get_slice(entry.name)[first:last]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read {name} from {entry.file}: {error}") from error
 
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation config files that come with the checkpoint."""
@@ -295,7 +304,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _read_entries(directory: Path) -> dict[str, _Entry]:
+def read_entries(directory: Path) -> dict[str, _Entry]:
     """Every tensor of the checkpoint, from the headers of its one or many safetensors files."""
     index = directory / "model.safetensors.index.json"
     if index.is_file() and not (directory / "model.safetensors").is_file():

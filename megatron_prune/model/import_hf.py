@@ -19,6 +19,7 @@ from megatron_prune.model.build import build_model
 from megatron_prune.model.checkpoint import compute_dtype, save_model
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, WeightMap
+from megatron_prune.model.fms import FmsReader, is_fms
 from megatron_prune.model.prunable import PrunableModel
 
 
@@ -67,7 +68,8 @@ def packed_masks(path: Path, config: ModelConfig) -> Callable[[str], Tensor]:
 def run(config: ImportConfig) -> None:
     """Import `config.input` and write `config.output`."""
     refuse_existing(config.output)
-    reader = HFReader(config.input)
+    directory = Path(config.input)
+    reader = FmsReader(directory) if is_fms(directory) else HFReader(config.input)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = read_hf(reader, layout, config.dtype, config.mask)

@@ -30,6 +30,8 @@ class ModelSource:
     tokenizer_files: list[Path]
     load: Callable[..., PrunableModel]
     """`load(layout, dtype=None, **extra)`: the model in a layout. Collective."""
+    reader: HFReader | None = None
+    """Of a Hugging Face directory."""
 
 
 def open_model(path: Path) -> ModelSource:
@@ -52,4 +54,4 @@ def open_model(path: Path) -> ModelSource:
     def read(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
         return read_hf(reader, layout, dtype, **extra)
 
-    return ModelSource(reader.model_config, {"import": str(path)}, path, reader.tokenizer_files(), read)
+    return ModelSource(reader.model_config, {"import": str(path)}, path, reader.tokenizer_files(), read, reader)

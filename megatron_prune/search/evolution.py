@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from megatron_prune.errors import UserError
 from megatron_prune.methods.target import Budget
 from megatron_prune.model.blocks import Block, widest
-from megatron_prune.model.cost import cost
+from megatron_prune.model.cost import budgeted
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.units import BlockUnits, Units
 from megatron_prune.search.fitness import Genome
@@ -34,7 +34,7 @@ class Space:
         self.budget = budget
         self.genes = [(kind, layer) for layer in range(config.num_layers) for kind in (ATTENTION, MLP)]
         self.last = [len(levels.sizes[kind][layer]) - 1 for kind, layer in self.genes]
-        self.whole = cost(config, budget.measure)
+        self.whole = budgeted(config, budget)
         self.largest = widest([config.block(layer) for layer in range(config.num_layers)])
         saved: dict[tuple[Block, str, Level], int] = {}
         self.saves = [
@@ -61,7 +61,7 @@ class Space:
         blocks = [self.config.block(n) for n in range(self.config.num_layers)]
         blocks[layer] = block
         larger = replace(self.config, blocks=None).with_blocks([*blocks, self.largest])
-        return cost(larger, self.budget.measure)
+        return budgeted(larger, self.budget)
 
     def cost(self, genome: Genome) -> int:
         """What the budget limits, of the model."""

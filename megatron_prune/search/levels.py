@@ -55,13 +55,30 @@ class Level:
     ffn: int = 0
 
 
-def attention_levels(config: ModelConfig, layer: int, count: int) -> list[Level]:
-    """From all heads to none, about `count` steps: fewer heads in every group, or fewer groups of one head."""
+def attention_levels(config: ModelConfig, layer: int, count: int, free_groups: bool = False) -> list[Level]:
+    """From all heads to none, about `count` steps: fewer heads in every group, or fewer groups of one head.
+
+    With `free_groups` the larger of both numbers falls by one each time, `count` or more levels apart: 3 groups of 3
+    heads are 9, 6, 4, 2 and 1 heads. Groups of unequal sizes, which neither megatron-core nor transformers has, are
+    not among them.
+    """
     block = config.block(layer)
     groups, heads = block.num_query_groups, block.group_heads
+    if free_groups and min(groups, heads) > 1:
+        return [*_falling(groups, heads, count), Level()]
     if heads > 1:
         return [*(Level(groups, kept) for kept in _spaced(heads, count)), Level()]
     return [*(Level(kept, 1) for kept in _spaced(groups, count)), Level()]
+
+
+def _falling(groups: int, heads: int, count: int) -> list[Level]:
+    """Heads in each group and groups in turn, thinned out to about `count` levels; the whole is the first."""
+    found = [Level(groups, heads)]
+    while groups * heads > 1:
+        groups, heads = (groups - 1, heads) if groups > heads else (groups, heads - 1)
+        found.append(Level(groups, heads))
+    stride = max(1, round(len(found) / count))
+    return found[::stride]
 
 
 def mlp_levels(config: ModelConfig, layer: int, count: int) -> list[Level]:
@@ -80,24 +97,24 @@ def _spaced(whole: int, count: int, unit: int = 1) -> list[int]:
 class Levels:
     """The database of one model in a folder. Made and used by all ranks together."""
 
-    def __init__(self, folder: Path, passes: Passes, count: int, damping: float) -> None:
+    def __init__(self, folder: Path, passes: Passes, count: int, damping: float, free_groups: bool = False) -> None:
         assert passes.tokens is not None
         self.folder = folder
         self.config = passes.model.config
         self.damping = damping
         self.sizes: dict[str, list[list[Level]]] = {
-            ATTENTION: [self._there(ATTENTION, layer, count) for layer in range(self.config.num_layers)],
-            MLP: [self._there(MLP, layer, count) for layer in range(self.config.num_layers)],
+            kind: [self._there(kind, layer, count, free_groups) for layer in range(self.config.num_layers)]
+            for kind in KINDS
         }
         StatisticsStore(folder, passes.model, passes.tokens)  # refuses a folder that was made from something else
         by_leader(self._describe)
         self.cache: dict[tuple[str, int], dict[str, Tensor]] = {}
 
-    def _there(self, kind: str, layer: int, count: int) -> list[Level]:
+    def _there(self, kind: str, layer: int, count: int, free_groups: bool) -> list[Level]:
         """Levels of a half; of one that the model lacks, its absence only."""
         block = self.config.block(layer)
         if kind == ATTENTION:
-            return attention_levels(self.config, layer, count) if block.num_attention_heads else [Level()]
+            return attention_levels(self.config, layer, count, free_groups) if block.num_attention_heads else [Level()]
         return mlp_levels(self.config, layer, count) if block.ffn_hidden_size else [Level()]
 
     def _describe(self) -> None:
@@ -230,7 +247,7 @@ def attention_steps(config: Any, layer: int, linear: Reconstruction, levels: lis
         if level.groups < len(kept):
             stay = groups_to_keep(config, layer, linear, level.groups, tuple(kept))
             kept = {group: kept[group] for group in stay}
-        else:
+        if level.heads < len(next(iter(kept.values()))):
             stay = heads_to_keep(config, layer, linear, kept, level.heads)
             kept = {group: [head for head in heads if head in stay] for group, heads in kept.items()}
         heads = tuple(sorted(head for group in kept.values() for head in group))

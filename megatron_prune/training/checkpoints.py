@@ -34,10 +34,12 @@ DAMAGED = ".damaged"
 class Checkpoints:
     """The checkpoints of the run in `run`, of which `keep` stay; every method is collective but `busy`."""
 
-    def __init__(self, run: Path, keep: int, in_background: bool) -> None:
+    def __init__(self, run: Path, keep: int, in_background: bool, save: type[ShardedSave] = ShardedSave) -> None:
+        """`save`: how a sharded state is written."""
         self.folder = run / "checkpoints"
         self.keep = keep
         self.in_background = in_background
+        self.sharded_save = save
         self._pending: tuple[ShardedSave, Path] | None = None
 
     def save(self, about: dict[str, Any], state: dict[str, Any]) -> None:
@@ -47,7 +49,7 @@ class Checkpoints:
         if from_leader(path.exists()):
             return
         partial = begin_folder(path)
-        save = ShardedSave(partial, state, self.in_background)
+        save = self.sharded_save(partial, state, self.in_background)
         by_leader(lambda: write_json(partial / DESCRIPTION, about))
         self._pending = (save, path)
         if not self.in_background:

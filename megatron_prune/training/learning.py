@@ -24,9 +24,9 @@ from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
-from megatron_prune.model.prunable import LINEARS, LocalLinear
+from megatron_prune.model.prunable import LINEARS, LocalLinear, PrunableModel
 from megatron_prune.training.checkpoints import find_newest
-from megatron_prune.training.loop import Trainer
+from megatron_prune.training.loop import Steps, Trainer
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
 
@@ -40,6 +40,7 @@ MaskSource = Callable[[str], Tensor]
 class LearningRunner(TrainingSession):
     """Learns mask logits in `folder`; `prior` and `initial_logits` say where learning starts."""
 
+    model: PrunableModel
     trained = "mask_logits"
 
     def __init__(
@@ -128,31 +129,33 @@ class LearningRunner(TrainingSession):
 
     @torch.no_grad()
     def _mask_statistics(self) -> dict[str, float]:
-        """Over all groups, and over those of each kind of linear: mean best probability, share whose best pattern has
-        changed since the last look and, over all, since the start. Collective.
+        """Over all groups, and over those of each kind of linear: mean best probability, mean entropy (nats), share
+        whose best pattern has changed since the last look and, over all, since the start. Collective.
         """
         draw = self.draw
         assert draw is not None
-        sums = torch.zeros(len(LINEARS), 4, dtype=torch.float64, device=backend.device())
+        sums = torch.zeros(len(LINEARS), 5, dtype=torch.float64, device=backend.device())
         for linear in self.model.linears():
-            now, best = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
+            now, spread = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
             changed, moved = (int((now != before[linear.name]).count_nonzero()) for before in (self.last, self.start))
-            values = (best, changed, moved, now.numel())
+            values = (*spread.tolist(), changed, moved, now.numel())
             sums[linear.tensor_id % len(LINEARS)] += torch.tensor(values, dtype=sums.dtype, device=sums.device)
             self.last[linear.name] = now
         dist.all_reduce(sums)
-        best, changed, moved, count = sums.sum(0).tolist()
+        best, entropy, changed, moved, count = sums.sum(0).tolist()
         record = {
             "max_probability": best / count,
+            "mask_entropy": entropy / count,
             "changed_fraction": changed / count,
             "differs_from_start_fraction": moved / count,
         }
-        for path, (best, changed, _moved, count) in zip(LINEARS, sums.tolist(), strict=True):
+        for path, (best, entropy, changed, _moved, count) in zip(LINEARS, sums.tolist(), strict=True):
             kind = path.split(".")[-1]
             record |= {f"max_probability/{kind}": best / count, f"changed_fraction/{kind}": changed / count}
+            record[f"mask_entropy/{kind}"] = entropy / count
         return record
 
-    def held_out_loss(self, trainer: Trainer, windows: Tensor) -> float:
+    def held_out_loss(self, trainer: Steps, windows: Tensor) -> float:
         """With every group's best pattern."""
         assert self.draw is not None
         self.draw.decoded = True
@@ -160,7 +163,7 @@ class LearningRunner(TrainingSession):
         self.draw.decoded = False
         return loss
 
-    def load(self, trainer: Trainer, path: Path) -> int:
+    def load(self, trainer: Steps, path: Path) -> int:
         """As the base class; changes of masks count from there."""
         done = super().load(trainer, path)
         for linear in self.model.linears():

@@ -110,6 +110,39 @@ class Diverged(UserError):
     """The loss or the gradients are no numbers any more."""
 
 
+def check_loss(step: int, loss: float) -> None:
+    """Diverged when the loss of a step, before its update, is no number."""
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"the loss of step {step} is {loss}; nothing was updated and the last checkpoint is kept: lower the "
+            "learning rate, or resume from that checkpoint with other settings"
+        )
+
+
+def check_norm(step: int, norm: float) -> None:
+    """Diverged when the norm of a step's gradients is no number."""
+    if not math.isfinite(norm):
+        raise Diverged(
+            f"the gradient norm of step {step} is {norm}; the last checkpoint is kept: lower the learning rate"
+        )
+
+
+class Steps(Protocol):
+    """What takes optimizer steps, for a `TrainingSession`; every method is collective."""
+
+    def step(self, step: int) -> StepResult:
+        """One optimizer step, number `step` from 0; Diverged when the loss is not a number."""
+
+    def evaluate(self, windows: Tensor) -> float:
+        """Mean next-token loss over held-out windows `[n, seq_length]`."""
+
+    def state(self, is_loading: bool) -> dict[str, Any]:
+        """What is trained, as a sharded state dict to save or to fill."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state(is_loading=True)` described and a checkpoint filled."""
+
+
 class Trainer:
     """Trains the parameters of a model that require gradients.
 
@@ -142,7 +175,7 @@ class Trainer:
             _let_gradients_reach_frozen_layers(model.chunks[0])
         self.chunks = [self._wrap(chunk) for chunk in model.chunks]
         self.optimizer = self._make_optimizer(multipliers or {})
-        self.scheduler = self._make_scheduler()
+        self.scheduler = make_scheduler(self.optimizer, training)
 
     def _wrap(self, chunk: Any) -> DistributedDataParallel:
         chunk.config.finalize_model_grads_func = finalize_model_grads
@@ -182,24 +215,6 @@ class Trainer:
         use_fused_kernel(optimizer)
         return optimizer
 
-    def _make_scheduler(self) -> OptimizerParamScheduler:
-        t = self.training
-        return OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=t.lr,
-            min_lr=t.min_lr,
-            lr_warmup_steps=t.lr_warmup_iters,
-            lr_decay_steps=t.train_iters,
-            lr_decay_style=t.lr_decay_style,
-            start_wd=0.0,
-            end_wd=0.0,
-            wd_incr_steps=t.train_iters,
-            wd_incr_style="constant",
-            use_checkpoint_opt_param_scheduler=False,
-            override_opt_param_scheduler=True,  # a run may be resumed with another learning rate
-        )
-
     def step(self, step: int) -> StepResult:
         """One optimizer step, number `step` from 0; UserError naming the step when the loss is not a number."""
         for chunk in self.chunks:
@@ -210,17 +225,10 @@ class Trainer:
         self.objective.begin(self._batches(step), self.microbatches)
         parts = self._mean_losses(self._pass(self._batches(step), step))
         loss = self.objective.total(parts)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"the loss of step {step} is {loss}; nothing was updated and the last checkpoint is kept: lower the "
-                "learning rate, or resume from that checkpoint with other settings"
-            )
+        check_loss(step, loss)
         self.before_update()
         ok, grad_norm, _zeros = self.optimizer.step()
-        if not ok or not math.isfinite(float(grad_norm or 0.0)):
-            raise Diverged(
-                f"the gradient norm of step {step} is {grad_norm}; the last checkpoint is kept: lower the learning rate"
-            )
+        check_norm(step, float(grad_norm or 0.0) if ok else math.nan)
         self.scheduler.step(increment=1)
         tokens = self.training.global_batch_size * self.training.seq_length
         return StepResult(loss, float(grad_norm or 0.0), rates, tokens, parts)
@@ -236,11 +244,7 @@ class Trainer:
 
     def _batches(self, step: int) -> Iterator[Tensor]:
         """This replica's micro-batches of a step: `[micro_batch, seq_length + 1]`."""
-        t = self.training
-        for i in range(self.microbatches):
-            first = step * t.global_batch_size + (i * self.replicas + self.replica) * t.micro_batch_size
-            rows = [self.data.sample(first + j) for j in range(t.micro_batch_size)]
-            yield torch.stack(rows).to(backend.device())
+        return micro_batches(self.data, self.training, step, self.replica, self.replicas)
 
     def _pass(self, batches: Iterator[Tensor], step: int) -> list[dict[str, Tensor]]:
         """A step's micro-batches forward and backward through the pipeline; losses on the last stage only."""
@@ -281,6 +285,32 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state(is_loading=True)` described and a checkpoint filled."""
         load_training_state(self.model.chunks, self.optimizer, self.scheduler, state)
+
+
+def micro_batches(data: Samples, t: Training, step: int, replica: int, replicas: int) -> Iterator[Tensor]:
+    """The micro-batches of a step, `[micro_batch, seq_length + 1]`, of one of the model's replicas."""
+    for i in range(t.num_microbatches(replicas)):
+        first = step * t.global_batch_size + (i * replicas + replica) * t.micro_batch_size
+        yield torch.stack([data.sample(first + j) for j in range(t.micro_batch_size)]).to(backend.device())
+
+
+def make_scheduler(optimizer: Any, t: Training) -> OptimizerParamScheduler:
+    """Learning rates of the optimizer's groups, from now on set by `step(1)`."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=t.lr,
+        min_lr=t.min_lr,
+        lr_warmup_steps=t.lr_warmup_iters,
+        lr_decay_steps=t.train_iters,
+        lr_decay_style=t.lr_decay_style,
+        start_wd=0.0,
+        end_wd=0.0,
+        wd_incr_steps=t.train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a run may be resumed with another learning rate
+    )
 
 
 def check_learning(training: Training, layout: backend.Layout) -> None:

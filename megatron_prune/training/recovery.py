@@ -44,6 +44,16 @@ class Weighting:
     temperature: float = 1.0
     hidden_kind: HiddenLoss = "cosine"
 
+    @property
+    def parts(self) -> dict[str, float]:
+        """Weights by the names that losses are logged with; those of 0 are left out."""
+        weights = {"lm_loss": self.lm, "distillation_loss": self.distillation, "hidden_loss": self.hidden}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def total(self, losses: dict[str, float]) -> float:
+        """The weighted sum."""
+        return sum(weight * losses[name] for name, weight in self.parts.items())
+
 
 def teacher_layer(layer: int, layers: int, of: int) -> int:
     """The layer of a teacher of `of` layers at the same relative depth as `layer` of a student of `layers`, from 0.
@@ -111,12 +121,7 @@ class RecoveryLoss(NextToken):
     def __init__(self, student: PrunableModel, weighting: Weighting, teacher: PrunableModel | None, count: int) -> None:
         """`count`: micro-batches of a replica in a step. Hidden states need a teacher as wide and at least as deep."""
         self.weighting = weighting
-        weights = {
-            "lm_loss": weighting.lm,
-            "distillation_loss": weighting.distillation,
-            "hidden_loss": weighting.hidden,
-        }
-        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.weights = weighting.parts
         self.names = tuple(self.weights)
         self.count = count
         self.pipeline = student.layout.pipeline > 1
@@ -199,11 +204,13 @@ class RecoveryLoss(NextToken):
 
     def total(self, losses: dict[str, float]) -> float:
         """The weighted sum."""
-        return sum(weight * losses[name] for name, weight in self.weights.items())
+        return self.weighting.total(losses)
 
 
 class RecoveryRunner(TrainingSession):
     """Trains all weights, or adapters, of a model whose zeros stay."""
+
+    model: PrunableModel
 
     def recover(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
 import torch.distributed as dist
@@ -20,10 +20,10 @@ from megatron_prune.config import Training
 from megatron_prune.data.domains import DomainWindows
 from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog, device_names, say
-from megatron_prune.model.checkpoint import load_sharded
-from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.checkpoint import ShardedSave, load_sharded
+from megatron_prune.model.families import ModelConfig
 from megatron_prune.training.checkpoints import Checkpoints, read_about
-from megatron_prune.training.loop import Samples, StepResult, Trainer
+from megatron_prune.training.loop import Samples, StepResult, Steps
 from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, largest
 from megatron_prune.training.throughput import GIB, flops_per_token, known_peak_tflops, peak_memory, speed
 
@@ -31,15 +31,26 @@ SHOWN = ("loss", "grad_norm", "learning_rate", "tokens_per_s", "peak_memory_gib"
 """Metrics of a step on the console; metrics.jsonl and TensorBoard have all."""
 
 
+class Configured(Protocol):
+    """A model, in whatever form it is trained."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its sizes."""
+
+
 class TrainingSession:
     """Takes the steps that are left of the run in `folder`; subclasses say what else is measured and checked."""
 
     trained = "weights"
     """Parameter group whose learning rate is logged."""
+    sharded_save: type[ShardedSave] = ShardedSave
+    """How a checkpoint's state is written, and read again:"""
+    sharded_load = staticmethod(load_sharded)
 
     def __init__(
         self,
-        model: PrunableModel,
+        model: Configured,
         training: Training,
         data: Samples,
         folder: Path,
@@ -60,7 +71,7 @@ class TrainingSession:
         self.eval_windows = eval_windows
         self.resume = resume
         self.stop = stop or StopRequest()
-        self.checkpoints = Checkpoints(folder, training.keep_checkpoints, training.async_save)
+        self.checkpoints = Checkpoints(folder, training.keep_checkpoints, training.async_save, self.sharded_save)
         self.flops = flops_per_token(model.config, training.seq_length)
         self.peak_tflops = training.peak_tflops or known_peak_tflops(device_names()[0], model.config.dtype)
         self.step_times: list[float] = []
@@ -70,11 +81,11 @@ class TrainingSession:
         """Metrics of the subclass, for a step that is logged. Collective."""
         return {}
 
-    def held_out_loss(self, trainer: Trainer, windows: Tensor) -> float:
+    def held_out_loss(self, trainer: Steps, windows: Tensor) -> float:
         """Mean next-token loss over held-out windows `[n, seq_length]`. Collective."""
         return trainer.evaluate(windows)
 
-    def domain_loss(self, trainer: Trainer, windows: Tensor) -> float:
+    def domain_loss(self, trainer: Steps, windows: Tensor) -> float:
         """Mean next-token loss by which a domain gets its share. Collective."""
         return self.held_out_loss(trainer, windows)
 
@@ -85,7 +96,7 @@ class TrainingSession:
         """
         return {}
 
-    def take_steps(self, trainer: Trainer, on_step: Callable[[int, int], dict[str, float]]) -> None:
+    def take_steps(self, trainer: Steps, on_step: Callable[[int, int], dict[str, float]]) -> None:
         """Run the optimizer steps that are left, logging, saving and evaluating at their intervals.
 
         `on_step(step, steps)` is called before each, and returns what to log with it. Raises Stopped.
@@ -102,7 +113,7 @@ class TrainingSession:
                 self.checkpoints.finish()
                 raise
 
-    def _step(self, trainer: Trainer, step: int, on_step: Callable[[int, int], dict[str, float]]) -> None:
+    def _step(self, trainer: Steps, step: int, on_step: Callable[[int, int], dict[str, float]]) -> None:
         steps, done = self.training.train_iters, step + 1
         values = on_step(step, steps)
         began = time.perf_counter()
@@ -115,7 +126,7 @@ class TrainingSession:
         self._mix_domains(trainer, done)
         self._save_or_stop(trainer, done)
 
-    def _mix_domains(self, trainer: Trainer, done: int) -> None:
+    def _mix_domains(self, trainer: Steps, done: int) -> None:
         """Change the shares of the data's domains when it is time; before the checkpoint, which has them."""
         data = self.data
         if not isinstance(data, DomainWindows) or done % data.interval or done == self.training.train_iters:
@@ -127,7 +138,7 @@ class TrainingSession:
         """Of data that are no function of the step alone."""
         return {"domains": self.data.state()} if isinstance(self.data, DomainWindows) else {}
 
-    def _save_or_stop(self, trainer: Trainer, done: int) -> None:
+    def _save_or_stop(self, trainer: Steps, done: int) -> None:
         """Save when it is time; Stopped, after saving, when any rank was asked to end before the last step."""
         last = done == self.training.train_iters
         reason, busy = largest(self.stop.code(), self.checkpoints.busy())
@@ -178,18 +189,18 @@ class TrainingSession:
         }
         self.log.write(record, SHOWN)
 
-    def _evaluate(self, trainer: Trainer, done: int) -> None:
+    def _evaluate(self, trainer: Steps, done: int) -> None:
         if self.eval_windows is None:
             return
         loss = self.held_out_loss(trainer, self.eval_windows)
         self.log.write({"step": done, "eval_loss": loss, "eval_windows": int(self.eval_windows.shape[0])})
 
-    def _resume(self, trainer: Trainer) -> int:
+    def _resume(self, trainer: Steps) -> int:
         """Load the newest good checkpoint of this run; the number of steps it has done, 0 without one."""
         path = self.checkpoints.newest()
         if path is None:
             return 0
-        found = read_about(path)
+        found = {"engine": "megatron", **read_about(path)}
         for key, given in self._about(found["step"]).items():
             if found.get(key) != given:
                 raise UserError(f"--resume: {path} has {key} {found.get(key)} and {given} was given: give the same")
@@ -198,9 +209,9 @@ class TrainingSession:
         say(f"resumed from {path}")
         return done
 
-    def load(self, trainer: Trainer, path: Path) -> int:
+    def load(self, trainer: Steps, path: Path) -> int:
         """Take over a checkpoint; the number of steps it has done. Collective."""
-        state = load_sharded(path, {**trainer.state(is_loading=True), **self._data_state(), "step": 0})
+        state = self.sharded_load(path, {**trainer.state(is_loading=True), **self._data_state(), "step": 0})
         trainer.load_state(state)
         if isinstance(self.data, DomainWindows):
             self.data.load(state["domains"])

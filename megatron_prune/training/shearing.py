@@ -20,7 +20,7 @@ from megatron_prune.methods.target import Shape
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.units import Units
 from megatron_prune.training import hard_concrete
-from megatron_prune.training.loop import Samples, StepResult, Trainer
+from megatron_prune.training.loop import Samples, StepResult, Steps, Trainer
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.throughput import forward_flops
 from megatron_prune.training.unit_masks import UnitMasks, units_of
@@ -75,6 +75,7 @@ class ShearingTrainer(Trainer):
 class ShearingRunner(TrainingSession):
     """Trains a model towards a smaller shape; the model then has the weights of the units that stay."""
 
+    model: PrunableModel
     trainer: ShearingTrainer
 
     def shear(self, target: Shape, mask_start: float, mask_lr: float, warmup: float) -> Units:
@@ -96,12 +97,12 @@ class ShearingRunner(TrainingSession):
         asked = {f"target_sparsity/{kind}": progress * axis.sparsity for kind, axis in masks.axes.items()}
         return {"lagrangian": self.trainer.penalty, **masks.report(), **asked}
 
-    def held_out_loss(self, trainer: Trainer, windows: Tensor) -> float:
+    def held_out_loss(self, trainer: Steps, windows: Tensor) -> float:
         """Of the model that would come out now."""
         self.trainer.gates.set(self.trainer.masks.decided())
         return super().held_out_loss(trainer, windows)
 
-    def domain_loss(self, trainer: Trainer, windows: Tensor) -> float:
+    def domain_loss(self, trainer: Steps, windows: Tensor) -> float:
         """With the masks as they are now: the smaller model is bad at everything while much of it is being closed."""
         self.trainer.gates.set(self.trainer.masks.median())
         return trainer.evaluate(windows)

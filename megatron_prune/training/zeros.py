@@ -7,6 +7,8 @@ of optimizer; the norm that clipping looks at is then that of the weights that c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
@@ -37,19 +39,26 @@ class Zeros:
     def check(self, when: str) -> int:
         """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        counts = torch.zeros(2, dtype=torch.int64, device=backend.device())
-        for linear in self.linears:
-            found = _used(linear)[self.masks[linear.name]]
-            counts[0] += found.numel() if replica == 0 else 0
-            counts[1] += ((found != 0) | torch.signbit(found)).sum()
-        dist.all_reduce(counts)
-        zeros, wrong = counts.tolist()
-        if wrong:
-            raise UserError(
-                f"{wrong} of the {zeros} weights that must stay zero are not +0.0 {when}: nothing is saved from there; "
-                "resume from an earlier checkpoint, or begin a new run"
-            )
-        return zeros
+        return check_zeros(((_used(linear)[self.masks[linear.name]], replica == 0) for linear in self.linears), when)
+
+
+def check_zeros(found: Iterable[tuple[Tensor, bool]], when: str) -> int:
+    """The number, over all ranks, of the weights `found` that must be +0.0, those of copies (False) not counted.
+
+    UserError when one of them is not. Collective.
+    """
+    counts = torch.zeros(2, dtype=torch.int64, device=backend.device())
+    for weights, counted in found:
+        counts[0] += weights.numel() if counted else 0
+        counts[1] += ((weights != 0) | torch.signbit(weights)).sum()
+    dist.all_reduce(counts)
+    zeros, wrong = counts.tolist()
+    if wrong:
+        raise UserError(
+            f"{wrong} of the {zeros} weights that must stay zero are not +0.0 {when}: nothing is saved from there; "
+            "resume from an earlier checkpoint, or begin a new run"
+        )
+    return zeros
 
 
 def _used(linear: LocalLinear) -> Tensor:

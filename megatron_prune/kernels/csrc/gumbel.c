@@ -351,22 +351,31 @@ void gumbel_backward(const Arguments *a) {
     }
 }
 
-/* winners[g]: pattern with the largest logit, the lowest where several are equal; *sum: their probabilities, without
- * noise, added up. */
-void gumbel_winners(const Arguments *a, uint8_t *winners, double *sum) {
+/* winners[g]: pattern with the largest logit, the lowest where several are equal; sums: of their probabilities, without
+ * noise, and of the entropies in nats. */
+void gumbel_winners(const Arguments *a, uint8_t *winners, double *sums) {
     float sharpness = a->scale * a->inverse_temperature;
-    double probability = 0;
-    FOR_TILES("omp parallel for schedule(static) num_threads(a->threads) reduction(+ : probability)") {
+    double probability = 0, entropy = 0;
+    FOR_TILES("omp parallel for schedule(static) num_threads(a->threads) reduction(+ : probability, entropy)") {
         TILE_RANGE;
         Tile s;
-        float largest[TILE], total[TILE] = {0};
+        float largest[TILE], total[TILE] = {0}, moment[TILE] = {0}, chaos[TILE];
         load_tile(s.e, a->logits, a->logits_bf16, first, count, a->patterns);
         find_winner(a, &s, largest);
-        for (int k = 0; k < a->patterns; k++) LANES total[t] += fast_exp((s.e[k][t] - largest[t]) * sharpness);
+        for (int k = 0; k < a->patterns; k++) {
+            LANES {
+                float exponent = (s.e[k][t] - largest[t]) * sharpness, e = fast_exp(exponent);
+                total[t] += e;
+                moment[t] += e * exponent;
+            }
+        }
+        LANES chaos[t] = fast_log(total[t]) - moment[t] / total[t];
         for (int t = 0; t < count; t++) {
             winners[first + t] = (uint8_t)s.winner[t];
             probability += 1.0f / total[t];
+            entropy += chaos[t];
         }
     }
-    *sum = probability;
+    sums[0] = probability;
+    sums[1] = entropy;
 }

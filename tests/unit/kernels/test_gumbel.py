@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -342,10 +343,20 @@ def test_without_noise_and_at_low_temperature_the_mask_is_the_decoded_one(implem
 def test_statistics_are_those_of_the_definition(implementation: Any) -> None:
     _, logits, _ = example(2, 4)
     where = on_device(implementation, logits)
-    index, best = gumbel.statistics(*where, scale=2.0, temperature=0.7, implementation=implementation)
+    index, sums = gumbel.statistics(*where, scale=2.0, temperature=0.7, implementation=implementation)
     probabilities = (2.0 * logits / 0.7).softmax(-1)
     assert torch.equal(index.cpu().long(), probabilities.argmax(-1))
+    best, entropy = sums.tolist()
     assert best == pytest.approx(probabilities.amax(-1).sum().item(), rel=1e-5)
+    assert entropy == pytest.approx(torch.distributions.Categorical(probabilities).entropy().sum().item(), rel=1e-5)
+
+
+def test_entropy_of_decided_groups_is_zero(implementation: Any) -> None:
+    logits = torch.tensor([[[1.0, 0, 0, 0, 0, -1], [0, 0, 0, 0, 0, 0]]])
+    _, sums = gumbel.statistics(
+        *on_device(implementation, logits), scale=2000.0, temperature=1.0, implementation=implementation
+    )
+    assert sums.tolist() == pytest.approx([1 + 1 / 6, math.log(6)], rel=1e-5)
 
 
 @pytest.mark.parametrize(("n", "m"), TARGETS)

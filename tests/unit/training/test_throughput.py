@@ -140,7 +140,7 @@ def test_metrics_by_kind_of_linear_add_up(run: tuple[Path, int]) -> None:
     groups = dict(zip(KINDS, (64 * 8, 32 * 8, 128 * 8, 32 * 16), strict=True))
     last = records(run[0])[-1]
     assert last["differs_from_start_fraction"] > 0
-    for name in ("max_probability", "changed_fraction"):
+    for name in ("max_probability", "mask_entropy", "changed_fraction"):
         mean = sum(last[f"{name}/{kind}"] * count for kind, count in groups.items()) / sum(groups.values())
         assert mean == pytest.approx(last[name]) and len({last[f"{name}/{kind}"] for kind in KINDS}) > 1
 

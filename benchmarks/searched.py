@@ -1,0 +1,165 @@
+"""Searched and learned shapes against a uniform one of as many parameters, before and after training. One command:
+
+    python benchmarks/searched.py --model HF_DIRECTORY --shared ../shared --calibration TRAIN.jsonl
+
+All come to the 107,972,928 parameters of SmolLM2-135M with MLPs of 1152 and 6 heads; Sheared LLaMA also to 80 million.
+TRAIN.jsonl as in structured.py; then every model is trained on the same windows of quality.py's text. Perplexity P1.
+What is in the work folder is not done again. Writes benchmarks/results/searched_DATE.json, from which README's table is
+drawn; `curves` in it has the perplexity of each model on WikiText-2 over the tokens that it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quality import HERE, Bench, hardware, versions
+
+PARAMETERS = "parameters=107972928"
+UNIFORM = "ffn_hidden_size=1152,num_attention_heads=6"
+SMALL = "num_layers=26,hidden_size=480,ffn_hidden_size=1104,num_attention_heads=6"
+BATCH, LENGTH = 4, 512
+SEARCH = ("--generations", 15, "--offspring", 8, "--survivors", "2,1", "--fitness-tokens", "1024,4096")
+SCHEDULE = ("--lr-decay-style", "linear", "--min-lr", 0, "--lr-warmup-iters", 5, "--adam-eps", "1e-8")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to the size."""
+
+    name: str
+    folder: str
+    method: str
+    target: str
+    options: tuple[object, ...] = ()
+    learned: bool = False
+    """Its pruning trains on `data`; others are calibrated."""
+
+
+ROWS = [
+    Row("uniform, refit", f"minitron_{UNIFORM.translate(str.maketrans('=,', '--'))}", "minitron", UNIFORM),
+    Row("darwinlm, evolution", "darwinlm_evolution", "darwinlm", PARAMETERS, (*SEARCH, "--training-tokens", 0)),
+    Row(
+        "darwinlm, evolution, training-aware",
+        "darwinlm_training_aware",
+        "darwinlm",
+        PARAMETERS,
+        (*SEARCH, "--training-tokens", "1024,4096", "--training-batch", 2, "--training-lr", "1e-4"),
+    ),
+    Row(
+        "darwinlm, integer program",
+        "darwinlm_integer",
+        "darwinlm",
+        PARAMETERS,
+        ("--search", "integer", "--training-tokens", 0, "--survivors", 1, "--fitness-tokens", 512),
+    ),
+    Row("sheared_llama", "sheared_llama", "sheared_llama", UNIFORM, learned=True),
+    Row("sheared_llama, 80M", "sheared_llama_80M", "sheared_llama", SMALL, learned=True),
+]
+
+
+class SearchedBench(Bench):
+    """Prunes, evaluates, trains and evaluates again."""
+
+    calibration: Path
+    shearing_steps: int
+    steps: int
+
+    def pruned(self, row: Row) -> tuple[Path, int]:
+        """The trimmed model and its parameters."""
+        run = self.work / row.folder
+        words = ["prune", "--input", self.dense, "--method", row.method, "--target", row.target, *row.options]
+        if row.learned:
+            words += [
+                "--data",
+                self.training_text(),
+                "--train-iters",
+                self.shearing_steps,
+                "--lr",
+                "1e-4",
+                *self.batch(),
+            ]
+            words += ["--lr-warmup-iters", self.shearing_steps // 10, "--min-lr", "1e-5", "--adam-eps", "1e-8"]
+        else:
+            words += ["--calibration", self.calibration, "--calibration-samples", 64, "--calibration-seq-length", 512]
+        if row.method == "darwinlm":
+            words += ["--database", self.work / "levels"]
+        self.verb(*words, output=run)
+        small = run.with_name(run.name + "_trimmed")
+        self.verb("trim", "--input", run, output=small)
+        return small, json.loads((run / "decision" / "trim.json").read_text())["parameters"]
+
+    def batch(self) -> list[object]:
+        """Windows of a step."""
+        return ["--seq-length", LENGTH, "--micro-batch-size", BATCH, "--global-batch-size", BATCH]
+
+    def trained(self, row: Row, start: Path) -> tuple[float, list[list[float]]]:
+        """P1 after training, and [tokens, perplexity] on the way."""
+        run = self.work / f"{row.folder}_recovered_{self.steps}"
+        words: list[object] = ["train", "--input", start, "--data", self.training_text(), "--train-iters", self.steps]
+        words += ["--lr", "2e-4", *SCHEDULE, *self.batch()]
+        words += ["--eval-data", self.text, "--eval-windows", 16, "--eval-interval", max(1, self.steps // 5)]
+        self.verb(*words, output=run)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        held_out = [
+            [line["step"] * BATCH * LENGTH, math.exp(line["eval_loss"])] for line in lines if "eval_loss" in line
+        ]
+        return self.perplexity(run / "weights")["perplexity"], held_out
+
+
+def main() -> None:
+    """Run everything and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/structured"))
+    parser.add_argument("--shearing-steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50, help="of training, after pruning")
+    parser.add_argument("--only", nargs="+", choices=[row.folder for row in ROWS], help="left out: all")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    bench = SearchedBench(given.model, given.shared, given.work)
+    bench.calibration, bench.shearing_steps, bench.steps = given.calibration, given.shearing_steps, given.steps
+    bench.verb("import", "--input", given.model, output=bench.dense)
+    rows: list[list[Any]] = []
+    curves: dict[str, list[list[float]]] = {}
+    for row in ROWS:
+        if given.only and row.folder not in given.only:
+            continue
+        start, parameters = bench.pruned(row)
+        before = bench.perplexity(start)["perplexity"]
+        after, curves[row.name] = bench.trained(row, start)
+        seen = bench.shearing_steps * BATCH * LENGTH if row.learned else 0
+        rows.append([row.name, parameters, seen, before, bench.steps * BATCH * LENGTH, after])
+    today = datetime.date.today().isoformat()
+    result = {
+        "columns": [
+            "how",
+            "parameters",
+            "tokens trained while pruning",
+            "perplexity",
+            "tokens after",
+            "perplexity after",
+        ],
+        "rows": rows,
+        "curves": curves,
+        "protocol": f"Perplexity P1, bf16. Calibration: 64 x 512 tokens of Wikipedia. Evolution: {SEARCH[1]} "
+        f"generations of {SEARCH[3]} children. Then next-token loss, batches of {BATCH} x {LENGTH} tokens of C4 and "
+        "Wikipedia, the same for all, learning rate 2e-4, linear. One seed.",
+        "hardware": hardware(),
+        "date": today,
+        "versions": versions(),
+    }
+    path = HERE / "results" / f"searched_{today}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A Hugging Face model as transformers has it, its parameters sharded over all processes by PyTorch's FSDP2.
+
+Rows are shared out in order, and whole layers exist only while they compute:
+
+    parameter [rows, ...] on n processes      process r holds rows r * k to (r + 1) * k, k = rows / n rounded up
+    parameter, gradient, moments of Adam      float32, sharded alike; a decoder layer at a time is gathered, in the
+                                              model's own type, for its forward and for its backward pass
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.utils.checkpoint import checkpoint
+
+from megatron_prune.apply.decision import prunable_shapes
+from megatron_prune.errors import UserError
+from megatron_prune.imports import without_triton
+from megatron_prune.model.checkpoint import compute_dtype
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.training.zeros import check_zeros
+
+
+class ShardedModel:
+    """This process's part of a model."""
+
+    def __init__(
+        self, reader: HFReader, dtype: str | None = None, *, trained: bool = True, recompute: bool = False
+    ) -> None:
+        """Weights computed with in `dtype` (None: as the directory has them), float32 masters when they are `trained`.
+
+        `recompute`: layers run again in the backward pass. Collective.
+        """
+        self.config: ModelConfig = replace(reader.model_config, dtype=dtype) if dtype else reader.model_config
+        compute = compute_dtype(self.config.dtype)
+        self.module = _empty_module(reader, torch.float32 if trained else compute)
+        self.module.requires_grad_(trained)
+        self.layers = _layers(self.module, self.config)
+        if recompute:
+            for layer in self.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        self._shard(compute if trained else None)
+        self.parameters: dict[str, Parameter] = dict(self.module.named_parameters())
+        """By Hugging Face name, each once; tensors are torch's DTensors."""
+        self._load(reader)
+
+    def _shard(self, compute: torch.dtype | None) -> None:
+        """Layer by layer, the rest with the whole; memory is taken now."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        deprecated = r"`torch\.distributed\.\w+` is deprecated"  # by torch itself, in FSDP2
+        warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning, module=r"torch\.distributed")
+        mesh = init_device_mesh(backend.device().type, (dist.get_world_size(),))
+        lower = None if compute == torch.float32 else compute
+        policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None)
+        for module in (*self.layers, self.module):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        self.module.to_empty(device=backend.device())
+        for name, buffer in self.module.named_buffers():
+            buffer.copy_(buffers[name])
+
+    @torch.no_grad()
+    def _load(self, reader: HFReader) -> None:
+        """Read this process's rows of every weight, one weight at a time."""
+        assert set(reader.names()) == set(self.parameters), "the family's table and transformers name other weights"
+        for name, parameter in self.parameters.items():
+            own = local(parameter)
+            rows = -(-parameter.shape[0] // dist.get_world_size())
+            first = min(dist.get_rank() * rows, parameter.shape[0])
+            own.copy_(reader.read_rows(name, first, first + own.shape[0]))
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """`[b, s, vocab]` of tokens `[b, s]`, in the type that is computed in. Collective."""
+        return self.module(input_ids=tokens, use_cache=False).logits
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Hugging Face name and whole weight, in the model's own type, on every process. Collective, each."""
+        dtype = compute_dtype(self.config.dtype)
+        for name, parameter in self.parameters.items():
+            yield name, whole(parameter).to(dtype)
+
+
+def local(tensor: Any) -> Tensor:
+    """This process's rows of a sharded tensor; they share its memory."""
+    return tensor.detach().to_local()
+
+
+def whole(tensor: Any) -> Tensor:
+    """All rows of a sharded tensor. Collective."""
+    return tensor.detach().full_tensor()
+
+
+class ShardedZeros:
+    """The weights of a model's prunable linears that are zero when this is made; each becomes +0.0."""
+
+    def __init__(self, model: ShardedModel) -> None:
+        names = prunable_shapes(model.config)
+        self.parameters = [parameter for name, parameter in model.parameters.items() if name in names]
+        self.masks = [local(parameter) == 0 for parameter in self.parameters]
+        for parameter, mask in zip(self.parameters, self.masks, strict=True):
+            local(parameter).masked_fill_(mask, 0.0)
+
+    def clear_gradients(self) -> None:
+        """Between the backward pass and the optimizer's step."""
+        for parameter, mask in zip(self.parameters, self.masks, strict=True):
+            local(parameter.grad).masked_fill_(mask, 0.0)
+
+    def check(self, when: str) -> int:
+        """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
+        pairs = zip(self.parameters, self.masks, strict=True)
+        return check_zeros(((local(parameter)[mask], True) for parameter, mask in pairs), when)
+
+
+def check_model(config: ModelConfig, dtype: str | None, given: str) -> None:
+    """UserError when FSDP cannot have a model, `given` by these words, in `dtype` (None: its own)."""
+    compute_dtype(dtype or config.dtype)
+    if config.blocks is not None:
+        raise UserError(
+            f"--engine fsdp: {given} is a model whose layers differ, which transformers builds only with code of its "
+            "own; train it with --engine megatron, or export it with --layers padded"
+        )
+
+
+def _empty_module(reader: HFReader, dtype: torch.dtype) -> Module:
+    """transformers' model of a directory, without memory for parameters. No code that lies in the directory is run.
+
+    It stays in evaluation mode: there is no dropout, as in the models of the other engine.
+    """
+    with without_triton():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        hf_config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False, local_files_only=True)
+        with _parameters_on_meta():
+            module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    return module.eval()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made meanwhile have parameters without memory; their buffers, which no file has, are real."""
+    register = Module.register_parameter
+
+    def on_meta(module: Module, name: str, parameter: Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # a tied one is on the meta device already
+            parameter = Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    setattr(Module, "register_parameter", on_meta)
+    try:
+        yield
+    finally:
+        setattr(Module, "register_parameter", register)
+
+
+def _layers(module: Module, config: ModelConfig) -> list[Module]:
+    """The decoder layers, found by the names of their weights."""
+    first = {map.layer: map.hf[0] for map in get_family(config.family).weights(config) if map.layer is not None}
+    return [module.get_submodule(name[: name.index(f".{layer}.")] + f".{layer}") for layer, name in first.items()]
