@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_prune.errors import UserError
 from megatron_prune.maxtext.convert import export
-from megatron_prune.maxtext.folder import DESCRIPTION, flatten, newest_step
+from megatron_prune.maxtext.folder import DESCRIPTION, newest_step
 from megatron_prune.maxtext.options import ExportConfig
 
 
@@ -37,8 +37,9 @@ def dump(run: str, output: str) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.metadata(items).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        found = flatten(reader.restore(items, args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy)))
-    np.savez(output, **{path: np.asarray(value) for path, value in found.items() if isinstance(value, np.ndarray)})
+        found = reader.restore(items, args=ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy))
+    leaves = jax.tree_util.tree_leaves_with_path(found)
+    np.savez(output, **{jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves})
 
 
 def copy_step(run: str, target: str, step: str) -> None:
