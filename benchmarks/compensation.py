@@ -11,7 +11,6 @@ pass, and run. Writes benchmarks/results/compensation_DATE.json, from which READ
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
-from quality import C4_TRAINING, HERE, hardware, versions
+from quality import C4_TRAINING, write_result
 from torch import Tensor
 
 from megatron_prune.data.calibration import windows
@@ -106,19 +105,13 @@ def main() -> None:
         }
         tests = {name: cut_into_windows(found, 8 if name == "WikiText-2" else 4) for name, found in ids.items()}
         found = list(rows(model, calibration, tests))
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["target", "calibrated on", "compensation", *tests],
         "rows": found,
         "protocol": "SmolLM2-135M, bf16, perplexity without recovery training; windows of 1024: WikiText-2 the first "
         f"8, C4 held out and code the first 4. Calibration 64 x 512 tokens, damping {DAMPING}.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"compensation_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("compensation", result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ benchmarks/results/fsdp_DATE.json, from which README's table is drawn.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
-from quality import HERE, Bench, hardware, versions
+from quality import Bench, write_result
 
 from megatron_prune.config import Training
 from megatron_prune.data.text import load_tokenizer
@@ -160,7 +159,6 @@ def main() -> None:
         return
     given.work.mkdir(parents=True, exist_ok=True)
     model = sparse_model(given)
-    today = datetime.date.today().isoformat()
     result = {
         "columns": [
             "engine",
@@ -177,13 +175,8 @@ def main() -> None:
         f"{BATCH} x {LENGTH} tokens of C4 after one that does not count, medians; the "
         "engines take turns step by step. CPU seconds of all processes, one thread each; peak resident memory of a "
         f"process, libraries included, with one engine alone. {given.note}".rstrip(),
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"fsdp_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("fsdp", result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ the plots again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import multiprocessing
@@ -32,7 +31,7 @@ from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
-from quality import HERE, hardware, versions
+from quality import HERE, write_result
 from torch import Tensor
 
 from megatron_prune.config import Training
@@ -243,7 +242,6 @@ def main() -> None:
         return
     given.work.mkdir(parents=True, exist_ok=True)
     series = measured(given.work)
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["cost", "grows with", "range", "CPU s first", "CPU s last", "GiB first", "GiB last", "exponent"],
         "rows": table(series),
@@ -252,14 +250,9 @@ def main() -> None:
         "what grows. CPU seconds and memory beyond libraries, of one rank with one thread. Wanda and SparseGPT: the "
         "whole model, 4,096 tokens; mask learning: one step of 512 tokens. Exponent: of CPU seconds, between the last "
         "two points. Other jobs ran beside.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"growth_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    draw(series, path.parent)
-    print(path)
+    write_result("growth", result)
+    draw(series, HERE / "results")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ status 1 when a decision differs.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +17,7 @@ from megatron_prune.apply.decision import Masks
 from tests.distributed.launch import DP2, ONE, PP2, TP3, Layout, launch, must_pass
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from quality import HERE, hardware, versions
+from quality import write_result
 
 TIMEOUT_S = 3600
 CASES = [
@@ -70,19 +68,12 @@ def main() -> int:
             others = [Masks.load(folder(root, method, target, layout) / "decision") for layout in LAYOUTS]
             rows.append([method, target, *(differing(one, other) for other in others)])
             print(rows[-1], flush=True)
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["method", "target", *(f"weights that differ, {layout.name}" for layout in LAYOUTS)],
         "rows": rows,
         "protocol": "Of 106,168,320 weights, against one process; 16 calibration windows of 256 tokens, bf16.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"layouts_{today}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("layouts", result)
     return int(any(any(row[2:]) for row in rows))
 
 

@@ -11,7 +11,6 @@ Writes benchmarks/results/mask_options_DATE.json, from which README's table is d
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quality import C4_TRAINING, HERE, hardware, versions
+from quality import C4_TRAINING, HERE, write_result
 
 from tests.models import stories260k
 
@@ -83,20 +82,14 @@ def main() -> None:
     for name, losses in found.items():
         change = [a - b for a, b in zip(losses, base, strict=True)]
         rows.append([name, statistics.mean(losses), statistics.mean(change), statistics.stdev(change)])
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["2:4, stories260K", "held-out loss", "change", "its deviation over seeds"],
         "rows": rows,
         "protocol": f"Nats per token of C4, means of {len(SEEDS)} seeds; changes against the first variant with the "
         "same seed; 60 steps of 8 micro-batches of 256 tokens; bf16.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
         "losses": found,
     }
-    path = HERE / "results" / f"mask_options_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("mask_options", result)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import gc
 import json
 import os
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch
 from gumbel_mask import process_bytes, published
-from quality import HERE, hardware, versions
+from quality import write_result
 
 from tests.models import tiny_model
 
@@ -227,19 +226,13 @@ def main() -> None:
         for name, sizes in (("full", SIZES), ("tiny", {})):
             tiny_model(Path(folder) / name, "llama", dtype=torch.bfloat16, **sizes)
         rows = table(Path(folder))
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["bytes for each masked weight", "processes", "counted, held", "held", "at the peak"],
         "rows": rows,
         "protocol": f"2:4, {WEIGHTS:,} masked weights in bf16, Adam; resident memory of the largest process, beyond "
         "what it has with a tiny model. Counted: weight, logits, gradient, moments, masters.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"optimizer_memory_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("optimizer_memory", result)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ Writes benchmarks/results/published_shapes_DATE.json.
 
 from __future__ import annotations
 
-import datetime
-import json
 from dataclasses import replace
 from typing import Any
 
-from quality import HERE, hardware, versions
+from quality import write_result
 
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import family_of
@@ -60,7 +58,6 @@ def sheared(layers: int, hidden: int, heads: int, ffn: int) -> int:
 
 def main() -> None:
     """Count and write the result file."""
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["model", "published", "parameters"],
         "rows": [
@@ -72,13 +69,8 @@ def main() -> None:
             ["LLaMA-2 7B by Sheared LLaMA, 1.3B", "1.3B", sheared(24, 2048, 16, 5504)],
         ],
         "protocol": "Counted from the shapes alone.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"published_shapes_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("published_shapes", result)
 
 
 if __name__ == "__main__":

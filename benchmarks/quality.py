@@ -175,7 +175,6 @@ def main() -> None:
     seeds = {"layer by layer": bench.seeds(), "sequential": bench.seeds("--true-sequential")} if given.seeds else {}
     drawn = "; ".join(f"{name} {', '.join(f'{p1:.2f}' for p1 in found)}" for name, found in seeds.items())
     spread = f"SparseGPT 2:4, weights updated, calibration seeds {', '.join(SEEDS)}: {drawn}. " if seeds else ""
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["method", "kept", "perplexity", "other tools", "wall s", "CPU s", "peak GiB"],
         "rows": rows,
@@ -183,13 +182,17 @@ def main() -> None:
         "C4. Other tools: same model, text and protocol, measured earlier on a machine of the same kind. "
         f"{spread}{given.note}",
         "seeds": seeds,
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"quality_{today}.json"
+    write_result("quality", result)
+
+
+def write_result(name: str, result: dict[str, Any], **more_versions: str) -> None:
+    """Write `results/NAME_DATE.json`: what was measured, when, and on what; print its path."""
+    today = datetime.date.today().isoformat()
+    path = HERE / "results" / f"{name}_{today}.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    about = {"hardware": hardware(), "date": today, "versions": versions() | more_versions}
+    path.write_text(json.dumps(result | about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(path)
 
 

@@ -11,13 +11,11 @@ benchmarks/results/recovery_DATE.json, from which README's table is drawn.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import HERE, Bench, hardware, versions
+from quality import Bench, write_result
 
 
 @dataclass(frozen=True)
@@ -76,20 +74,14 @@ def main() -> None:
     wanted = {(way, given.steps) for way in WAYS if way.folder in given.ways}
     rows = [(way, steps) for steps in sorted(known | {given.steps}) for way in WAYS]
     found = [bench.row(way, given.start, steps, (way, steps) in wanted) for way, steps in rows]
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["recovery", "steps", "tokens", "perplexity", "wall min"],
         "rows": [["before", 0, 0, start, 0.0], *(row for row in found if row is not None)],
         "protocol": f"{given.start.name}: perplexity P1, bf16 weights with float32 masters; batches of {BATCH} x "
         f"{LENGTH} tokens of C4 and Wikipedia, the same for all; learning rate 2e-4 (LoRA, rank 16: 1e-3), linear. "
         f"Minutes are of whole processes, teacher included. {given.note}".rstrip(),
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"recovery_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("recovery", result)
 
 
 if __name__ == "__main__":

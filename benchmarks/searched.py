@@ -11,14 +11,13 @@ drawn; `curves` in it has the perplexity of each model on WikiText-2 over the to
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import HERE, Bench, hardware, versions
+from quality import Bench, write_result
 
 PARAMETERS = "parameters=107972928"
 UNIFORM = "ffn_hidden_size=1152,num_attention_heads=6"
@@ -137,7 +136,6 @@ def main() -> None:
         after, curves[row.name] = bench.trained(row, start)
         seen = bench.shearing_steps * BATCH * LENGTH if row.learned else 0
         rows.append([row.name, parameters, seen, before, bench.steps * BATCH * LENGTH, after])
-    today = datetime.date.today().isoformat()
     result = {
         "columns": [
             "how",
@@ -152,13 +150,8 @@ def main() -> None:
         "protocol": f"Perplexity P1, bf16. Calibration: 64 x 512 tokens of Wikipedia. Evolution: {SEARCH[1]} "
         f"generations of {SEARCH[3]} children. Then next-token loss, batches of {BATCH} x {LENGTH} tokens of C4 and "
         "Wikipedia, the same for all, learning rate 2e-4, linear. One seed.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"searched_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("searched", result)
 
 
 if __name__ == "__main__":

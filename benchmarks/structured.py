@@ -11,13 +11,12 @@ benchmarks/results/structured_DATE.json, from which README's table is drawn.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import HERE, Bench, hardware, versions
+from quality import Bench, write_result
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,6 @@ def main() -> None:
     bench.verb("import", "--input", given.model, output=bench.dense)
     dense = ["dense", "", "", "", 134_515_008, bench.perplexity(bench.dense)["perplexity"], "24.19"]
     found = [bench.row(row, given.only is None or given.only in row.folder) for row in ROWS]
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["method", "target", "options", "windows", "parameters", "perplexity", "other code"],
         "rows": [dense, *(row for row in found if row is not None)],
@@ -129,13 +127,8 @@ def main() -> None:
         "Calibration: windows of 512 tokens of Wikipedia; in domain: of WikiText-2's validation part. "
         "Other code: measured earlier with its own Wikipedia text; "
         "@16 is the first 16 windows, where dense is 22.87.",
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
     }
-    path = HERE / "results" / f"structured_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+    write_result("structured", result)
 
 
 if __name__ == "__main__":

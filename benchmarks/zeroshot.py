@@ -16,7 +16,6 @@ stands beside.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import HERE, Bench, hardware, versions
+from quality import Bench, write_result
 
 TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
 SHORT = ["HellaSwag", "PIQA", "WinoGr.", "BoolQ", "ARC-e", "ARC-c", "OBQA", "RTE"]
@@ -160,7 +159,6 @@ def main() -> None:
     bench = ZeroShot(given.shared, given.runs, given.work, given.limit, given.calibration)
     found = [(model, bench.scores(model)) for model in (DENSE, *MODELS)]
     missing = ", ".join(f"{model.method} {model.target}" for model, results in found if results is None)
-    today = datetime.date.today().isoformat()
     result = {
         "columns": ["method", "target", *SHORT, "mean", "change", "change of six"],
         "rows": [line(model, results) for model, results in found if results is not None],
@@ -169,13 +167,8 @@ def main() -> None:
         "choices and 50 for two. Change: of the mean, over the same items; of six: without BoolQ and RTE, where models "
         "tend to say one word (dense: yes to 3 of the first 64 of BoolQ; 46 would be right) and pruning changes which."
         + (f" Not measured: {missing}." if missing else ""),
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions() | _lm_eval(),
     }
-    path = HERE / "results" / f"zeroshot_{today}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(path)
+    write_result("zeroshot", result, **_lm_eval())
 
 
 def _lm_eval() -> dict[str, str]:
