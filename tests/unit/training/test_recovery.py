@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +224,23 @@ MISTAKES = {
     "dropout": (["--lora-rank", "4", "--lora-dropout", "1"], "--lora-dropout: 1.0 given"),
     "hidden_loss": (["--hidden-loss", "l1"], "allowed: cosine or mse"),
 }
+
+
+def test_gradients_reach_a_frozen_output_layer_in_its_own_layout(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another layout torch copies the weight for every token."""
+    from megatron.core.tensor_parallel.layers import LinearWithFrozenWeight
+
+    backward, seen = LinearWithFrozenWeight.backward, []
+
+    def watched(ctx: Any, gradient: Tensor) -> Any:
+        seen.append((gradient.shape[-1], gradient.is_contiguous()))
+        return backward(ctx, gradient)
+
+    monkeypatch.setattr(LinearWithFrozenWeight, "backward", staticmethod(watched))
+    words = ["--teacher", str(root / "teacher"), "--lora-rank", "2", "--micro-batch-size", "2"]
+    assert main(train(root, "pruned", "straight", *words)) == 0
+    vocabulary = max(width for width, _ in seen)
+    assert {straight for width, straight in seen if width == vocabulary} == {True}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
