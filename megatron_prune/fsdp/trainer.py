@@ -12,10 +12,11 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.linalg import vector_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_prune.config import Training
-from megatron_prune.fsdp.model import ShardedModel, ShardedZeros
+from megatron_prune.fsdp.model import ShardedModel, ShardedZeros, local
 from megatron_prune.training.loop import Samples, StepResult, check_loss, check_norm, make_scheduler, micro_batches
 from megatron_prune.training.losses import divergence, hidden_distance, next_token
 from megatron_prune.training.recovery import Weighting, teacher_layer
@@ -124,8 +125,10 @@ class FsdpTrainer:
     def _clip(self) -> float:
         """Scale the gradients down to the largest norm allowed; the norm that they had."""
         parameters = self.model.parameters.values()
-        norm: Any = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        norm = norm.full_tensor()
+        norms = [vector_norm(local(parameter.grad), dtype=torch.float64) for parameter in parameters]
+        square = torch.stack(norms).square().sum()  # float32 loses four digits of a large tensor's norm on a CPU
+        dist.all_reduce(square)
+        norm = square.sqrt().float()
         if self.training.clip_grad:
             clip_grads_with_norm_(parameters, self.training.clip_grad, norm)
         return float(norm)
