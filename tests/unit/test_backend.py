@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 import warnings
@@ -184,3 +185,17 @@ def test_a_gpu_without_transformer_engine_gets_our_modules(monkeypatch: pytest.M
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     assert build._te_modules() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have kernels of their own for this")
+def test_the_norm_of_many_gradients_keeps_its_digits() -> None:
+    """torch's own float32 norm, which megatron-core would take, is 1e-3 off for a large embedding."""
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    large = torch.randn(1 << 25, generator=torch.Generator().manual_seed(0))
+    exact = math.hypot(float(torch.linalg.vector_norm(large, dtype=torch.float64)), 3.0)
+    with backend.running(backend.Layout()):
+        found = get_grad_norm_fp32([large, torch.full((9,), 1.0)], grad_stats_parallel_group=dist.group.WORLD)
+        assert found == pytest.approx(exact, rel=1e-6)
+        assert float(get_grad_norm_fp32([], grad_stats_parallel_group=dist.group.WORLD)) == 0
+    assert abs(float(torch.norm(large)) / exact - 1) > 1e-4
