@@ -235,12 +235,16 @@ def test_resumed_in_another_layout_continues(root: Path, told: str) -> None:
     assert same_masks(*[Masks.load(root / name / "decision") for name in ("whole", "other")]) > 0.99
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("whole", 1e-5), ("bf16", 2e-3)])
+@pytest.mark.parametrize(("name", "tolerance"), [("whole", 1e-5), ("bf16", 1e-3)])
 def test_the_optimizer_may_be_sharded_and_whole_again(root: Path, told: str, name: str, tolerance: float) -> None:
-    """One process, then two that share the optimizer's state, then one again: moments, masters and step go along."""
-    for resumed, first in ((f"{name}_sharded", SAVED), (f"{name}_back", 2 * SAVED)):
+    """One process, then two that share the optimizer's state, then one again: moments, masters and step go along.
+
+    Each is held to the run whose checkpoint it took: in bfloat16 layouts drift apart within ten steps.
+    """
+    runs = ((f"{name}_sharded", name, SAVED), (f"{name}_back", f"{name}_sharded", 2 * SAVED))
+    for resumed, origin, first in runs:
         for step in range(first + 1, first + 6):
-            expected = records(root, name)[step]["loss"]
+            expected = records(root, origin)[step]["loss"]
             assert records(root, resumed)[step]["loss"] == pytest.approx(expected, abs=tolerance), (resumed, step)
 
 
