@@ -38,6 +38,7 @@ class HFDirectory:
         """One tensor as it is stored."""
         try:
             with safe_open(self._file[name], framework="np") as opened:
+                _dtype(_FLOATS[opened.get_slice(name).get_dtype()])  # from here on numpy knows bfloat16
                 return opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {name} from {self._file[name]}: {error}") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,20 @@ def reference(model: Path, output: Path) -> None:
     with torch.no_grad():
         logits = in_transformers(reader, torch.float32).eval()(tokens).logits
     np.savez(output, tokens=tokens.numpy(), logits=logits.numpy())
+
+
+def test_a_fresh_process_reads_bfloat16(tmp_path: Path) -> None:
+    """Nothing else has taught numpy that type there, as JAX has where models are converted."""
+    model = tiny_llama(tmp_path / "hf", dtype=torch.bfloat16)
+    code = "import sys, pathlib; from megatron_prune.maxtext.hf import HFDirectory as D; "
+    code += "print(D(pathlib.Path(sys.argv[1])).read('model.embed_tokens.weight').astype('float32').sum())"
+    command = [str(environment.python()), "-c", code, str(model)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(environment.ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    weight = HFReader(model).read("model.embed_tokens.weight")
+    assert float(done.stdout) == pytest.approx(float(weight.float().sum()), abs=1e-3)
 
 
 def training(root: Path, model: str, run: str, steps: int, *more: object) -> list[object]:
