@@ -19,12 +19,10 @@ from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.dataset import EvaluationText, evaluation_windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.export.padding import in_transformers
+from megatron_prune.evaluation import hugging_face
 from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.maxtext.folder import is_folder
-from megatron_prune.model.build import DTYPES
 from megatron_prune.model.checkpoint import load_model
-from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.import_hf import layout_of
@@ -100,17 +98,11 @@ def _maxtext(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
-    if backend.world_size() > 1:
-        raise UserError(
-            f"{config.input} is a Hugging Face model and {backend.world_size()} processes were started: use one "
-            "process, or import it and evaluate the Megatron checkpoint"
-        )
-    reader = HFReader(config.input)
+    reader = hugging_face.open_alone(config.input)
     text = _text(config, reader.directory, reader.model_config.vocab_size)
     _check_length(config.window, reader.model_config.max_position_embeddings)
     dtype = config.dtype or reader.model_config.dtype
-    model = in_transformers(reader, DTYPES.get(dtype, torch.float16))
-    torch.nn.Module.to(model, backend.device()).eval()
+    model = hugging_face.load(reader, dtype)
     loss, tokens = 0.0, 0
     for batch in text.tokens.split(config.micro_batch_size):
         losses = _next_token_losses(model, batch.to(backend.device()))

@@ -20,14 +20,12 @@ import torch
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
-from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import read_json, refuse_existing, write_json
 from megatron_prune.log import environment, say
 from megatron_prune.maxtext.folder import is_folder
-from megatron_prune.model.build import DTYPES
 from megatron_prune.model.checkpoint import load_model
-from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.import_hf import layout_of
 
@@ -105,22 +103,16 @@ def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalua
 
 
 def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> Evaluated:
-    from megatron_prune.evaluation.harness import Harness, evaluate
-
-    if backend.world_size() > 1:
-        raise UserError(
-            f"{name} is a Hugging Face model and {backend.world_size()} processes were started: use one process, or "
-            "import it and evaluate the Megatron checkpoint"
-        )
     from transformers.utils.logging import disable_progress_bar
 
+    from megatron_prune.evaluation.harness import Harness, evaluate
+
     disable_progress_bar()
-    reader = HFReader(name)
+    reader = hugging_face.open_alone(name)
     about = reader.model_config
     tokenizer = load_tokenizer(reader.directory, about.vocab_size)
     dtype = config.dtype or about.dtype
-    model = in_transformers(reader, DTYPES.get(dtype, torch.float16))
-    torch.nn.Module.to(model, backend.device()).eval()
+    model = hugging_face.load(reader, dtype)
     longest, window = about.max_position_embeddings, about.sliding_window
     scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window)
     scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)

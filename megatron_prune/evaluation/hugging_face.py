@@ -1,0 +1,30 @@
+"""A Hugging Face model of one process, ready to be evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+
+from megatron_prune.errors import UserError
+from megatron_prune.export.padding import in_transformers
+from megatron_prune.model.build import DTYPES
+from megatron_prune.model.convert import HFReader
+
+
+def open_alone(name: str | Path) -> HFReader:
+    """The directory of a model; UserError where several processes were started."""
+    if backend.world_size() > 1:
+        raise UserError(
+            f"{name} is a Hugging Face model and {backend.world_size()} processes were started: use one process, or "
+            "import it and evaluate the Megatron checkpoint"
+        )
+    return HFReader(name)
+
+
+def load(reader: HFReader, dtype: str) -> Any:
+    """The transformers model of a directory, on this process's device; `dtype` as configurations name it."""
+    model = in_transformers(reader, DTYPES.get(dtype, torch.float16))
+    return model.to(backend.device()).eval()
