@@ -12,7 +12,6 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.utils import clip_grads_with_norm_
 
 from megatron_prune.config import Training
@@ -125,8 +124,7 @@ class FsdpTrainer:
     def _clip(self) -> float:
         """Scale the gradients down to the largest norm allowed; the norm that they had."""
         parameters = self.model.parameters.values()
-        norms = [vector_norm(local(parameter.grad), dtype=torch.float64) for parameter in parameters]
-        square = torch.stack(norms).square().sum()  # float32 loses four digits of a large tensor's norm on a CPU
+        square = backend.square_sum(local(parameter.grad) for parameter in parameters)
         dist.all_reduce(square)
         norm = square.sqrt().float()
         if self.training.clip_grad:
