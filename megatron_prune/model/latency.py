@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -97,15 +98,10 @@ class LatencyTable:
 
 def _between(known: dict[int, float], size: int) -> float:
     """Time at a size, on the line between its neighbours, the smallest size's neighbour being 0 at no time."""
-    sizes = [0, *sorted(known)]
-    times = [0.0, *(known[size] for size in sizes[1:])]
+    sizes = sorted(known)
     if size > sizes[-1]:
         raise UserError(f"the latency table ends at size {sizes[-1]} and {size} was asked for: measure this model")
-    above = next(n for n, found in enumerate(sizes) if found >= size)
-    if sizes[above] == size:
-        return times[above]
-    share = (size - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
-    return times[above - 1] + share * (times[above] - times[above - 1])
+    return float(np.interp(size, [0, *sizes], [0.0, *(known[measured] for measured in sizes)]))
 
 
 def run(config: LatencyConfig) -> None:
