@@ -65,8 +65,8 @@ def say(message: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """Yields `advance(count)` for work of `total` pieces called `unit`."""
+def progress(title: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
+    """Yields `advance(count)` for work of `total` pieces called `unit`; None: nobody knows yet how many."""
     screen = console()
     if screen.is_terminal and not screen.quiet:
         with _bar(screen, unit) as bar:
@@ -83,9 +83,9 @@ def _bar(screen: Console, unit: str, auto_refresh: bool = True) -> Progress:
 
 
 class _PlainProgress:
-    """Progress as lines, one every `PLAIN_INTERVAL_S` seconds and one at the end."""
+    """Progress as lines, one every `PLAIN_INTERVAL_S` seconds and one at the end, where that is known."""
 
-    def __init__(self, title: str, total: int, unit: str) -> None:
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title = title
         self.total = total
         self.unit = unit
@@ -95,10 +95,11 @@ class _PlainProgress:
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.told >= PLAIN_INTERVAL_S or self.done >= self.total:
+        if now - self.told >= PLAIN_INTERVAL_S or (self.total is not None and self.done >= self.total):
             self.told = now
             unit = f" {self.unit}" if self.unit else ""
-            say(f"{self.title}: {self.done}/{self.total}{unit} ({now - self.began:.0f} s)")
+            of_all = "" if self.total is None else f"/{self.total}"
+            say(f"{self.title}: {self.done}{of_all}{unit} ({now - self.began:.0f} s)")
 
 
 class MetricsLog:

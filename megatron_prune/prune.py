@@ -158,7 +158,7 @@ def _structured(
         store = None
         if config.statistics and tokens is not None:
             store = StatisticsStore(config.statistics, model, tokens)
-        with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
+        with progress(f"{method.name} {target}", None, "layers passed") as advance:
             units = from_leader(method.choose(model.config, Passes(model, tokens, advance, store), target))
         with progress("compensation", model.config.num_layers, "layers") as advance:
             changed = method.compensate(model, units, tokens, advance)

@@ -87,6 +87,18 @@ def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("wanda 2:4: 3/3 layers (")
 
 
+def test_progress_of_nobody_knows_how_much(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts, and does not say that it is done: methods that cut depth pass over a model as often as they need."""
+    log.console.cache_clear()
+    monkeypatch.setattr(log, "PLAIN_INTERVAL_S", 0.0)
+    with log.progress("minitron", None, "layers") as advance:
+        for _ in range(3):
+            advance(1)
+    assert [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"minitron: {count} layers" for count in (1, 2, 3)
+    ]
+
+
 def test_environment_names_no_machine(tmp_path: Path) -> None:
     log.write_environment(tmp_path, seed=3)
     text = (tmp_path / "environment.json").read_text()
