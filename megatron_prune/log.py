@@ -33,6 +33,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from megatron_prune.errors import UserError
+
 PACKAGES = (
     "megatron-prune",
     "torch",
@@ -122,10 +124,9 @@ class MetricsLog:
         if not is_leader() or not self.path.exists():
             return
         self.close()
-        lines = _complete_lines(self.path) if done else []
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= done]
+        kept = [record for record in read_metrics(self._folder) if record.get("step", 0) <= done] if done else []
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         partial.replace(self.path)
 
     @contextlib.contextmanager
@@ -211,10 +212,20 @@ class MetricsLog:
         return [f"left {left / 60:.0f} min" if left >= 90 else f"left {left:.0f} s"]
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Lines of a metrics file; a last line that a dying process left unfinished is dropped."""
-    text = path.read_text(encoding="utf-8")
-    return [line for line in text.split("\n")[:-1] if line]
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run folder's metrics.jsonl, none where there is no such file.
+
+    A last line without its end, which a process is writing or died in, is left out. UserError for a damaged one.
+    """
+    path = folder / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    records = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is damaged ({error}): restore the run folder") from None
+    return records
 
 
 def _finite(value: Any) -> Any:

@@ -10,7 +10,6 @@ MLP may trade parameters; of the last generation its parent is the answer.
 from __future__ import annotations
 
 import functools
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.files import read_json, write_json
+from megatron_prune.log import read_metrics
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import StructuredMethod
 from megatron_prune.methods.target import LATENCY, MEASURES, Budget
@@ -135,7 +135,7 @@ class DarwinLM(StructuredMethod):
         for key, value in read_json(file, "the options of a search").items():
             if asked.get(key) != value:
                 raise UserError(f"--resume: {file} has {key} {value} and {asked.get(key)} was given: give the same")
-        done = len(read_history(folder))
+        done = len(read_metrics(folder))
         if done > generations:
             raise UserError(f"--resume: {done} generations are done and {generations} were given: give that or more")
 
@@ -172,7 +172,7 @@ class DarwinLM(StructuredMethod):
         stages, target = self.stages(), space.budget
         shown = ("fitness", target.measure)
         judge = Judge(model, space.levels, passes.tokens, self.training_lr, self.training_batch)
-        history = from_leader(read_history(folder))
+        history = from_leader(read_metrics(folder))
         parent: Genome = tuple(history[-1]["parent"]) if history else space.start()
         with MetricsLog(folder, "generation") as log:
             log.resume_at(len(history))
@@ -239,15 +239,6 @@ def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> list[int]:
     """Numbers, rising, of random windows of `[windows, length]`: of about `count` tokens in all, at least one."""
     number = min(max(1, round(count / tokens.shape[1])), len(tokens))
     return sorted(rng.sample(range(len(tokens)), number))
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says of the generations that are complete."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _numbers(name: str, given: str) -> list[int]:

@@ -6,7 +6,6 @@ file that `evaluate`, `verify` or `bench` wrote.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_prune.apply.trimming import FILE as TRIM
 from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.errors import UserError
 from megatron_prune.files import read_json
+from megatron_prune.log import read_metrics
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import is_checkpoint, read_description
@@ -126,7 +126,7 @@ def read_run(path: Path, name: str) -> Run:
     return Run(
         name,
         run_folder.read_run(path),
-        _metrics(path / "metrics.jsonl"),
+        read_metrics(path),
         _text(path / "config.yaml"),
         _text(path / "environment.json"),
         _size(path),
@@ -164,20 +164,6 @@ def read_result(path: Path, name: str) -> Result:
             f"{path} was given and is no result of evaluate, verify or bench: give a file of their --output"
         )
     return Result(name, kind, content)
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a run is just writing is left out."""
-    if not path.is_file():
-        return []
-    found = []
-    for number, line in enumerate(lines := path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}:{number} is damaged ({error}): restore the run folder") from None
-    return found
 
 
 def _text(path: Path) -> str:
