@@ -11,7 +11,6 @@ Writes benchmarks/results/mask_options_DATE.json, from which README's table is d
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 from quality import C4_TRAINING, HERE, write_result
 
+from megatron_prune.log import read_metrics
 from tests.models import stories260k
 
 SEEDS = (0, 1, 2, 3)
@@ -54,7 +54,7 @@ def learned(root: Path, c4: Path, seed: int, options: tuple[str, ...]) -> tuple[
         256,
     ]
     verb(*words, *options, "--output", run)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(run)
     first, last = (record["eval_loss"] for record in records if "eval_loss" in record)
     return first, last
 

@@ -103,6 +103,12 @@ class Bench:
         self.verb("evaluate", "--input", checkpoint, "--text", self.text, output=result)
         return json.loads(result.read_text())
 
+    def trimmed(self, run: Path) -> tuple[Path, int]:
+        """The cut model of a run that decided which units go, and its parameters."""
+        small = run.with_name(run.name + "_trimmed")
+        self.verb("trim", "--input", run, output=small)
+        return small, json.loads((run / "decision" / "trim.json").read_text())["parameters"]
+
     def one_shot(self, row: Row) -> list[Any]:
         """Prune, trim and evaluate."""
         run = self.work / row.folder

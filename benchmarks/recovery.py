@@ -37,6 +37,7 @@ WAYS = [
 ]
 SCHEDULE = ("--lr-decay-style", "linear", "--min-lr", 0, "--lr-warmup-iters", 5, "--adam-eps", "1e-8")
 BATCH, LENGTH = 4, 512
+WINDOWS = ("--seq-length", LENGTH, "--micro-batch-size", BATCH, "--global-batch-size", BATCH)
 
 
 class RecoveryBench(Bench):
@@ -45,8 +46,7 @@ class RecoveryBench(Bench):
     def row(self, way: Recovery, start: Path, steps: int, run_it: bool) -> list[Any] | None:
         """One line of the table; None when it has not been run and is not to be."""
         words: list[object] = ["train", "--input", start, "--data", self.training_text(), "--train-iters", steps]
-        words += ["--seq-length", LENGTH, "--micro-batch-size", BATCH, "--global-batch-size", BATCH, *SCHEDULE]
-        words += [*way.options, *(["--teacher", self.dense] if way.teacher else [])]
+        words += [*WINDOWS, *SCHEDULE, *way.options, *(["--teacher", self.dense] if way.teacher else [])]
         run = self.work / f"{way.folder}_{steps}"
         if not run_it and not (run / "weights.p1.json").exists():
             return None

@@ -11,20 +11,20 @@ drawn; `curves` in it has the perplexity of each model on WikiText-2 over the to
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quality import Bench, write_result
+from recovery import BATCH, LENGTH, SCHEDULE, WINDOWS
+
+from megatron_prune.log import read_metrics
 
 PARAMETERS = "parameters=107972928"
 UNIFORM = "ffn_hidden_size=1152,num_attention_heads=6"
 SMALL = "num_layers=26,hidden_size=480,ffn_hidden_size=1104,num_attention_heads=6"
-BATCH, LENGTH = 4, 512
 SEARCH = ("--generations", 15, "--offspring", 8, "--survivors", "2,1", "--fitness-tokens", "1024,4096")
-SCHEDULE = ("--lr-decay-style", "linear", "--min-lr", 0, "--lr-warmup-iters", 5, "--adam-eps", "1e-8")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SearchedBench(Bench):
                 self.shearing_steps,
                 "--lr",
                 "1e-4",
-                *self.batch(),
+                *WINDOWS,
             ]
             words += ["--lr-warmup-iters", self.shearing_steps // 10, "--min-lr", "1e-5", "--adam-eps", "1e-8"]
         else:
@@ -89,25 +89,17 @@ class SearchedBench(Bench):
         if row.method == "darwinlm":
             words += ["--database", self.work / "levels"]
         self.verb(*words, output=run)
-        small = run.with_name(run.name + "_trimmed")
-        self.verb("trim", "--input", run, output=small)
-        return small, json.loads((run / "decision" / "trim.json").read_text())["parameters"]
-
-    def batch(self) -> list[object]:
-        """Windows of a step."""
-        return ["--seq-length", LENGTH, "--micro-batch-size", BATCH, "--global-batch-size", BATCH]
+        return self.trimmed(run)
 
     def trained(self, row: Row, start: Path) -> tuple[float, list[list[float]]]:
         """P1 after training, and [tokens, perplexity] on the way."""
         run = self.work / f"{row.folder}_recovered_{self.steps}"
         words: list[object] = ["train", "--input", start, "--data", self.training_text(), "--train-iters", self.steps]
-        words += ["--lr", "2e-4", *SCHEDULE, *self.batch()]
+        words += ["--lr", "2e-4", *SCHEDULE, *WINDOWS]
         words += ["--eval-data", self.text, "--eval-windows", 16, "--eval-interval", max(1, self.steps // 5)]
         self.verb(*words, output=run)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        held_out = [
-            [line["step"] * BATCH * LENGTH, math.exp(line["eval_loss"])] for line in lines if "eval_loss" in line
-        ]
+        lines = [line for line in read_metrics(run) if "eval_loss" in line]
+        held_out = [[line["step"] * BATCH * LENGTH, math.exp(line["eval_loss"])] for line in lines]
         return self.perplexity(run / "weights")["perplexity"], held_out
 
 

@@ -11,7 +11,6 @@ benchmarks/results/structured_DATE.json, from which README's table is drawn.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,9 +97,7 @@ class StructuredBench(Bench):
         if row.method in ("shortgpt", "minitron", "flap") and not row.in_domain:  # one pass serves all their rows
             words += ["--statistics", self.work / f"statistics_{row.samples}"]
         self.verb(*given, *words, output=run)
-        small = run.with_name(run.name + "_trimmed")
-        self.verb("trim", "--input", run, output=small)
-        size = json.loads((run / "decision" / "trim.json").read_text())["parameters"]
+        small, size = self.trimmed(run)
         options = " ".join([*(o.strip("-") for o in row.options), *(["calibrated in domain"] if row.in_domain else [])])
         return [row.method, row.target, options, row.samples, size, self.perplexity(small)["perplexity"], row.other]
 

@@ -25,6 +25,8 @@ from typing import Any
 
 from quality import Bench, write_result
 
+from megatron_prune.evaluation.zeroshot import change
+
 TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
 SHORT = ["HellaSwag", "PIQA", "WinoGr.", "BoolQ", "ARC-e", "ARC-c", "OBQA", "RTE"]
 ONE_WORD = ("boolq", "rte")
@@ -101,13 +103,11 @@ class ZeroShot(Bench):
     def made(self, model: Model) -> Path:
         """Prune and trim what no other benchmark makes."""
         run = self.work / model.path
-        small = run.with_name(run.name + "_trimmed")
-        if small.exists() or self.calibration is None:
-            return small
+        if self.calibration is None:
+            return run.with_name(run.name + "_trimmed")
         text = ["--calibration", self.calibration, "--calibration-seq-length", 512]
         self.verb("prune", "--input", self.dense, *model.options, *text, output=run)
-        self.verb("trim", "--input", run, output=small)
-        return small
+        return self.trimmed(run)[0]
 
 
 def metric(task: dict[str, Any]) -> str:
@@ -123,22 +123,15 @@ def line(model: Model, results: list[dict[str, Any]]) -> list[Any]:
     shown = [percent(*cell) for cell in [*cells, mean]]
     if model is DENSE:
         return [model.method, model.target, *shown, "", ""]
-    changes = {name: paired(own[name], dense[name]) for name in own}
+    changes = {name: change(own[name], dense[name], metric(own[name])) for name in own}
     others = [value for name, value in changes.items() if name not in ONE_WORD]
     return [model.method, model.target, *shown, mean_change([*changes.values()]), mean_change(others)]
 
 
-def mean_change(changes: list[tuple[float, float]]) -> str:
+def mean_change(changes: list[tuple[float, Any]]) -> str:
     """Of several tasks, with its 95% error."""
     count = len(changes)
     return percent(statistics.fmean(c for c, _ in changes), math.hypot(*(e for _, e in changes)) / count, sign="+")
-
-
-def paired(own: dict[str, Any], dense: dict[str, Any]) -> tuple[float, float]:
-    """Change of a task's score and its standard error over the same items."""
-    answers = [task["right"][metric(task)] for task in (own, dense)]
-    differences = [int(a) - int(b) for a, b in zip(*answers, strict=True)]
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def percent(value: float, error: float, sign: str = "") -> str:
