@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.launch import DP2, ONE, TP2, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import curve
 
 pytestmark = pytest.mark.distributed
 
@@ -22,11 +22,6 @@ def learn(root: Path, layout: Layout) -> list[str]:
     return [str(word) for word in command]
 
 
-def losses(root: Path, layout: Layout, name: str) -> list[float]:
-    lines = (root / layout.name / "metrics.jsonl").read_text().splitlines()
-    return [record[name] for record in map(json.loads, lines) if name in record]
-
-
 def test_every_layout_reads_the_same_windows(tmp_path: Path) -> None:
     byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257))
     first = [["import", "--input", str(tmp_path / "hf"), "--output", str(tmp_path / "model")]]
@@ -37,8 +32,8 @@ def test_every_layout_reads_the_same_windows(tmp_path: Path) -> None:
     must_pass(launch(1, [*first, learn(tmp_path, ONE)], tmp_path / "commands"))
     must_pass(launch(2, [learn(tmp_path, DP2), learn(tmp_path, TP2)], tmp_path / "commands"))
     for name, count in (("loss", 4), ("eval_loss", 2)):
-        one = losses(tmp_path, ONE, name)
+        one = curve(tmp_path / ONE.name, name)
         assert len(one) == count
-        assert losses(tmp_path, DP2, name) == pytest.approx(one, rel=1e-5)
-        assert losses(tmp_path, TP2, name) == pytest.approx(one, rel=1e-5)
-    assert len(set(losses(tmp_path, ONE, "loss"))) == 4, "steps that read the same windows prove nothing"
+        assert curve(tmp_path / DP2.name, name) == pytest.approx(one, rel=1e-5)
+        assert curve(tmp_path / TP2.name, name) == pytest.approx(one, rel=1e-5)
+    assert len(set(curve(tmp_path / ONE.name, "loss"))) == 4, "steps that read the same windows prove nothing"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import signal
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from megatron_prune.__main__ import main
 from tests.distributed.launch import launch, must_pass
 from tests.distributed.test_resume import signal_rank, start_on_two
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import curve, reopened
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS, SAVED, LONG_STEPS = 10, 5, 60
@@ -55,13 +54,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for engine in ("megatron", "fsdp"):
             assert main(train(root, engine, kind, f"{engine}_{kind}")) == 0
     assert main(train(root, "fsdp", "plain", "other_data", "--seed", "1")) == 0
-    unfinished(root, "fsdp_plain", "one_to_two")
+    reopened(root / "fsdp_plain", root / "one_to_two", SAVED)
     commands = [train(root, "fsdp", kind, f"two_{kind}") for kind in KINDS]
     commands += [train(root, "fsdp", "plain", "one_to_two", "--resume"), train(root, "fsdp", "plain", "whole", *LONG)]
     commands += [train(root, "fsdp", "plain", "halves", "--time-limit", "1e-9")]
     commands += [train(root, "fsdp", "plain", "halves", "--resume")]
     must_pass(launch(2, commands, root / "commands"))
-    unfinished(root, "two_plain", "two_to_one")
+    reopened(root / "two_plain", root / "two_to_one", SAVED)
     assert main(train(root, "fsdp", "plain", "two_to_one", "--resume")) == 0
     return root
 
@@ -77,42 +76,27 @@ def make_sparse(path: Path) -> None:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def unfinished(root: Path, name: str, copy: str) -> None:
-    """A copy of a whole run that looks as if it had died behind its first checkpoint."""
-    run = shutil.copytree(root / name, root / copy)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "training"}))
-    shutil.rmtree(run / "weights")
-    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:07d}")
-
-
-def curve(root: Path, name: str, key: str = "loss") -> list[float]:
-    """The values of a metric, step by step."""
-    lines = (root / name / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
-
-
 @pytest.mark.parametrize("engine", ["megatron", "fsdp"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_follow_one(root: Path, kind: str, engine: str) -> None:
     """Of either engine, with two windows accumulated on each instead of four."""
     keys = ["loss", "lm_loss", "eval_loss"] + ["distillation_loss", "hidden_loss"] * (kind == "taught")
     for key, tolerance in [*((key, 1e-5) for key in keys), ("grad_norm", 1e-4)]:
-        expected = curve(root, f"{engine}_{kind}", key)
+        expected = curve(root / f"{engine}_{kind}", key)
         assert len(expected) == (2 if key == "eval_loss" else STEPS)
-        assert curve(root, f"two_{kind}", key) == pytest.approx(expected, abs=tolerance), key
-    assert curve(root, f"two_{kind}", "zeros") == curve(root, f"{engine}_{kind}", "zeros")
+        assert curve(root / f"two_{kind}", key) == pytest.approx(expected, abs=tolerance), key
+    assert curve(root / f"two_{kind}", "zeros") == curve(root / f"{engine}_{kind}", "zeros")
 
 
 def test_other_data_would_show(root: Path) -> None:
-    pairs = zip(curve(root, "other_data"), curve(root, "two_plain"), strict=True)
+    pairs = zip(curve(root / "other_data"), curve(root / "two_plain"), strict=True)
     assert min(abs(a - b) for a, b in pairs) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["one_to_two", "two_to_one"])
 def test_a_run_goes_on_with_another_number_of_processes(root: Path, name: str) -> None:
     assert len(list((root / name).glob("config.resumed.*.yaml"))) == 1
-    assert curve(root, name) == pytest.approx(curve(root, "fsdp_plain"), abs=1e-5)
+    assert curve(root / name) == pytest.approx(curve(root / "fsdp_plain"), abs=1e-5)
 
 
 def test_the_weights_are_those_of_one_process(root: Path) -> None:
@@ -127,7 +111,7 @@ def test_the_weights_are_those_of_one_process(root: Path) -> None:
 def test_a_run_that_time_ended_goes_on_bit_for_bit(root: Path) -> None:
     assert (root / "halves" / "checkpoints" / "step_0000001").exists()
     for key in ("loss", "grad_norm", "eval_loss"):
-        assert curve(root, "halves", key) == curve(root, "two_plain", key)
+        assert curve(root / "halves", key) == curve(root / "two_plain", key)
 
 
 def test_a_killed_process_is_started_again(root: Path) -> None:
@@ -137,8 +121,8 @@ def test_a_killed_process_is_started_again(root: Path) -> None:
     output = torchrun.communicate(timeout=300)[0]
     assert torchrun.returncode == 0, output[-4000:]
     assert "exitcode: -9" in output and "resumed from" in output
-    assert len(curve(root, "killed")) == LONG_STEPS
+    assert len(curve(root / "killed")) == LONG_STEPS
     for key in ("loss", "grad_norm", "zeros"):
-        assert curve(root, "killed", key) == curve(root, "whole", key)
+        assert curve(root / "killed", key) == curve(root / "whole", key)
     killed, whole = (root / name / "weights" / "model.safetensors" for name in ("killed", "whole"))
     assert killed.read_bytes() == whole.read_bytes()

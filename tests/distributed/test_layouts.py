@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tests.distributed.launch import (
     must_pass,
 )
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
+from tests.runs import curve
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -177,8 +177,7 @@ def differing(a: Masks, b: Masks) -> float:
 
 def losses(root: Path, layout: Layout, model: str, name: str = "learned") -> list[float]:
     """Training loss of every step of a run."""
-    lines = (root / "runs" / model / layout.name / name / "metrics.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    return curve(root / "runs" / model / layout.name / name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

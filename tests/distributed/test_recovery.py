@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 from tests.distributed.gradients import WEIGHTING, RandomWindows
 from tests.distributed.launch import DP2, ONE, PP2, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import curve, reopened
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS, SAVED = 10, 5
@@ -60,26 +59,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prune = ["prune", "--input", str(root / "dense"), "--output", str(root / "pruned"), "--method", "magnitude"]
     first = [*imports, [*prune, "--target", "2:4"], *(train(root, kind, ONE) for kind in KINDS)]
     must_pass(launch(1, [*first, gradients(root, ONE)], root / "commands"))
-    unfinished(root, "lora_one", "lora_moved")
+    reopened(root / "lora_one", root / "lora_moved", SAVED)
     second = [train(root, kind, layout) for kind in KINDS for layout in LAYOUTS]
     second += [gradients(root, layout) for layout in (TP2, TP2_SP, PP2)]
     must_pass(launch(2, [*second, [*train(root, "lora", TP2_SP, "lora_moved"), "--resume"]], root / "commands"))
     return root
-
-
-def unfinished(root: Path, name: str, copy: str) -> None:
-    """A copy of a whole run that looks as if it had died behind its first checkpoint."""
-    run = shutil.copytree(root / name, root / copy)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "training"}))
-    shutil.rmtree(run / "weights")
-    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:07d}")
-
-
-def curve(root: Path, name: str, key: str) -> list[float]:
-    """The values of a metric, step by step."""
-    lines = (root / name / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -88,16 +72,16 @@ def test_training_follows_one_process(root: Path, kind: str, layout: Layout) -> 
     found = f"{kind}_{layout.name}"
     keys = ["loss", "lm_loss"] + ["distillation_loss", "hidden_loss"] * (kind == "taught")
     for key, tolerance in [*((key, 1e-5) for key in keys), ("grad_norm", 1e-4)]:
-        expected = curve(root, f"{kind}_one", key)
+        expected = curve(root / f"{kind}_one", key)
         assert len(expected) == STEPS
-        assert curve(root, found, key) == pytest.approx(expected, abs=tolerance, rel=tolerance), key
-    assert curve(root, found, "zeros") == curve(root, f"{kind}_one", "zeros")
-    assert curve(root, f"{kind}_one", "loss")[0] - curve(root, found, "loss")[-1] > 0.05
+        assert curve(root / found, key) == pytest.approx(expected, abs=tolerance, rel=tolerance), key
+    assert curve(root / found, "zeros") == curve(root / f"{kind}_one", "zeros")
+    assert curve(root / f"{kind}_one", "loss")[0] - curve(root / found, "loss")[-1] > 0.05
 
 
 def test_adapters_move_to_another_layout(root: Path) -> None:
     """Saved by one process: gate and up halves of B would be permuted on two, and the loss with them."""
-    assert curve(root, "lora_moved", "loss") == pytest.approx(curve(root, "lora_one", "loss"), abs=1e-5)
+    assert curve(root / "lora_moved", "loss") == pytest.approx(curve(root / "lora_one", "loss"), abs=1e-5)
 
 
 class Expected:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +17,10 @@ import pytest
 import torch
 
 from megatron_prune.apply.decision import Masks
+from megatron_prune.log import read_metrics
 from tests.distributed.launch import DP2, ONE, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import reopened
 from tools.kill_test import curve, kill_and_resume, masks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -44,19 +44,6 @@ def learn(root: Path, name: str, layout: Layout = ONE, *more: str) -> list[str]:
     }
     pairs = [word for pair in options.items() for word in pair]
     return ["prune", "--method", "maskllm", "--target", "2:4", "--train-weights", *pairs, *layout.flags(), *more]
-
-
-def reopened(root: Path, name: str, copy: str, last: int) -> Path:
-    """A copy of a whole run that looks as if it had died behind the checkpoint of step `last`."""
-    run = shutil.copytree(root / name, root / copy)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
-    for decided in ("decision", "weights"):
-        shutil.rmtree(run / decided)
-    for folder in (run / "checkpoints").glob("step_*"):
-        if int(folder.name[5:]) > last:
-            shutil.rmtree(folder)
-    return run
 
 
 def start_on_two(command: list[str], *more: str) -> subprocess.Popen[str]:
@@ -141,9 +128,10 @@ def stopped(root: Path) -> Outcome:
 @pytest.fixture(scope="module")
 def told(root: Path, stopped: Outcome) -> str:
     """What runs say that are resumed: in the same layout, and in another one from a damaged checkpoint."""
-    reopened(root, "bf16", "same_bf16", SAVED)
+    reopened(root / "bf16", root / "same_bf16", SAVED)
     must_pass(launch(1, [learn(root, "same_bf16", ONE, "--resume")], root / "commands"))
-    file = reopened(root, "whole", "other", 2 * SAVED) / "checkpoints" / f"step_{2 * SAVED:07d}" / "__0_1.distcp"
+    other = reopened(root / "whole", root / "other", 2 * SAVED)
+    file = other / "checkpoints" / f"step_{2 * SAVED:07d}" / "__0_1.distcp"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     still = ["--initial-logits", str(root / "whole"), "--lr", "1e-20", "--min-lr", "0", "--train-iters", "1"]
     commands = [
@@ -153,13 +141,13 @@ def told(root: Path, stopped: Outcome) -> str:
         learn(root, "stopped", DP2, "--resume"),
     ]
     for name in ("whole", "bf16"):
-        reopened(root, name, f"{name}_sharded", SAVED)
+        reopened(root / name, root / f"{name}_sharded", SAVED)
         commands.append(learn(root, f"{name}_sharded", DP2, "--resume", "--use-distributed-optimizer"))
     result = launch(2, commands, root / "commands")
     must_pass(result)
     back = []
     for name in ("whole", "bf16"):
-        reopened(root, f"{name}_sharded", f"{name}_back", 2 * SAVED)
+        reopened(root / f"{name}_sharded", root / f"{name}_back", 2 * SAVED)
         back.append(learn(root, f"{name}_back", ONE, "--resume"))
     must_pass(launch(1, back, root / "commands"))
     return result.stdout
@@ -167,8 +155,7 @@ def told(root: Path, stopped: Outcome) -> str:
 
 def records(root: Path, name: str) -> dict[int, dict[str, float]]:
     """Step -> what was logged about it."""
-    lines = map(json.loads, (root / name / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line for line in lines if "loss" in line}
+    return {line["step"]: line for line in read_metrics(root / name) if "loss" in line}
 
 
 def same_masks(a: Masks, b: Masks) -> float:

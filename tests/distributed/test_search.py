@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.apply.trimming import Trim
+from megatron_prune.log import read_metrics
 from tests.distributed.launch import ONE, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
 
@@ -57,7 +57,7 @@ def kill_when(verb: list[str], there: Callable[[], bool]) -> None:
 
 def history(run: Path) -> list[list[int]]:
     """The parents of all generations."""
-    return [json.loads(line)["parent"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["parent"] for record in read_metrics(run)]
 
 
 def test_a_killed_search_goes_on(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ domains of text.
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 from megatron_prune.apply.trimming import Trim
 from tests.distributed.launch import DP2, ONE, PP2, TP2, TP2_PP2_SP, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import curve, reopened
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 STEPS, SAVED = 5, 3
@@ -60,29 +59,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     byte_tokenizer(tiny_llama(root / "hf", num_key_value_heads=4, vocab_size=257, **sizes))
     first = ["import", "--input", str(root / "hf"), "--output", str(root / "model")]
     must_pass(launch(1, [first, shear(root, ONE)], root / "commands"))
-    unfinished(root, ONE.name, MOVED)
+    reopened(root / ONE.name, root / MOVED, SAVED)
     for processes in (2, 4):
         commands = [shear(root, layout) for layout in LAYOUTS if layout.processes == processes]
         if processes == 2:
             commands += [[*shear(root, TP2_SP, MOVED), "--resume"], ["unreduced"], shear(root, DP2, CONTROL)]
         must_pass(launch(processes, commands, root / "commands"))
     return root
-
-
-def unfinished(root: Path, name: str, copy: str) -> None:
-    """A copy of a whole run that looks as if it had died behind its first checkpoint."""
-    run = shutil.copytree(root / name, root / copy)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
-    shutil.rmtree(run / "weights")
-    shutil.rmtree(run / "decision")
-    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:07d}")
-
-
-def losses(root: Path, name: str, key: str = "loss") -> list[float]:
-    """The loss, or another metric, of every step that has it."""
-    lines = (root / name / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
 
 
 def masks(root: Path, name: str) -> dict[str, torch.Tensor]:
@@ -101,12 +84,12 @@ def difference(root: Path, name: str) -> float:
 
 @pytest.mark.parametrize("name", [*(layout.name for layout in LAYOUTS), MOVED])
 def test_training_follows_one_process(root: Path, name: str) -> None:
-    expected = losses(root, ONE.name)
+    expected = curve(root / ONE.name)
     assert len(expected) == STEPS
-    assert losses(root, name) == pytest.approx(expected, abs=1e-5)
-    shares = losses(root, name, "domain_weight/few.jsonl")
+    assert curve(root / name) == pytest.approx(expected, abs=1e-5)
+    shares = curve(root / name, "domain_weight/few.jsonl")
     assert len(shares) == 2 and shares[1] > shares[0] > 0.3
-    assert shares == pytest.approx(losses(root, ONE.name, "domain_weight/few.jsonl"), abs=1e-5)
+    assert shares == pytest.approx(curve(root / ONE.name, "domain_weight/few.jsonl"), abs=1e-5)
     assert difference(root, name) < 1e-5
     a, b = (Trim.load(root / run / "decision").units for run in (ONE.name, name))
     assert a == b

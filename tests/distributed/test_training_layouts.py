@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from megatron_prune.apply.decision import Masks
 from tests.distributed.launch import ONE, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import curve
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 DISTRIBUTED = "--use-distributed-optimizer"
@@ -94,12 +94,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def curve(root: Path, case: Case, key: str) -> list[float]:
-    """The values of a metric, step by step."""
-    lines = (root / case.name / "metrics.jsonl").read_text().splitlines()
-    return [record[key] for record in map(json.loads, lines) if key in record]
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_training_follows_one_process(root: Path, case: Case) -> None:
     for key, tolerance, count in (
@@ -109,10 +103,10 @@ def test_training_follows_one_process(root: Path, case: Case) -> None:
         ("max_probability/linear_fc2", 1e-5, STEPS),
         ("eval_loss", 1e-5, 2),
     ):
-        found, expected = curve(root, case, key), curve(root, case.reference, key)
+        found, expected = curve(root / case.name, key), curve(root / case.reference.name, key)
         assert len(found) == count, key
         assert found == pytest.approx(expected, abs=tolerance, rel=tolerance), key
-    assert min(curve(root, case, "learning_rate")) > 0
+    assert min(curve(root / case.name, "learning_rate")) > 0
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -125,5 +119,5 @@ def test_masks_are_those_of_one_process(root: Path, case: Case) -> None:
 def test_training_moves_what_is_compared(root: Path) -> None:
     """Negative control: the tolerances above are far below what five steps and trained weights change."""
     masks, weights = Case(ONE), Case(ONE, (WEIGHTS,))
-    assert abs(curve(root, masks, "loss")[-1] - curve(root, weights, "loss")[-1]) > 1e-3
-    assert abs(curve(root, weights, "eval_loss")[0] - curve(root, weights, "eval_loss")[1]) > 1e-2
+    assert abs(curve(root / masks.name, "loss")[-1] - curve(root / weights.name, "loss")[-1]) > 1e-3
+    assert abs(curve(root / weights.name, "eval_loss")[0] - curve(root / weights.name, "eval_loss")[1]) > 1e-2

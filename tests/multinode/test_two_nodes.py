@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_prune.log import read_metrics
 from tests.distributed.launch import launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.multinode.network import Node, two_nodes
@@ -111,8 +112,7 @@ def root(nodes: tuple[Node, Node], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def losses(root: Path, name: str) -> list[float]:
     """The loss of every step; each was logged once."""
-    lines = map(json.loads, (root / name / "metrics.jsonl").read_text().splitlines())
-    records = [line for line in lines if "loss" in line]
+    records = [line for line in read_metrics(root / name) if "loss" in line]
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     return [record["loss"] for record in records]
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_prune.__main__ import main
 from megatron_prune.apply.decision import Masks
+from megatron_prune.log import read_metrics
 from tests.models import stories260k
 
 pytestmark = pytest.mark.slow
@@ -82,7 +83,7 @@ def test_a_result_says_how_it_was_measured(root: Path) -> None:
 
 
 def test_the_start_is_the_prior_and_learning_moves_away_from_it(root: Path) -> None:
-    records = [json.loads(line) for line in (root / "learned" / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(root / "learned")
     assert records[0]["differs_from_start_fraction"] < 0.01
     assert records[-1]["differs_from_start_fraction"] > records[0]["differs_from_start_fraction"]
     assert records[-1]["max_probability"] > records[0]["max_probability"]

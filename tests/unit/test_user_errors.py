@@ -11,6 +11,7 @@ import torch
 
 from megatron_prune.__main__ import main
 from megatron_prune.errors import UserError
+from megatron_prune.log import read_metrics
 from megatron_prune.methods.target import parse_target
 from megatron_prune.model.families import get_family
 from tests.models import byte_tokenizer, edit_config, tiny_llama, words
@@ -245,8 +246,7 @@ def test_a_resumed_run_may_have_another_learning_rate(root: Path) -> None:
     (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
     shutil.rmtree(run / "checkpoints" / "step_0000003")
     assert main(learn(root, "hot", "--resume", "--lr", "1e-6", "--min-lr", "1e-7")) == 0
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    rates = {record["step"]: record["learning_rate"] for record in records if "learning_rate" in record}
+    rates = {record["step"]: record["learning_rate"] for record in read_metrics(run) if "learning_rate" in record}
     assert rates[3] < rates[2] / 100
     assert "lr: 1.0e-06" in (run / "config.resumed.1.yaml").read_text()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from megatron_prune.command_line import parse
 from megatron_prune.config import PruneConfig, TrainConfig, Training
 from megatron_prune.data.training import first_windows, held_out_windows
 from megatron_prune.errors import UserError
-from megatron_prune.log import MetricsLog
+from megatron_prune.log import MetricsLog, read_metrics
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.fit import check_target
 from megatron_prune.methods.target import Shape, parse_any_target
@@ -238,10 +237,6 @@ def runner(model: PrunableModel, folder: Path, stop: StopRequest | None = None, 
     )
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_neurons_that_do_nothing_go_and_the_loss_stays(tmp_path: Path) -> None:
     """By training, and to exactly the target; what held-out text costs is told of the model that comes out."""
     model = taught(tmp_path / "model")
@@ -250,7 +245,7 @@ def test_neurons_that_do_nothing_go_and_the_loss_stays(tmp_path: Path) -> None:
     units = method.train(session, Shape(ffn_hidden_size=32))  # type: ignore[attr-defined]
     assert all(len(block.ffn) == 32 for block in units.blocks)
     assert sum(len(set(block.ffn) & set(USELESS)) for block in units.blocks) <= 16  # of 64; by chance 32, deviation 4
-    last = records(tmp_path / "run")
+    last = read_metrics(tmp_path / "run")
     held_out = [record["eval_loss"] for record in last if "eval_loss" in record]
     assert held_out[-1] < 1.0
     smaller = cut(model, units)
@@ -278,7 +273,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert units == again
     assert all(torch.equal(a, b) for a, b in zip(model.parameters.values(), other.parameters.values(), strict=True))
     shown = ("step", "loss", "eval_loss", "lagrangian", "sparsity/head", "multiplier_linear/ffn")
-    runs = [[{key: x.get(key) for key in shown} for x in records(tmp_path / f"run_{n}")] for n in ("whole", "parts")]
+    runs = [
+        [{key: x.get(key) for key in shown} for x in read_metrics(tmp_path / f"run_{n}")] for n in ("whole", "parts")
+    ]
     assert runs[0] == runs[1] and len(runs[0]) == 6
     assert math.isfinite(runs[0][-1]["eval_loss"])
 
@@ -304,7 +301,7 @@ def test_the_whole_road(tmp_path: Path, tied: bool) -> None:
     tokens = first_windows(windows, 3)
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss
-    (*_, last) = (record["eval_loss"] for record in records(tmp_path / "run") if "eval_loss" in record)
+    (*_, last) = (record["eval_loss"] for record in read_metrics(tmp_path / "run") if "eval_loss" in record)
     assert float(loss) == pytest.approx(last, abs=1e-5)
 
 

@@ -17,6 +17,7 @@ from megatron_prune.__main__ import main
 from megatron_prune.model import checkpoint
 from megatron_prune.training.loop import StepResult, Trainer
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import reopened
 from tools.kill_test import curve, masks
 
 STEPS, SAVED = 12, 3
@@ -40,15 +41,6 @@ def learn(root: Path, name: str, *more: str) -> list[str]:
     saves = ["--save-interval", str(SAVED), "--keep-checkpoints", "9", "--eval-interval", "6"]
     held_out = ["--eval-data", str(root / "words.jsonl"), "--eval-windows", "2"]
     return ["prune", "--method", "maskllm", "--target", "2:4", *inputs, *sizes, *saves, *held_out, *more]
-
-
-def unfinished(root: Path, name: str) -> Path:
-    """A copy of the whole run that looks as if it had died behind its last checkpoint."""
-    run = shutil.copytree(root / "whole", root / name)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
-    shutil.rmtree(run / "decision")
-    return run
 
 
 def steps_in(run: Path) -> list[str]:
@@ -79,7 +71,7 @@ def flip(file: Path) -> None:
 def test_the_checkpoint_before_a_damaged_one_is_used(
     root: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], file: str
 ) -> None:
-    run = unfinished(root, f"{damage.__name__}_{file}")
+    run = reopened(root / "whole", root / f"{damage.__name__}_{file}", STEPS)
     damage(run / "checkpoints" / f"step_{STEPS:07d}" / file)
     assert main(learn(root, run.name, "--resume")) == 0
     told = capsys.readouterr().out
@@ -91,7 +83,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
 
 
 def test_no_good_checkpoint_is_an_error_that_names_the_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = unfinished(root, "hopeless")
+    run = reopened(root / "whole", root / "hopeless", STEPS)
     for folder in (run / "checkpoints").glob("step_*"):
         flip(folder / "common.pt")
     assert main(learn(root, run.name, "--resume")) == 2
@@ -101,7 +93,7 @@ def test_no_good_checkpoint_is_an_error_that_names_the_damage(root: Path, capsys
 
 def test_what_a_killed_save_leaves_is_ignored_and_removed(root: Path) -> None:
     """Killed while writing: a part under another name. Killed before the pointer was moved: a whole one."""
-    run = unfinished(root, "interrupted")
+    run = reopened(root / "whole", root / "interrupted", STEPS)
     folder = run / "checkpoints"
     (folder / f"step_{STEPS:07d}").rename(folder / f"step_{STEPS:07d}.partial")
     (folder / f"step_{STEPS:07d}.partial" / "manifest.json").unlink()
@@ -203,7 +195,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_there(
 
 def test_data_goes_on_where_it_was_or_not_at_all(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another batch size would skip or repeat windows."""
-    run = unfinished(root, "batch")
+    run = reopened(root / "whole", root / "batch", STEPS)
     assert main([*learn(root, run.name, "--resume"), "--global-batch-size", "4"]) == 2
     assert "samples 24 and 48 was given" in capsys.readouterr().err
 
@@ -212,7 +204,7 @@ def test_torchrun_continues_only_its_own_run(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """After a restart the run of the same launch goes on without --resume; that of another is refused as before."""
-    run = unfinished(root, "restarted")
+    run = reopened(root / "whole", root / "restarted", STEPS)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
     assert main(learn(root, run.name)) == 2

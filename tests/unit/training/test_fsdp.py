@@ -27,6 +27,7 @@ from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import read_description
 from megatron_prune.training.loop import StepResult
 from tests.models import TINY_SIZES, byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model, words
+from tests.runs import curve, reopened
 
 STEPS, SAVED = 10, 5
 TAUGHT = "--teacher ROOT/teacher --lm-weight 0.5 --hidden-weight 1 --distillation-temperature 2 --save-interval 1"
@@ -67,12 +68,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(train(root, engine, "hf", f"{engine}_taught", *TAUGHT.replace("ROOT", str(root)).split())) == 0
     assert main(train(root, "fsdp", "bf16", "fsdp_bf16", "--async-save")) == 0
     return root
-
-
-def curve(run: Path, key: str = "loss") -> list[float]:
-    """A metric, step by step."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
 
 
 @pytest.mark.parametrize("kind", ["plain", "taught"])
@@ -133,20 +128,10 @@ def test_small_steps_add_up_in_bf16(root: Path) -> None:
     assert sum(int((after[name] != weight)[fixed[name]].sum()) for name, weight in before.items()) > 100
 
 
-def reopened(root: Path, name: str, copy: str) -> Path:
-    """A copy of a whole run that looks as if it had died behind its checkpoint after SAVED steps."""
-    run = shutil.copytree(root / name, root / copy)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "training"}))
-    shutil.rmtree(run / "weights")
-    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:07d}")
-    return run
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_bit_identical(root: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """In bf16 the checkpoint was written in the background: of the state then, not of that a step later."""
-    run = reopened(root, f"fsdp_{kind}", f"{kind}_again")
+    run = reopened(root / f"fsdp_{kind}", root / f"{kind}_again", SAVED)
     assert main(train(root, "fsdp", KINDS[kind], f"{kind}_again", "--resume")) == 0
     assert f"resumed from {run / 'checkpoints'}/step_{SAVED:07d}" in capsys.readouterr().out
     for key in ("loss", "grad_norm", "learning_rate"):
@@ -242,7 +227,7 @@ def test_a_checkpoint_never_runs_code(root: Path, capsys: pytest.CaptureFixture[
     """Whoever can write the folder can write its checksums too."""
     from megatron_prune.files import checksum, write_json
 
-    run = reopened(root, "fsdp_plain", "evil")
+    run = reopened(root / "fsdp_plain", root / "evil", SAVED)
     folder = run / "checkpoints" / f"step_{SAVED:07d}"
     (folder / ".metadata").write_bytes(pickle.dumps(_Evil(root / "made")))
     for name, value in (("checksums.json", checksum), ("manifest.json", lambda path: path.stat().st_size)):
@@ -258,7 +243,7 @@ def test_an_engine_does_not_go_on_with_the_other_ones_run(
     root: Path, engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = "megatron" if engine == "fsdp" else "fsdp"
-    reopened(root, f"{other}_plain", f"of_{other}")
+    reopened(root / f"{other}_plain", root / f"of_{other}", SAVED)
     assert main(train(root, engine, "hf", f"of_{other}", "--resume")) == 2
     assert f"has engine {other} and {engine} was given" in capsys.readouterr().err
 

@@ -20,6 +20,7 @@ from megatron_prune.model.forward import logits
 from megatron_prune.training.lora import Adapters, add_adapters, merge_adapters
 from megatron_prune.training.zeros import Zeros
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import curve, reopened
 
 STEPS, SAVED = 6, 2
 LORA = ("--lora-rank", "4", "--lora-dropout", "0.1", "--lr", "1e-2")
@@ -58,12 +59,6 @@ def weights(path: Path) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in load_model(path, backend.Layout()).hf_weights()}
 
 
-def losses(run: Path, key: str = "loss") -> list[float]:
-    """A metric, step by step."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
-
-
 def pruned_weights(root: Path, name: str) -> dict[str, Tensor]:
     """The weights that a run of RUNS began with."""
     source = "bf16_pruned" if "bf16" in name else "pruned"
@@ -87,7 +82,7 @@ def test_weights_move_and_zeros_stay(root: Path, name: str) -> None:
             assert not torch.equal(after[key], weight), key
         else:
             assert torch.equal(after[key], weight), key
-    assert losses(root / name, "zeros") == [zeros] * (STEPS // SAVED)
+    assert curve(root / name, "zeros") == [zeros] * (STEPS // SAVED)
 
 
 def test_masters_and_moments_of_zeros_are_zero(root: Path) -> None:
@@ -120,16 +115,11 @@ def test_small_steps_add_up_in_bf16(root: Path) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_bit_identical(root: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """From the checkpoint in the middle, as if the run had died behind it."""
-    run = shutil.copytree(root / name, root / f"{name}_again")
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "training"}))
-    shutil.rmtree(run / "weights")
-    for step in range(2 * SAVED, STEPS + 1, SAVED):
-        shutil.rmtree(run / "checkpoints" / f"step_{step:07d}")
+    run = reopened(root / name, root / f"{name}_again", SAVED)
     source = "bf16_pruned" if "bf16" in name else "pruned"
     assert main(train(root, source, f"{name}_again", *RUNS[name], "--resume")) == 0
     assert f"resumed from {run / 'checkpoints'}/step_{SAVED:07d}" in capsys.readouterr().out
-    assert losses(run) == losses(root / name)
+    assert curve(run) == curve(root / name)
     expected = weights(root / name / "weights")
     assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(run / "weights").items())
 
@@ -201,9 +191,9 @@ def test_a_teacher_is_learned_from(root: Path) -> None:
     more = [*weighted, str(root / "words.jsonl"), "--eval-windows", "2", "--teacher-dtype", "bfloat16"]
     assert main(train(root, "pruned", "taught", "--teacher", str(root / "teacher"), *more)) == 0
     run = root / "taught"
-    parts = [losses(run, key) for key in ("lm_loss", "distillation_loss", "hidden_loss")]
-    assert losses(run) == pytest.approx([0.5 * a + b + 2 * c for a, b, c in zip(*parts, strict=True)])
-    before, after = losses(run, "eval_loss")
+    parts = [curve(run, key) for key in ("lm_loss", "distillation_loss", "hidden_loss")]
+    assert curve(run) == pytest.approx([0.5 * a + b + 2 * c for a, b, c in zip(*parts, strict=True)])
+    before, after = curve(run, "eval_loss")
     assert after < before - 0.01
 
 

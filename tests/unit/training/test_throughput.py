@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import megatron_prune.backend as backend
 from megatron_prune.__main__ import main
 from megatron_prune.config import Training
+from megatron_prune.log import read_metrics
 from megatron_prune.model.masked_linear import MaskDraw
 from megatron_prune.model.source import open_model
 from megatron_prune.training.learning import LearningRunner
@@ -125,20 +125,15 @@ def test_bfloat16_logits_have_float32_masters(run: tuple[Path, int], capsys: pyt
     assert sum(dtype == torch.bfloat16 for dtype in kinds.values()) == 1 and len(kinds) == 4, kinds
 
 
-def records(run: Path) -> list[dict[str, float]]:
-    """The metrics of a run."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_masks_are_looked_at_only_when_metrics_are_written(run: tuple[Path, int]) -> None:
     folder, looks = run
-    assert [record["step"] for record in records(folder)] == [2, 4, 5] and looks == 3
+    assert [record["step"] for record in read_metrics(folder)] == [2, 4, 5] and looks == 3
 
 
 def test_metrics_by_kind_of_linear_add_up(run: tuple[Path, int]) -> None:
     """LLaMA-shaped, hidden 32, MLP 64, 4 heads and 2 groups: groups of four weights in each linear of a layer."""
     groups = dict(zip(KINDS, (64 * 8, 32 * 8, 128 * 8, 32 * 16), strict=True))
-    last = records(run[0])[-1]
+    last = read_metrics(run[0])[-1]
     assert last["differs_from_start_fraction"] > 0
     for name in ("max_probability", "mask_entropy", "changed_fraction"):
         mean = sum(last[f"{name}/{kind}"] * count for kind, count in groups.items()) / sum(groups.values())
@@ -147,7 +142,7 @@ def test_metrics_by_kind_of_linear_add_up(run: tuple[Path, int]) -> None:
 
 def test_speed_and_memory_of_a_run(run: tuple[Path, int]) -> None:
     model = open_model(run[0].parent / "hf").config
-    for record in records(run[0]):
+    for record in read_metrics(run[0]):
         tflops = record["tokens_per_s"] * flops_per_token(model, 16) / 1e12
         assert record["model_tflop_per_s"] == pytest.approx(tflops)
         assert record["model_flop_utilisation"] == pytest.approx(tflops / 2)
@@ -160,5 +155,5 @@ def test_tensorboard_has_every_metric(run: tuple[Path, int]) -> None:
 
     events = EventAccumulator(str(run[0] / "tensorboard"))
     events.Reload()
-    for name in records(run[0])[0].keys() - {"step"}:
+    for name in read_metrics(run[0])[0].keys() - {"step"}:
         assert [event.step for event in events.Scalars(name)] == [2, 4, 5], name
