@@ -5,7 +5,7 @@
 Calibrated on Wikipedia (TRAIN.jsonl, as examples/quickstart/fetch_text.py makes it) and on C4, 64 windows of 512, seed
 0; tested on WikiText-2 (P1's first 8 windows), on C4 that no calibration sees, and on code (modules of Python's own
 library). Everything in one process: the units that `minitron` chooses are cut, refitted from the second moments of one
-pass, and run. Writes benchmarks/results/compensation_DATE.json, from which README's table is drawn.
+pass, and run. Writes benchmarks/results/compensation_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Memory is what `plan` predicts. Time is counted FLOPs over an assumed share of the GPUs' peak, plus bytes over an
 assumed share of their bandwidth; every assumption is in `ASSUMED` and goes into the result file. Nothing overlaps with
 anything else, and communication of mask learning is part of the assumed utilisation. Writes
-benchmarks/results/estimate_70b_DATE.json, from which README's table is drawn.
+benchmarks/results/estimate_70b_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

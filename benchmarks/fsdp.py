@@ -5,7 +5,7 @@
 Both start from one Hugging Face directory and see the same windows. For seconds they take turns, step by step, in the
 same processes, and the median counts; memory is measured with each engine in processes of its own. On two processes
 megatron-core has two replicas with the distributed optimizer. What is in the work folder is not measured again. Writes
-benchmarks/results/fsdp_DATE.json, from which README's table is drawn.
+benchmarks/results/fsdp_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

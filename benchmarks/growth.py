@@ -8,7 +8,7 @@ in a process of its own with one thread, of Wanda or SparseGPT over the whole mo
 and loading left out), or of one step of mask learning (512 tokens; the median of three after one that does not count).
 Memory is the resident set at its peak beyond what the libraries take, of one rank. Ranks are tensor-parallel processes
 that talk through gloo. Points already in the work folder are not measured again. Writes
-benchmarks/results/growth_DATE.json, from which README's table is drawn, and the plots beside it; `--draw FILE` makes
+benchmarks/results/growth_DATE.json, of which a document's table is made, and the plots beside it; `--draw FILE` makes
 the plots again.
 """
 

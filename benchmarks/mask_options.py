@@ -5,7 +5,7 @@
 The recipe of 60 steps (maskllm_60_steps.yaml) with 8 micro-batches of 256 tokens in a step, from the mask of SparseGPT,
 on C4; every variant with the same seeds, which fix data and noise. The loss is that of held-out documents of C4 with
 the finished masks, in nats per token. The model was trained on children's stories, so it is high, and the same for all.
-Writes benchmarks/results/mask_options_DATE.json, from which README's table is drawn.
+Writes benchmarks/results/mask_options_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

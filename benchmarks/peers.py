@@ -187,7 +187,7 @@ def main() -> None:
 
 
 def write(comparison: Comparison, note: str, partial: bool) -> Path:
-    """The result file, from which README's table is drawn."""
+    """The result file, of which a document's table is made."""
     rows = []
     for entry in comparison.entries(partial):
         cost = comparison.cost(entry)

@@ -4,7 +4,7 @@
 
 Protocol P1: WikiText-2 test, tokenised whole without BOS, non-overlapping windows of 1024 tokens, the first 32, bf16.
 Calibration C1: the first 1,624 documents of the C4 sample, 64 windows of 512 tokens, seed 0. Stages that are already in
-the work folder are not done again. Writes benchmarks/results/quality_DATE.json, from which README's table is drawn.
+the work folder are not done again. Writes benchmarks/results/quality_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 CHECKPOINT is a trimmed one, for instance runs/structured/minitron_parameters-100M_trimmed, which structured.py leaves.
 Every run sees the same windows of quality.py's training text in the same order. Perplexity P1. Runs that are in the
 work folder are not done again, and are in the table whatever was asked for this time. Writes
-benchmarks/results/recovery_DATE.json, from which README's table is drawn.
+benchmarks/results/recovery_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

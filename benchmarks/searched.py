@@ -4,8 +4,8 @@
 
 All come to the 107,972,928 parameters of SmolLM2-135M with MLPs of 1152 and 6 heads; Sheared LLaMA also to 80 million.
 TRAIN.jsonl as in structured.py; then every model is trained on the same windows of quality.py's text. Perplexity P1.
-What is in the work folder is not done again. Writes benchmarks/results/searched_DATE.json, from which README's table is
-drawn; `curves` in it has the perplexity of each model on WikiText-2 over the tokens that it was trained on.
+What is in the work folder is not done again. Writes benchmarks/results/searched_DATE.json, of which a document's table
+is made; `curves` in it has the perplexity of each model on WikiText-2 over the tokens that it was trained on.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Four things take turns in one process, on the same model object and tokens; the 
 
 A mask's gradient is made of the gradient of its weight, so the matrix products of `dense, trained` are a part of
 `masks` whatever the kernels do; `over dense, frozen` cannot be below what they take. Writes
-benchmarks/results/step_overhead_DATE.json, from which README's table is drawn.
+benchmarks/results/step_overhead_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

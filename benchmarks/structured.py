@@ -5,7 +5,7 @@
 Protocol P1 as in quality.py. TRAIN.jsonl is Wikipedia text as examples/quickstart/fetch_text.py makes it; windows of
 512 tokens, seed 0; methods that run candidates take fewer of them. Stages that are already in the work folder are not
 done again; rows that are in neither the work folder nor `--only` are left out of the result. Writes
-benchmarks/results/structured_DATE.json, from which README's table is drawn.
+benchmarks/results/structured_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations

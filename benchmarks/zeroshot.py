@@ -4,7 +4,8 @@
 
 The models are those of quality.py and structured.py, in RUNS/quality and RUNS/structured; what neither makes is pruned
 here, from the same text as there. Models that are not there are left out and named in the result; evaluations that are
-in `--work` already are not done again. Writes benchmarks/results/zeroshot_DATE.json, of which README's table is made.
+in `--work` already are not done again. Writes benchmarks/results/zeroshot_DATE.json, of which a document's table is
+made.
 
 Scores are percentages with 95% errors, zero-shot: acc_norm where the public task has it, else acc, of the first
 `--limit` items of each task (RTE has 277, the others more). The change of a mean is over the same items, and so is its

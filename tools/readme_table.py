@@ -1,7 +1,7 @@
-"""Fills the tables of README.md from committed result files, so that no number in it is typed by hand.
+"""Fills the tables of README.md and of docs/ from committed result files, so that no number is typed by hand.
 
-    python tools/readme_table.py            rewrites README.md
-    python tools/readme_table.py --check    exit status 1 when README.md is not what the result files say
+    python tools/readme_table.py            rewrites them
+    python tools/readme_table.py --check    exit status 1 when they are not what the result files say
 
 A table stands between two comments; the pattern may match several dated files, the last by name counts:
 
@@ -15,6 +15,7 @@ A result file that has a table is JSON with `columns` (list of str) and `rows` (
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -25,19 +26,26 @@ BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DO
 NOTHING = "*No result file is committed yet.*"
 
 
-def fill(text: str, root: Path) -> str:
-    """`text` with each marked table made anew from the files under `root`."""
-    return BLOCK.sub(lambda block: block[1] + newest_table(root, block[2]) + "\n" + block[3], text)
+def documents(root: Path) -> list[Path]:
+    """All that may have tables."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
-def newest_table(root: Path, pattern: str) -> str:
+def fill(text: str, root: Path, folder: Path | None = None) -> str:
+    """`text` of a document in `folder`, `root` when left out, with each table made anew from the files under `root`."""
+    return BLOCK.sub(lambda block: block[1] + newest_table(root, block[2], folder or root) + "\n" + block[3], text)
+
+
+def newest_table(root: Path, pattern: str, folder: Path) -> str:
     """The table of the last file, by name, that matches."""
     files = sorted(root.glob(pattern))
-    return table(json.loads(files[-1].read_text(encoding="utf-8")), files[-1].relative_to(root)) if files else NOTHING
+    if not files:
+        return NOTHING
+    return table(json.loads(files[-1].read_text(encoding="utf-8")), Path(os.path.relpath(files[-1], folder)))
 
 
 def table(result: dict[str, Any], source: Path) -> str:
-    """Markdown of one result file."""
+    """Markdown of one result file; `source` is its place, seen from the document."""
     lines = [result["columns"], ["---"] * len(result["columns"]), *result["rows"]]
     if any(len(line) != len(result["columns"]) for line in lines):
         raise ValueError(f"{source}: a row has not as many cells as there are columns")
@@ -54,18 +62,19 @@ def cell(value: Any) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    filled = fill(text, ROOT)
-    if arguments == ["--check"]:
+    wrong = []
+    for document in documents(ROOT):
+        text = document.read_text(encoding="utf-8")
+        filled = fill(text, ROOT, document.parent)
         if filled != text:
-            print(
-                "README.md is not what the result files say; run python tools/readme_table.py",
-                file=sys.stderr,
-            )
-        return int(filled != text)
-    readme.write_text(filled, encoding="utf-8")
-    return 0
+            wrong.append(document)
+            if arguments != ["--check"]:
+                document.write_text(filled, encoding="utf-8")
+    if not wrong or arguments != ["--check"]:
+        return 0
+    names = ", ".join(document.relative_to(ROOT).as_posix() for document in wrong)
+    print(f"{names}: not what the result files say; run python tools/readme_table.py", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize("document, pattern", [
-    ("README.md", r"^\$python -m megatron_prune\.maxtext (\S+)(.*)$"), ("examples/tpu/run.sh", r"\bverb (\w+) (--.*)"),
+    ("docs/tpu.md", r"^\$python -m megatron_prune\.maxtext (\S+)(.*)$"),
+    ("examples/tpu/run.sh", r"\bverb (\w+) (--.*)"),
 ])  # fmt: skip
 def test_documents_name_verbs_and_flags_that_exist(document: str, pattern: str) -> None:
     commands = re.findall(pattern, (ROOT / document).read_text().replace("\\\n", " "), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""README.md: its tables come from result files, its commands exist, its links lead somewhere."""
+"""README.md and the guide: their tables come from result files, their commands exist, their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from megatron_prune.options import entries, flag
 from tools import readme_table
 
 ROOT = Path(__file__).resolve().parents[3]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 RESULT = {"columns": ["row", "P1"], "rows": [["dense", 24.1951], ["magnitude", 1729.7], ["other", None]]}
 ABOUT = {"hardware": "2 cores", "date": "2026-01-02", "protocol": "Windows of 1024."}
+
+
+def test_every_page_of_the_guide_is_reached_from_the_readme() -> None:
+    linked = re.findall(r"\]\((docs/[^)]+\.md)\)", (ROOT / "README.md").read_text())
+    assert set(linked) == {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
 
 
 def test_tables_are_what_the_result_files_say() -> None:
@@ -39,6 +44,8 @@ def test_the_newest_file_counts(tmp_path: Path) -> None:
     assert "Windows of 1024. 2 cores, 2026-01-02; [x_2.json](results/x_2.json)." in filled
     assert "old" not in filled and filled.startswith("a\n") and filled.endswith("b\n")
     assert readme_table.fill(filled, tmp_path) == filled
+    below = readme_table.fill(text, tmp_path, tmp_path / "docs")
+    assert "[x_2.json](../results/x_2.json)." in below
 
 
 def test_a_ragged_table_is_refused(tmp_path: Path) -> None:
@@ -61,9 +68,12 @@ def test_commands_name_verbs_and_flags_that_exist(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_and_scripts_exist(document: str) -> None:
-    text = (ROOT / document).read_text()
-    targets = re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"^(?:bash )?([\w./]+/run\.sh)", text, re.MULTILINE)
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    text, folder = (ROOT / document).read_text(), (ROOT / document).parent
+    targets = [folder / target for target in re.findall(r"\]\(([^)#:]+)\)", text)]
+    targets += [ROOT / target for target in re.findall(r"^(?:bash )?([\w./]+/run\.sh)", text, re.MULTILINE)]
+    assert [target for target in targets if not target.exists()] == []
+    titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= titles
 
 
 @pytest.mark.parametrize("script", ["examples/quickstart/run.sh", "tests/run.sh", "tools/setup_env.sh", ".ci/run"])
