@@ -36,7 +36,8 @@ class Row:
     def folder(self) -> str:
         """Name of the run folder."""
         words = [self.method, self.target.translate(str.maketrans("=,", "--")), *(o.strip("-") for o in self.options)]
-        return "_".join([*words, *(["wikitext"] if self.in_domain else [])]).replace("=", "-")
+        words += ["wikitext"] * self.in_domain + [f"{self.samples}-windows"] * (self.samples > 64)
+        return "_".join(words).replace("=", "-")
 
 
 def depth(layers: int, *found: str) -> list[Row]:
@@ -66,6 +67,7 @@ ROWS = [
     Row("minitron", "ffn_hidden_size=1152", ("--sequence=l2",), "35.55 (@16)"),
     Row("minitron", "ffn_hidden_size=1152", ("--sequence=l2", "--refit=propagated"), "35.55 (@16)"),
     *width("num_attention_heads=6", "684.3", "33.04 (@16)", attention=True),
+    Row("minitron", "num_attention_heads=6", (), "33.04 (@16)", samples=128),
     *width("num_query_groups=2", "72.03", "47.06 (@16)", attention=True),
     *width("hidden_size=504", "", ""),
     *width("hidden_size=432", "", ""),

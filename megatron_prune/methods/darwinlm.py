@@ -202,13 +202,19 @@ class DarwinLM(StructuredMethod):
 
     def _integer(self, model: PrunableModel, passes: Passes, space: Any, between: Callable[[], None]) -> Genome:
         from megatron_prune.files import from_leader
+        from megatron_prune.log import say
         from megatron_prune.search.fitness import divergences
         from megatron_prune.search.integer import best_sum, single_replacements
 
         assert passes.tokens is not None
         chosen = draw_windows(passes.tokens, self.stages()[-1].fitness_tokens, random.Random(self.search_seed))
         judged = functools.partial(divergences, model, space.levels, tokens=passes.tokens[chosen])
-        return from_leader(best_sum(space, single_replacements(space, judged, between)))
+
+        def told(done: int, count: int) -> None:
+            say(f"single replacements: {done}/{count}")
+            between()
+
+        return from_leader(best_sum(space, single_replacements(space, judged, told)))
 
 
 def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:

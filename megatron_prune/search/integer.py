@@ -19,11 +19,11 @@ AT_A_TIME = 64
 
 
 def single_replacements(
-    space: Space, judged: Callable[[Sequence[Genome]], list[float]], between: Callable[[], None] = lambda: None
+    space: Space, judged: Callable[[Sequence[Genome]], list[float]], between: Callable[[int, int], None]
 ) -> list[list[float]]:
     """Divergence of the model in which only one gene has each of its levels, by gene and level. Collective.
 
-    `between` is called after each share of them.
+    `between` is called after each share of them: how many are judged, of how many.
     """
     whole: Genome = (0,) * len(space.genes)
     changed = [(gene, level) for gene, last in enumerate(space.last) for level in range(1, last + 1)]
@@ -33,7 +33,7 @@ def single_replacements(
         found = judged(genomes[first : first + AT_A_TIME])
         for (gene, level), score in zip(changed[first : first + AT_A_TIME], found, strict=True):
             scores[gene][level] = score
-        between()
+        between(first + len(found), len(genomes))
     return scores
 
 
