@@ -147,7 +147,8 @@ def check_model(config: ModelConfig, dtype: str | None, given: str) -> None:
 def _empty_module(reader: HFReader, dtype: torch.dtype) -> Module:
     """transformers' model of a directory, without memory for parameters. No code that lies in the directory is run.
 
-    It stays in evaluation mode: there is no dropout, as in the models of the other engine.
+    It stays in evaluation mode: there is no dropout, as in the models of the other engine. The padding token, which
+    may be the end of a text, learns like any other; transformers would give its embedding no gradient.
     """
     with without_triton():
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,6 +156,7 @@ def _empty_module(reader: HFReader, dtype: torch.dtype) -> Module:
         hf_config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False, local_files_only=True)
         with _parameters_on_meta():
             module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
+    module.get_input_embeddings().padding_idx = None
     return module.eval()
 
 
