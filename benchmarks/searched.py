@@ -24,7 +24,12 @@ from megatron_prune.log import read_metrics
 PARAMETERS = "parameters=107972928"
 UNIFORM = "ffn_hidden_size=1152,num_attention_heads=6"
 SMALL = "num_layers=26,hidden_size=480,ffn_hidden_size=1104,num_attention_heads=6"
-SEARCH = ("--generations", 15, "--offspring", 8, "--survivors", "2,1", "--fitness-tokens", "1024,4096")
+EVOLUTION = ("--offspring", 8, "--survivors", "2,1", "--fitness-tokens", "1024,4096")
+UNTRAINED = ("--training-tokens", 0)
+TRAINED = ("--training-tokens", "1024,4096", "--training-batch", 2, "--training-lr", "1e-4")
+SIX = ("--generations", 6, *EVOLUTION)
+"""Training makes generations slow: few, with and without."""
+FROM_INTEGER = ("--generations", 6, "--start", "integer", *EVOLUTION[:-1], "512,4096")
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,28 @@ class Row:
 
 ROWS = [
     Row("uniform, refit", f"minitron_{UNIFORM.translate(str.maketrans('=,', '--'))}", "minitron", UNIFORM),
-    Row("darwinlm, evolution", "darwinlm_evolution", "darwinlm", PARAMETERS, (*SEARCH, "--training-tokens", 0)),
     Row(
-        "darwinlm, evolution, training-aware",
-        "darwinlm_training_aware",
+        "darwinlm, 15 generations",
+        "darwinlm_evolution",
         "darwinlm",
         PARAMETERS,
-        (*SEARCH, "--training-tokens", "1024,4096", "--training-batch", 2, "--training-lr", "1e-4"),
+        ("--generations", 15, *EVOLUTION, *UNTRAINED),
     ),
+    Row("darwinlm, 6 generations", "darwinlm_short", "darwinlm", PARAMETERS, (*SIX, *UNTRAINED)),
+    Row("darwinlm, 6 generations, training-aware", "darwinlm_training_aware", "darwinlm", PARAMETERS, (*SIX, *TRAINED)),
     Row(
         "darwinlm, integer program",
         "darwinlm_integer",
         "darwinlm",
         PARAMETERS,
-        ("--search", "integer", "--training-tokens", 0, "--survivors", 1, "--fitness-tokens", 512),
+        ("--search", "integer", "--survivors", 1, "--fitness-tokens", 512, *UNTRAINED),
+    ),
+    Row(
+        "darwinlm, integer program, then 6 generations",
+        "darwinlm_from_integer",
+        "darwinlm",
+        PARAMETERS,
+        (*FROM_INTEGER, *UNTRAINED),
     ),
     Row("sheared_llama", "sheared_llama", "sheared_llama", UNIFORM, learned=True),
     Row("sheared_llama, 80M", "sheared_llama_80M", "sheared_llama", SMALL, learned=True),
@@ -139,9 +152,9 @@ def main() -> None:
         ],
         "rows": rows,
         "curves": curves,
-        "protocol": f"Perplexity P1, bf16. Calibration: 64 x 512 tokens of Wikipedia. Evolution: {SEARCH[1]} "
-        f"generations of {SEARCH[3]} children. Then next-token loss, batches of {BATCH} x {LENGTH} tokens of C4 and "
-        "Wikipedia, the same for all, learning rate 2e-4, linear. One seed.",
+        "protocol": f"Perplexity P1, bf16. Calibration: 64 x 512 tokens of Wikipedia. Evolution: generations of "
+        f"{EVOLUTION[1]} children; integer program: single replacements on 512 tokens. Then next-token loss, batches "
+        f"of {BATCH} x {LENGTH} tokens of C4 and Wikipedia, the same for all, learning rate 2e-4, linear. One seed.",
     }
     write_result("searched", result)
 

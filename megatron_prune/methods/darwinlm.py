@@ -4,7 +4,8 @@ Every attention and MLP is pruned to several levels by a structured optimal brai
 Evolution then decides which layer has which level (`search/evolution.py`); candidates are trained for a moment, with
 what was pruned staying zero and float32 masters, before they are judged by their KL divergence from the whole model on
 the same text. Ours: heads go equally from all query groups, so that ordinary software runs the result; attention and
-MLP may trade parameters; of the last generation its parent is the answer.
+MLP may trade parameters; of the last generation its parent is the answer; evolution may start from the answer of the
+integer program (`search/integer.py`) instead of a uniform model.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from megatron_prune.training.stopping import StopRequest
 
 SEARCHES = ("evolution", "integer")
+STARTS = ("uniform", "integer")
 
 
 @register("darwinlm")
@@ -51,11 +53,14 @@ class DarwinLM(StructuredMethod):
     levels: int = hyperparameter(10, "steps from a whole attention or MLP to none")
     free_groups: bool = hyperparameter(False, "levels give up whole query groups too: finer steps, unequal groups")
     search: str = hyperparameter("evolution", f"{', '.join(SEARCHES)} (programming on single replacements)")
+    start: str = hyperparameter("uniform", f"what evolution starts from: {', '.join(STARTS)} (that search's answer)")
     generations: int = hyperparameter(200, "of the evolution")
     offspring: int = hyperparameter(16, "children in a generation")
     mutations: int = hyperparameter(3, "most level switches between parent and child")
     survivors: str = hyperparameter("8,4,2,1", "candidates left after each stage of selection")
-    fitness_tokens: str = hyperparameter("1024,2048,4096,8192", "tokens that each stage judges by")
+    fitness_tokens: str = hyperparameter(
+        "1024,2048,4096,8192", "tokens that each stage judges by; single replacements: the first"
+    )
     training_tokens: str = hyperparameter("10000,50000,100000,200000", "tokens of training before each; 0: none")
     training_batch: int = hyperparameter(4, "windows in a step of that training, over all replicas")
     training_lr: float = hyperparameter(1e-5, "learning rate of that training")
@@ -67,6 +72,11 @@ class DarwinLM(StructuredMethod):
         super().__post_init__()
         if self.search not in SEARCHES:
             raise UserError(f"darwinlm: search {self.search!r} was given; allowed: {', '.join(SEARCHES)}")
+        if self.start not in (STARTS if self.search == "evolution" else STARTS[:1]):
+            raise UserError(
+                f"darwinlm: start {self.start!r} with search {self.search!r} was given; allowed: {', '.join(STARTS)}, "
+                "both with search 'evolution' only"
+            )
         for name in ("levels", "generations", "offspring", "mutations", "training_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"darwinlm: {name} {getattr(self, name)} was given; allowed: 1 or more")
@@ -119,9 +129,9 @@ class DarwinLM(StructuredMethod):
             with progress("database", model.config.num_layers, "layers") as advance:
                 levels.build(passes, advance, ask)
             if self.search == "integer":
-                genome = self._integer(model, passes, space, ask)
+                genome = self._integer(model, passes, space, folder, ask)
             else:
-                genome = self._evolve(model, passes, space, folder, stop)
+                genome = self._evolve(model, passes, space, folder, stop, ask)
         put(model, levels, genome)
         return space.units(genome)
 
@@ -162,7 +172,15 @@ class DarwinLM(StructuredMethod):
                 f"{parts} (data-parallel replicas, times pipeline stages where they are interleaved)"
             )
 
-    def _evolve(self, model: PrunableModel, passes: Passes, space: Any, folder: Path, stop: StopRequest) -> Genome:
+    def _evolve(
+        self,
+        model: PrunableModel,
+        passes: Passes,
+        space: Any,
+        folder: Path,
+        stop: StopRequest,
+        between: Callable[[], None],
+    ) -> Genome:
         from megatron_prune.files import from_leader
         from megatron_prune.log import MetricsLog, say
         from megatron_prune.search.evolution import next_generation
@@ -173,7 +191,9 @@ class DarwinLM(StructuredMethod):
         shown = ("fitness", target.measure)
         judge = Judge(model, space.levels, passes.tokens, self.training_lr, self.training_batch)
         history = from_leader(read_metrics(folder))
-        parent: Genome = tuple(history[-1]["parent"]) if history else space.start()
+        parent: Genome = tuple(history[-1]["parent"]) if history else ()
+        if not parent:
+            parent = self._integer(model, passes, space, folder, between) if self.start == "integer" else space.start()
         with MetricsLog(folder, "generation") as log:
             log.resume_at(len(history))
             if history:
@@ -200,21 +220,27 @@ class DarwinLM(StructuredMethod):
                         raise Stopped(f"{REASONS[reason]}: saved after generation {number + 1} of {self.generations}")
         return parent
 
-    def _integer(self, model: PrunableModel, passes: Passes, space: Any, between: Callable[[], None]) -> Genome:
-        from megatron_prune.files import from_leader
+    def _integer(
+        self, model: PrunableModel, passes: Passes, space: Any, folder: Path, between: Callable[[], None]
+    ) -> Genome:
+        """The answer of the integer program; what single replacements cost is kept in replacements.json."""
+        from megatron_prune.files import by_leader, from_leader
         from megatron_prune.log import say
         from megatron_prune.search.fitness import divergences
         from megatron_prune.search.integer import best_sum, single_replacements
 
         assert passes.tokens is not None
-        chosen = draw_windows(passes.tokens, self.stages()[-1].fitness_tokens, random.Random(self.search_seed))
+        chosen = draw_windows(passes.tokens, self.stages()[0].fitness_tokens, random.Random(self.search_seed))
         judged = functools.partial(divergences, model, space.levels, tokens=passes.tokens[chosen])
+        file = folder / "replacements.json"
+        known = from_leader(read_json(file, "divergences of single replacements") if file.exists() else [])
 
-        def told(done: int, count: int) -> None:
-            say(f"single replacements: {done}/{count}")
+        def keep(found: list[float], count: int) -> None:
+            say(f"single replacements: {len(found)}/{count}")
+            by_leader(functools.partial(write_json, file, found))
             between()
 
-        return from_leader(best_sum(space, single_replacements(space, judged, told)))
+        return from_leader(best_sum(space, single_replacements(space, judged, known, keep)))
 
 
 def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:

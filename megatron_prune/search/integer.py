@@ -19,21 +19,26 @@ AT_A_TIME = 64
 
 
 def single_replacements(
-    space: Space, judged: Callable[[Sequence[Genome]], list[float]], between: Callable[[int, int], None]
+    space: Space,
+    judged: Callable[[Sequence[Genome]], list[float]],
+    known: Sequence[float],
+    between: Callable[[list[float], int], None],
 ) -> list[list[float]]:
     """Divergence of the model in which only one gene has each of its levels, by gene and level. Collective.
 
-    `between` is called after each share of them: how many are judged, of how many.
+    `known`: the first of them, gene by gene, from an earlier call. `between` is called after each share with those that
+    are known by then, and the number of all.
     """
     whole: Genome = (0,) * len(space.genes)
     changed = [(gene, level) for gene, last in enumerate(space.last) for level in range(1, last + 1)]
     genomes = [(*whole[:gene], level, *whole[gene + 1 :]) for gene, level in changed]
+    found = list(known)
+    while len(found) < len(genomes):
+        found += judged(genomes[len(found) : len(found) + AT_A_TIME])
+        between(found, len(genomes))
     scores = [[0.0] * (last + 1) for last in space.last]
-    for first in range(0, len(genomes), AT_A_TIME):
-        found = judged(genomes[first : first + AT_A_TIME])
-        for (gene, level), score in zip(changed[first : first + AT_A_TIME], found, strict=True):
-            scores[gene][level] = score
-        between(first + len(found), len(genomes))
+    for (gene, level), score in zip(changed, found, strict=True):
+        scores[gene][level] = score
     return scores
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ from megatron_prune.model.cost import cost, parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import open_model
+from megatron_prune.search import evolution as evolution_module
+from megatron_prune.search import integer as integer_module
 from megatron_prune.search import levels as levels_module
-from megatron_prune.search.evolution import Space, Stage, next_generation
+from megatron_prune.search.evolution import Generation, Space, Stage, next_generation
 from megatron_prune.search.fitness import Genome, divergences
 from megatron_prune.search.integer import best_sum
 from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attention_levels, mlp_levels
@@ -239,6 +242,39 @@ def test_a_search_that_was_stopped_goes_on(tmp_path: Path, tokens: Tensor, monke
         searched(tmp_path / "model5", tmp_path / "x", tokens, levels=3, database=str(tmp_path / "parts" / "database"))
 
 
+def test_evolution_may_start_from_the_integer_program(
+    tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer is the first parent, which only a better child replaces; the uniform start is another."""
+    database = {"database": str(tmp_path / "database")}
+    solved = searched(tmp_path / "model", tmp_path / "solved", tokens, search="integer", **database)
+    unchanged = lambda _space, parent, *_: Generation(parent, 0.0, False, 0)  # noqa: E731
+    monkeypatch.setattr(evolution_module, "next_generation", unchanged)
+    found = {
+        start: searched(tmp_path / f"model_{start}", tmp_path / start, tokens, start=start, **database)
+        for start in ("integer", "uniform")
+    }
+    assert found["integer"] == solved != found["uniform"]
+
+
+def test_single_replacements_are_not_measured_again(
+    tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that was stopped between two shares of them goes on behind the first; the answer is the same."""
+    integer = {"search": "integer", "database": str(tmp_path / "database")}
+    whole = searched(tmp_path / "model", tmp_path / "whole", tokens, **integer)
+    monkeypatch.setattr(integer_module, "AT_A_TIME", 10)
+    with pytest.raises(Stopped, match="is kept"):
+        searched(tmp_path / "model0", tmp_path / "parts", tokens, StopAfter(1), **integer)
+    first = json.loads((tmp_path / "parts" / "replacements.json").read_text())
+    assert len(first) == 10
+    assert searched(tmp_path / "model1", tmp_path / "parts", tokens, **integer) == whole
+    found = json.loads((tmp_path / "parts" / "replacements.json").read_text())
+    assert found[:10] == first and len(found) == 4 * 2 * LAYERS
+    (tmp_path / "parts" / "replacements.json").write_text(json.dumps([0.0] * len(found)))  # read, not measured again
+    assert searched(tmp_path / "model2", tmp_path / "parts", tokens, **integer) != whole
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
@@ -246,6 +282,8 @@ def test_a_search_that_was_stopped_goes_on(tmp_path: Path, tokens: Tensor, monke
         ({"survivors": "8,4"}, "survivors ending in 1"),
         ({"fitness_tokens": "a,b"}, "whole numbers with commas"),
         ({"offspring": 0}, "1 or more"),
+        ({"start": "random"}, "allowed: uniform, integer"),
+        ({"start": "integer", "search": "integer"}, "with search 'evolution' only"),
         ({"refit": "none"}, "leave them out"),
     ],
 )
