@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_prune.errors import UserError
+from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.options import REQUIRED, Options, option
 
 
@@ -65,7 +66,7 @@ class LearnConfig(Data):
     input: Path = option(REQUIRED, "model for MaxText, dense: the folder from convert or export --format maxtext")
     output: Path = option(REQUIRED, "run folder, seen by all hosts; masks.npz in it is the result")
     n: int = option(2, "weights kept in a group", at_least=1)
-    m: int = option(4, "weights in a group", at_least=2, at_most=8)
+    m: int = option(4, "weights in a group", at_least=2, at_most=MAX_M)
     prior: Path | None = option(None, "mask .npz that learning starts from; left out: noise of --std")
     steps: int = option(2000, "optimizer steps, over all continuations", at_least=1)
     global_batch_size: int = option(256, "windows in an optimizer step, over all devices", at_least=1)

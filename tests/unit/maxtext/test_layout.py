@@ -197,7 +197,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_here_needs_torch_or_jax() -> None:
-    modules = "convert folder hf layout masks model options train __main__".split()
+    modules = "convert folder hf keys layout learn masks model options score train __main__".split()
     code = "import sys; sys.modules.update(torch=None, jax=None, maxtext=None)\n"
     code += "\n".join(f"import megatron_prune.maxtext.{module}" for module in modules)
     subprocess.run([sys.executable, "-c", code], check=True)
