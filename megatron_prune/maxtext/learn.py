@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.apply.mask_npz import write_masks
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import definition
 from megatron_prune.kernels.definition import linear_schedule, pattern_table
 from megatron_prune.maxtext import layout
-from megatron_prune.maxtext.folder import Folder
+from megatron_prune.maxtext.folder import MASKS, Folder
 from megatron_prune.maxtext.keys import keys, row_ids
-from megatron_prune.maxtext.masks import PackedMasks, write_masks
+from megatron_prune.maxtext.masks import PackedMasks
 from megatron_prune.maxtext.model import LoadedModel, load
 from megatron_prune.maxtext.options import LearnConfig
 from megatron_prune.maxtext.train import data_settings, leaf_of, users_settings
@@ -133,7 +133,7 @@ def _check(config: LearnConfig, folder: Folder) -> None:
         inputs = layout.weight_shape(leaf, folder.config)[1]
         if inputs % config.m:
             raise UserError(f"--m {config.m} does not fit {leaf.hf}: its {inputs} inputs are not a multiple of it")
-    if (config.output / "masks.npz").exists():
+    if (config.output / MASKS).exists():
         raise UserError(f"{config.output} has learned its masks; give another --output")
 
 
@@ -247,11 +247,10 @@ def _write(config: LearnConfig, model: ModelConfig, logits: Logits) -> None:
     whole = {path: multihost_utils.process_allgather(values, tiled=True) for path, values in logits.items()}
     masks = dict(_decoded(config, model, whole))
     if jax.process_index() == 0:
-        partial_file = config.output / "masks.npz.partial"
-        ordered = {name: masks[name] for layer in range(model.num_layers) for name in masks if f".{layer}." in name}
-        write_masks(partial_file, ordered, f"{config.n}:{config.m}")
-        os.replace(partial_file, config.output / "masks.npz")
-        print(f"{config.output / 'masks.npz'}: {config.n}:{config.m}")
+        ordered = [(name, masks[name]) for layer in range(model.num_layers) for name in masks if f".{layer}." in name]
+        file = config.output / MASKS
+        write_masks(file, ordered, f"{config.n}:{config.m}")
+        print(f"{file}: {config.n}:{config.m}")
 
 
 def _decoded(config: LearnConfig, model: ModelConfig, logits: Logits) -> Iterator[tuple[str, np.ndarray]]:
