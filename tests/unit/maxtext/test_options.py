@@ -57,6 +57,8 @@ def test_the_newest_step_of_a_run(tmp_path: Path) -> None:
     for step in ("9", "10", "11.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / step / "items").mkdir(parents=True)
     assert newest_step(tmp_path).name == "10" and newest_step(tmp_path / "checkpoints" / "9").name == "9"
+    model = Folder(Path("model"), config())
+    assert model.step(None) == Path("model/weights/0") and model.step(tmp_path).name == "10"
     with pytest.raises(UserError, match="holds no MaxText checkpoint"):
         newest_step(tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp")
 
