@@ -36,6 +36,13 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same_as(config: type[Options], name: str, help: str | None = None) -> Any:
+    """A dataclass field with the default, the bounds and, unless given, the help of another configuration's field."""
+    field = next(field for field in dataclasses.fields(config) if field.name == name)
+    words = {"help": help or field.metadata["help"], "key": None}
+    return dataclasses.field(default=field.default, metadata={**field.metadata, **words})
+
+
 def group(kind: type) -> Any:
     """A dataclass field that holds a group of options, all at their defaults unless given."""
     return dataclasses.field(default_factory=kind)

@@ -1,17 +1,11 @@
-"""Masks as one portable .npz: readable with numpy alone, without pickle.
+"""Masks of a decision as one portable .npz (`apply.mask_npz` says what is in it), and such files read.
 
-    "model.layers.0.self_attn.q_proj.weight"        uint8 [ceil(out * in / 8)]: numpy.packbits of the mask
-    "model.layers.0.self_attn.q_proj.weight.shape"  int64 [2]: out, in; for GPT-2 in, out, as its weights are
-    "__pattern__"                                   text: "2:4" (2 kept of 4) or a sparsity such as "0.5"
-
-``numpy.unpackbits(bits, count=out * in).reshape(out, in)`` gives 1 = kept. Reading also takes plain bool or
-0/1 arrays in the weight's shape, and packed bits whose shape entry is left out.
+Reading also takes plain bool or 0/1 arrays in the weight's shape, and packed bits whose shape entry is left out.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,31 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.apply.decision import Masks, check_mask, pack_mask, prunable_shapes, unpack_mask
+from megatron_prune.apply.decision import Masks, check_mask, prunable_shapes, unpack_mask
+from megatron_prune.apply.mask_npz import PATTERN, SHAPE, write_masks
 from megatron_prune.errors import UserError
-from megatron_prune.files import PARTIAL, refuse_existing
+from megatron_prune.files import refuse_existing
 from megatron_prune.methods.target import Target, parse_target
 from megatron_prune.model.families import ModelConfig, get_family
-
-_PATTERN = "__pattern__"
-_SHAPE = ".shape"
 
 
 def save_mask_npz(path: Path, masks: Masks) -> None:
     """Write a decision as one .npz, one mask in memory at a time; refuses an existing file, atomic."""
     refuse_existing(path, "mask file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            _write_array(archive, _PATTERN, np.array(masks.info.target))
-            for name in masks.names():
-                mask = masks.get(name)
-                _write_array(archive, name, pack_mask(mask))
-                _write_array(archive, name + _SHAPE, np.array(mask.shape, dtype=np.int64))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_masks(path, ((name, masks.get(name).numpy()) for name in masks.names()), masks.info.target)
 
 
 def load_mask_npz(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -57,7 +39,7 @@ def load_mask_npz(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor
     shapes = prunable_shapes(config)
     archive = _open(path)
     _check_names(path, set(archive.files), shapes)
-    target = None if _PATTERN not in archive.files else parse_target(str(_array(path, archive, _PATTERN)))
+    target = None if PATTERN not in archive.files else parse_target(str(_array(path, archive, PATTERN)))
     return _masks(path, archive, config, target)
 
 
@@ -65,12 +47,7 @@ def mask_npz_pattern(path: Path) -> str | None:
     """The pattern the file claims, such as ``2:4``; None when it does not say."""
     archive = _open(path)
     with archive:
-        return str(_array(path, archive, _PATTERN)) if _PATTERN in archive.files else None
-
-
-def _write_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    with archive.open(name + ".npy", "w", force_zip64=True) as entry:
-        np.lib.format.write_array(entry, array, allow_pickle=False)
+        return str(_array(path, archive, PATTERN)) if PATTERN in archive.files else None
 
 
 def _open(path: Path) -> np.lib.npyio.NpzFile:
@@ -86,7 +63,7 @@ def _open(path: Path) -> np.lib.npyio.NpzFile:
 
 
 def _check_names(path: Path, names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    known = {_PATTERN, *shapes, *(name + _SHAPE for name in shapes)}
+    known = {PATTERN, *shapes, *(name + SHAPE for name in shapes)}
     for name in sorted(names - known):
         near = difflib.get_close_matches(name, shapes, n=1)
         hint = f"; nearest: {near[0]}" if near else ""
@@ -101,7 +78,7 @@ def _masks(
 ) -> Iterator[tuple[str, Tensor]]:
     with archive:
         for name, shape in prunable_shapes(config).items():
-            stated = _array(path, archive, name + _SHAPE) if name + _SHAPE in archive.files else None
+            stated = _array(path, archive, name + SHAPE) if name + SHAPE in archive.files else None
             mask = _mask(f"{path}: {name}", _array(path, archive, name), stated, shape)
             if target is not None:
                 check_mask(get_family(config.family).as_rows(mask), target, name)

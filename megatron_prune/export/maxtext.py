@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.apply.decision import Masks, pack_mask, prunable_shapes, unpack_mask
+from megatron_prune.apply.mask_npz import write_masks
 from megatron_prune.apply.run_folder import decision_of, read_run
 from megatron_prune.apply.trimming import is_trim
 from megatron_prune.config import ExportConfig
@@ -28,7 +29,6 @@ from megatron_prune.export.huggingface import write_hf
 from megatron_prune.export.padding import padded
 from megatron_prune.files import refuse_existing
 from megatron_prune.maxtext import layout
-from megatron_prune.maxtext.masks import write_masks
 from megatron_prune.methods.target import NM, Unstructured, parse_target
 from megatron_prune.model.families import ModelConfig, check_exportable, get_family
 from megatron_prune.model.import_hf import layout_of
@@ -83,7 +83,7 @@ def export_maxtext(config: ExportConfig) -> None:
                 names = prunable_shapes(written)
                 found = dict(kept.masks(written if form == "padded" else None))
                 pattern = masks.info.target if isinstance(masks, Masks) and form is None else None
-                write_masks(handover / "masks.npz", {name: found[name].numpy() for name in names}, pattern)
+                write_masks(handover / "masks.npz", ((name, found[name].numpy()) for name in names), pattern)
                 arguments += ["--masks", handover / "masks.npz"]
             call(python, "convert", *arguments)
         finally:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,32 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_prune.kernels.compiled import DISABLE_VARIABLE, load_library, load_triton
-from megatron_prune.kernels.philox import gumbel_noise, hash_key
+from megatron_prune.kernels.definition import Draw, pattern_table
+from megatron_prune.kernels.philox import gumbel_noise
 
 Implementation = Literal["auto", "eager", "cpu", "triton"]
 
-MAX_M = 8
 CHUNK_LOGITS = {"cpu": 2**20, "accelerator": 2**22}
 """Logits the PyTorch path takes at a time, to bound its temporaries (about 100 bytes a logit)."""
 
 SOURCE = Path(__file__).parent / "csrc" / "gumbel.c"
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Names one draw of noise: equal draws are equal noise, on any machine and under any sharding."""
-
-    seed: int
-    step: int
-    """Optimiser step."""
-    microbatch: int
-    """Index within the step; counted over all data-parallel ranks, each rank draws its own noise."""
-    tensor_id: int
-    """Index of the unsharded weight in the model."""
-
-    def key(self) -> tuple[int, int]:
-        """Philox key: two 32-bit words (see `hash_key`)."""
-        return hash_key(self.seed, self.step, self.microbatch, self.tensor_id)
 
 
 @dataclass(frozen=True)
@@ -84,18 +65,8 @@ class Call:
 
 
 def patterns(n: int, m: int) -> Tensor:
-    """All ways to keep n of m, bool [C(m, n), m], in lexicographic order of the kept indices. 2:4 gives
-
-    0: 1 1 0 0    1: 1 0 1 0    2: 1 0 0 1    3: 0 1 1 0    4: 0 1 0 1    5: 0 0 1 1
-
-    Raises ValueError unless 1 <= n <= m <= 8.
-    """
-    if not 1 <= n <= m <= MAX_M:
-        raise ValueError(f"pattern {n}:{m} is not supported: allowed are 1 <= N <= M <= {MAX_M}")
-    table = torch.zeros(math.comb(m, n), m, dtype=torch.bool)
-    for index, kept in enumerate(itertools.combinations(range(m), n)):
-        table[index, list(kept)] = True
-    return table
+    """`pattern_table` as a tensor: bool [C(m, n), m]; ValueError unless 1 <= n <= m <= 8."""
+    return torch.from_numpy(pattern_table(n, m))
 
 
 def masked_weight(

@@ -9,30 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
-ROUNDS = 10
-MASK_32 = 0xFFFFFFFF
-MASK_64 = 0xFFFFFFFFFFFFFFFF
-
-
-def splitmix64(value: int) -> int:
-    """One output of SplitMix64 (Steele, Lea and Flood 2014) from state `value`: a bijection of 64 bits."""
-    z = (value + 0x9E3779B97F4A7C15) & MASK_64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK_64
-    return z ^ (z >> 31)
-
-
-def hash_key(*values: int) -> tuple[int, int]:
-    """Philox key (low, high 32-bit word) of a tuple of integers.
-
-    h = 0, then h = splitmix64(h XOR value) for each value. Values count modulo 2^64. Their order matters.
-    """
-    state = 0
-    for value in values:
-        state = splitmix64(state ^ (value & MASK_64))
-    return state & MASK_32, state >> 32
+from megatron_prune.kernels.definition import MASK_32, MULTIPLIERS, ROUNDS, WEYL
 
 
 def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
 from megatron_prune.errors import UserError
 from megatron_prune.files import refuse_existing
 from megatron_prune.maxtext import layout
-from megatron_prune.maxtext.folder import WEIGHTS, Folder, newest_step, read_weights, write_folder
+from megatron_prune.maxtext.folder import TOKENIZER, Folder, read_weights, write_folder
 from megatron_prune.maxtext.hf import HFDirectory, write_directory
 from megatron_prune.maxtext.masks import PackedMasks, stacked
 from megatron_prune.maxtext.options import ConvertConfig, ExportConfig, VerifyConfig
@@ -32,7 +31,7 @@ def export(config: ExportConfig) -> None:
     refuse_existing(config.output)
     folder = Folder.open(config.input)
     masks = folder.masks()
-    tree = read_weights(step_of(folder, config.checkpoint), folder.config)
+    tree = read_weights(folder.step(config.checkpoint), folder.config)
     if masks is not None:
         _, lost = count_zeros(tree, masks, folder)
         if lost:
@@ -41,7 +40,7 @@ def export(config: ExportConfig) -> None:
                 "trained without its masks; train with python -m megatron_prune.maxtext train"
             )
     weights = layout.from_maxtext(tree, folder.config, {} if masks is None else masks)
-    written = write_directory(config.output, folder.config, weights, config.input / "tokenizer")
+    written = write_directory(config.output, folder.config, weights, folder.path / TOKENIZER)
     tied = folder.config.tie_word_embeddings and not written.tie_word_embeddings
     print(f"{config.output}: {written.dtype}" + ("; the output layer is untied now, it was trained" if tied else ""))
 
@@ -52,15 +51,10 @@ def verify(config: VerifyConfig) -> int:
     masks = folder.masks()
     if masks is None:
         raise UserError(f"{config.input} has no masks: there is nothing to verify")
-    tree = read_weights(step_of(folder, config.checkpoint), folder.config)
+    tree = read_weights(folder.step(config.checkpoint), folder.config)
     zeros, lost = count_zeros(tree, masks, folder)
     print(f"zeros of the masks: {zeros}; of them not +0.0 in the checkpoint: {lost}")
     return int(lost > 0)
-
-
-def step_of(folder: Folder, checkpoint: Path | None) -> Path:
-    """The weights of a model for MaxText, or those of a run that has trained it."""
-    return folder.path / WEIGHTS if checkpoint is None else newest_step(checkpoint)
 
 
 def count_zeros(tree: Mapping[str, np.ndarray], masks: PackedMasks, folder: Folder) -> tuple[int, int]:

@@ -57,6 +57,10 @@ class Folder:
         file = self.path / MASKS
         return PackedMasks(file, self.config) if file.is_file() else None
 
+    def step(self, checkpoint: Path | None) -> Path:
+        """Where its weights are, or those of the run `checkpoint` that has trained it."""
+        return self.path / WEIGHTS if checkpoint is None else newest_step(checkpoint)
+
     def arguments(self) -> list[str]:
         """What MaxText's own programs are given first; right also where the folder has been moved."""
         here = self.path.resolve()

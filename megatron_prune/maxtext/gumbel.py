@@ -6,8 +6,6 @@ that of the same step in PyTorch.
 
 from __future__ import annotations
 
-import itertools
-import math
 from functools import partial
 from typing import Any
 
@@ -15,15 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatron_prune.maxtext.keys import MULTIPLIERS, ROUNDS, WEYL
-
-
-def patterns(n: int, m: int) -> np.ndarray:
-    """All ways to keep n of m, bool [C(m, n), m], in lexicographic order of the kept indices."""
-    table = np.zeros((math.comb(m, n), m), bool)
-    for index, kept in enumerate(itertools.combinations(range(m), n)):
-        table[index, list(kept)] = True
-    return table
+from megatron_prune.kernels.definition import MULTIPLIERS, ROUNDS, WEYL, pattern_table
 
 
 def _product(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +61,7 @@ def _masks(logits: jax.Array, row_ids: jax.Array, key: jax.Array, schedule: jax.
     """Probabilities [rows, groups, patterns], forward mask [rows, groups, m] and table [patterns, m]."""
     n, m, hard, noise = shape
     scale, temperature, _ = schedule
-    table = jnp.asarray(patterns(n, m), jnp.float32)
+    table = jnp.asarray(pattern_table(n, m), jnp.float32)
     noisy = logits.astype(jnp.float32) * scale
     if noise:
         per_row = logits.shape[1]
@@ -121,10 +111,10 @@ masked_weight.defvjp(_forward, _backward)
 
 def decode(logits: np.ndarray, n: int, m: int) -> np.ndarray:
     """The mask the logits [out, groups, patterns] stand for, without noise: bool [out, in]."""
-    return patterns(n, m)[np.asarray(logits).argmax(-1)].reshape(len(logits), -1)
+    return pattern_table(n, m)[np.asarray(logits).argmax(-1)].reshape(len(logits), -1)
 
 
 def prior_logits(mask: np.ndarray, n: int, m: int, strength: float, std: float) -> np.ndarray:
     """Logits [out, in / m, patterns] that decode to an N:M mask [out, in], as methods.maskllm has them."""
-    overlap = mask.reshape(len(mask), -1, m).astype(np.float32) @ patterns(n, m).T.astype(np.float32)
+    overlap = mask.reshape(len(mask), -1, m).astype(np.float32) @ pattern_table(n, m).T.astype(np.float32)
     return np.float32(strength * std) * (overlap - np.float32(n))

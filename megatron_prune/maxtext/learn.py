@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,20 +20,20 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.apply.mask_npz import write_masks
 from megatron_prune.errors import UserError
+from megatron_prune.kernels import definition
+from megatron_prune.kernels.definition import linear_schedule, pattern_table
 from megatron_prune.maxtext import layout
-from megatron_prune.maxtext.folder import Folder
+from megatron_prune.maxtext.folder import MASKS, Folder
 from megatron_prune.maxtext.keys import keys, row_ids
-from megatron_prune.maxtext.masks import PackedMasks, write_masks
+from megatron_prune.maxtext.masks import PackedMasks
 from megatron_prune.maxtext.model import LoadedModel, load
 from megatron_prune.maxtext.options import LearnConfig
 from megatron_prune.maxtext.train import data_settings, leaf_of, users_settings
 from megatron_prune.model.families import ModelConfig
 
 LEAVES = tuple(leaf for leaf in layout.LEAVES if leaf.prunable)
-INITIAL_STEP = 2**32 - 1
-"""Step number under which a random start is drawn, as in PyTorch."""
-EULER_GAMMA = 0.5772156649015329
 KEPT = 2
 """Newest checkpoints that stay."""
 Logits = dict[str, Any]
@@ -79,17 +78,11 @@ def learn(config: LearnConfig) -> None:
 
 
 def schedule(config: LearnConfig, step: int) -> tuple[float, float, float]:
-    """Scale, temperature and regularization of a step, as methods.maskllm has them."""
-    done = 0.0 if config.steps <= 1 else step / (config.steps - 1)
-
-    def between(start: float, end: float) -> float:
-        if config.schedule_shape == "geometric":
-            return math.exp((1 - done) * math.log(start) + done * math.log(end))
-        return (1 - done) * start + done * end
-
-    scale = between(config.scale_start, config.scale_end)
-    temperature = between(config.temperature_start, config.temperature_end)
-    return scale, temperature, (1 - done) * config.weight_regularization
+    """Scale, temperature and regularization of a step."""
+    between = definition.SCHEDULES[config.schedule_shape]
+    scale = between(config.scale_start, config.scale_end, step, config.steps)
+    temperature = between(config.temperature_start, config.temperature_end, step, config.steps)
+    return scale, temperature, linear_schedule(config.weight_regularization, 0.0, step, config.steps)
 
 
 def rows(leaf: layout.Leaf, array: Any, config: ModelConfig) -> Any:
@@ -140,7 +133,7 @@ def _check(config: LearnConfig, folder: Folder) -> None:
         inputs = layout.weight_shape(leaf, folder.config)[1]
         if inputs % config.m:
             raise UserError(f"--m {config.m} does not fit {leaf.hf}: its {inputs} inputs are not a multiple of it")
-    if (config.output / "masks.npz").exists():
+    if (config.output / MASKS).exists():
         raise UserError(f"{config.output} has learned its masks; give another --output")
 
 
@@ -156,10 +149,10 @@ def _start(config: LearnConfig, model: ModelConfig, prior: PackedMasks | None, l
     import jax
     import jax.numpy as jnp
 
-    from megatron_prune.maxtext.gumbel import gumbel_noise, patterns, prior_logits
+    from megatron_prune.maxtext.gumbel import gumbel_noise, prior_logits
 
     n, m = config.n, config.m
-    count = len(patterns(n, m))
+    count = len(pattern_table(n, m))
     logits: Logits = {}
     for leaf in LEAVES:
         out, inputs = layout.weight_shape(leaf, model)
@@ -171,9 +164,9 @@ def _start(config: LearnConfig, model: ModelConfig, prior: PackedMasks | None, l
         else:
             first = row_ids(leaf, model).astype(np.uint32)[:, None] * np.uint32(inputs // m)
             groups = first + np.arange(inputs // m, dtype=np.uint32)
-            for layer, key in enumerate(keys(leaf, model, config.seed, INITIAL_STEP)):
+            for layer, key in enumerate(keys(leaf, model, config.seed, definition.INITIAL_STEP)):
                 noise = np.asarray(gumbel_noise(jnp.asarray(groups), count, jnp.asarray(key)))
-                layers[layer] = config.std * (noise - EULER_GAMMA) / (math.pi / math.sqrt(6.0))
+                layers[layer] = config.std * (noise - definition.GUMBEL_MEAN) / definition.GUMBEL_STD
         logits[leaf.path] = jax.device_put(layers, _sharding(loaded.mesh, out))
     return logits
 
@@ -254,11 +247,10 @@ def _write(config: LearnConfig, model: ModelConfig, logits: Logits) -> None:
     whole = {path: multihost_utils.process_allgather(values, tiled=True) for path, values in logits.items()}
     masks = dict(_decoded(config, model, whole))
     if jax.process_index() == 0:
-        partial_file = config.output / "masks.npz.partial"
-        ordered = {name: masks[name] for layer in range(model.num_layers) for name in masks if f".{layer}." in name}
-        write_masks(partial_file, ordered, f"{config.n}:{config.m}")
-        os.replace(partial_file, config.output / "masks.npz")
-        print(f"{config.output / 'masks.npz'}: {config.n}:{config.m}")
+        ordered = [(name, masks[name]) for layer in range(model.num_layers) for name in masks if f".{layer}." in name]
+        file = config.output / MASKS
+        write_masks(file, ordered, f"{config.n}:{config.m}")
+        print(f"{file}: {config.n}:{config.m}")
 
 
 def _decoded(config: LearnConfig, model: ModelConfig, logits: Logits) -> Iterator[tuple[str, np.ndarray]]:

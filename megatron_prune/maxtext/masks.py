@@ -1,7 +1,7 @@
 """Masks for models in MaxText: read from a mask .npz, and what they say of a tree of parameters.
 
-A mask .npz (`export --format mask-npz`) has packed bits by Hugging Face weight name. One beside a MaxText model has
-those of every prunable weight, and padding counts as removed.
+The format is that of `export --format mask-npz` (`apply.mask_npz`). A file beside a MaxText model has the mask of every
+prunable weight, and padding counts as removed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_prune.apply.mask_npz import PATTERN, SHAPE, write_masks
 from megatron_prune.errors import UserError
 from megatron_prune.maxtext.layout import LEAVES, Leaf, kernel, weight_shape
 from megatron_prune.model.families import ModelConfig
-
-SHAPE = ".shape"
-PATTERN = "__pattern__"
 
 
 class PackedMasks(Mapping[str, np.ndarray]):
@@ -57,18 +55,7 @@ class PackedMasks(Mapping[str, np.ndarray]):
 
     def save(self, path: Path) -> None:
         """Write them as a mask .npz."""
-        write_masks(path, self, self.pattern)
-
-
-def write_masks(path: Path, masks: Mapping[str, np.ndarray], pattern: str | None) -> None:
-    """A mask .npz of bool arrays, one in memory at a time."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        if pattern is not None:
-            _write(archive, PATTERN, np.array(pattern))
-        for name in masks:
-            mask = masks[name]
-            _write(archive, name, np.packbits(mask.reshape(-1)))
-            _write(archive, name + SHAPE, np.array(mask.shape, np.int64))
+        write_masks(path, self.items(), self.pattern)
 
 
 def prunable(config: ModelConfig) -> Iterator[tuple[Leaf, int, str]]:
@@ -88,11 +75,6 @@ def stacked(leaf: Leaf, masks: Mapping[str, np.ndarray], config: ModelConfig) ->
     """The masks of every layer in the shape of the tree's array."""
     layers = [kernel(leaf, masks[leaf.hf.format(layer=layer)], config) for layer in range(config.num_layers)]
     return np.stack(layers, axis=1)
-
-
-def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    with archive.open(name + ".npy", "w", force_zip64=True) as entry:
-        np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def _bits(where: str, archive: np.lib.npyio.NpzFile, name: str, shape: tuple[int, ...]) -> np.ndarray:

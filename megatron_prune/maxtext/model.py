@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_prune.errors import UserError
-from megatron_prune.maxtext.folder import WEIGHTS, Folder, newest_step
+from megatron_prune.maxtext.folder import Folder
 
 QUIET = ("log_config=False", "enable_goodput_recording=False", "monitor_goodput=False")
 
@@ -87,7 +88,7 @@ def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings:
     """
     prepare()
     folder = Folder.open(path)
-    step = folder.path / WEIGHTS if checkpoint is None else newest_step(checkpoint)
+    step = folder.step(checkpoint)
     import jax
     from flax import nnx
     from maxtext.configs import pyconfig
@@ -98,20 +99,21 @@ def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings:
     devices = jax.device_count()
     if batch % devices:
         raise UserError(f"a batch of {batch} was given; allowed: a multiple of the {devices} devices")
-    arguments = [
-        *folder.arguments(),
-        f"load_parameters_path={step.resolve() / 'items'}",
-        f"max_target_length={length}",
-        f"per_device_batch_size={batch // devices}",
-        "run_name=read",
-        "base_output_directory=/tmp/maxtext",
-        "enable_checkpointing=True",
-        *QUIET,
-        *machine(),
-        *settings,
-    ]
-    config = pyconfig.initialize(["", *last_of_each(arguments)])
-    model, mesh = model_creation_utils.from_pretrained(config)
+    with tempfile.TemporaryDirectory() as scratch:  # MaxText asks where its outputs go; loading has none
+        arguments = [
+            *folder.arguments(),
+            f"load_parameters_path={step.resolve() / 'items'}",
+            f"max_target_length={length}",
+            f"per_device_batch_size={batch // devices}",
+            "run_name=read",
+            f"base_output_directory={scratch}",
+            "enable_checkpointing=True",
+            *QUIET,
+            *machine(),
+            *settings,
+        ]
+        config = pyconfig.initialize(["", *last_of_each(arguments)])
+        model, mesh = model_creation_utils.from_pretrained(config)
     graph, state = nnx.split(model)
     return LoadedModel(config, mesh, graph, state)
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_prune.config import Training
 from megatron_prune.errors import UserError
-from megatron_prune.options import REQUIRED, Options, option
+from megatron_prune.kernels.definition import MAX_M
+from megatron_prune.options import REQUIRED, Options, option, same_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ class Data(Options):
 
     data: tuple[str, ...] = option((), "[WEIGHT] PREFIX ... from `megatron-prune preprocess`; left out: synthetic data")
     data_cache: Path | None = option(None, "local folder for the order of the data; left out: in the user's cache")
-    seq_length: int = option(2048, "tokens in a training window", at_least=2)
-    seed: int = option(0, "of the order of the data, and of the noise of masks that are learned", at_least=0)
+    seq_length: int = same_as(Training, "seq_length")
+    seed: int = same_as(Training, "seed", "of the order of the data, and of the noise of masks that are learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class TrainConfig(Data):
     input: str = option(REQUIRED, "model for MaxText: the folder from convert or export --format maxtext")
     output: str = option(REQUIRED, "run folder (or gs://...): MaxText writes OUTPUT/checkpoints and goes on from there")
     steps: int = option(REQUIRED, "optimizer steps, over all continuations", at_least=1)
-    save_interval: int = option(100, "optimizer steps between checkpoints; the last step is always saved", at_least=1)
+    save_interval: int = same_as(Training, "save_interval")
     keep_zeros: bool = option(True, "removed weights stay zero, by the masks beside the model")
     settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...: learning_rate=1e-4 ...")
 
@@ -65,19 +67,19 @@ class LearnConfig(Data):
     input: Path = option(REQUIRED, "model for MaxText, dense: the folder from convert or export --format maxtext")
     output: Path = option(REQUIRED, "run folder, seen by all hosts; masks.npz in it is the result")
     n: int = option(2, "weights kept in a group", at_least=1)
-    m: int = option(4, "weights in a group", at_least=2, at_most=8)
+    m: int = option(4, "weights in a group", at_least=2, at_most=MAX_M)
     prior: Path | None = option(None, "mask .npz that learning starts from; left out: noise of --std")
-    steps: int = option(2000, "optimizer steps, over all continuations", at_least=1)
-    global_batch_size: int = option(256, "windows in an optimizer step, over all devices", at_least=1)
-    save_interval: int = option(100, "optimizer steps between checkpoints; the last step is always saved", at_least=1)
-    lr: float = option(5e-5, "peak learning rate", above=0)
-    min_lr: float = option(5e-6, "learning rate at the last step", at_least=0)
+    steps: int = same_as(Training, "train_iters", "optimizer steps, over all continuations")
+    global_batch_size: int = same_as(Training, "global_batch_size", "windows in an optimizer step, over all devices")
+    save_interval: int = same_as(Training, "save_interval")
+    lr: float = same_as(Training, "lr")
+    min_lr: float = same_as(Training, "min_lr")
     lr_multiplier: float = option(10.0, "learning rate of the mask logits, in units of --lr", above=0)
-    lr_warmup_iters: int = option(0, "optimizer steps of linear warm-up", at_least=0)
-    clip_grad: float = option(1.0, "largest norm of all gradients together; 0 = no limit", at_least=0)
-    adam_beta1: float = option(0.9, "decay of Adam's mean", at_least=0, below=1)
-    adam_beta2: float = option(0.95, "decay of Adam's variance", at_least=0, below=1)
-    adam_eps: float = option(1e-5, "Adam's epsilon", above=0)
+    lr_warmup_iters: int = same_as(Training, "lr_warmup_iters")
+    clip_grad: float = same_as(Training, "clip_grad")
+    adam_beta1: float = same_as(Training, "adam_beta1")
+    adam_beta2: float = same_as(Training, "adam_beta2")
+    adam_eps: float = same_as(Training, "adam_eps")
     scale_start: float = option(1e2, "factor of the logits against the Gumbel noise, first step", above=0)
     scale_end: float = option(5e2, "the same, last step", above=0)
     temperature_start: float = option(4.0, "softmax temperature, first step", above=0)

@@ -20,7 +20,6 @@ Where this differs from the paper, and why:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.kernels.definition import SCHEDULES, linear_schedule
 from megatron_prune.kernels.gumbel import decode, patterns
 from megatron_prune.methods.base import Kept, PruningMethod, hyperparameter, register
 from megatron_prune.methods.target import NM, Target
@@ -38,20 +38,8 @@ if TYPE_CHECKING:
     from megatron_prune.training.learning import LearningRunner
 
 
-def linear_schedule(start: float, end: float, step: int, steps: int) -> float:
-    """Value at `step` (from 0) of a straight line from `start` to `end` over `steps` steps (paper, section 3.2)."""
-    done = 0.0 if steps <= 1 else min(step, steps - 1) / (steps - 1)
-    return (1.0 - done) * start + done * end
-
-
-def geometric_schedule(start: float, end: float, step: int, steps: int) -> float:
-    """As `linear_schedule`, on a logarithmic scale: equal factors in equal times."""
-    return math.exp(linear_schedule(math.log(start), math.log(end), step, steps))
-
-
 DRAWS = ("microbatch", "step")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SCHEDULES = {"linear": linear_schedule, "geometric": geometric_schedule}
 
 
 def prior_logits(mask: Tensor, n: int, m: int, strength: float, std: float) -> Tensor:

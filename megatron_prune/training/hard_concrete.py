@@ -15,7 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_prune.kernels.philox import MASK_32, hash_key, philox4x32
+from megatron_prune.kernels.definition import MASK_32, hash_key
+from megatron_prune.kernels.philox import philox4x32
 
 BETA = 2 / 3
 LOW, HIGH = -0.1, 1.1

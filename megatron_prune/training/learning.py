@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from megatron_prune.apply.decision import MaskWriter
 from megatron_prune.apply.run_folder import read_run
 from megatron_prune.errors import UserError
-from megatron_prune.kernels import gumbel
+from megatron_prune.kernels import definition, gumbel
 from megatron_prune.kernels.philox import gumbel_noise
 from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
@@ -30,9 +29,6 @@ from megatron_prune.training.loop import Steps, Trainer
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
 
-INITIAL_STEP = 2**32 - 1
-"""Step number under which a random start is drawn: no training step has it."""
-EULER_GAMMA = 0.5772156649015329
 MaskSource = Callable[[str], Tensor]
 """Hugging Face weight name -> bool mask `[out, in]`."""
 
@@ -107,9 +103,9 @@ class LearningRunner(TrainingSession):
         _rows, groups, count = module.mask_logits.shape
         columns = position.first_group + torch.arange(groups)
         index = position.row_ids[:, None].cpu() * position.groups_per_row + columns
-        key = gumbel.Draw(self.training.seed, INITIAL_STEP, 0, linear.tensor_id).key()
+        key = gumbel.Draw(self.training.seed, definition.INITIAL_STEP, 0, linear.tensor_id).key()
         noise = gumbel_noise(index, count, key).to(module.mask_logits.device)
-        return (noise - EULER_GAMMA) / (math.pi / math.sqrt(6.0))
+        return (noise - definition.GUMBEL_MEAN) / definition.GUMBEL_STD
 
     def optimize(self, multipliers: dict[str, float], on_step: Callable[[int, int], dict[str, float]]) -> None:
         """Run the optimizer steps that are left, logging, saving and evaluating at their intervals."""

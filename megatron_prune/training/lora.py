@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_prune.errors import UserError
-from megatron_prune.kernels.philox import hash_key
+from megatron_prune.kernels.definition import hash_key
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.masked_linear import MaskedLinear
 from megatron_prune.model.prunable import LINEARS, LocalLinear, PrunableModel

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from megatron_prune.kernels.definition import Draw
 from megatron_prune.maxtext import gumbel, layout, learn
 from megatron_prune.maxtext.folder import WEIGHTS, Folder, flatten, nest, read_weights
-from megatron_prune.maxtext.keys import hash_key
 from megatron_prune.maxtext.masks import PackedMasks
 from megatron_prune.maxtext.options import LearnConfig
 
@@ -22,7 +22,7 @@ def compare(inputs: str, output: str) -> None:
     found = {}
     for case in given["cases"]:
         n, m, hard, noise = (int(value) for value in given[f"{case} shape"])
-        key = jnp.asarray(hash_key(*(int(value) for value in given[f"{case} draw"])), jnp.uint32)
+        key = jnp.asarray(Draw(*(int(value) for value in given[f"{case} draw"])).key(), jnp.uint32)
         rows, schedule = given[f"{case} rows"], jnp.asarray(given[f"{case} schedule"], jnp.float32)
 
         def masked(weight, logits, shape=(n, m, bool(hard), bool(noise)), rows=rows, key=key, schedule=schedule):

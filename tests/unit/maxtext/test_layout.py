@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from megatron_prune.__main__ import main
+from megatron_prune.apply.mask_npz import write_masks
 from megatron_prune.errors import UserError
 from megatron_prune.export import maxtext as exporter
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.hf import HFDirectory, write_directory
-from megatron_prune.maxtext.masks import PackedMasks, prunable_shapes, write_masks
+from megatron_prune.maxtext.masks import PackedMasks, prunable_shapes
 from megatron_prune.model.families import FAMILIES, ModelConfig
 from tests.models import byte_tokenizer, tiny_blocks, tiny_llama, tiny_model
 
@@ -184,7 +185,7 @@ def test_an_output_layer_that_was_trained_is_no_longer_tied(tmp_path: Path) -> N
 def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
     model = config()
     masks = {name: np.ones(shape, bool) for name, shape in prunable_shapes(model).items()}
-    write_masks(tmp_path / "masks.npz", masks, "2:4")
+    write_masks(tmp_path / "masks.npz", masks.items(), "2:4")
     read = PackedMasks(tmp_path / "masks.npz", model)
     assert read.pattern == "2:4" and all(np.array_equal(read[name], masks[name]) for name in masks)
     with pytest.raises(UserError, match="the weight is .44, 24."):
@@ -197,7 +198,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_here_needs_torch_or_jax() -> None:
-    modules = "convert folder hf layout masks model options train __main__".split()
+    modules = "convert folder hf keys layout learn masks model options score train __main__".split()
     code = "import sys; sys.modules.update(torch=None, jax=None, maxtext=None)\n"
     code += "\n".join(f"import megatron_prune.maxtext.{module}" for module in modules)
     subprocess.run([sys.executable, "-c", code], check=True)

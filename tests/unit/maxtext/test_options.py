@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from megatron_prune.command_line import parse
+from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.maxtext.__main__ import VERBS, main
 from megatron_prune.maxtext.folder import DESCRIPTION, Folder, newest_step
+from megatron_prune.maxtext.learn import KEPT
 from megatron_prune.maxtext.options import LearnConfig, TrainConfig
 from megatron_prune.maxtext.train import data_settings, last_of_each, users_settings
+from megatron_prune.methods.maskllm import MaskLLM
 from megatron_prune.options import entries, flag
 from tests.unit.maxtext.test_layout import config
 
@@ -37,6 +42,45 @@ def test_the_recipe_is_a_configuration() -> None:
     assert (found.n, found.m, found.lr, found.scale_end) == (2, 4, 5e-5, 500.0)
 
 
+WITHOUT_A_FLAG = {"train_weights": False, "logits_dtype": "float32", "mask_draw": "step"}
+"""Options of `maskllm`, and what `learn` always does."""
+DIFFERENT = {"mask_draw": "step"}
+"""Where that is not the default of `maskllm`: XLA sees the batch of a step whole, so that one draw serves it."""
+
+
+def test_defaults_are_those_of_maskllm() -> None:
+    """By name and value; an option that one side gets has to be said here or on the other side."""
+    there = MaskLLM().options()
+    here = {field.name: field.default for field in fields(LearnConfig) if field.name in there}
+    assert here | WITHOUT_A_FLAG == there | DIFFERENT
+
+
+def test_the_optimizer_is_that_of_training() -> None:
+    """What `learn` has no flag for, and names that both have."""
+    there = Training()
+    assert (there.lr_decay_style, there.keep_checkpoints) == ("cosine", KEPT)
+    names = {field.name for field in fields(Training)}
+    shared = {field.name: field.default for field in fields(LearnConfig) if field.name in names}
+    assert len(shared) > 10 and shared == {name: getattr(there, name) for name in shared}
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_ranges_are_those_of_maskllm(value: float) -> None:
+    numbers = [name for name, default in MaskLLM().options().items() if isinstance(default, float)]
+    there = {name: refused(MaskLLM, **{name: value}) for name in numbers}
+    here = {name: refused(LearnConfig, input=ROOT, output=ROOT, **{name: value}) for name in numbers}
+    assert any(here.values()) and here == there
+
+
+def refused(options: Callable[..., object], **given: object) -> bool:
+    """Whether an option is out of range."""
+    try:
+        options(**given)
+    except UserError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("words, message", [
     (["lern"], "unknown verb 'lern'; allowed: convert, export, train, learn"),
     (["verify", "--input", "nothing"], "nothing is not a model for MaxText"),
@@ -58,6 +102,8 @@ def test_the_newest_step_of_a_run(tmp_path: Path) -> None:
     for step in ("9", "10", "11.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / step / "items").mkdir(parents=True)
     assert newest_step(tmp_path).name == "10" and newest_step(tmp_path / "checkpoints" / "9").name == "9"
+    model = Folder(Path("model"), config())
+    assert model.step(None) == Path("model/weights/0") and model.step(tmp_path).name == "10"
     with pytest.raises(UserError, match="holds no MaxText checkpoint"):
         newest_step(tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp")
 

@@ -1,4 +1,4 @@
-"""The start, the schedules and the options of learned masks."""
+"""The start and the options of learned masks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.kernels.gumbel import decode, patterns
 from megatron_prune.kernels.selection import select_nm
 from megatron_prune.methods.base import get_method
-from megatron_prune.methods.maskllm import MaskLLM, geometric_schedule, linear_schedule, prior_logits
+from megatron_prune.methods.maskllm import MaskLLM, prior_logits
 from megatron_prune.methods.target import Unstructured
 
 
@@ -37,18 +37,6 @@ def test_equal_overlap_starts_equal() -> None:
     values = prior_logits(mask, 2, 4, 3.0, 0.01).flatten()
     overlap = (patterns(2, 4) & mask).sum(1)
     assert values.tolist() == pytest.approx([0.03 * (int(k) - 2) for k in overlap])
-
-
-def test_schedules_are_linear_and_end_where_they_should() -> None:
-    steps = 5
-    values = [linear_schedule(4.0, 0.0, step, steps) for step in range(steps)]
-    assert values == [4.0, 3.0, 2.0, 1.0, 0.0]
-    assert linear_schedule(1.0, 9.0, 0, 1) == 1.0
-
-
-def test_geometric_schedule_grows_by_equal_factors() -> None:
-    values = [geometric_schedule(1.0, 16.0, step, 5) for step in range(5)]
-    assert values == pytest.approx([1.0, 2.0, 4.0, 8.0, 16.0])
 
 
 def test_unknown_schedules_are_refused() -> None:
