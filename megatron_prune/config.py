@@ -77,6 +77,14 @@ class Calibration(Options):
         return parse_documents("calibration_documents", self.documents)
 
 
+def check_schedule(lr: float, min_lr: float, warmup: int, steps: int) -> None:
+    """UserError for a learning rate that would rise to its end, or a warm-up as long as the whole run."""
+    if min_lr > lr:
+        raise UserError(f"--min-lr: {min_lr} given; allowed: at most --lr ({lr})")
+    if warmup >= steps:
+        raise UserError(f"--lr-warmup-iters: {warmup} given; allowed: below {steps}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training(Options):
     """Training of learned methods"""
@@ -141,10 +149,7 @@ class Training(Options):
         parse_split("data_split", self.data_split)
         if self.domain_targets and self.domain_interval is None:
             raise UserError("--domain-targets: given without --domain-interval; give both, or none of them")
-        if self.min_lr > self.lr:
-            raise UserError(f"--min-lr: {self.min_lr} given; allowed: at most --lr ({self.lr})")
-        if self.lr_warmup_iters >= self.train_iters:
-            raise UserError(f"--lr-warmup-iters: {self.lr_warmup_iters} given; allowed: below {self.train_iters}")
+        check_schedule(self.lr, self.min_lr, self.lr_warmup_iters, self.train_iters)
 
     @property
     def data_range(self) -> slice:

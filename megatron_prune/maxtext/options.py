@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_prune.config import Training
+from megatron_prune.config import Training, check_schedule
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.options import REQUIRED, Options, option, same_as
@@ -95,6 +95,7 @@ class LearnConfig(Data):
         super().__post_init__()
         if self.n >= self.m:
             raise UserError(f"--n {self.n} --m {self.m} given; N:M keeps N of every M inputs: N must be below M")
+        check_schedule(self.lr, self.min_lr, self.lr_warmup_iters, self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,8 @@ def refused(options: Callable[..., object], **given: object) -> bool:
     (["lern"], "unknown verb 'lern'; allowed: convert, export, train, learn"),
     (["verify", "--input", "nothing"], "nothing is not a model for MaxText"),
     (["learn", "--input", "a", "--output", "b", "--n", "4"], "--n 4 --m 4 given; N:M keeps N"),
+    (["learn", "--input", "a", "--output", "b", "--lr", "1e-6"], "5e-06 given; allowed: at most --lr (1e-06)"),
+    (["learn", "--input", "a", "--output", "b", "--steps", "5", "--lr-warmup-iters", "5"], "allowed: below 5"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
