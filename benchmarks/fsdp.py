@@ -1,11 +1,13 @@
 """Both engines of `train` side by side: optimizer steps of SmolLM2-135M, pruned to 2:4. One command:
 
     python benchmarks/fsdp.py --model HF_DIRECTORY --text TEXT.jsonl [--steps 6] [--work runs/fsdp]
+    python benchmarks/fsdp.py --model HF_DIRECTORY --text TEXT.jsonl --curve
 
 Both start from one Hugging Face directory and see the same windows. For seconds they take turns, step by step, in the
 same processes, and the median counts; memory is measured with each engine in processes of its own. On two processes
 megatron-core has two replicas with the distributed optimizer. What is in the work folder is not measured again. Writes
-benchmarks/results/fsdp_DATE.json, of which a document's table is made.
+benchmarks/results/fsdp_DATE.json, of which a document's table is made. With `--curve` ten steps of the `train` verb in
+float32 with either engine are compared instead, in benchmarks/results/fsdp_curve_DATE.json.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from megatron_prune.data.text import load_tokenizer
 from megatron_prune.data.training import training_windows
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros
 from megatron_prune.fsdp.trainer import FsdpTrainer, Objective
+from megatron_prune.log import read_metrics
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.import_hf import read_hf
 from megatron_prune.training.loop import Samples, Steps, Trainer
@@ -113,11 +116,12 @@ def launch(
     return json.loads(result.read_text())
 
 
-def sparse_model(given: argparse.Namespace) -> Path:
+def sparse_model(given: argparse.Namespace, dtype: str = "bfloat16") -> Path:
     """The model pruned to 2:4 by magnitude, as a Hugging Face directory."""
     bench = Bench(given.model, Path(), given.work)
-    names = {name: given.work / name for name in ("dense", "pruned", "sparse", "hf")}
-    bench.verb("import", "--input", given.model, output=names["dense"])
+    end = "" if dtype == "bfloat16" else f"_{dtype}"
+    names = {name: given.work / f"{name}{end}" for name in ("dense", "pruned", "sparse", "hf")}
+    bench.verb("import", "--input", given.model, "--dtype", dtype, output=names["dense"])
     method = ["--method", "magnitude", "--target", "2:4"]
     bench.verb("prune", "--input", names["dense"], *method, output=names["pruned"])
     bench.verb("trim", "--input", names["pruned"], output=names["sparse"])
@@ -141,6 +145,27 @@ def rows(given: argparse.Namespace, model: Path, processes: int, micro_batch: in
     return found
 
 
+def curve(given: argparse.Namespace) -> dict[str, Any]:
+    """Ten float32 steps of both engines, as a user trains."""
+    model = sparse_model(given, "float32")
+    bench = Bench(given.model, Path(), given.work)
+    sizes = ["--seq-length", LENGTH, "--micro-batch-size", 2, "--global-batch-size", BATCH, "--train-iters", 10]
+    words = ["train", "--input", model, "--data", given.text, *sizes, "--lr", "1e-4"]
+    for engine in ENGINES:
+        bench.verb(*words, "--engine", engine, output=given.work / f"curve_{engine}")
+    runs = [[line for line in read_metrics(given.work / f"curve_{engine}") if "loss" in line] for engine in ENGINES]
+    rows = [
+        [a["step"], a["loss"], b["loss"] - a["loss"], a["grad_norm"], b["grad_norm"] / a["grad_norm"] - 1]
+        for a, b in zip(*runs, strict=True)
+    ]
+    return {
+        "columns": ["step", "loss", "fsdp's less megatron's", "gradient norm", "relative difference"],
+        "rows": rows,
+        "protocol": f"SmolLM2-135M in float32, 2:4 by magnitude, zeros kept: `train` on C4, {BATCH} x {LENGTH} tokens "
+        "a step in two micro-batches, learning rate 1e-4, one process.",
+    }
+
+
 def main() -> None:
     """Run everything and write the result file; with `--result`, be one of the processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -148,6 +173,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--work", type=Path, default=Path("runs/fsdp"))
+    parser.add_argument("--curve", action="store_true", help="compare losses in float32 instead of speed")
     parser.add_argument("--note", default="", help="what the result file must say of how these rows came about")
     parser.add_argument("--cases", type=int, default=len(CASES), help="the first of them, in the order of CASES")
     parser.add_argument("--micro-batch", type=int, help=argparse.SUPPRESS)
@@ -158,6 +184,9 @@ def main() -> None:
         worker(given)
         return
     given.work.mkdir(parents=True, exist_ok=True)
+    if given.curve:
+        write_result("fsdp_curve", curve(given))
+        return
     model = sparse_model(given)
     result = {
         "columns": [

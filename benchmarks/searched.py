@@ -27,9 +27,9 @@ SMALL = "num_layers=26,hidden_size=480,ffn_hidden_size=1104,num_attention_heads=
 EVOLUTION = ("--offspring", 8, "--survivors", "2,1", "--fitness-tokens", "1024,4096")
 UNTRAINED = ("--training-tokens", 0)
 TRAINED = ("--training-tokens", "1024,4096", "--training-batch", 2, "--training-lr", "1e-4")
-SIX = ("--generations", 6, *EVOLUTION)
+FEW = ("--generations", 4, *EVOLUTION)
 """Training makes generations slow: few, with and without."""
-FROM_INTEGER = ("--generations", 6, "--start", "integer", *EVOLUTION[:-1], "512,4096")
+FROM_INTEGER = ("--generations", 4, "--start", "integer", *EVOLUTION[:-1], "512,4096")
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ ROWS = [
         PARAMETERS,
         ("--generations", 15, *EVOLUTION, *UNTRAINED),
     ),
-    Row("darwinlm, 6 generations", "darwinlm_short", "darwinlm", PARAMETERS, (*SIX, *UNTRAINED)),
-    Row("darwinlm, 6 generations, training-aware", "darwinlm_training_aware", "darwinlm", PARAMETERS, (*SIX, *TRAINED)),
+    Row("darwinlm, 4 generations", "darwinlm_short", "darwinlm", PARAMETERS, (*FEW, *UNTRAINED)),
+    Row("darwinlm, 4 generations, training-aware", "darwinlm_training_aware", "darwinlm", PARAMETERS, (*FEW, *TRAINED)),
     Row(
         "darwinlm, integer program",
         "darwinlm_integer",
@@ -64,7 +64,7 @@ ROWS = [
         ("--search", "integer", "--survivors", 1, "--fitness-tokens", 512, *UNTRAINED),
     ),
     Row(
-        "darwinlm, integer program, then 6 generations",
+        "darwinlm, integer program, then 4 generations",
         "darwinlm_from_integer",
         "darwinlm",
         PARAMETERS,
