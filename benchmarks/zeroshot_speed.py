@@ -6,7 +6,7 @@ The same items of the eight local tasks, the same weights and type. lm-eval's mo
 beforehand among `--batch-sizes` on the same items; then all take turns for `--rounds` rounds. Each time is from items
 to scores, with prompts and tokenisation. Writes benchmarks/results/zeroshot_speed_DATE.json; exit status 1 when a
 log-likelihood differs by more than 1e-3 (float32) or an answer is another. With `--maxtext FOLDER` the same model in
-MaxText takes its turns too, in a process of its environment that waits meanwhile: without loading, and without compiling,
+MaxText takes its turns too, in a process of its environment that waits meanwhile: without loading and compiling,
 which are given apart. Its CPU seconds are those of both processes.
 """
 
@@ -205,10 +205,12 @@ def report(
 
 
 def _without(compiling: dict[str, float]) -> str:
+    """What MaxText's turns leave out."""
     if not compiling:
         return ""
-    return "MaxText without loading ({loading:.0f} CPU s) and with everything compiled: its first call took {first call:.0f} CPU s. ".format(
-        **compiling
+    return (
+        f"MaxText without loading ({compiling['loading']:.0f} CPU s) and compiled: its first call took "
+        f"{compiling['first call']:.0f} CPU s. "
     )
 
 
