@@ -178,7 +178,7 @@ def report(
         changed[name] = sum(one.scores[key] != value for key, value in peer.scores.items())
         title = f"{name}, batch size {best}" if name == PEER else name
         rows.append([title, median(one.wall), median(one.cpu), ratio, cpu, differences[name], changed[name]])
-    today = datetime.date.today().isoformat()
+    today, threads = datetime.date.today().isoformat(), torch.get_num_threads()
     result = {
         "columns": ["", "wall s", "CPU s", "times faster", "in CPU time", "largest difference", "scores that differ"],
         "rows": rows,
@@ -189,7 +189,7 @@ def report(
         "those that are not equal. Batch "
         f"sizes tried (CPU s): {', '.join(f'{size}: {value:.0f}' for size, value in sizes.items())}. "
         f"{_without(compiling)}"
-        f"{torch.get_num_threads()} threads; {given.note}",
+        f"{threads} thread{'s' * (threads > 1)}; {given.note}",
         "maxtext_cpu_seconds": compiling,
         "seconds": {name: {"wall": one.wall, "cpu": one.cpu} for name, one in timed.items()},
         "scores": peer.scores,
