@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class MaxTextProcess:
         """CPU seconds: of loading, then of each call."""
         self._wait()
 
-    def score(self, requests: list[Request]) -> Scores:
+    def score(self, requests: Sequence[Request]) -> Scores:
         """See `requests.Scorer`."""
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "requests.npz", Path(folder) / "answers.npz"
@@ -156,7 +156,8 @@ def main() -> int:
             timed[MAXTEXT].run()
             compiling = {"loading": process.cpu[0], "first call": process.cpu[1]}
             print(compiling, flush=True)
-            timed[MAXTEXT].cpu.clear(), timed[MAXTEXT].wall.clear()
+            timed[MAXTEXT].cpu.clear()
+            timed[MAXTEXT].wall.clear()
         sizes = best_batch_size(peer, timed[PEER], given.batch_sizes)
         for _ in range(given.rounds):
             for name, one in timed.items():
