@@ -5,7 +5,9 @@
 The same items of the eight local tasks, the same weights and type. lm-eval's model runs at its best batch size, found
 beforehand among `--batch-sizes` on the same items; then all take turns for `--rounds` rounds. Each time is from items
 to scores, with prompts and tokenisation. Writes benchmarks/results/zeroshot_speed_DATE.json; exit status 1 when a
-log-likelihood differs by more than 1e-3 (float32) or an answer is another.
+log-likelihood differs by more than 1e-3 (float32) or an answer is another. With `--maxtext FOLDER` the same model in
+MaxText takes its turns too, in a process of its environment that waits meanwhile: without loading and compiling,
+which are given apart. Its CPU seconds are those of both processes.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import argparse
 import datetime
 import json
 import logging
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from quality import HERE, hardware, versions
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -31,18 +37,57 @@ from lm_eval.models.huggingface import HFLM
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.evaluation import harness
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
+from megatron_prune.evaluation.requests import Request, Scores
+from megatron_prune.evaluation.zeroshot import MAXTEXT_TOKENS
+from megatron_prune.export.maxtext import maxtext_python
+from megatron_prune.maxtext.score import write_requests
 from megatron_prune.model.source import open_model
 
 TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
 SCORES = ("acc,none", "acc_norm,none")
 PEER = "lm-eval's HFLM"
+MAXTEXT = "evaluate --tasks, MaxText"
+
+
+class MaxTextProcess:
+    """A scorer in a process of MaxText's environment."""
+
+    def __init__(self, folder: Path, longest: int, dtype: str) -> None:
+        self.longest = longest
+        threads = "--xla_cpu_multi_thread_eigen=false" if torch.get_num_threads() == 1 else ""
+        more = {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": threads}
+        words = [maxtext_python(), HERE / "zeroshot_maxtext.py", folder, MAXTEXT_TOKENS, dtype]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(list(map(str, words)), env=os.environ | more, text=True, **pipes)
+        self.cpu: list[float] = []
+        """CPU seconds: of loading, then of each call."""
+        self._wait()
+
+    def score(self, requests: Sequence[Request]) -> Scores:
+        """See `requests.Scorer`."""
+        with tempfile.TemporaryDirectory() as folder:
+            asked, answered = Path(folder) / "requests.npz", Path(folder) / "answers.npz"
+            write_requests(asked, requests)
+            self.process.stdin.write(f"{asked}\t{answered}\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+            self._wait()
+            with np.load(answered) as found:
+                return found["log_likelihood"], found["greedy"]
+
+    def _wait(self) -> None:
+        for line in self.process.stdout:  # type: ignore[union-attr]
+            if line.startswith("seconds "):
+                self.cpu.append(float(line.split()[1]))
+                return
+        raise SystemExit("the process of MaxText's environment has ended")
 
 
 class Timed:
     """Evaluations of one model: seconds of each, and the answers of the last."""
 
-    def __init__(self, model: Any, tasks: dict[str, Any], limit: int) -> None:
-        self.model, self.tasks, self.limit = model, tasks, limit
+    def __init__(self, model: Any, tasks: dict[str, Any], limit: int, elsewhere: MaxTextProcess | None = None) -> None:
+        """`elsewhere`: the process that computes, where it is not this one."""
+        self.model, self.tasks, self.limit, self.elsewhere = model, tasks, limit, elsewhere
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self.answers: list[Any] = []
@@ -53,7 +98,7 @@ class Timed:
         wall, cpu = time.perf_counter(), time.process_time()
         found: Any = evaluator.evaluate(self.model, self.tasks, limit=self.limit)
         self.wall.append(time.perf_counter() - wall)
-        self.cpu.append(time.process_time() - cpu)
+        self.cpu.append(time.process_time() - cpu + (self.elsewhere.cpu[-1] if self.elsewhere else 0.0))
         samples = [sample for name in self.tasks["tasks"] for sample in found["samples"][name]]
         self.answers = [answer for sample in samples for resps in sample["resps"] for answer in resps]
         self.scores = {f"{n} {k}": v for n, s in found["results"].items() for k, v in s.items() if k in SCORES}
@@ -87,6 +132,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--tokens-per-batch", type=int, default=256)
+    parser.add_argument("--maxtext", type=Path, help="the same model as export --format maxtext writes it")
     parser.add_argument("--note", default="nothing ran beside.", help="what ran beside, for the result")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
@@ -103,15 +149,26 @@ def main() -> int:
             "evaluate --tasks, Hugging Face": Timed(harness.Harness(theirs, tokenizer), tasks, given.limit),
             PEER: Timed(peer, tasks, given.limit),
         }
+        compiling = {}
+        if given.maxtext is not None:
+            process = MaxTextProcess(given.maxtext, ours.longest, given.dtype)
+            timed |= {MAXTEXT: Timed(harness.Harness(process, tokenizer), tasks, given.limit, process)}
+            timed[MAXTEXT].run()
+            compiling = {"loading": process.cpu[0], "first call": process.cpu[1]}
+            print(compiling, flush=True)
+            timed[MAXTEXT].cpu.clear()
+            timed[MAXTEXT].wall.clear()
         sizes = best_batch_size(peer, timed[PEER], given.batch_sizes)
         for _ in range(given.rounds):
             for name, one in timed.items():
                 print(f"{name}: {one.run():.1f} s", flush=True)
-    return report(given, timed, sizes, peer.batch_size_per_gpu)
+    return report(given, timed, sizes, peer.batch_size_per_gpu, compiling)
 
 
-def report(given: argparse.Namespace, timed: dict[str, Timed], sizes: dict[int, float], best: int) -> int:
-    """Write the result file."""
+def report(
+    given: argparse.Namespace, timed: dict[str, Timed], sizes: dict[int, float], best: int, compiling: dict[str, float]
+) -> int:
+    """Write the result file; `compiling`: CPU seconds of MaxText's process that are in none of its turns."""
     peer = timed[PEER]
     median: Callable[[list[float]], float] = statistics.median
     rows, differences, changed = [], {}, {}
@@ -122,7 +179,7 @@ def report(given: argparse.Namespace, timed: dict[str, Timed], sizes: dict[int, 
         changed[name] = sum(one.scores[key] != value for key, value in peer.scores.items())
         title = f"{name}, batch size {best}" if name == PEER else name
         rows.append([title, median(one.wall), median(one.cpu), ratio, cpu, differences[name], changed[name]])
-    today = datetime.date.today().isoformat()
+    today, threads = datetime.date.today().isoformat(), torch.get_num_threads()
     result = {
         "columns": ["", "wall s", "CPU s", "times faster", "in CPU time", "largest difference", "scores that differ"],
         "rows": rows,
@@ -132,7 +189,9 @@ def report(given: argparse.Namespace, timed: dict[str, Timed], sizes: dict[int, 
         f"largest difference of a log-likelihood in nats and of {len(peer.scores)} scores "
         "those that are not equal. Batch "
         f"sizes tried (CPU s): {', '.join(f'{size}: {value:.0f}' for size, value in sizes.items())}. "
-        f"{torch.get_num_threads()} threads; {given.note}",
+        f"{_without(compiling)}"
+        f"{threads} thread{'s' * (threads > 1)}; {given.note}",
+        "maxtext_cpu_seconds": compiling,
         "seconds": {name: {"wall": one.wall, "cpu": one.cpu} for name, one in timed.items()},
         "scores": peer.scores,
         "hardware": hardware(),
@@ -144,6 +203,16 @@ def report(given: argparse.Namespace, timed: dict[str, Timed], sizes: dict[int, 
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(rows, indent=1), path, sep="\n")
     return int(given.dtype == "float32" and (max(differences.values()) > 1e-3 or any(changed.values())))
+
+
+def _without(compiling: dict[str, float]) -> str:
+    """What MaxText's turns leave out."""
+    if not compiling:
+        return ""
+    return (
+        f"MaxText without loading ({compiling['loading']:.0f} CPU s) and compiled: its first call took "
+        f"{compiling['first call']:.0f} CPU s. "
+    )
 
 
 if __name__ == "__main__":

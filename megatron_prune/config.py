@@ -380,7 +380,9 @@ class TaskOptions(Options):
     num_fewshot: int | None = option(None, "examples before each question; left out: the task's own", at_least=0)
     limit: float | None = option(None, "items of each task, the first ones; below 1: a share of them", above=0)
     tokens_per_batch: int | None = option(
-        None, "tokens in a forward pass over questions; left out: 256 on a CPU, 16384 on a GPU", at_least=1
+        None,
+        "tokens in a forward pass over questions; left out: 256 on a CPU, 16384 on a GPU, 1024 in MaxText",
+        at_least=1,
     )
     samples: Path | None = option(None, "JSONL file for every item: log-likelihoods of its answers, target and scores")
     dense: str | None = option(

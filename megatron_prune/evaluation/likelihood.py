@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.products import fast_products
 from megatron_prune.evaluation.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.files import from_leader, together
 from megatron_prune.log import progress
@@ -76,7 +77,7 @@ class MegatronScorer:
         batches = plan(requests, self.longest, budget, multiple=multiple)
         mine = batches[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
         speaks = parallel_state.is_pipeline_last_stage() and self.model.tp_rank == 0
-        with self._placing(), progress("evaluate", len(mine), "batches") as advance:
+        with fast_products(), self._placing(), progress("evaluate", len(mine), "batches") as advance:
             answers = (self._answer(batch, advance) for batch in mine)
             if parallel_state.is_pipeline_last_stage():
                 total, greedy = collect(len(requests), mine, (answer for answer in answers if answer is not None))
@@ -149,7 +150,7 @@ class TransformersScorer:
     def score(self, requests: Sequence[Request]) -> Scores:
         """See `Scorer`."""
         batches = plan(requests, self.longest, self.tokens_per_batch)
-        with progress("evaluate", len(batches), "batches") as advance:
+        with fast_products(), progress("evaluate", len(batches), "batches") as advance:
             return collect(len(requests), batches, (self._answer(batch, advance) for batch in batches))
 
     @torch.no_grad()

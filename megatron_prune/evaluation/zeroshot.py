@@ -29,6 +29,9 @@ from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.import_hf import layout_of
 
+MAXTEXT_TOKENS = 1024
+"""In a batch: MaxText's scan over layers copies every weight in each forward pass, which small batches pay often."""
+
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate `config.input` on `config.tasks`, print the scores and write them where asked."""
@@ -95,7 +98,8 @@ def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalua
     from megatron_prune.evaluation.harness import Harness, evaluate
     from megatron_prune.evaluation.maxtext import MaxTextScorer
 
-    scorer = MaxTextScorer(Path(path), config.checkpoint, _tokens_per_batch(config), config.dtype)
+    tokens = config.tasks.tokens_per_batch or MAXTEXT_TOKENS
+    scorer = MaxTextScorer(Path(path), config.checkpoint, tokens, config.dtype)
     tokenizer = load_tokenizer(scorer.tokenizer, scorer.config.vocab_size)
     about = {"kind": "maxtext", "dtype": scorer.dtype}
     scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,44 @@ class LoadedModel:
         with self.mesh, partitioning.axis_rules(self.config.logical_axis_rules):
             yield
 
+    @property
+    def knows_trees(self) -> bool:
+        """Whether `states` may be given ends: the plain attention has a mask, the kernels of accelerators have none."""
+        return self.config.attention == "dot_product"
+
+    def states(self) -> Callable[[Any, Any, Any, Any], Any]:
+        """A pure function of the state, tokens, positions and ends, all [batch, length]: [batch, length, hidden].
+
+        States are those before the final norm. Ends are those of `evaluation.requests.Batch`, or None where no row
+        branches.
+        """
+        import jax.numpy as jnp
+        from flax import nnx
+
+        def states(state: Any, tokens: Any, positions: Any, ends: Any = None) -> Any:
+            model = nnx.merge(self.graph, state)
+            with _segments_are_ends() if ends is not None else nullcontext():
+                outputs = model.decoder(
+                    shared_embedding=model.token_embedder,
+                    decoder_input_tokens=tokens,
+                    decoder_positions=positions,
+                    decoder_segment_ids=jnp.ones_like(tokens) if ends is None else ends,
+                    deterministic=True,
+                )
+            return outputs[1]  # beside the logits, which XLA leaves out because nobody uses them
+
+        return states
+
+    def head(self) -> Callable[[Any, Any], Any]:
+        """A pure function of the state and states [batch, length, hidden]: logits [batch, length, vocabulary]."""
+        from flax import nnx
+
+        def head(state: Any, states: Any) -> Any:
+            model = nnx.merge(self.graph, state)
+            return model.logits_from_hidden_states_for_vocab_tiling(states, True, "train")
+
+        return head
+
     def forward(self) -> Callable[[Any, Any], Any]:
         """A pure function of the state and tokens [batch, length]: logits [batch, length, vocabulary]."""
         import jax.numpy as jnp
@@ -79,6 +117,28 @@ class LoadedModel:
             )
 
         return logits
+
+
+@contextmanager
+def _segments_are_ends() -> Any:
+    """While a computation is traced MaxText's plain attention reads the numbers of segments as ends.
+
+    A token sees itself and those before it whose end it has not reached, in place of those of its own segment.
+    """
+    import jax.numpy as jnp
+    from maxtext.layers.attention_op import DEFAULT_MASK_VALUE, AttentionOp
+
+    def mask(_self: Any, query: Any, key: Any, ends: Any, *_: Any, **__: Any) -> Any:
+        here, there = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])[None, :]
+        seen = (here >= there) & (here < ends[:, None, :])
+        return jnp.where(seen, 0.0, DEFAULT_MASK_VALUE)[:, None, None]
+
+    usual = AttentionOp.generate_attention_mask
+    AttentionOp.generate_attention_mask = mask
+    try:
+        yield
+    finally:
+        AttentionOp.generate_attention_mask = usual
 
 
 def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings: Sequence[str] = ()) -> LoadedModel:

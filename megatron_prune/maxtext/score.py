@@ -1,25 +1,30 @@
 """Log-likelihoods of requests by a model in MaxText: what `evaluate` of the other environment asks for, through files.
 
-The plan is the common one (`evaluation.requests`), in rows of one request each: MaxText's attention knows the order of
-tokens and no trees. Rows come in few lengths and are filled up with empty ones to as many as a batch holds, so that
-XLA compiles once for each length.
+The plan is the common one (`evaluation.requests`): requests that begin alike are trees of tokens, with a position and a
+mask for each. MaxText's plain attention takes them; the kernels that it has for accelerators know the order of tokens
+and no trees, and get rows of one request each. The output layer is computed only where something is asked.
+
+XLA compiles for each shape, so rows come in few lengths, are filled up with empty ones to as many as a batch holds, and
+places where something is asked are taken a fixed number at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_prune.evaluation.requests import Batch, Request, collect, plan
+from megatron_prune.evaluation.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.maxtext.folder import Folder
-from megatron_prune.maxtext.model import LoadedModel, load
+from megatron_prune.maxtext.model import load
 from megatron_prune.maxtext.options import ScoreConfig
 
-MULTIPLE = 64
+MULTIPLE = 32
 """Tokens that the length of a batch is a multiple of."""
+PLACES = 64
+"""Places at which the output layer is computed at once, or as many more as the devices divide."""
 
 
 def score(config: ScoreConfig) -> None:
@@ -27,14 +32,81 @@ def score(config: ScoreConfig) -> None:
     import jax
 
     requests = read_requests(config.requests)
-    longest = Folder.open(config.input).config.max_position_embeddings
-    devices = jax.local_device_count() if config.rows_multiple is None else config.rows_multiple
-    batches = plan(requests, longest, config.tokens_per_batch, multiple=MULTIPLE, share=False)
-    settings = [f"dtype={config.dtype}", *config.settings]
-    model = load(config.input, config.checkpoint, MULTIPLE, devices, settings)
-    total, greedy = collect(len(requests), batches, _answers(model, batches, config.tokens_per_batch, devices))
+    total, greedy = JaxScorer(config).score(requests)
     if jax.process_index() == 0:
         np.savez(config.output, log_likelihood=total, greedy=greedy)
+
+
+class JaxScorer:
+    """A model that has been loaded; what it compiles stays for further requests."""
+
+    def __init__(self, config: ScoreConfig) -> None:
+        import jax
+
+        self.longest = Folder.open(config.input).config.max_position_embeddings
+        self.tokens_per_batch = config.tokens_per_batch
+        self.devices = jax.local_device_count() if config.rows_multiple is None else config.rows_multiple
+        settings = [f"dtype={config.dtype}", *config.settings]
+        self.model = load(config.input, config.checkpoint, MULTIPLE, self.devices, settings)
+        self._states = jax.jit(self.model.states())
+        self._answer = jax.jit(self._answer_places)
+
+    def score(self, requests: Sequence[Request]) -> Scores:
+        """See `evaluation.requests.Scorer`. Collective over the hosts."""
+        trees = self.model.knows_trees
+        batches = plan(requests, self.longest, self.tokens_per_batch, multiple=MULTIPLE, share=trees)
+        choices = max((int(np.bincount(batch.asked).max()) for batch in batches), default=1)
+        with self.model.sharded():
+            return collect(len(requests), batches, (self._answers(batch, choices) for batch in batches))
+
+    def _answers(self, batch: Batch, choices: int) -> tuple[Any, Any]:
+        """For each question of a batch the log-probability of its target, and whether none is more probable."""
+        from jax.experimental import multihost_utils
+
+        rows = max(batch.tokens.shape[0], self.tokens_per_batch // batch.tokens.shape[1])
+        full = batch.with_rows(_up(rows, self.devices))
+        ends = full.ends if self.model.knows_trees else None
+        states = self._states(self.model.state, full.tokens, full.positions, ends)
+        column, step = _among_equals(batch.asked), _up(PLACES, self.devices)
+        places = np.zeros(_up(len(batch.places), step), np.int32)
+        places[: len(batch.places)] = batch.places
+        targets = np.zeros((len(places), choices), np.int32)
+        targets[batch.asked, column] = batch.targets
+        answers = [
+            self._answer(self.model.state, states, places[start : start + step], targets[start : start + step])
+            for start in range(0, len(places), step)
+        ]
+        whole = [
+            np.concatenate([multihost_utils.process_allgather(part, tiled=True) for part in parts])
+            for parts in zip(*answers, strict=True)
+        ]
+        log_probability, best = (values[batch.asked, column] for values in whole)
+        return log_probability, best
+
+    def _answer_places(self, state: Any, states: Any, places: Any, targets: Any) -> tuple[Any, Any]:
+        """For targets `[p, choices]` at places `[p]` of states `[rows, length, hidden]`; see `_answers`."""
+        import jax
+        import jax.numpy as jnp
+
+        chosen = states.reshape(-1, states.shape[-1])[places]
+        logits = self.model.head()(state, chosen[:, None])[:, 0].astype(jnp.float32)
+        found = jnp.take_along_axis(logits, targets, axis=-1)
+        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return found - total, logits.argmax(-1, keepdims=True) == targets
+
+
+def _up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple
+
+
+def _among_equals(values: np.ndarray) -> np.ndarray:
+    """For each value how many of those before it are equal."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    found = np.empty_like(order)
+    found[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered)
+    return found
 
 
 def write_requests(path: Path, requests: Sequence[Request]) -> None:
@@ -55,30 +127,3 @@ def read_requests(path: Path) -> list[Request]:
         )
     pairs = zip(contexts, continuations, strict=True)
     return [Request(context.tolist(), continuation.tolist()) for context, continuation in pairs]
-
-
-def _answers(model: LoadedModel, batches: Sequence[Batch], budget: int, devices: int) -> Iterator[tuple[Any, Any]]:
-    """For each question of each batch the log-probability of its target, and whether none is more probable."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import multihost_utils
-
-    forward = model.forward()
-
-    @jax.jit
-    def answer(state: Any, tokens: Any, targets: Any) -> Any:
-        logits = forward(state, tokens).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets
-
-    with model.sharded():
-        for batch in batches:
-            length = batch.tokens.shape[1]
-            rows = max(batch.tokens.shape[0], budget // length)
-            tokens = batch.with_rows(-(-rows // devices) * devices).tokens
-            targets = np.zeros_like(tokens)
-            targets.reshape(-1)[batch.places[batch.asked]] = batch.targets
-            answers = answer(model.state, tokens, targets)
-            found = (multihost_utils.process_allgather(values, tiled=True).reshape(-1) for values in answers)
-            log_probability, best = (values[batch.places[batch.asked]] for values in found)
-            yield log_probability, best

@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_prune.__main__ import main
+from megatron_prune.evaluation.likelihood import TransformersScorer
+from megatron_prune.evaluation.requests import Request
+from megatron_prune.export.padding import in_transformers
+from megatron_prune.maxtext.score import write_requests
+from megatron_prune.model.convert import HFReader
 from tests.maxtext import environment
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.tasks import write_tasks
@@ -49,3 +56,25 @@ def test_perplexities_are_equal(root: Path) -> None:
     assert found["kind"] == "maxtext" and found["text"] == expected["text"]
     assert found["predicted_tokens"] == expected["predicted_tokens"] == 8 * 63
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+
+
+def test_trees_on_two_devices_and_rows_of_one_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel without trees gets each request by itself; branches, repeated places and empty rows change no answer."""
+    question = list(range(20, 50))
+    requests = [
+        Request([*question, n], [choice, 7, 8][: 1 + choice % 3]) for n in (1, 2, 3) for choice in range(60, 66)
+    ]
+    requests += [Request(list(range(n, 3 * n)), [n]) for n in (5, 20, 40)]
+    model = in_transformers(HFReader(root / "hf"), torch.float32).eval()
+    total, greedy = TransformersScorer(model, 128, 64).score(requests)
+    write_requests(root / "requests.npz", requests)
+    words = ["main", "score", "--input", root / "maxtext", "--requests", root / "requests.npz"]
+    words += ["--tokens-per-batch", 128]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    ways = {"trees": "dot_product", "rows": "autoselected"}
+    calls = [[*words, "--output", root / f"{name}.npz", "--settings", f"attention={way}"] for name, way in ways.items()]
+    assert [answer[:2] for answer in environment.run(root, calls)] == ["0 ", "0 "]
+    for name in ways:
+        with np.load(root / f"{name}.npz") as found:
+            assert found["log_likelihood"] == pytest.approx(total, abs=1e-4), name
+            assert found["greedy"].tolist() == greedy.tolist()
