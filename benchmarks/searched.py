@@ -29,6 +29,7 @@ UNTRAINED = ("--training-tokens", 0)
 TRAINED = ("--training-tokens", "1024,4096", "--training-batch", 2, "--training-lr", "1e-4")
 FEW = ("--generations", 4, *EVOLUTION)
 """Training makes generations slow: few, with and without."""
+INTEGER = ("--search", "integer", "--survivors", 1, "--fitness-tokens", 512, *UNTRAINED)
 FROM_INTEGER = ("--generations", 4, "--start", "integer", *EVOLUTION[:-1], "512,4096")
 
 
@@ -61,7 +62,7 @@ ROWS = [
         "darwinlm_integer",
         "darwinlm",
         PARAMETERS,
-        ("--search", "integer", "--survivors", 1, "--fitness-tokens", 512, *UNTRAINED),
+        INTEGER,
     ),
     Row(
         "darwinlm, integer program, then 4 generations",
@@ -72,6 +73,7 @@ ROWS = [
     ),
     Row("sheared_llama", "sheared_llama", "sheared_llama", UNIFORM, learned=True),
     Row("sheared_llama, 80M", "sheared_llama_80M", "sheared_llama", SMALL, learned=True),
+    Row("darwinlm, integer program, 80M", "darwinlm_integer_80M", "darwinlm", "parameters=79329120", INTEGER),
 ]
 
 
