@@ -12,10 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from megatron_prune.maxtext.options import ScoreConfig
-from megatron_prune.maxtext.score import JaxScorer, read_requests
+from megatron_prune.maxtext.score import JaxScorer, read_requests, write_answers
 
 
 def main(folder: str, tokens_per_batch: str, dtype: str) -> None:
@@ -35,7 +33,7 @@ def main(folder: str, tokens_per_batch: str, dtype: str) -> None:
         asked, answered = line.rstrip("\n").split("\t")
         began = time.process_time()
         total, greedy = scorer.score(read_requests(Path(asked)))
-        np.savez(answered, log_likelihood=total, greedy=greedy)
+        write_answers(Path(answered), total, greedy)
         print("seconds", time.process_time() - began, flush=True)
 
 

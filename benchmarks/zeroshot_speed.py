@@ -20,13 +20,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from quality import HERE, hardware, versions
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -37,10 +35,8 @@ from lm_eval.models.huggingface import HFLM
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.evaluation import harness
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
-from megatron_prune.evaluation.requests import Request, Scores
+from megatron_prune.evaluation.maxtext import MaxTextScorer
 from megatron_prune.evaluation.zeroshot import MAXTEXT_TOKENS
-from megatron_prune.export.maxtext import maxtext_python
-from megatron_prune.maxtext.score import write_requests
 from megatron_prune.model.source import open_model
 
 TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
@@ -49,30 +45,25 @@ PEER = "lm-eval's HFLM"
 MAXTEXT = "evaluate --tasks, MaxText"
 
 
-class MaxTextProcess:
-    """A scorer in a process of MaxText's environment."""
+class MaxTextProcess(MaxTextScorer):
+    """A scorer whose process in MaxText's environment stays."""
 
-    def __init__(self, folder: Path, longest: int, dtype: str) -> None:
-        self.longest = longest
+    def __init__(self, folder: Path, dtype: str) -> None:
+        super().__init__(folder, None, MAXTEXT_TOKENS, dtype)
         threads = "--xla_cpu_multi_thread_eigen=false" if torch.get_num_threads() == 1 else ""
         more = {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": threads}
-        words = [maxtext_python(), HERE / "zeroshot_maxtext.py", folder, MAXTEXT_TOKENS, dtype]
+        words = [self.python, HERE / "zeroshot_maxtext.py", folder, MAXTEXT_TOKENS, dtype]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(list(map(str, words)), env=os.environ | more, text=True, **pipes)
         self.cpu: list[float] = []
         """CPU seconds: of loading, then of each call."""
         self._wait()
 
-    def score(self, requests: Sequence[Request]) -> Scores:
-        """See `requests.Scorer`."""
-        with tempfile.TemporaryDirectory() as folder:
-            asked, answered = Path(folder) / "requests.npz", Path(folder) / "answers.npz"
-            write_requests(asked, requests)
-            self.process.stdin.write(f"{asked}\t{answered}\n")  # type: ignore[union-attr]
-            self.process.stdin.flush()  # type: ignore[union-attr]
-            self._wait()
-            with np.load(answered) as found:
-                return found["log_likelihood"], found["greedy"]
+    def ask(self, asked: Path, answered: Path) -> None:
+        """As the base class."""
+        self.process.stdin.write(f"{asked}\t{answered}\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+        self._wait()
 
     def _wait(self) -> None:
         for line in self.process.stdout:  # type: ignore[union-attr]
@@ -151,7 +142,7 @@ def main() -> int:
         }
         compiling = {}
         if given.maxtext is not None:
-            process = MaxTextProcess(given.maxtext, ours.longest, given.dtype)
+            process = MaxTextProcess(given.maxtext, given.dtype)
             timed |= {MAXTEXT: Timed(harness.Harness(process, tokenizer), tasks, given.limit, process)}
             timed[MAXTEXT].run()
             compiling = {"loading": process.cpu[0], "first call": process.cpu[1]}

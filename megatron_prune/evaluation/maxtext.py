@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.requests import Request
+from megatron_prune.evaluation.requests import Request, Scores
 from megatron_prune.export.maxtext import call, maxtext_python
 from megatron_prune.maxtext.folder import TOKENIZER, Folder
-from megatron_prune.maxtext.score import write_requests
+from megatron_prune.maxtext.score import read_answers, write_requests
 
 
 class MaxTextScorer:
@@ -31,21 +31,24 @@ class MaxTextScorer:
         self.tokenizer = path / TOKENIZER
         self.tokens_per_batch = tokens_per_batch
         self.dtype = dtype or self.config.dtype
-        self._python = maxtext_python()
+        self.python = maxtext_python()
 
-    def score(self, requests: Sequence[Request]) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, requests: Sequence[Request]) -> Scores:
         """For each request its log-likelihood in nats, and whether every token of it is the most probable one."""
         if not requests:
             return np.zeros(0), np.ones(0, bool)
         with tempfile.TemporaryDirectory() as folder:
             asked, answered = Path(folder) / "requests.npz", Path(folder) / "answers.npz"
             write_requests(asked, requests)
-            words: list[object] = ["--input", self.path, "--requests", asked, "--output", answered]
-            words += ["--tokens-per-batch", self.tokens_per_batch, "--dtype", self.dtype]
-            words += ["--checkpoint", self.checkpoint] if self.checkpoint else []
-            call(self._python, "score", *words, on_cpu=False)
-            with np.load(answered) as found:
-                return found["log_likelihood"], found["greedy"]
+            self.ask(asked, answered)
+            return read_answers(answered)
+
+    def ask(self, asked: Path, answered: Path) -> None:
+        """Have the requests of one file answered in another."""
+        words: list[object] = ["--input", self.path, "--requests", asked, "--output", answered]
+        words += ["--tokens-per-batch", self.tokens_per_batch, "--dtype", self.dtype]
+        words += ["--checkpoint", self.checkpoint] if self.checkpoint else []
+        call(self.python, "score", *words, on_cpu=False)
 
     def window_losses(self, windows: np.ndarray) -> tuple[float, int]:
         """Sum of the losses of all tokens but the first of each window [n, length], in nats, and their number."""

@@ -34,7 +34,7 @@ def score(config: ScoreConfig) -> None:
     requests = read_requests(config.requests)
     total, greedy = JaxScorer(config).score(requests)
     if jax.process_index() == 0:
-        np.savez(config.output, log_likelihood=total, greedy=greedy)
+        write_answers(config.output, total, greedy)
 
 
 class JaxScorer:
@@ -127,3 +127,14 @@ def read_requests(path: Path) -> list[Request]:
         )
     pairs = zip(contexts, continuations, strict=True)
     return [Request(context.tolist(), continuation.tolist()) for context, continuation in pairs]
+
+
+def write_answers(path: Path, total: np.ndarray, greedy: np.ndarray) -> None:
+    """Answers, as `JaxScorer.score` gives them, as one .npz."""
+    np.savez(path, log_likelihood=total, greedy=greedy)
+
+
+def read_answers(path: Path) -> Scores:
+    """Inverse of `write_answers`."""
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["log_likelihood"], archive["greedy"]
