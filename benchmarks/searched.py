@@ -2,10 +2,11 @@
 
     python benchmarks/searched.py --model HF_DIRECTORY --shared ../shared --calibration TRAIN.jsonl
 
-All come to the 107,972,928 parameters of SmolLM2-135M with MLPs of 1152 and 6 heads; Sheared LLaMA also to 80 million.
-TRAIN.jsonl as in structured.py; then every model is trained on the same windows of quality.py's text. Perplexity P1.
-What is in the work folder is not done again. Writes benchmarks/results/searched_DATE.json, of which a document's table
-is made; `curves` in it has the perplexity of each model on WikiText-2 over the tokens that it was trained on.
+All come to the 107,972,928 parameters of SmolLM2-135M with MLPs of 1152 and 6 heads, Sheared LLaMA and the integer
+program also to 80 million. TRAIN.jsonl as in structured.py; then every model is trained on the same windows of
+quality.py's text. Perplexity P1. What is in the work folder is not done again. Writes
+benchmarks/results/searched_DATE.json, of which a document's table is made; `curves` in it has the perplexity of each
+model on WikiText-2 over the tokens that it was trained on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TRAINED = ("--training-tokens", "1024,4096", "--training-batch", 2, "--training-
 FEW = ("--generations", 4, *EVOLUTION)
 """Training makes generations slow: few, with and without."""
 INTEGER = ("--search", "integer", "--survivors", 1, "--fitness-tokens", 512, *UNTRAINED)
-FROM_INTEGER = ("--generations", 4, "--start", "integer", *EVOLUTION[:-1], "512,4096")
+FROM_INTEGER = ("--generations", 4, "--start", "integer", *EVOLUTION[:-1], "512,4096", *UNTRAINED)
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,8 @@ ROWS = [
     ),
     Row("darwinlm, 4 generations", "darwinlm_short", "darwinlm", PARAMETERS, (*FEW, *UNTRAINED)),
     Row("darwinlm, 4 generations, training-aware", "darwinlm_training_aware", "darwinlm", PARAMETERS, (*FEW, *TRAINED)),
-    Row(
-        "darwinlm, integer program",
-        "darwinlm_integer",
-        "darwinlm",
-        PARAMETERS,
-        INTEGER,
-    ),
-    Row(
-        "darwinlm, integer program, then 4 generations",
-        "darwinlm_from_integer",
-        "darwinlm",
-        PARAMETERS,
-        (*FROM_INTEGER, *UNTRAINED),
-    ),
+    Row("darwinlm, integer program", "darwinlm_integer", "darwinlm", PARAMETERS, INTEGER),
+    Row("darwinlm, integer program, then 4 generations", "darwinlm_from_integer", "darwinlm", PARAMETERS, FROM_INTEGER),
     Row("sheared_llama", "sheared_llama", "sheared_llama", UNIFORM, learned=True),
     Row("sheared_llama, 80M", "sheared_llama_80M", "sheared_llama", SMALL, learned=True),
     Row("darwinlm, integer program, 80M", "darwinlm_integer_80M", "darwinlm", "parameters=79329120", INTEGER),

@@ -24,9 +24,12 @@ def fast_products() -> contextlib.AbstractContextManager[Any]:
 
 def available() -> bool:
     """Whether this processor has AVX-512, torch has oneDNN's product, and nobody has turned it off."""
-    mkldnn = torch.backends.mkldnn
-    there = mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and there and bool(mkldnn.enabled)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and known() and bool(torch.backends.mkldnn.enabled)
+
+
+def known() -> bool:
+    """Whether this torch has oneDNN and its product, which is no public function."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class _OneDNN(TorchFunctionMode):
