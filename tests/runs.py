@@ -14,12 +14,17 @@ def curve(run: Path, key: str = "loss") -> list[float]:
     return [record[key] for record in read_metrics(run) if key in record]
 
 
+def set_state(run: Path, state: str) -> None:
+    """Make a run's description say that it is in this state."""
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"state": state}))
+
+
 def reopened(run: Path, copy: Path, last: int) -> Path:
     """A copy of a whole run that looks as if it had died behind the checkpoint of step `last`."""
     shutil.copytree(run, copy)
-    about = json.loads((copy / "run.json").read_text())
-    state = "training" if about["state"] == "trained" else "learning"
-    (copy / "run.json").write_text(json.dumps(about | {"state": state}))
+    finished = json.loads((copy / "run.json").read_text())["state"]
+    set_state(copy, "training" if finished == "trained" else "learning")
     for result in ("decision", "weights"):
         shutil.rmtree(copy / result, ignore_errors=True)
     for folder in (copy / "checkpoints").glob("step_*"):

@@ -15,6 +15,7 @@ from megatron_prune.log import read_metrics
 from megatron_prune.methods.target import parse_target
 from megatron_prune.model.families import get_family
 from tests.models import byte_tokenizer, edit_config, tiny_llama, words
+from tests.runs import set_state
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +234,7 @@ def test_a_run_is_resumed_with_what_it_was_begun_with(
     run = root / "begun"
     if not run.exists():
         assert main(learn(root, "begun")) == 0
-        about = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
+        set_state(run, "learning")
     assert message in refused(learn(root, "begun", "--resume", *more), capsys)
 
 
@@ -242,8 +242,7 @@ def test_a_resumed_run_may_have_another_learning_rate(root: Path) -> None:
     """As the message about a loss that is no number says; what it was resumed with is kept beside its config."""
     assert main(learn(root, "hot", "--lr", "1e-3", "--min-lr", "1e-4")) == 0
     run = root / "hot"
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "learning"}))
+    set_state(run, "learning")
     shutil.rmtree(run / "checkpoints" / "step_0000003")
     assert main(learn(root, "hot", "--resume", "--lr", "1e-6", "--min-lr", "1e-7")) == 0
     rates = {record["step"]: record["learning_rate"] for record in read_metrics(run) if "learning_rate" in record}

@@ -20,7 +20,7 @@ from megatron_prune.model.forward import logits
 from megatron_prune.training.lora import Adapters, add_adapters, merge_adapters
 from megatron_prune.training.zeros import Zeros
 from tests.models import byte_tokenizer, tiny_llama, words
-from tests.runs import curve, reopened
+from tests.runs import curve, reopened, set_state
 
 STEPS, SAVED = 6, 2
 LORA = ("--lora-rank", "4", "--lora-dropout", "0.1", "--lr", "1e-2")
@@ -275,16 +275,14 @@ def test_a_run_is_resumed_with_the_same_settings(
     run = root / "resumed"
     if not run.exists():
         shutil.copytree(root / "plain", run)
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "training" if more else "trained"}))
+    set_state(run, "training" if more else "trained")
     assert main(train(root, "pruned", "resumed", *more, "--resume")) == 2
     assert message in capsys.readouterr().err
 
 
 def test_an_unfinished_run_is_no_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(root / "plain", root / "unfinished")
-    about = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(about | {"state": "training"}))
+    set_state(run, "training")
     assert main(["trim", "--input", str(run), "--output", str(root / "y")]) == 2
     assert "finish it with train --resume" in capsys.readouterr().err
 
