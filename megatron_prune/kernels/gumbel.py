@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_prune.kernels.compiled import DISABLE_VARIABLE, load_library, load_triton
 from megatron_prune.kernels.definition import Draw, pattern_table
+from megatron_prune.kernels.memory import expect_writes
 from megatron_prune.kernels.philox import gumbel_noise
 
 Implementation = Literal["auto", "eager", "cpu", "triton"]
@@ -179,8 +180,8 @@ class _MaskedWeight(torch.autograd.Function):
         call: Call = ctx.call
         needs_weight, needs_logits = ctx.needs_input_grad[:2]
         add = call.accumulate_into is not None and needs_logits
-        grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad_logits = call.accumulate_into if add else torch.empty_like(logits) if needs_logits else None
+        grad_weight = expect_writes(torch.empty_like(weight)) if needs_weight else None
+        grad_logits = call.accumulate_into if add else expect_writes(torch.empty_like(logits)) if needs_logits else None
         step = _functions(call.implementation).backward
         step(weight, logits, grad_output.contiguous(), grad_weight, grad_logits, add, call)
         return grad_weight, None if add else grad_logits, None
@@ -334,7 +335,7 @@ def _run(function: str, call: Call, logits: Tensor, *extra: Tensor, **tensors: T
 
 
 def _compiled_forward(weight: Tensor, logits: Tensor, call: Call) -> Tensor:
-    output = torch.empty_like(weight)
+    output = expect_writes(torch.empty_like(weight))
     _run("gumbel_forward", call, logits, weight=weight, masked_weight=output)
     return output
 

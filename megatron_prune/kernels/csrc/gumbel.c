@@ -12,9 +12,6 @@
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #define TILE 64
 #define MAX_M 8
@@ -294,20 +291,6 @@ static void logit_gradient(const Arguments *a, Tile *s, const float *mean) {
     }
 }
 
-/* Asks for huge pages under a fresh output. Its first touch, one page fault every 4 KiB, otherwise takes as long as
- * the rest of the work (measured at 4096 x 4096: 40% of forward and backward). Only a hint: a refusal costs nothing
- * but time, so its result is not looked at. */
-static void expect_writes(void *data, int64_t elements, int bf16) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t huge = (uintptr_t)1 << 21;
-    uintptr_t first = ((uintptr_t)data + huge - 1) & ~(huge - 1);
-    uintptr_t last = ((uintptr_t)data + (uintptr_t)elements * (bf16 ? 2 : 4)) & ~(huge - 1);
-    if (data && last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)data, (void)elements, (void)bf16;
-#endif
-}
-
 /* ---- entry points ------------------------------------------------------------------------------------------- */
 
 /* Dynamic schedules where threads only write, since a core may be shared with others; a static one where they add, so
@@ -320,7 +303,6 @@ static void expect_writes(void *data, int64_t elements, int bf16) {
     int count = total - first < TILE ? (int)(total - first) : TILE
 
 void gumbel_forward(const Arguments *a) {
-    expect_writes(a->masked_weight, a->rows * a->groups * a->m, a->weight_bf16);
     FOR_TILES("omp parallel for schedule(dynamic, 32) num_threads(a->threads)") {
         TILE_RANGE;
         Tile s;
@@ -331,8 +313,6 @@ void gumbel_forward(const Arguments *a) {
 }
 
 void gumbel_backward(const Arguments *a) {
-    expect_writes(a->grad_weight, a->rows * a->groups * a->m, a->weight_bf16);
-    if (!a->accumulate) expect_writes(a->grad_logits, a->rows * a->groups * a->patterns, a->grad_logits_bf16);
     FOR_TILES("omp parallel for schedule(dynamic, 32) num_threads(a->threads)") {
         TILE_RANGE;
         Tile s;
