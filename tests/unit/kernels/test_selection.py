@@ -32,6 +32,12 @@ def test_keep_largest_is_a_stable_sort(score: Tensor, data: st.DataObject) -> No
     assert keep_largest(score, kept).equal(by_sorting(score, kept))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_keep_largest_of_any_dtype(dtype: torch.dtype) -> None:
+    score = torch.randint(0, 50, (7, 301), generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert keep_largest(score, 100).equal(by_sorting(score, 100))
+
+
 @settings(max_examples=60)
 @given(st.integers(2, 16), st.data())
 def test_nm_is_a_stable_sort_of_each_group(m: int, data: st.DataObject) -> None:
