@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.products import fast_products
 from megatron_prune.evaluation.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.files import from_leader, together
+from megatron_prune.kernels.products import fast_products
 from megatron_prune.log import progress
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.forward import sequence_parts

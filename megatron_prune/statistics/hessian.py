@@ -5,16 +5,20 @@ the square of the input width while accumulating: 134 MB at 4096, 6.6 GB at 2867
 
 Only the tiles on and above the diagonal are computed. On processors with bf16 instructions bf16 activations
 are multiplied by them: products of bf16 numbers are exact, sums are float32. Together 3.5 times faster at
-1536.
+1536. Products of float32 are oneDNN's where torch's are slower (kernels/products.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_prune.kernels.memory import expect_writes
+from megatron_prune.kernels.products import fast_products
 
 TILE_CPU = 256
 TILE_GPU = 2048
@@ -31,22 +35,30 @@ class Hessian:
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-        self._gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        fresh = torch.empty(in_features, in_features, dtype=torch.float64, device=device)
+        self._gram = expect_writes(fresh).zero_()
 
     def update(self, x: Tensor) -> None:
         """Add one calibration window x [tokens, in], any floating dtype."""
         self.tokens += x.shape[0]
         tile = TILE_GPU if x.is_cuda else TILE_CPU
-        operand = x if x.is_cuda else x.float()
-        with exact_bf16_products(x):
+        turned = x.t() if x.is_cuda else x.t().float().contiguous()
+        with torch.no_grad(), exact_bf16_products(x) or fast_products():
             for first in range(0, x.shape[1], tile):
-                band = product(operand[:, first : first + tile], operand[:, first:])
+                band = product(turned[first : first + tile], turned[first:])
                 self._gram[first : first + tile, first:] += band
 
     def value(self) -> Tensor:
         """H = 2 X^T X / tokens, float32 [in, in], exactly symmetric; zeros before the first token."""
-        upper = (self._gram * (2.0 / self.tokens.clamp(min=1.0))).float().triu_()
-        return upper + upper.triu(1).t()
+        scale = 2.0 / self.tokens.clamp(min=1.0)
+        whole = expect_writes(torch.empty_like(self._gram, dtype=torch.float32))
+        for first in range(0, len(whole), TILE_CPU):
+            last = first + TILE_CPU
+            band = (self._gram[first:last, first:] * scale).float()
+            whole[first:last, first:] = band
+            whole[first:, first:last] = band.t()
+            whole[first:last, first:last].triu_().add_(band[:, :TILE_CPU].triu(1).t())
+        return whole
 
     def tensors(self) -> list[Tensor]:
         """The float64 accumulators to sum over ranks, in place."""
@@ -54,10 +66,10 @@ class Hessian:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, float32 [a, b] of [tokens, a] and [tokens, b]; a bf16 result would have 8 bits."""
+    """left right^T, float32 [a, b] of [a, tokens] and [b, tokens]; a bf16 result would have 8 bits."""
     if WIDE_PRODUCTS and left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return left.float().t() @ right.float()
+        return torch.mm(left, right.t(), out_dtype=torch.float32)
+    return F.linear(left.float(), right.float())
 
 
 def has_bf16_products() -> bool:
@@ -66,12 +78,14 @@ def has_bf16_products() -> bool:
     return capabilities is not None and bool(capabilities().get("avx512_bf16", False))
 
 
+def exact_bf16_products(x: Tensor) -> AbstractContextManager[None] | None:
+    """While active CPU products of float32 round operands to bf16; None where that is not exact, or not faster."""
+    exact = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return _bf16_products() if exact and has_bf16_products() else None
+
+
 @contextmanager
-def exact_bf16_products(x: Tensor) -> Iterator[None]:
-    """While active, CPU products of float32 may round operands to bf16: exact when those come from bf16."""
-    if x.is_cuda or x.dtype != torch.bfloat16 or not has_bf16_products():
-        yield
-        return
+def _bf16_products() -> Iterator[None]:
     precision = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made at run time
     before = precision.fp32_precision
     precision.fp32_precision = "bf16"

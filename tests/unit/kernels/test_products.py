@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_prune.evaluation import products
+from megatron_prune.kernels import products
 
 pytestmark = pytest.mark.skipif(not products.known(), reason="this torch has no product by oneDNN")
 OURS = "mkldnn::_linear_pointwise"
