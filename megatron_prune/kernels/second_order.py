@@ -5,10 +5,11 @@ of the inverse Hessian (H^-1 = U^T U), and the best correction of the columns on
 U_j. Columns go left to right, in blocks; the columns behind a block are updated once a block.
 
 Three paths, one result up to rounding: eager PyTorch (any device, the reference), a compiled one for the CPU
-and Triton for a GPU (triton_second_order.py). In the compiled path a row's result is the same bit for bit
-whichever rows are solved with it; the sums of Triton's product have an order of their own too, but it has only
-been run in Triton's interpreter. In the eager path the update behind a block is a matrix product, whose rounding
-may depend on the number of rows. `benchmarks/second_order.py` measures all of it.
+and Triton for a GPU (triton_second_order.py; the factor there is PyTorch's). In the compiled path a row's result is
+the same bit for bit whichever rows are solved with it and however many threads there are; the sums of Triton's
+product have an order of their own too, but it has only been run in Triton's interpreter. In the eager path the
+update behind a block is a matrix product, whose rounding may depend on the number of rows.
+`benchmarks/second_order.py` measures all of it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.kernels.compiled import load_library, load_triton
+from megatron_prune.kernels.memory import expect_writes
 from megatron_prune.kernels.selection import select_nm
 
 SelectBlock = Callable[[Tensor, int], Tensor]
@@ -54,20 +56,34 @@ def factorise(hessian: Tensor, percdamp: float) -> Factor:
     H^-1 = U^T U holds for U = R^-1 where H = R R^T with R upper: one Cholesky in reverse order and one
     triangular inverse, in place and in float64, instead of Cholesky, inverse, Cholesky. Dead inputs get a
     diagonal of one, which changes nothing else since they correlate with no other input. Raises
-    SingularHessian.
+    SingularHessian when an input is explained by others but for less than the rounding of the float32 H.
     """
     diagonal = hessian.diagonal().double()
     live = diagonal > 0
     if not live.any():
         raise SingularHessian
-    work = hessian.to(torch.float64, copy=True)
+    work = expect_writes(torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)).copy_(hessian)
     work.diagonal().add_(torch.where(live, percdamp * diagonal[live].mean(), 1.0))
-    # R_jj^2, the part of input j that the inputs after it leave unexplained, against the rounding of H.
-    noise = torch.finfo(torch.float32).eps * diagonal.sum()
-    if not _reverse_cholesky(work) or (live & (work.diagonal().square() <= noise)).any():
+    if not _factorise_in_place(work):
         raise SingularHessian
-    _invert(work)
-    return Factor(work.triu_().float(), live)
+    # U_jj^-2 = R_jj^2, the part of input j that the inputs after it leave unexplained, against the rounding of H.
+    noise = torch.finfo(torch.float32).eps * diagonal.sum()
+    if (live & (work.diagonal().square().reciprocal() <= noise)).any():
+        raise SingularHessian
+    return Factor(expect_writes(torch.empty_like(hessian, dtype=torch.float32)).copy_(work), live)
+
+
+def _factorise_in_place(h: Tensor) -> bool:
+    """Replace ``h`` float64 [k, k], contiguous, by U, zero below the diagonal; False when there is none."""
+    library = _factor_library() if h.device.type == "cpu" else None
+    if library is not None:
+        space = expect_writes(torch.empty(library.second_order_space(len(h)), dtype=torch.float64))
+        return bool(library.second_order_factor(h.data_ptr(), len(h), space.data_ptr(), torch.get_num_threads()))
+    if not _reverse_cholesky(h):
+        return False
+    _invert(h)
+    h.triu_()
+    return True
 
 
 def _reverse_cholesky(h: Tensor) -> bool:
@@ -110,7 +126,8 @@ def solve_nm(weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 1
     False). Blocks are rounded up to whole groups.
     """
     weight, mask = _start(weight, factor)
-    for first, last in _blocks(weight.shape[1], -(-block_size // m) * m):
+    size = weight.shape[1] if _has_own_blocks(weight.device) else -(-block_size // m) * m
+    for first, last in _blocks(weight.shape[1], size):
         sweep(weight, mask, factor, first, last, n, m)
     return mask, weight
 
@@ -181,6 +198,20 @@ def _compiled() -> ctypes.CDLL | None:
     return None if library is None else _signed(library)
 
 
+def _factor_library() -> ctypes.CDLL | None:
+    library = load_library(Path(__file__).parent / "csrc" / "factor.c")
+    return None if library is None else _signed_factor(library)
+
+
+@functools.cache
+def _signed_factor(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.second_order_space.argtypes = [ctypes.c_int64]
+    library.second_order_space.restype = ctypes.c_int64
+    library.second_order_factor.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+    library.second_order_factor.restype = ctypes.c_int
+    return library
+
+
 def _fast(device: torch.device) -> Sweep | None:
     """The quick path for tensors there; None, after one loud warning, where there is only PyTorch's."""
     if device.type == "cpu":
@@ -190,10 +221,17 @@ def _fast(device: torch.device) -> Sweep | None:
     return None if kernels is None else kernels.sweep
 
 
+def _has_own_blocks(device: torch.device) -> bool:
+    """Whether the sweep there has blocks of its own, so that larger ones change no bit of the result."""
+    fast = _fast(device)
+    return isinstance(fast, functools.partial) and fast.func is sweep_compiled
+
+
 def _start(weight: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
     """A working copy of the weights, zero at dead inputs, and a mask that keeps everything."""
-    weight = torch.where(factor.live, weight.float(), 0.0).contiguous()
-    return weight, torch.ones_like(weight, dtype=torch.bool)
+    fresh = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    start = expect_writes(fresh).copy_(weight).masked_fill_(~factor.live, 0.0)
+    return start, expect_writes(torch.empty_like(start, dtype=torch.bool)).fill_(True)
 
 
 def _blocks(columns: int, size: int) -> list[tuple[int, int]]:

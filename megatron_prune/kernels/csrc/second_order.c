@@ -5,21 +5,21 @@
  * Rows are independent and each is computed by the same operations in the same order wherever it stands, so the
  * result does not depend on threads or on how rows are shared between processes, bit for bit.
  *
- * Columns go in steps of about STEP. Inside a step a vector holds one column of GROUP rows. The columns behind it are
- * updated once a step by a dense product, ROWS rows at a time, with the rows of u packed side by side: in u itself they
- * lie a power of two apart in many models and would push one another out of the cache. Weights that stay have error 0,
- * which changes no bit; leaving them out would halve the work and cost more in loads of u, which rows then cannot
- * share. */
+ * Columns go in steps of about STEP. Inside a step a vector holds one column of GROUP rows. The columns behind it, up
+ * to the end of about LAZY columns, are updated once a step, and those behind them once for all: by a dense product,
+ * ROWS rows at a time, with the rows of u packed side by side: in u itself they lie a power of two apart in many models
+ * and would push one another out of the cache. Weights that stay have error 0, which changes no bit; leaving them out
+ * would halve the work and cost more in loads of u, which rows then cannot share. */
 
 #include <stdint.h>
 #include <string.h>
 
 #ifdef __AVX512F__
-enum { LANES = 16, UNROLL = 2 };
+enum { LANES = 16, UNROLL = 3 };
 #else
 enum { LANES = 8, UNROLL = 1 };
 #endif
-enum { STEP = 32, GROUP = 16, GROUPS = 4, ROWS = 8, CHUNK = 256, MAX_M = 16 };
+enum { STEP = 32, LAZY = 128, GROUP = 16, GROUPS = 16, ROWS = 8, CHUNK = 240, MAX_M = 16 };
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 typedef float column __attribute__((vector_size(GROUP * sizeof(float)), may_alias));
@@ -78,9 +78,9 @@ static void step(const problem *p, float *w, uint8_t *keep, int64_t rows, int64_
         }
 }
 
-/* row[r][k] -= sum over the columns j of a step of error[j][r] * panel[j][k], for ROWS rows, k a multiple of the unit. */
+/* row[r][k] -= sum over j of error[j][r] * panel[j][k], for ROWS rows; width is a multiple of the unit. */
 static void spread(float *const row[ROWS], int64_t width, const float (*error)[GROUP], int64_t columns,
-                   float panel[STEP][CHUNK])
+                   float panel[LAZY][CHUNK])
 {
     for (int64_t k = 0; k < width; k += UNROLL * LANES) {
         lanes sum[ROWS][UNROLL];
@@ -105,7 +105,7 @@ static void spread(float *const row[ROWS], int64_t width, const float (*error)[G
 
 /* `spread` of the columns [first, first + width) of up to ROWS rows; what is missing is filled up in a copy. */
 static void spread_part(float *w, int64_t in, int64_t rows, int64_t first, int64_t width, const float (*error)[GROUP],
-                        int64_t columns, float panel[STEP][CHUNK])
+                        int64_t columns, float panel[LAZY][CHUNK])
 {
     float copy[ROWS][CHUNK] = {{0}};
     float *row[ROWS];
@@ -121,7 +121,7 @@ static void spread_part(float *w, int64_t in, int64_t rows, int64_t first, int64
 }
 
 /* Copy u [first, last) x [k, k + width), zero where it ends. */
-static void pack(const problem *p, int64_t first, int64_t last, int64_t k, int64_t width, float panel[STEP][CHUNK])
+static void pack(const problem *p, int64_t first, int64_t last, int64_t k, int64_t width, float panel[LAZY][CHUNK])
 {
     for (int64_t j = first; j < last; j++) {
         memcpy(panel[j - first], p->u + j * p->in + k, (size_t)width * sizeof(float));
@@ -129,26 +129,38 @@ static void pack(const problem *p, int64_t first, int64_t last, int64_t k, int64
     }
 }
 
+/* The columns [from, to) of up to GROUPS groups of rows, after the errors of [first, last). */
+static void behind(const problem *p, float *w, int64_t rows, int64_t first, int64_t last, int64_t from, int64_t to,
+                   column error[GROUPS][LAZY], int64_t noted)
+{
+    float panel[LAZY][CHUNK];
+    for (int64_t k = from; k < to; k += CHUNK) {
+        int64_t part = to - k < CHUNK ? to - k : CHUNK;
+        pack(p, first, last, k, part, panel);
+        for (int64_t r = 0; r < rows; r += ROWS)
+            spread_part(w + r * p->in, p->in, rows - r < ROWS ? rows - r : ROWS, k, part,
+                        (const float(*)[GROUP])((float *)(error[r / GROUP] + noted) + r % GROUP), last - first, panel);
+    }
+}
+
 /* All columns [first, last) of up to GROUPS groups of rows; what is packed serves all of them. */
 static void tile(const problem *p, float *w, uint8_t *keep, int64_t rows, int64_t first, int64_t last)
 {
-    column error[GROUPS][STEP];
-    float inner[STEP][STEP], panel[STEP][CHUNK];
-    int64_t width = p->m ? STEP / p->m * p->m : STEP;
-    for (int64_t start = first; start < last; start += width) {
-        int64_t end = start + width < last ? start + width : last;
-        for (int64_t j = start; j < end; j++)
-            memcpy(inner[j - start], p->u + j * p->in + start, (size_t)(end - start) * sizeof(float));
-        for (int64_t r = 0; r < rows; r += GROUP)
-            step(p, w + r * p->in, keep + r * p->in, rows - r < GROUP ? rows - r : GROUP, start, end, inner,
-                 error[r / GROUP]);
-        for (int64_t k = end; k < p->in; k += CHUNK) {
-            int64_t part = p->in - k < CHUNK ? p->in - k : CHUNK;
-            pack(p, start, end, k, part, panel);
-            for (int64_t r = 0; r < rows; r += ROWS)
-                spread_part(w + r * p->in, p->in, rows - r < ROWS ? rows - r : ROWS, k, part,
-                            (const float(*)[GROUP])((float *)error[r / GROUP] + r % GROUP), end - start, panel);
+    column error[GROUPS][LAZY];
+    float inner[STEP][STEP];
+    int64_t width = p->m ? STEP / p->m * p->m : STEP, lazy = LAZY / width * width;
+    for (int64_t begin = first; begin < last; begin += lazy) {
+        int64_t done = begin + lazy < last ? begin + lazy : last;
+        for (int64_t start = begin; start < done; start += width) {
+            int64_t end = start + width < done ? start + width : done;
+            for (int64_t j = start; j < end; j++)
+                memcpy(inner[j - start], p->u + j * p->in + start, (size_t)(end - start) * sizeof(float));
+            for (int64_t r = 0; r < rows; r += GROUP)
+                step(p, w + r * p->in, keep + r * p->in, rows - r < GROUP ? rows - r : GROUP, start, end, inner,
+                     error[r / GROUP] + (start - begin));
+            behind(p, w, rows, start, end, end, done, error, start - begin);
         }
+        behind(p, w, rows, begin, done, done, p->in, error, 0);
     }
 }
 
@@ -157,9 +169,11 @@ static void tile(const problem *p, float *w, uint8_t *keep, int64_t rows, int64_
 void second_order_sweep(float *w, uint8_t *keep, const float *u, const float *d, const uint8_t *live, int64_t rows,
                         int64_t in, int64_t first, int64_t last, int64_t n, int64_t m, int threads)
 {
-    (void)threads; /* unused without OpenMP */
     problem p = {u, d, live, in, n, m};
+    int64_t groups = rows / (4 * threads * GROUP), high; /* of a tile: every thread shall have some */
+    groups = groups < 1 ? 1 : groups > GROUPS ? GROUPS : groups;
+    high = groups * GROUP;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t r = 0; r < rows; r += GROUP * GROUPS)
-        tile(&p, w + r * in, keep + r * in, rows - r < GROUP * GROUPS ? rows - r : GROUP * GROUPS, first, last);
+    for (int64_t r = 0; r < rows; r += high)
+        tile(&p, w + r * in, keep + r * in, rows - r < high ? rows - r : high, first, last);
 }

@@ -37,6 +37,7 @@ def take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Solve by this path from here on; Triton's takes tensors of the CPU there and back."""
     if name == "eager":
         monkeypatch.setattr(second_order, "_fast", lambda device: None)
+        monkeypatch.setattr(second_order, "_factor_library", lambda: None)
     elif name == "triton":
         monkeypatch.setattr(second_order, "_fast", lambda device: through_triton)
 
@@ -93,7 +94,7 @@ def fixed(mask: Tensor) -> Callable[[Tensor, int], Tensor]:
     return lambda scores, first: mask[:, first : first + scores.shape[1]]
 
 
-def test_factor_is_the_papers() -> None:
+def test_factor_is_the_papers(path: str) -> None:
     """Upper, and U^T U the inverse of the damped Hessian: the Cholesky factor of the inverse, which is unique."""
     _, hessian = problem(1, 40)
     factor = factorise(hessian, 0.01)
@@ -101,15 +102,17 @@ def test_factor_is_the_papers() -> None:
     expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     torch.testing.assert_close(factor.upper.double(), expected, rtol=1e-5, atol=1e-7)
     assert factor.upper.is_contiguous()
+    assert not factor.upper.tril(-1).any()
     assert factor.live.all()
 
 
-def test_factor_by_halves_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factor_by_halves_is_the_whole_one(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd halves too; what does not exist is found in any of them."""
     _, hessian = problem(1, 75)
-    whole = factorise(hessian, 0.01).upper
     monkeypatch.setattr(second_order, "LEAF", 4)
-    torch.testing.assert_close(factorise(hessian, 0.01).upper, whole, rtol=1e-6, atol=1e-7)
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(75)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
+    torch.testing.assert_close(factorise(hessian, 0.01).upper, expected, rtol=1e-6, atol=1e-7)
     for place in (3, 40, 74):
         broken = hessian.clone()
         broken[place, :place] *= 50
@@ -118,6 +121,24 @@ def test_factor_by_halves_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> N
         broken[place + 1 :, place] *= 50
         with pytest.raises(SingularHessian):
             factorise(broken, 0.01)
+
+
+@needs_compiled
+@pytest.mark.parametrize("size", [1, 31, 33, 64, 203, 600, 1100])
+def test_compiled_factor_is_float64s_and_threads_do_not_matter(size: int) -> None:
+    """Every edge of its panels: 1100 halves to more than one depth of them."""
+    library = second_order._factor_library()
+    assert library is not None
+    h = problem(1, size)[1].double() + 0.1 * torch.eye(size)
+    found = []
+    for threads in (1, 2, 5):
+        u = h.masked_fill(torch.ones(size, size).tril(-1).bool(), float("nan"))  # below the diagonal nobody looks
+        space = torch.full((library.second_order_space(size),), float("nan"), dtype=torch.float64)
+        assert library.second_order_factor(u.data_ptr(), size, space.data_ptr(), threads)
+        found.append(u)
+    expected = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
+    assert all(u.equal(found[0]) for u in found)
 
 
 def least_squares(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
@@ -320,14 +341,14 @@ def test_dead_inputs_do_not_change_the_others() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 39])
-def test_too_few_tokens_are_singular_unless_damped(tokens: int) -> None:
+def test_too_few_tokens_are_singular_unless_damped(path: str, tokens: int) -> None:
     _, hessian = problem(1, 40, tokens=tokens)
     with pytest.raises(SingularHessian):
         factorise(hessian, 0.0)
     assert torch.isfinite(factorise(hessian, 0.01).upper).all()
 
 
-def test_repeated_input_and_no_input_are_singular() -> None:
+def test_repeated_input_and_no_input_are_singular(path: str) -> None:
     x = torch.randn(200, 9, generator=torch.Generator().manual_seed(0))
     x[:, 5] = x[:, 2]
     with pytest.raises(SingularHessian):
@@ -336,7 +357,7 @@ def test_repeated_input_and_no_input_are_singular() -> None:
         factorise(torch.zeros(4, 4), 0.01)
 
 
-def test_one_massive_input_is_not_singular() -> None:
+def test_one_massive_input_is_not_singular(path: str) -> None:
     """Language models have inputs a thousand times the others; the default damping must carry them."""
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
     x[:, 17] *= 1e4
