@@ -286,9 +286,9 @@ def result_of(given: argparse.Namespace) -> dict[str, Any]:
     return {
         "columns": ["layer", *names, "peak GiB", "peak GiB (sparsegpt repo)"],
         "rows": rows,
-        "protocol": f"Factor and solve from the same Hessian, best of {given.repeat} processes that do it twice; inputs "
-        "with a 1 / i spectrum. Error: squared error of the layer's outputs, relative difference. Memory above weight "
-        f"and Hessian. Real model: SmolLM2-135M, layers {', '.join(map(str, REAL_LAYERS))}, inputs from "
+        "protocol": f"Factor and solve from the same Hessian, best of {given.repeat} processes that do it twice; "
+        "inputs with a 1 / i spectrum. Error: squared error of the layer's outputs, relative difference. Memory above "
+        f"weight and Hessian. Real model: SmolLM2-135M, layers {', '.join(map(str, REAL_LAYERS))}, inputs from "
         f"{REAL_WINDOWS * REAL_LENGTH} tokens of C4; the worst matrix.",
         "growth": growth,
         "real_layers": layers,
