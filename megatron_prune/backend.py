@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 from megatron_prune.errors import UserError
 from megatron_prune.imports import without_triton
+from megatron_prune.kernels.memory import keep_freed_memory
 
 SUPPORTED_CORE = ("0.16", "0.17")
 """megatron-core >= first and < second; the touch points below were read from these versions."""
@@ -325,9 +326,12 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
     """Create torch.distributed and megatron-core process groups and seed every generator.
 
     One process needs no launcher: a process group of one is made in memory. A layout that is there already is replaced.
-    A process that waits longer than `timeout_minutes` for another ends with an error.
+    A process that waits longer than `timeout_minutes` for another ends with an error. Without a GPU the process keeps
+    memory that is freed from here on.
     """
     check_layout(layout, world_size())
+    if not has_cuda():
+        keep_freed_memory()
     if not dist.is_initialized():
         _initialize_distributed(timedelta(minutes=timeout_minutes))
     release()

@@ -1,8 +1,9 @@
-"""Huge pages under large fresh tensors of the CPU.
+"""The CPU's memory: fewer page faults.
 
 First touching memory costs one page fault every 4 KiB, which takes as long as what is written there: 40% of a learned
 mask's forward and backward at 4096 x 4096, a quarter of SparseGPT's factor. Linux gives pages of 2 MiB to those who
-ask.
+ask. And the C library gives every large block back when it is freed, so that each tensor of each training step pays
+again: a fifth to a quarter of a step, a tenth of a one-shot method (measured, SmolLM2-135M).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import os
 import sys
 from collections.abc import Callable
 
@@ -31,6 +33,24 @@ def expect_writes(fresh: Tensor) -> Tensor:
         if last > first:
             advise(first, last - first, mmap.MADV_HUGEPAGE)
     return fresh
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Settings of glibc's mallopt(3)."""
+KEEP_FREE, KEEP_BLOCKS = 2**31 - 1, 2**30
+"""Bytes that may be free at the end of the heap; bytes of a block that is taken from the system and given back."""
+ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+
+
+def keep_freed_memory() -> bool:
+    """Let this process use freed memory again instead of giving it back; whether the C library can and was asked to.
+
+    The peak stays what it is. Who has set glibc's own variables for this is left alone, as are other C libraries.
+    """
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if library is None or not hasattr(library, "mallopt") or any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return False
+    return bool(library.mallopt(M_TRIM_THRESHOLD, KEEP_FREE) and library.mallopt(M_MMAP_THRESHOLD, KEEP_BLOCKS))
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,3 +39,37 @@ def test_the_tensor_is_returned_as_it_was(x: torch.Tensor) -> None:
     copy = x.clone()
     assert expect_writes(x) is x
     assert x.is_meta or x.equal(copy)
+
+
+REUSE = """
+import resource, sys, torch
+from megatron_prune.kernels.memory import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "keep" else None
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(2):
+    before = faults()
+    for _ in range(8):
+        torch.empty(3 * 2**24, dtype=torch.uint8).fill_(1)
+print(kept, faults() - before)
+"""
+"""Faults of eight times 48 MiB, the second time round."""
+
+
+def reuse(choice: str, **environment: str) -> tuple[str, int]:
+    """What `keep_freed_memory` answered, and the page faults of using memory again."""
+    clean = {"PATH": "/usr/bin:/bin", **environment}
+    output = subprocess.check_output([sys.executable, "-c", REUSE, choice], text=True, env=clean)
+    kept, count = output.split()
+    return kept, int(count)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep what is freed")
+def test_freed_memory_is_used_again() -> None:
+    kept, count = reuse("keep")
+    assert kept == "True"
+    assert count < reuse("give back")[1] / 3
+
+
+def test_the_users_own_settings_are_left_alone() -> None:
+    assert reuse("keep", MALLOC_MMAP_THRESHOLD_="65536")[0] == "False"
