@@ -15,10 +15,25 @@ from megatron_prune.kernels.memory import HUGE, expect_writes
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def huge_bytes() -> int:
-    """Of this process, that lie on huge pages."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+HUGE_PAGES = """
+import torch
+from megatron_prune.kernels.memory import HUGE, expect_writes
+def huge_bytes():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
+before = huge_bytes()
+plain = torch.empty(16 * HUGE, dtype=torch.uint8).fill_(1)
+between = huge_bytes()
+fresh = expect_writes(torch.empty(16 * HUGE, dtype=torch.uint8)).fill_(1)
+print(between - before, huge_bytes() - between, plain.equal(fresh))
+"""
+"""Bytes on huge pages that a plain tensor and one that asked for them brought."""
+
+
+def run(program: str, *arguments: str, **environment: str) -> list[str]:
+    """The words that a process of its own prints: another test's freed memory would be used again here."""
+    clean = {"PATH": "/usr/bin:/bin", **environment}
+    return subprocess.check_output([sys.executable, "-c", program, *arguments], text=True, env=clean).split()
 
 
 @pytest.mark.skipif(
@@ -26,12 +41,10 @@ def huge_bytes() -> int:
     reason="this system does not give huge pages to those who ask and to nobody else",
 )
 def test_large_tensors_lie_on_huge_pages() -> None:
-    before = huge_bytes()
-    plain = torch.empty(16 * HUGE, dtype=torch.uint8).fill_(1)
-    assert huge_bytes() - before < HUGE
-    fresh = expect_writes(torch.empty(16 * HUGE, dtype=torch.uint8)).fill_(1)
-    assert huge_bytes() - before >= HUGE
-    assert plain.equal(fresh)
+    plain, asked, equal = run(HUGE_PAGES)
+    assert int(plain) < HUGE
+    assert int(asked) >= HUGE
+    assert equal == "True"
 
 
 @pytest.mark.parametrize("x", [torch.zeros(0), torch.ones(3), torch.ones(2 * HUGE), torch.empty(4, device="meta")])
@@ -58,9 +71,7 @@ print(kept, faults() - before)
 
 def reuse(choice: str, **environment: str) -> tuple[str, int]:
     """What `keep_freed_memory` answered, and the page faults of using memory again."""
-    clean = {"PATH": "/usr/bin:/bin", **environment}
-    output = subprocess.check_output([sys.executable, "-c", REUSE, choice], text=True, env=clean)
-    kept, count = output.split()
+    kept, count = run(REUSE, choice, **environment)
     return kept, int(count)
 
 
