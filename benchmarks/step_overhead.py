@@ -1,6 +1,6 @@
-"""What learning masks costs over running the same frozen model: one optimizer step of SmolLM2-135M, 2 x 1024 tokens.
+"""What learning masks costs over running the same frozen model: one optimizer step, by default of 2 x 1024 tokens.
 
-    python benchmarks/step_overhead.py --model HF_DIRECTORY [--repeats 5]
+    python benchmarks/step_overhead.py --model HF_DIRECTORY [--repeats 5] [--windows 8 --length 2048]
 
 Four things take turns in one process, on the same model object and tokens; the median of the repeats counts:
 
@@ -12,8 +12,8 @@ Four things take turns in one process, on the same model object and tokens; the 
     statistics         the last part of it alone
 
 A mask's gradient is made of the gradient of its weight, so the matrix products of `dense, trained` are a part of
-`masks` whatever the kernels do; `over dense, frozen` cannot be below what they take. Writes
-benchmarks/results/step_overhead_DATE.json, of which a document's table is made.
+`masks` whatever the kernels do; `over dense, frozen` cannot be below what they take. Runs on the GPU where there is
+one. Writes benchmarks/results/step_overhead_DEVICE_DATE.json, of which a document's table is made.
 """
 
 from __future__ import annotations
@@ -41,28 +41,27 @@ from megatron_prune.model.source import open_model
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import Trainer
 
-WINDOWS, LENGTH = 2, 1024
 SCALE, TEMPERATURE = 1280.0, 12.8
 
 
 class RandomTokens:
     """Windows of random tokens: what they are changes no time."""
 
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, vocabulary: int, length: int) -> None:
+        self.vocabulary, self.length = vocabulary, length
 
     def sample(self, index: int) -> Tensor:
-        """`[LENGTH + 1]` int64 token ids."""
-        return torch.randint(self.vocabulary, (LENGTH + 1,), generator=torch.Generator().manual_seed(index))
+        """`[length + 1]` int64 token ids."""
+        return torch.randint(self.vocabulary, (self.length + 1,), generator=torch.Generator().manual_seed(index))
 
 
 class Bench:
     """The model in its four uses."""
 
-    def __init__(self, model: PrunableModel, folder: Path) -> None:
+    def __init__(self, model: PrunableModel, folder: Path, windows: int, length: int) -> None:
         self.model = model
-        training = Training(micro_batch_size=WINDOWS, global_batch_size=WINDOWS, seq_length=LENGTH)
-        data = RandomTokens(model.config.vocab_size)
+        training = Training(micro_batch_size=windows, global_batch_size=windows, seq_length=length)
+        data = RandomTokens(model.config.vocab_size, length)
         self.runner = LearningRunner(
             model,
             training,
@@ -76,7 +75,7 @@ class Bench:
         self.runner.start_logits(lambda mask: mask, std=0.01)
         self.trainer = Trainer(model, training, data, {"*mask_logits": 1.0})
         self.weights = [linear.module.weight for linear in model.linears()]
-        self.batch = torch.stack([data.sample(i) for i in range(WINDOWS)]).to(backend.device())
+        self.batch = torch.stack([data.sample(i) for i in range(windows)]).to(backend.device())
         self.steps = 0
 
     def masks(self) -> None:
@@ -94,7 +93,8 @@ class Bench:
         for weight in self.weights:
             weight.requires_grad_(trained)
         hook = chunk.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
-        places = torch.arange(LENGTH, device=self.batch.device).expand(WINDOWS, -1)
+        windows, length = self.batch.shape[0], self.batch.shape[1] - 1
+        places = torch.arange(length, device=self.batch.device).expand(windows, -1)
         chunk.train()
         chunk(self.batch[:, :-1], places, None, labels=self.batch[:, 1:]).float().mean().backward()
         hook.remove()
@@ -109,12 +109,13 @@ def seconds(work: Callable[[], Any]) -> dict[str, float]:
     """By the clock, and of processor time over all threads."""
     began, processor = time.perf_counter(), time.process_time()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return {"wall_s": time.perf_counter() - began, "cpu_s": time.process_time() - processor}
 
 
-def measure(model: PrunableModel, folder: Path, repeats: int) -> dict[str, dict[str, float]]:
+def measure(bench: Bench, repeats: int) -> dict[str, dict[str, float]]:
     """Medians of every use, which take turns, after one of each that does not count."""
-    bench = Bench(model, folder)
     uses: dict[str, Callable[[], Any]] = {
         "dense, frozen": lambda: bench.dense(trained=False),
         "dense, trained": lambda: bench.dense(trained=True),
@@ -136,29 +137,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=1024)
     given = parser.parse_args()
     layout, load = backend.Layout(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, backend.running(layout):
-        times = measure(open_model(given.model).load(layout), Path(folder), given.repeats)
+        model = open_model(given.model).load(layout)
+        times = measure(Bench(model, Path(folder), given.windows, given.length), given.repeats)
+        shape = model.config
+    on_gpu = torch.cuda.is_available()
     frozen, trained = times["dense, frozen"], times["dense, trained"]
     today = datetime.date.today().isoformat()
+    tokens = f"{given.windows} x {given.length}"
     result = {
-        "columns": ["one step of 2 x 1024 tokens", "wall s", "CPU s", "over dense, frozen", "over dense, trained"],
+        "columns": [f"one step of {tokens} tokens", "wall s", "CPU s", "over dense, frozen", "over dense, trained"],
         "rows": [
             [name, each["wall_s"], each["cpu_s"], *(each["wall_s"] / base["wall_s"] - 1 for base in (frozen, trained))]
             for name, each in times.items()
             if name != "statistics"
         ],
-        "protocol": "SmolLM2-135M, bf16, forward and backward. Frozen: gradients of activations only. Trained: and of "
-        "the prunable weights. Masks: a whole step with draw, gradient norm, Adam and statistics. In turn in one "
-        f"process, medians of {given.repeats}, {torch.get_num_threads()} threads.",
-        "hardware": hardware(),
+        "protocol": f"{shape.num_layers} layers of width {shape.hidden_size}, {shape.dtype}, forward and backward. "
+        "Frozen: gradients of activations only. Trained: and of the prunable weights. Masks: a whole step with draw, "
+        f"gradient norm, Adam and statistics. In turn in one process, medians of {given.repeats}, "
+        f"{torch.get_num_threads()} threads.",
+        "hardware": torch.cuda.get_device_name() if on_gpu else hardware(),
         "date": today,
         "load_before": load,  # other work on the machine
         "versions": versions(),
         "times": times,
     }
-    path = HERE / "results" / f"step_overhead_{today}.json"
+    path = HERE / "results" / f"step_overhead_{'cuda' if on_gpu else 'cpu'}_{today}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path, json.dumps(result["rows"]))
 
