@@ -55,8 +55,8 @@ class Hessian:
         for first in range(0, len(whole), TILE_CPU):
             last = first + TILE_CPU
             band = (self._gram[first:last, first:] * scale).float()
-            whole[first:last, first:] = band
             whole[first:, first:last] = band.t()
+            whole[first:last, first:] = band
             whole[first:last, first:last].triu_().add_(band[:, :TILE_CPU].triu(1).t())
         return whole
 

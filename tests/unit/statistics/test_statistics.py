@@ -86,3 +86,13 @@ def test_hessian_does_not_depend_on_threads(dtype: torch.dtype, tokens: int, wid
         found.append(statistic.value())
     torch.set_num_threads(before)
     assert all(each.equal(found[0]) for each in found)
+
+
+@pytest.mark.parametrize("width", [1, 255, 257, 600])
+def test_hessian_is_the_upper_triangle_mirrored(width: int) -> None:
+    """Whatever a product left below the diagonal: a matrix and its rounding must be symmetric for the factor."""
+    statistic = Hessian(width)
+    statistic.tokens += 2
+    statistic._gram += torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    upper = statistic._gram.float().triu()
+    assert statistic.value().equal(upper + upper.triu(1).t())
