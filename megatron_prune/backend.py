@@ -153,7 +153,8 @@ def square_sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def _row_squares(flat: torch.Tensor) -> Iterator[torch.Tensor]:
     whole = flat.numel() // SQUARE_ROW * SQUARE_ROW
     if whole:
-        rows = torch.linalg.vector_norm(flat[:whole].view(-1, SQUARE_ROW), dim=1, dtype=torch.float32)
+        dtype = torch.promote_types(flat.dtype, torch.float32)
+        rows = torch.linalg.vector_norm(flat[:whole].view(-1, SQUARE_ROW), dim=1, dtype=dtype)
         yield rows.double().square().sum()
     if whole < flat.numel():
         yield torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()

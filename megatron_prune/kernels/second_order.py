@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,30 +187,24 @@ def sweep_compiled(
     library.second_order_sweep(*pointers, rows, columns, first, last, n, m, torch.get_num_threads())
 
 
-@functools.cache
-def _signed(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.second_order_sweep.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int]
-    library.second_order_sweep.restype = None
+def _library(source: str, **functions: tuple[Any, list[Any]]) -> ctypes.CDLL | None:
+    """The library built from a file of csrc, its `functions` given their (result, arguments); None where none is."""
+    library = load_library(Path(__file__).parent / "csrc" / source)
+    for name, (result, arguments) in functions.items() if library is not None else ():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
     return library
 
 
 def _compiled() -> ctypes.CDLL | None:
-    library = load_library(Path(__file__).parent / "csrc" / "second_order.c")
-    return None if library is None else _signed(library)
+    sweep = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 6 + [ctypes.c_int]
+    return _library("second_order.c", second_order_sweep=(None, sweep))
 
 
 def _factor_library() -> ctypes.CDLL | None:
-    library = load_library(Path(__file__).parent / "csrc" / "factor.c")
-    return None if library is None else _signed_factor(library)
-
-
-@functools.cache
-def _signed_factor(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.second_order_space.argtypes = [ctypes.c_int64]
-    library.second_order_space.restype = ctypes.c_int64
-    library.second_order_factor.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
-    library.second_order_factor.restype = ctypes.c_int
-    return library
+    factor = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+    space = (ctypes.c_int64, [ctypes.c_int64])
+    return _library("factor.c", second_order_space=space, second_order_factor=(ctypes.c_int, factor))
 
 
 def _fast(device: torch.device) -> Sweep | None:

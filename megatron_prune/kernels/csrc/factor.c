@@ -68,11 +68,11 @@ static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
 /* `count` lines of `depth` elements into panels of `wide` lines, element by element; missing lines are zero. */
-static void pack(matrix m, int64_t across, int64_t along, int64_t count, int64_t depth, int wide, double *panel)
+static void pack(const double *at, int64_t across, int64_t along, int64_t count, int64_t depth, int wide, double *panel)
 {
     for (int64_t k = 0; k < depth; k++)
         for (int64_t i = 0; i < wide; i++)
-            panel[k * wide + i] = i < count ? m.at[i * across + k * along] : 0.0;
+            panel[k * wide + i] = i < count ? at[i * across + k * along] : 0.0;
 }
 
 /* out [rows, columns] += sign * left [rows, depth] right [depth, columns]. `packed`: DEPTH x columns, rounded up. */
@@ -85,15 +85,15 @@ static void multiply(shape s, double sign, matrix left, matrix right, double *ou
         int64_t deep = least(DEPTH, depth - k);
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < columns; j += COLUMNS)
-            pack((matrix){right.at + k * right.down + j * right.right, 0, 0}, right.right, right.down,
-                 least(COLUMNS, columns - j), deep, COLUMNS, packed + j * DEPTH);
+            pack(right.at + k * right.down + j * right.right, right.right, right.down, least(COLUMNS, columns - j),
+                 deep, COLUMNS, packed + j * DEPTH);
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < rows; i += BAND) {
             double band[BAND * DEPTH] __attribute__((aligned(64)));
             int64_t high = least(BAND, rows - i);
             for (int64_t r = 0; r < high; r += ROWS)
-                pack((matrix){left.at + (i + r) * left.down + k * left.right, 0, 0}, left.down, left.right,
-                     least(ROWS, high - r), deep, ROWS, band + r * DEPTH);
+                pack(left.at + (i + r) * left.down + k * left.right, left.down, left.right, least(ROWS, high - r), deep,
+                     ROWS, band + r * DEPTH);
             for (int64_t j = 0; j < columns; j += COLUMNS)
                 for (int64_t r = 0; r < high; r += ROWS) {
                     int64_t from = s == LEFT_UPPER ? i + r : s == RIGHT_LOWER ? j : 0;

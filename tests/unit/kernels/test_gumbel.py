@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,14 +254,11 @@ def test_row_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) ->
 
 @needs_compiled
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_number_of_threads_does_not_change_the_result(threads: int) -> None:
-    tensors, before = example(2, 4), torch.get_num_threads()
+def test_number_of_threads_does_not_change_the_result(threads: int, use_threads: Callable[[int], None]) -> None:
+    tensors = example(2, 4)
     reference = evaluate(*tensors, 2, 4, implementation="cpu")
-    try:
-        torch.set_num_threads(threads)
-        result = evaluate(*tensors, 2, 4, implementation="cpu")
-    finally:
-        torch.set_num_threads(before)
+    use_threads(threads)
+    result = evaluate(*tensors, 2, 4, implementation="cpu")
     assert torch.equal(result[0], reference[0]) and torch.equal(result[1], reference[1])
 
 

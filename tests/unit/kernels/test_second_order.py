@@ -79,6 +79,16 @@ def problem(rows: int, width: int, tokens: int | None = None, seed: int = 0) -> 
     return torch.randn(rows, width, generator=generator), 2 * x.t() @ x / len(x)
 
 
+def exact_factor(hessian: Tensor) -> Tensor:
+    """The Cholesky factor of the inverse, float64 and upper, by PyTorch."""
+    return torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
+
+
+def damped(hessian: Tensor) -> Tensor:
+    """`hessian` with 0.01 of its mean diagonal added to the diagonal, float64."""
+    return hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(len(hessian))
+
+
 def output_error(new: Tensor, old: Tensor, hessian: Tensor) -> float:
     """Squared error of the layer's outputs, per token."""
     delta = (new - old).double()
@@ -98,9 +108,7 @@ def test_factor_is_the_papers(path: str) -> None:
     """Upper, and U^T U the inverse of the damped Hessian: the Cholesky factor of the inverse, which is unique."""
     _, hessian = problem(1, 40)
     factor = factorise(hessian, 0.01)
-    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(40)
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    torch.testing.assert_close(factor.upper.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(factor.upper.double(), exact_factor(damped(hessian)), rtol=1e-5, atol=1e-7)
     assert factor.upper.is_contiguous()
     assert not factor.upper.tril(-1).any()
     assert factor.live.all()
@@ -109,10 +117,10 @@ def test_factor_is_the_papers(path: str) -> None:
 def test_factor_by_halves_is_the_whole_one(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd halves too; what does not exist is found in any of them."""
     _, hessian = problem(1, 75)
+    whole = factorise(hessian, 0.01).upper
     monkeypatch.setattr(second_order, "LEAF", 4)
-    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(75)
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True).float()
-    torch.testing.assert_close(factorise(hessian, 0.01).upper, expected, rtol=1e-6, atol=1e-7)
+    for expected in (whole, exact_factor(damped(hessian)).float()):
+        torch.testing.assert_close(factorise(hessian, 0.01).upper, expected, rtol=1e-6, atol=1e-7)
     for place in (3, 40, 74):
         broken = hessian.clone()
         broken[place, :place] *= 50
@@ -136,8 +144,7 @@ def test_compiled_factor_is_float64s_and_threads_do_not_matter(size: int) -> Non
         space = torch.full((library.second_order_space(size),), float("nan"), dtype=torch.float64)
         assert library.second_order_factor(u.data_ptr(), size, space.data_ptr(), threads)
         found.append(u)
-    expected = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
-    torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0], exact_factor(h), rtol=1e-10, atol=1e-12)
     assert all(u.equal(found[0]) for u in found)
 
 
@@ -264,15 +271,13 @@ def solved_in_parts() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @needs_compiled
-def test_threads_do_not_matter() -> None:
+def test_threads_do_not_matter(use_threads: Callable[[int], None]) -> None:
     weight, hessian = problem(70, 300)
     factor = factorise(hessian, 0.01)
-    before = torch.get_num_threads()
     results = []
     for threads in (1, 3):
-        torch.set_num_threads(threads)
+        use_threads(threads)
         results.append(solve_nm(weight, factor, 2, 4)[1])
-    torch.set_num_threads(before)
     assert results[0].equal(results[1])
 
 

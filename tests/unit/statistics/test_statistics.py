@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -74,17 +75,17 @@ def test_precision_setting_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "width"), [(2048, 16), (4096, 192), (4096, 576)])
-def test_hessian_does_not_depend_on_threads(dtype: torch.dtype, tokens: int, width: int) -> None:
+def test_hessian_does_not_depend_on_threads(
+    dtype: torch.dtype, tokens: int, width: int, use_threads: Callable[[int], None]
+) -> None:
     """One process has all of them and several have few: the decision must be the same."""
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = torch.get_num_threads()
     found = []
     for threads in (1, 2, 8):
-        torch.set_num_threads(threads)
+        use_threads(threads)
         statistic = Hessian(width)
         statistic.update(x)
         found.append(statistic.value())
-    torch.set_num_threads(before)
     assert all(each.equal(found[0]) for each in found)
 
 
