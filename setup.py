@@ -33,6 +33,7 @@ setup(
         "rich>=13.7",
         "jsonargparse>=4.40,<5",
         "pyyaml>=6.0",
+        "pydantic>=2.7,<3",
         "filelock>=3.12",
         "psutil>=5.9",
         "scipy>=1.11",

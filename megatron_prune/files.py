@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from megatron_prune import foreign
 from megatron_prune.errors import UserError
 
 PARTIAL = ".partial"
@@ -161,9 +162,4 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path, what: str) -> Any:
     """The content of a JSON file; UserError when it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {path.parent} is not {what}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {what} cannot be read from it: restore or rewrite it") from None
+    return foreign.read_json(path, what, Any)
