@@ -94,6 +94,18 @@ def parse_json(data: bytes, where: str, shape: Any = dict[str, Any], advice: str
     return _validated(lambda adapter: adapter.validate_json(text, strict=True), where, shape, advice)
 
 
+def parse_text_json(data: bytes, where: str, shape: Any = dict[str, Any], advice: str = RESTORE) -> Any:
+    """As `parse_json`, for JSON whose keys and values are anybody's text, such as the pieces of a vocabulary.
+
+    A NUL or half a surrogate pair is as good a text as any there, and of a key given twice the last one counts.
+    """
+    try:
+        content = json.loads(data.decode("utf-8-sig"), parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is damaged ({reason(error)}); {advice}") from None
+    return check_shape(content, where, shape, advice)
+
+
 def check_shape(value: Any, where: str, shape: Any, advice: str = RESTORE) -> Any:
     """`value`, parsed already, as `shape`; UserError names the key."""
     return _validated(lambda adapter: adapter.validate_python(value), where, shape, advice)

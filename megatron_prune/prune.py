@@ -371,7 +371,7 @@ def _learn(
 
 def _save_weights(source: ModelSource, model: PrunableModel, path: Path, method: PruningMethod) -> None:
     """Write the model whose weights a method changed. Collective."""
-    save_model(path, model, {**source.history, "weights": method.name}, source.tokenizer_files)
+    save_model(path, model, {**source.history, "weights": method.name}, source.tokenizer)
 
 
 def _forget_unfinished_decision(folder: Path) -> None:

@@ -201,7 +201,7 @@ class MegatronEngine:
 
     def save(self, path: Path, history: dict[str, Any]) -> None:
         """As `Engine` says: a checkpoint."""
-        save_model(path, self.model, history, self.source.tokenizer_files)
+        save_model(path, self.model, history, self.source.tokenizer)
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:

@@ -78,4 +78,4 @@ def run(config: TrimConfig) -> None:
         history = weights.history
         if about.method != "train":
             history = {**history, "method": about.method, "target": about.target}
-        save_model(config.output, model, history, weights.tokenizer_files)
+        save_model(config.output, model, history, weights.tokenizer)

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.export.forms import auto_map, code_file
 from megatron_prune.files import PARTIAL, refuse_existing, sync
-from megatron_prune.model.convert import tokenizer_files
+from megatron_prune.model.description import copy_tokenizer
 from megatron_prune.model.families import ModelConfig, get_family
 
 _MAX_SHARD_BYTES = 5_000_000_000
@@ -83,8 +83,8 @@ def write_directory(
             (partial / code[0]).write_text(code[1], encoding="utf-8")
         for name, content in configs.items():
             _write_json(partial / name, content)
-        for file in tokenizer_files(tokenizer_dir) if tokenizer_dir is not None else []:
-            shutil.copyfile(file, partial / file.name)
+        if tokenizer_dir is not None:
+            copy_tokenizer(tokenizer_dir, partial)
         sync(partial)
         os.replace(partial, directory)
     finally:

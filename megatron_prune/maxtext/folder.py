@@ -11,7 +11,6 @@ Read and written here; Orbax and JAX are needed for the weights alone.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, read_json, write_json
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.masks import PackedMasks
-from megatron_prune.model.description import tokenizer_files
+from megatron_prune.model.description import copy_tokenizer
 from megatron_prune.model.families import ModelConfig
 
 FORMAT = 1
@@ -82,8 +81,7 @@ def write_folder(
         write_json(folder / DESCRIPTION, {"format": FORMAT, "model": config.to_dict()})
         (folder / SETTINGS).write_text(_yaml(path.resolve(), config))
         (folder / TOKENIZER).mkdir()
-        for file in tokenizer_files(tokenizer):
-            shutil.copyfile(file, folder / TOKENIZER / file.name)
+        copy_tokenizer(tokenizer, folder / TOKENIZER)
         if masks is not None:
             masks.save(folder / MASKS)
         save_weights(folder / WEIGHTS, tree)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 
 from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, read_json, write_json
-from megatron_prune.model.description import tokenizer_files
+from megatron_prune.model.description import copy_tokenizer
 from megatron_prune.model.families import ModelConfig, family_of, get_family
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -114,8 +113,7 @@ def write_directory(
         _save(folder, shards, shard)
         _name(folder, shards)
         write_json(folder / "config.json", family.to_hf(config))
-        for file in tokenizer_files(tokenizer):
-            shutil.copyfile(file, folder / file.name)
+        copy_tokenizer(tokenizer, folder)
     return config
 
 

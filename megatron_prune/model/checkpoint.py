@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import pickle
 import queue
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_prune.errors import UserError
 from megatron_prune.files import by_leader, checksum, new_folder, read_json, write_json
 from megatron_prune.model.build import DTYPES, build_model
-from megatron_prune.model.description import Description, read_description
+from megatron_prune.model.description import Description, copy_tokenizer, read_description
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.untrusted import check_table, only_weights
 
@@ -216,14 +215,16 @@ def damage_of(folder: Path) -> list[str]:
     return list(dict.fromkeys(text for told in everybody for text in told))
 
 
-def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokenizer: Iterable[Path]) -> None:
-    """Write a model checkpoint from any layout. Collective; `path` must not exist."""
+def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokenizer: Path) -> None:
+    """Write a model checkpoint from any layout, with the tokenizer's files in the folder `tokenizer`.
+
+    Collective; `path` must not exist.
+    """
     with new_folder(path) as folder:
         if backend.rank() == 0:
             Description(model.config, source).write(folder)
             (folder / "tokenizer").mkdir()
-            for file in tokenizer:
-                shutil.copyfile(file, folder / "tokenizer" / file.name)
+            copy_tokenizer(tokenizer, folder / "tokenizer")
             (folder / "weights").mkdir()
         dist.barrier()
         ShardedSave(folder / "weights", _weights_only(model)).finish()

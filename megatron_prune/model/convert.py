@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.model.description import TOKENIZER_FILES, tokenizer_files
+from megatron_prune.model.description import TOKENIZER_FILES
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -185,10 +185,6 @@ class HFReader:
                 return opened.get_slice(entry.name)[first:last]
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read {name} from {entry.file}: {error}") from error
-
-    def tokenizer_files(self) -> list[Path]:
-        """Tokenizer, chat template and generation config files that come with the checkpoint."""
-        return tokenizer_files(self.directory)
 
     def _model_config(self) -> ModelConfig:
         config = family_of(self.config).from_hf(self.config)

@@ -18,6 +18,7 @@ from megatron_prune.model import convert
 from megatron_prune.model.build import build_model
 from megatron_prune.model.checkpoint import compute_dtype, save_model
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import check_tokenizer_files
 from megatron_prune.model.families import ModelConfig, WeightMap
 from megatron_prune.model.fms import FmsReader, is_fms
 from megatron_prune.model.prunable import PrunableModel
@@ -70,8 +71,9 @@ def run(config: ImportConfig) -> None:
     refuse_existing(config.output)
     directory = Path(config.input)
     reader = FmsReader(directory) if is_fms(directory) else HFReader(config.input)
+    check_tokenizer_files(reader.directory)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = read_hf(reader, layout, config.dtype, config.mask)
         source = {"import": str(config.input), "mask": str(config.mask) if config.mask else None}
-        save_model(config.output, model, source, reader.tokenizer_files())
+        save_model(config.output, model, source, reader.directory)

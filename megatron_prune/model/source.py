@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
-from megatron_prune.model.description import is_checkpoint, read_description
+from megatron_prune.model.description import check_tokenizer_files, is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.import_hf import read_hf
 from megatron_prune.model.prunable import PrunableModel
@@ -28,7 +28,6 @@ class ModelSource:
     """Where the weights came from and what was done to them, newest last."""
     tokenizer: Path
     """Folder to load the tokenizer from."""
-    tokenizer_files: list[Path]
     load: Callable[..., PrunableModel]
     """`load(layout, dtype=None, **extra)`: the model in a layout. Collective."""
     reader: HFReader | None = None
@@ -46,15 +45,16 @@ def open_model(path: Path) -> ModelSource:
         def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
             return load_model(path, layout, dtype, **extra)
 
-        return ModelSource(about.config, about.source, folder, sorted(folder.iterdir()), load)
+        return ModelSource(about.config, about.source, folder, load)
     if not (path / "config.json").is_file():
         raise UserError(
             f"{path} is no model; give a Megatron checkpoint (written by import, trim or train) or a Hugging Face "
             "directory with config.json and safetensors"
         )
     reader = HFReader(path)
+    check_tokenizer_files(path)
 
     def read(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
         return read_hf(reader, layout, dtype, **extra)
 
-    return ModelSource(reader.model_config, {"import": str(path)}, path, reader.tokenizer_files(), read, reader)
+    return ModelSource(reader.model_config, {"import": str(path)}, path, read, reader)

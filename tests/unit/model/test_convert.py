@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_prune.errors import UserError
 from megatron_prune.model import convert
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import tokenizer_files
 from megatron_prune.model.families import FAMILIES, ModelConfig, WeightMap
 from tests.models import STORIES_TEXT, edit_config, hf_loss, stories260k, tiny_llama
 
@@ -343,5 +344,5 @@ def test_stories260k_talks(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     for text in (STORIES_TEXT, "Two  spaces\nand a line", "Ä日😀"):
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-    names = {path.name for path in HFReader(directory).tokenizer_files()}
+    names = {path.name for path in tokenizer_files(directory)}
     assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
