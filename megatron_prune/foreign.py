@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import stat
 import tempfile
 import warnings
@@ -39,9 +40,7 @@ RESTORE = "restore or rewrite it"
 
 def strict() -> ConfigDict:
     """`__pydantic_config__` of a dataclass or `model_config` of a model: no unknown keys, no conversion, no NaN."""
-    from pydantic import ConfigDict
-
-    return ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
 
 def open_regular(path: Path, what: str, most: int | None = MOST_BYTES) -> Any:
@@ -84,11 +83,27 @@ def read_json(path: Path, what: str, shape: Any = dict[str, Any]) -> Any:
     return parse_json(read_regular(path, what), str(path), shape, f"{RESTORE}: it is not {what} as it is")
 
 
+def read_format(path: Path, what: str, version: int, shape: Any, plain: bool = False) -> Any:
+    """As `read_json`, of a file whose `format` tells versions apart: another one is named before its keys are.
+
+    `plain`: its values, once checked, as they stand there, in objects and lists.
+    """
+    data, advice = read_regular(path, what), f"{RESTORE}: it is not {what} as it is"
+    content = json_object(data, str(path), advice)
+    found = content.get("format")
+    if found != version or isinstance(found, bool):
+        raise UserError(f"{path} has format {brief(found)}; this version reads format {version}: give {what}")
+    checked = parse_json(data, str(path), shape, advice)
+    return content if plain else checked
+
+
 def parse_json(data: bytes, where: str, shape: Any = dict[str, Any], advice: str = RESTORE) -> Any:
     """As `read_json`, for bytes that stand at `where`."""
     try:
         text = data.decode("utf-8-sig")
-        json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        found = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+        if _ESCAPED.search(text):
+            _check_texts(found)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is damaged ({reason(error)}); {advice}") from None
     return _validated(lambda adapter: adapter.validate_json(text, strict=True), where, shape, advice)
@@ -122,10 +137,20 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {brief(twice)} is given twice")
-    for text in (*found, *(value for value in found.values() if isinstance(value, str))):
-        if not text.isascii() or "\0" in text:
-            check_name(text)
     return found
+
+
+_ESCAPED = re.compile(r"\\u(0000|[dD][89a-fA-F])")
+"""How JSON writes a NUL or half a surrogate pair; without an escape it cannot."""
+
+
+def _check_texts(value: Any) -> None:
+    """ValueError for a string anywhere in a value that is no text: a NUL in it, or half a surrogate pair."""
+    if isinstance(value, str):
+        check_name(value)
+    elif isinstance(value, dict | list):
+        for part in (*value, *(value.values() if isinstance(value, dict) else ())):
+            _check_texts(part)
 
 
 def check_name(text: str) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import Masks
-from megatron_prune.apply.trimming import FILE as TRIM
-from megatron_prune.apply.trimming import Trim, is_trim
+from megatron_prune.apply.trimming import Trim, is_trim, read_record
 from megatron_prune.config import InspectConfig
 from megatron_prune.errors import UserError
 from megatron_prune.export.mask_file import mask_npz_pattern
-from megatron_prune.files import read_json
 from megatron_prune.log import say
 from megatron_prune.model.description import is_checkpoint, read_description
 
@@ -49,9 +48,9 @@ def _checkpoint(path: Path) -> None:
 def _run(path: Path) -> None:
     about = run_folder.read_run(path)
     say(f"{path}: {about.kind} run of {about.input}, {about.state}")
-    latest = path / "checkpoints" / "latest.json"
-    if latest.is_file():
-        say(f"  newest checkpoint: step {read_json(latest, 'a run')['step']}")
+    step = run_folder.latest_step(path)
+    if step is not None:
+        say(f"  newest checkpoint: step {step}")
     if about.state == "decided":
         _decision(path / "decision")
 
@@ -71,7 +70,7 @@ def _decision(path: Path) -> None:
 
 
 def _trim(path: Path) -> None:
-    trim, about = Trim.load(path), read_json(path / TRIM, "a structured decision")
+    trim, about = Trim.load(path), read_record(path)
     say(f"{path}: {trim.info.method} {trim.info.target}, layers that stay: {' '.join(map(str, trim.units.layers))}")
-    for name, after in about["after"].items():
-        say(f"  {name:<20} {about['before'][name]} -> {after}")
+    for name, after in asdict(about.after).items():
+        say(f"  {name:<20} {getattr(about.before, name)} -> {after}")

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 import torch.distributed as dist
+from pydantic import AfterValidator, Field
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -33,7 +34,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megatron_prune.errors import UserError
+from megatron_prune.foreign import parse_json, read_regular
+from megatron_prune.schema import Count
 
 PACKAGES = (
     "megatron-prune",
@@ -46,6 +48,20 @@ PACKAGES = (
     "transformer-engine",
     "triton",
 )
+MOST_BYTES = 4_000_000_000
+"""Of metrics.jsonl."""
+_Value = None | bool | Annotated[float, Field(ge=-1e200, le=1e200)] | list[Count]
+
+
+def _counted(record: dict[str, Any]) -> dict[str, Any]:
+    step = record.get("step", 0)
+    if type(step) is not int or step < 0:
+        raise ValueError("key 'step': a whole number of at least 0 is allowed")
+    return record
+
+
+_Record = Annotated[dict[str, Annotated[int, Field(ge=-(2**63), lt=2**63)] | _Value], AfterValidator(_counted)]
+"""Schema of a line: figures, and lists of numbers."""
 PLAIN_INTERVAL_S = 10.0
 """Seconds between lines of progress outside a terminal."""
 
@@ -218,14 +234,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     A last line without its end, which a process is writing or died in, is left out. UserError for a damaged one.
     """
     path = folder / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    records = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number} is damaged ({error}): restore the run folder") from None
-    return records
+    data = read_regular(path, "a run", MOST_BYTES) if path.is_file() else b""
+    return [_record(line, f"{path}:{number}") for number, line in enumerate(data.split(b"\n")[:-1], 1)]
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    record: dict[str, Any] = parse_json(line, where, _Record, "restore the run folder")
+    return record
 
 
 def _finite(value: Any) -> Any:

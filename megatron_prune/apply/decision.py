@@ -21,40 +21,79 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_prune.errors import UserError
-from megatron_prune.files import PARTIAL, read_json, refuse_existing, sync, write_json
+from megatron_prune.errors import UserError, brief
+from megatron_prune.files import PARTIAL, refuse_existing, sync, write_json
+from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.methods.target import NM, Target, parse_target
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.schema import Above0, Count, Layer, Sha256, Word
 
 _FORMAT = 1
 _FILE = "decision.json"
+MOST_WEIGHTS = 2**42
+"""In one matrix; beyond any memory."""
 
 
 @dataclass(frozen=True)
 class MaskInfo:
     """Where a decision comes from."""
 
-    method: str
+    __pydantic_config__ = strict()
+
+    method: Word
     """Registered name of the method."""
-    target: str
+    target: Word
     """As ``str(target)``: ``2:4`` or ``0.5``."""
     hyperparameters: dict[str, Any]
-    family: str
-    model_hash: str
+    family: Word
+    model_hash: Word
     """``ModelConfig.fingerprint()`` of the model the decision is about."""
-    seed: int | None = None
+    seed: Count | None = None
     calibration: dict[str, Any] | None = None
     """Source, count, length, seed and hash of the calibration windows; None for methods without data."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Anything else that is JSON."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a decision says of one weight."""
+
+    __pydantic_config__ = strict()
+
+    layer: Layer
+    shape: tuple[Above0, Above0]
+    """As the weight is stored."""
+    kept: Count
+    size: Above0
+
+    def __post_init__(self) -> None:
+        if self.size != self.shape[0] * self.shape[1] or self.kept > self.size or self.size > MOST_WEIGHTS:
+            raise ValueError(f"{self.kept} of {self.size} weights are kept, in the shape {list(self.shape)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File(MaskInfo):
+    """What is in decision.json."""
+
+    format: Literal[1]
+    kind: Literal["masks"]
+    files: dict[Annotated[str, Field(pattern=r"^layer_[0-9]{5}\.safetensors$")], Sha256]
+    weights: Annotated[dict[Annotated[Word, Field(pattern=r"\.")], Weight], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        needed = {_layer_file(weight.layer) for weight in self.weights.values()}
+        if needed != set(self.files):
+            raise ValueError(f"the weights are of {len(needed)} layers, the files of {len(self.files)}")
 
 
 class MaskRow(NamedTuple):
@@ -133,7 +172,7 @@ class MaskWriter:
 
     def add_layer(self, layer: int, masks: Mapping[str, Tensor]) -> None:
         """Store one layer: Hugging Face weight name -> bool in the shape of the weight, True = kept."""
-        file = f"layer_{layer:05d}.safetensors"
+        file = _layer_file(layer)
         repeated = [name for name in masks if name in self._weights]
         if file in self._files or repeated or not masks:
             raise ValueError(f"layer {layer} is empty or was already written: {repeated or list(masks)}")
@@ -183,7 +222,7 @@ class MaskWriter:
 class Masks:
     """A decision that was read from disk and verified; masks are read when asked for."""
 
-    def __init__(self, directory: Path, info: MaskInfo, weights: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, directory: Path, info: MaskInfo, weights: Mapping[str, Weight]) -> None:
         self.directory = directory
         self.info = info
         self._weights = weights
@@ -191,22 +230,12 @@ class Masks:
     @classmethod
     def load(cls, directory: Path) -> Masks:
         """Open a decision folder; UserError when it is none, incomplete or damaged (by sha256)."""
-        content = read_json(directory / _FILE, "a pruning decision")
-        if not isinstance(content, dict) or (content.get("format"), content.get("kind")) != (
-            _FORMAT,
-            "masks",
-        ):
-            raise UserError(
-                f"{directory / _FILE} is not a mask decision of format {_FORMAT}; was it written by another version?"
-            )
-        try:
-            info = MaskInfo(**{item.name: content[item.name] for item in fields(MaskInfo)})
-            files, weights = content["files"], content["weights"]
-        except KeyError as error:
-            raise UserError(f"{directory / _FILE} is damaged: it lacks {error}") from None
-        for name, digest in files.items():
+        found: _File = read_format(directory / _FILE, "a pruning decision", _FORMAT, _File)
+        parse_target(found.target)
+        info = MaskInfo(**{item.name: getattr(found, item.name) for item in fields(MaskInfo)})
+        for name, digest in found.files.items():
             _verify(directory / name, digest)
-        return cls(directory, info, weights)
+        return cls(directory, info, found.weights)
 
     @classmethod
     def save(cls, directory: Path, info: MaskInfo, layers: Iterable[tuple[int, Mapping[str, Tensor]]]) -> Masks:
@@ -232,7 +261,7 @@ class Masks:
 
     def layers(self) -> list[int]:
         """Numbers of the masked layers, ascending."""
-        return sorted({weight["layer"] for weight in self._weights.values()})
+        return sorted({weight.layer for weight in self._weights.values()})
 
     def get(self, name: str) -> Tensor:
         """Bool in the shape of the weight as it is stored, True = kept."""
@@ -240,27 +269,26 @@ class Masks:
             near = difflib.get_close_matches(name, self._weights, n=1)
             raise UserError(f"{self.directory} has no mask for {name}" + (f"; nearest: {near[0]}" if near else ""))
         weight = self._weights[name]
-        file = self.directory / f"layer_{weight['layer']:05d}.safetensors"
-        try:
+        file = self.directory / _layer_file(weight.layer)
+        with fenced(f"cannot read the mask of {brief(name)} from {file}", "prune again or restore it"):
             with safe_open(file, framework="np") as opened:
-                mask = unpack_mask(opened.get_tensor(name), weight["shape"])
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read the mask of {name} from {file}: {error}") from error
-        if int(mask.sum()) != weight["kept"]:
-            raise UserError(
-                f"{file} is damaged: the mask of {name} does not keep the {weight['kept']} weights it should"
-            )
+                about = opened.get_slice(name)
+                if (about.get_dtype(), about.get_shape()) != ("U8", [-(-weight.size // 8)]):
+                    raise ValueError(f"{about.get_dtype()} {about.get_shape()} for {weight.size} bits")
+                mask = unpack_mask(opened.get_tensor(name), weight.shape)
+        if int(mask.sum()) != weight.kept:
+            raise UserError(f"{file} is damaged: the mask of {name} does not keep the {weight.kept} weights it should")
         return mask
 
     def summary(self) -> list[MaskRow]:
         """Size and density of every layer and projection, in model order."""
         return [
             MaskRow(
-                weight["layer"],
+                weight.layer,
                 name.split(".")[-2],
-                weight["size"],
-                weight["kept"],
-                weight["kept"] / weight["size"],
+                weight.size,
+                weight.kept,
+                weight.kept / weight.size,
             )
             for name, weight in self._weights.items()
         ]
@@ -282,10 +310,10 @@ class Masks:
             where = "the model does not have" if name in self._weights else "the decision has no mask for"
             raise UserError(f"{self.directory} was made for another model: {where} {name}")
         for name, shape in shapes.items():
-            if tuple(self._weights[name]["shape"]) != shape:
+            if self._weights[name].shape != shape:
                 raise UserError(
                     f"{self.directory} was made for another model: the mask of {name} has shape "
-                    f"{self._weights[name]['shape']}, the weight {list(shape)}"
+                    f"{list(self._weights[name].shape)}, the weight {list(shape)}"
                 )
 
 
@@ -293,6 +321,10 @@ def prunable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape, as stored, of every weight that masks apply to, in model order."""
     maps = get_family(config.family).weights(config)
     return {name: shape for map in maps if map.prunable for name, shape in zip(map.hf, map.shapes, strict=True)}
+
+
+def _layer_file(layer: int) -> str:
+    return f"layer_{layer:05d}.safetensors"
 
 
 def _sha256(file: Path) -> str:

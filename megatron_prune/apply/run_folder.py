@@ -12,9 +12,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, write_json
+from megatron_prune.files import write_json
+from megatron_prune.foreign import read_json, strict
+from megatron_prune.schema import Count, Word
 
 DESCRIPTION = "run.json"
 TRAINED = "trained"
@@ -26,21 +31,29 @@ FINISHED = ("decided", TRAINED)
 class RunDescription:
     """What a run folder says about itself."""
 
-    input: str
+    __pydantic_config__ = strict()
+
+    input: Word
     """The model that was pruned or trained."""
-    method: str
+    method: Word
     """A pruning method, or `train`."""
-    target: str | None
+    target: Word | None
     """None: trained without one."""
-    state: str
+    state: Literal["", "learning", "decided", "training", "trained"]
     """`learning` or `decided`; of recovery training `training` or `trained`."""
-    launch: str | None = None
+    launch: Word | None = None
     """The launch that began or finished the run, as `backend.launch` names it."""
 
     @property
     def kind(self) -> str:
         """What was done, in words."""
         return " ".join(filter(None, (self.method, self.target)))
+
+
+class Step(TypedDict):
+    """What is read of a file that says how far a run is."""
+
+    step: Count
 
 
 def write_run(folder: Path, description: RunDescription) -> None:
@@ -52,7 +65,14 @@ def read_run(folder: Path) -> RunDescription:
     """The description of a run; UserError when `folder` is none."""
     if not folder.is_dir():
         raise UserError(f"run {folder} does not exist; give a folder written by prune")
-    return RunDescription(**read_json(folder / DESCRIPTION, "a pruning run"))
+    found: RunDescription = read_json(folder / DESCRIPTION, "a pruning run", RunDescription)
+    return found
+
+
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint, as the run has noted it; None while there is none."""
+    file = folder / "checkpoints" / "latest.json"
+    return read_json(file, "a run", Step)["step"] if file.is_file() else None
 
 
 def decision_of(folder: Path) -> Path:

@@ -12,22 +12,66 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from megatron_prune.apply.decision import MaskInfo
-from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, refuse_existing, write_json
+from megatron_prune.errors import UserError, brief
+from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.foreign import fenced, names, read_format, read_regular, strict
+from megatron_prune.methods.target import parse_any_target
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.family import LARGEST
 from megatron_prune.model.units import BlockUnits, Units
+from megatron_prune.schema import Above0, Sha256
 
 FILE = "trim.json"
 UNITS = "units.safetensors"
 _FORMAT = 1
+MOST_UNITS = 2**28
+"""Neurons of all layers together."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that structured pruning changes."""
+
+    __pydantic_config__ = strict()
+
+    num_layers: Above0
+    hidden_size: Above0
+    ffn_hidden_size: Above0
+    num_attention_heads: Above0
+    num_query_groups: Above0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value > LARGEST[name]:
+                raise ValueError(f"{name} is {brief(value)}; allowed: at most {LARGEST[name]}")
+        if self.num_layers * self.ffn_hidden_size > MOST_UNITS:
+            raise ValueError(f"{self.num_layers} layers of {self.ffn_hidden_size} neurons; a report draws {MOST_UNITS}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(MaskInfo):
+    """What is in trim.json."""
+
+    format: Literal[1]
+    before: Sizes
+    after: Sizes
+    parameters: Above0
+    """Of what stays."""
+    sha256: Sha256
+
+
+def read_record(folder: Path) -> Record:
+    """What a structured decision says about itself; UserError when `folder` is none."""
+    found: Record = read_format(folder / FILE, "a structured decision", _FORMAT, Record)
+    parse_any_target(found.target)
+    return found
 
 
 @dataclass(frozen=True)
@@ -45,8 +89,8 @@ class Trim:
         content = {
             "format": _FORMAT,
             **asdict(self.info),
-            "before": sizes(whole),
-            "after": sizes(self.units.config(whole)),
+            "before": asdict(sizes(whole)),
+            "after": asdict(sizes(self.units.config(whole))),
             "parameters": parameters(self.units.config(whole)),
             "sha256": hashlib.sha256((folder / UNITS).read_bytes()).hexdigest(),
         }
@@ -55,14 +99,14 @@ class Trim:
     @classmethod
     def load(cls, folder: Path) -> Trim:
         """The decision in `folder`; UserError when it is none or damaged."""
-        about = read_json(folder / FILE, "a structured decision")
-        if about.get("format") != _FORMAT:
-            raise UserError(f"{folder} has decision format {about.get('format')}; this version reads format {_FORMAT}")
-        file = folder / UNITS
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != about["sha256"]:
-            raise UserError(f"{file} is missing or not what was written: the decision is damaged, prune again")
-        info = {key: about[key] for key in MaskInfo.__dataclass_fields__}
-        return cls(MaskInfo(**info), _units(file))
+        about = read_record(folder)
+        data = read_regular(folder / UNITS, "a structured decision")
+        if hashlib.sha256(data).hexdigest() != about.sha256:
+            raise UserError(f"{folder / UNITS} is not what was written: the decision is damaged, prune again")
+        with fenced(f"{folder / UNITS} is damaged", "prune again or restore it"):
+            units = _units(data)
+            check_units(units, about.before, about.after)
+        return cls(MaskInfo(**{key: getattr(about, key) for key in MaskInfo.__dataclass_fields__}), units)
 
     def check_model(self, config: ModelConfig) -> None:
         """UserError when the decision is about another model."""
@@ -78,10 +122,9 @@ def is_trim(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def sizes(config: ModelConfig) -> dict[str, Any]:
-    """The sizes that structured pruning changes."""
-    names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups".split()
-    return {name: getattr(config, name) for name in names}
+def sizes(config: ModelConfig) -> Sizes:
+    """The sizes of a model that structured pruning changes."""
+    return Sizes(**{name: getattr(config, name) for name in Sizes.__dataclass_fields__})
 
 
 def _tensors(units: Units) -> dict[str, torch.Tensor]:
@@ -92,13 +135,31 @@ def _tensors(units: Units) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(numbers, dtype=torch.int32) for name, numbers in tensors.items()}
 
 
-def _units(file: Path) -> Units:
-    try:
-        found = {name: tuple(tensor.tolist()) for name, tensor in load_file(file).items()}
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged ({error}): prune again") from error
+def _units(data: bytes) -> Units:
+    found = {name: _numbers(name, tensor) for name, tensor in load(data).items()}
     blocks = [
-        BlockUnits(**{name: found[f"layers.{layer:05d}.{name}"] for name in BlockUnits.__dataclass_fields__})
+        BlockUnits(**{name: found.pop(f"layers.{layer:05d}.{name}") for name in BlockUnits.__dataclass_fields__})
         for layer in found["layers"]
     ]
+    if set(found) != {"layers", "hidden"}:
+        raise ValueError(f"unknown {names(sorted(set(found) - {'layers', 'hidden'}))}")
     return Units(found["layers"], found["hidden"], tuple(blocks))
+
+
+def _numbers(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    if tensor.dtype != torch.int32 or tensor.dim() != 1:
+        raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; int32 in a row are allowed")
+    return tuple(tensor.tolist())
+
+
+def check_units(units: Units, before: Sizes, after: Sizes) -> None:
+    """ValueError unless the units are rising numbers below the sizes before, and make the sizes after."""
+    rows = [("layers", units.layers, before.num_layers), ("hidden", units.hidden, before.hidden_size)]
+    for block in units.blocks:
+        rows += [("heads", block.heads, before.num_attention_heads), ("ffn", block.ffn, before.ffn_hidden_size)]
+        rows += [("groups", block.groups, before.num_query_groups)]
+    for what, numbers, count in rows:
+        if list(numbers) != sorted(set(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < count):
+            raise ValueError(f"{what} are not rising numbers below {count}")
+    if (len(units.layers), len(units.hidden)) != (after.num_layers, after.hidden_size):
+        raise ValueError(f"{len(units.layers)} layers and {len(units.hidden)} channels stay; {FILE} has other sizes")

@@ -27,6 +27,9 @@ from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.import_hf import layout_of
 
+LARGEST_LOSS = 700.0
+"""In nats per token; a float cannot hold the perplexity of a larger one."""
+
 
 def run(config: EvaluateConfig) -> None:
     """Evaluate `config.input`, print the result and write it where asked."""
@@ -54,7 +57,7 @@ def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> Evaluatio
 def _result(
     config: EvaluateConfig, text: EvaluationText, loss: float, tokens: int, about: dict[str, Any]
 ) -> dict[str, Any]:
-    if not math.isfinite(loss):
+    if not math.isfinite(loss) or loss > LARGEST_LOSS * tokens:
         raise UserError(f"the loss of {config.input} is {loss}: the model's weights are damaged or it overflows")
     return {
         "perplexity": math.exp(loss / tokens),

@@ -22,12 +22,13 @@ from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
-from megatron_prune.files import read_json, refuse_existing, write_json
+from megatron_prune.files import refuse_existing, write_json
 from megatron_prune.log import environment, say
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.import_hf import layout_of
+from megatron_prune.results import read_result
 
 MAXTEXT_TOKENS = 1024
 """In a batch: MaxText's scan over layers copies every weight in each forward pass, which small batches pay often."""
@@ -136,13 +137,10 @@ def _check_finite(model: str, scores: dict[str, Any]) -> None:
 
 def _finished(path: Path) -> dict[str, Any]:
     """The dense model's line of an earlier result."""
-    what = "a result of evaluate --tasks"
-    content = read_json(path, what)
-    try:
-        first = content["results"][0]
-        assert all("items_sha256" in task for task in first["tasks"].values())
-    except (KeyError, IndexError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"--dense {path} is not {what}; give one, or a model") from None
+    kind, content = read_result(path)
+    if kind != "tasks":
+        raise UserError(f"--dense {path} is a result of {kind}; give one of evaluate --tasks, or a model")
+    first: dict[str, Any] = content["results"][0]
     return first
 
 
@@ -157,6 +155,10 @@ def check_same_items(results: Sequence[dict[str, Any]]) -> None:
                     f"{name}: {first['model']} was evaluated on {other.get('items', 0)} items and {result['model']} on "
                     f"{task['items']}, which are not the same; evaluate the dense model with the same options"
                 )
+        for kind in ("tasks", "groups"):
+            for name, entry in result.get(kind, {}).items():
+                if not set(entry["metrics"]) <= set(first.get(kind, {}).get(name, {}).get("metrics", {})):
+                    raise UserError(f"{name}: {first['model']} lacks metrics of it; evaluate the dense model again")
 
 
 def change(one: dict[str, Any], other: dict[str, Any], metric: str) -> tuple[float, float | None]:

@@ -14,16 +14,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder, read_json, write_json
+from megatron_prune.files import new_folder, write_json
+from megatron_prune.foreign import read_format, strict
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.masks import PackedMasks
-from megatron_prune.model.description import copy_tokenizer
+from megatron_prune.model.description import checked_config, copy_tokenizer
 from megatron_prune.model.families import ModelConfig
 
 FORMAT = 1
@@ -36,6 +39,14 @@ _CHUNK_BYTES = 2**28
 """Largest piece of an array in the checkpoint: what a host reads is a multiple of it."""
 
 
+@with_config(strict())
+class _File(TypedDict):
+    """What is in the description."""
+
+    format: Literal[1]
+    model: ModelConfig
+
+
 @dataclass(frozen=True)
 class Folder:
     """A model for MaxText that has been looked at; its weights are read when asked for."""
@@ -46,10 +57,9 @@ class Folder:
     @classmethod
     def open(cls, path: Path) -> Folder:
         """UserError when `path` is none."""
-        about = read_json(path / DESCRIPTION, "a model for MaxText (export --format maxtext makes one)")
-        if about.get("format") != FORMAT:
-            raise UserError(f"{path} has format {about.get('format')}; this version reads format {FORMAT}")
-        return cls(path, ModelConfig.from_dict(about["model"]))
+        what = "a model for MaxText (export --format maxtext makes one)"
+        about = read_format(path / DESCRIPTION, what, FORMAT, _File, plain=True)
+        return cls(path, checked_config(about["model"], path / DESCRIPTION))
 
     def masks(self) -> PackedMasks | None:
         """Its masks; None where every weight may change."""

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, write_json
+from megatron_prune.errors import UserError, brief
+from megatron_prune.files import write_json
+from megatron_prune.foreign import read_json
 from megatron_prune.log import read_metrics
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import StructuredMethod
 from megatron_prune.methods.target import LATENCY, MEASURES, Budget
+from megatron_prune.schema import Number, Word
 
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
@@ -142,9 +144,11 @@ class DarwinLM(StructuredMethod):
         file = folder / "search.json"
         if not file.exists():
             write_json(file, asked)
-        for key, value in read_json(file, "the options of a search").items():
+        for key, value in read_json(file, "the options of a search", dict[Word, Any]).items():
             if asked.get(key) != value:
-                raise UserError(f"--resume: {file} has {key} {value} and {asked.get(key)} was given: give the same")
+                raise UserError(
+                    f"--resume: {file} has {key} {brief(value)}; {brief(asked.get(key))} given: give the same"
+                )
         done = len(read_metrics(folder))
         if done > generations:
             raise UserError(f"--resume: {done} generations are done and {generations} were given: give that or more")
@@ -191,7 +195,7 @@ class DarwinLM(StructuredMethod):
         shown = ("fitness", target.measure)
         judge = Judge(model, space.levels, passes.tokens, self.training_lr, self.training_batch)
         history = from_leader(read_metrics(folder))
-        parent: Genome = tuple(history[-1]["parent"]) if history else ()
+        parent: Genome = _parent(folder, history[-1], space.last) if history else ()
         if not parent:
             parent = self._integer(model, passes, space, folder, between) if self.start == "integer" else space.start()
         with MetricsLog(folder, "generation") as log:
@@ -233,13 +237,17 @@ class DarwinLM(StructuredMethod):
         chosen = draw_windows(passes.tokens, self.stages()[0].fitness_tokens, random.Random(self.search_seed))
         judged = functools.partial(divergences, model, space.levels, tokens=passes.tokens[chosen])
         file = folder / "replacements.json"
-        known = from_leader(read_json(file, "divergences of single replacements") if file.exists() else [])
+        known: list[float] = from_leader(
+            read_json(file, "divergences of single replacements", list[Number]) if file.exists() else []
+        )
 
         def keep(found: list[float], count: int) -> None:
             say(f"single replacements: {len(found)}/{count}")
             by_leader(functools.partial(write_json, file, found))
             between()
 
+        if len(known) > sum(space.last):
+            raise UserError(f"{file} has {len(known)} divergences, this search {sum(space.last)}: remove it")
         return from_leader(best_sum(space, single_replacements(space, judged, known, keep)))
 
 
@@ -265,6 +273,16 @@ def silence(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
         bias = model.by_name.get(f"decoder.layers.{layer}.{path}.bias")
         if bias is not None and levels.gone(kind, layer, level):
             model.assign(bias, torch.zeros(bias.shape))
+
+
+def _parent(folder: Path, record: Mapping[str, Any], last: Sequence[int]) -> Genome:
+    """The genome that a search was left with; UserError when it is none of this model's."""
+    found = record.get("parent")
+    if not isinstance(found, list) or len(found) != len(last) or any(a > b for a, b in zip(found, last, strict=True)):
+        raise UserError(
+            f"{folder / 'metrics.jsonl'}: key 'parent': {brief(found)} is no model of this search: restore it"
+        )
+    return tuple(found)
 
 
 def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> list[int]:

@@ -27,16 +27,21 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, checksum, new_folder, read_json, write_json
+from megatron_prune.files import by_leader, checksum, new_folder, write_json
+from megatron_prune.foreign import read_json
 from megatron_prune.model.build import DTYPES, build_model
+from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import Description, copy_tokenizer, read_description
+from megatron_prune.model.family import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.untrusted import check_table, only_weights
+from megatron_prune.schema import Bytes, Crc32, RelativeName
 
 DAMAGE = (CheckpointingException, CheckpointException, KeyError, ValueError)
 """What reading a checkpoint raises that is not whole or belongs to another model, beside what files raise."""
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
+_WHAT = "a megatron_prune checkpoint"
 
 
 def metadata() -> dict[str, Any]:
@@ -184,7 +189,7 @@ def check_manifest(folder: Path) -> None:
 
 def _damaged_sizes(folder: Path) -> list[str]:
     told = []
-    for name, size in read_json(folder / MANIFEST, "a megatron_prune checkpoint").items():
+    for name, size in read_json(folder / MANIFEST, _WHAT, dict[RelativeName, Bytes]).items():
         path = folder / name
         found = path.stat().st_size if path.exists() else None
         if found != size:
@@ -199,8 +204,8 @@ def damage_of(folder: Path) -> list[str]:
     """
     mine: list[str] = []
     try:
-        sizes = read_json(folder / MANIFEST, "a megatron_prune checkpoint")
-        checksums = read_json(folder / CHECKSUMS, "a megatron_prune checkpoint")
+        sizes = read_json(folder / MANIFEST, _WHAT, dict[RelativeName, Bytes])
+        checksums = read_json(folder / CHECKSUMS, _WHAT, dict[RelativeName, Crc32])
         if set(sizes) != {*checksums, CHECKSUMS}:
             mine.append(f"{MANIFEST} and {CHECKSUMS} name other files")
         mine += _damaged_sizes(folder)
@@ -208,7 +213,7 @@ def damage_of(folder: Path) -> list[str]:
             names = sorted(checksums)[backend.rank() :: backend.world_size()]
             changed = [name for name in names if checksum(folder / name) != checksums[name]]
             mine += [f"{name} has changed since it was written" for name in changed]
-    except (UserError, OSError, AttributeError, TypeError) as error:
+    except (UserError, OSError) as error:
         mine.append(str(error))
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
@@ -252,11 +257,22 @@ def compute_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def _check_size(path: Path, config: ModelConfig) -> None:
+    """UserError when the files cannot hold so many weights: before memory is asked for them."""
+    held, wanted = sum(file.stat().st_size for file in (path / "weights").glob("*.distcp")), parameters(config)
+    if wanted > held:
+        raise UserError(
+            f"checkpoint {path} does not fit its own description: a model of {wanted} parameters, and {held} bytes of "
+            "weights; restore its megatron_prune.json"
+        )
+
+
 def load_model(path: Path, layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
     """The model of a checkpoint in `layout`; `dtype` overrides the stored type. Collective."""
     description = read_description(path)
     check_manifest(path)
     config = description.config
+    _check_size(path, config)
     prunable = PrunableModel(config, layout, build_model(config, layout, compute_dtype(dtype or config.dtype), **extra))
     state = load_sharded(path / "weights", _weights_only(prunable))
     for number, chunk in enumerate(prunable.chunks):

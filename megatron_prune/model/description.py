@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import with_config
+from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, write_json
-from megatron_prune.foreign import parse_text_json, read_regular
-from megatron_prune.model.family import ModelConfig
+from megatron_prune.files import write_json
+from megatron_prune.foreign import parse_text_json, read_format, read_regular, strict
+from megatron_prune.model.families import get_family
+from megatron_prune.model.family import ModelConfig, check_config
 
 FORMAT = 1
 DESCRIPTION = "megatron_prune.json"
@@ -37,6 +42,15 @@ TOKENIZER_FILES = (
 chat templates, and how it generates by default."""
 
 
+@with_config(strict())
+class _File(TypedDict):
+    """What is in the file."""
+
+    format: Literal[1]
+    model: ModelConfig
+    source: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Description:
     """The description file of a checkpoint folder."""
@@ -59,10 +73,19 @@ def read_description(path: Path) -> Description:
     """What a checkpoint folder holds; UserError when it is none."""
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist; give a folder written by import, trim or train")
-    about = read_json(path / DESCRIPTION, "a megatron_prune checkpoint (import makes one from a Hugging Face model)")
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {about.get('format')}; this version reads format {FORMAT}")
-    return Description(ModelConfig.from_dict(about["model"]), about["source"])
+    what = "a megatron_prune checkpoint (import makes one from a Hugging Face model)"
+    about = read_format(path / DESCRIPTION, what, FORMAT, _File, plain=True)
+    return Description(checked_config(about["model"], path / DESCRIPTION), about["source"])
+
+
+def checked_config(values: Mapping[str, Any], file: Path) -> ModelConfig:
+    """The model of a description, its numbers as they stand there; UserError for sizes that make no model."""
+    try:
+        config = ModelConfig.from_dict(values)
+        check_config(config, get_family(config.family))
+    except UserError as error:
+        raise UserError(f"{file}: key 'model': {error}") from None
+    return config
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

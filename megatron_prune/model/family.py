@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import names, strict
 from megatron_prune.model import blocks as block_list
 from megatron_prune.model.blocks import Block, widest
 
@@ -30,12 +31,28 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _FULL_ATTENTION = "full_attention"
 _ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
 """Start of the Megatron names of a layer's first half; the rest of the layer is the MLP."""
+LARGEST: dict[str, int] = {
+    "num_layers": 10_000,
+    "hidden_size": 2**20,
+    "ffn_hidden_size": 2**22,
+    "num_attention_heads": 2**16,
+    "num_query_groups": 2**16,
+    "kv_channels": 2**16,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**31 - 1,
+    "sliding_window": 2**31 - 1,
+}
+"""Of ModelConfig's sizes: far beyond any model, and lists and tensors of them still end."""
+LARGEST_NUMBER = 1e30
+"""Of its constants; squared, a float64 still holds it."""
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and constants of one model, in Megatron's names, with the config.json they came from."""
+
+    __pydantic_config__ = strict()
 
     family: str
     """Name of the family in ``FAMILIES``."""
@@ -469,8 +486,10 @@ def _dtype(hf_config: Mapping[str, Any]) -> str:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise UserError(f"config.json gives {name} = {value!r}; it must be a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_NUMBER:
+        raise UserError(
+            f"config.json gives {name} = {brief(value)}; it must be a number above 0, at most {LARGEST_NUMBER:g}"
+        )
     return value
 
 
@@ -484,8 +503,31 @@ def _check_values(values: Mapping[str, Any]) -> None:
                 raise UserError(f"config.json gives {name} = {value!r}; it must be true or false")
         elif name == "activation":
             continue  # among the family's supported values
-        elif value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise UserError(f"config.json gives {name} = {value!r}; it must be a whole number of at least 1")
+        elif value is not None and (type(value) is not int or not 1 <= value <= LARGEST[name]):
+            most = f" and at most {LARGEST[name]}" if type(value) is int and value > 0 else ""
+            raise UserError(f"config.json gives {name} = {brief(value)}; it must be a whole number of at least 1{most}")
+
+
+def check_config(config: ModelConfig, family: Family) -> None:
+    """UserError for the sizes and constants of a config that no config.json of its family could give."""
+    _check_values({name: getattr(config, name) for name in LARGEST})
+    for name in ("layernorm_epsilon", *(["rotary_base"] if config.position_embedding == "rope" else [])):
+        _number(name, getattr(config, name))
+    constants = {item.name: family.constants.get(item.name, item.default) for item in fields(ModelConfig)}
+    for name in ("gated", "normalization", "linear_bias", "qkv_bias", "qk_layernorm", "position_embedding"):
+        if getattr(config, name) != constants[name]:
+            raise UserError(f"{name} is {getattr(config, name)}; of a {family.name} model it is {constants[name]}")
+    activations = family.supported.get(family.keys.get("activation", ""), (constants["activation"],))
+    if config.activation not in activations or config.dtype not in _DTYPES or not 0 < config.rotary_percent <= 1:
+        raise UserError(
+            f"activation {brief(config.activation)}, dtype {brief(config.dtype)}, rotary_percent "
+            f"{config.rotary_percent}; of a {family.name} model they are {' or '.join(activations)}, "
+            f"{' or '.join(_DTYPES)} and above 0 and at most 1"
+        )
+    scaling = config.rope_scaling
+    if scaling is not None and _rope({"rope_parameters": scaling})[1] != scaling:
+        raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(_LLAMA3_KEYS)}")
+    _check_heads(config)
 
 
 def _check_heads(config: ModelConfig) -> None:

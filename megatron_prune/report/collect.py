@@ -7,23 +7,24 @@ file that `evaluate`, `verify` or `bench` wrote.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import MaskRow, Masks
-from megatron_prune.apply.trimming import FILE as TRIM
-from megatron_prune.apply.trimming import Trim, is_trim
+from megatron_prune.apply.trimming import Trim, is_trim, read_record
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json
+from megatron_prune.foreign import read_regular, reason
 from megatron_prune.log import read_metrics
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.units import Units
+from megatron_prune.results import read_result
 
-KINDS = ("evaluate", "tasks", "verify", "bench")
+MOST_TEXT = 10_000_000
+"""Bytes of a configuration; the page shows it whole."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Result:
 
     name: str
     kind: str
-    """One of `KINDS`."""
+    """One of `results.KINDS`."""
     content: dict[str, Any]
 
 
@@ -99,7 +100,7 @@ def collect(inputs: Sequence[Path]) -> Collected:
         elif is_checkpoint(path) or (path / "config.json").is_file():
             found.models.append(read_model(path, name))
         elif path.suffix == ".json" and path.is_file():
-            found.results.append(read_result(path, name))
+            found.results.append(Result(name, *read_result(path)))
         else:
             raise UserError(
                 f"{path} was given; allowed: run folders, Megatron checkpoints, Hugging Face directories, and JSON "
@@ -136,8 +137,8 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def _removed(decision: Path) -> Removed:
-    about = read_json(decision / TRIM, "a structured decision")
-    return Removed(Trim.load(decision).units, about["before"], about["after"], about["parameters"])
+    about = read_record(decision)
+    return Removed(Trim.load(decision).units, asdict(about.before), asdict(about.after), about.parameters)
 
 
 def read_model(path: Path, name: str) -> Model:
@@ -152,22 +153,13 @@ def read_model(path: Path, name: str) -> Model:
     return Model(name, form, parameters(config), sum(file.stat().st_size for file in files), shape)
 
 
-def read_result(path: Path, name: str) -> Result:
-    """A JSON file of a verb, known by its keys."""
-    content = read_json(path, "a result of evaluate, verify or bench")
-    kind = None
-    if isinstance(content, dict):
-        signs = {"tasks": "results", "evaluate": "perplexity", "verify": "holds", "bench": "benchmark"}
-        kind = next((kind for kind, key in signs.items() if key in content), None)
-    if kind is None:
-        raise UserError(
-            f"{path} was given and is no result of evaluate, verify or bench: give a file of their --output"
-        )
-    return Result(name, kind, content)
-
-
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    try:
+        return read_regular(path, "a run", MOST_TEXT).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged ({reason(error)}); restore it") from None
 
 
 def _size(folder: Path) -> int:

@@ -39,7 +39,8 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def series(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of one metric."""
-    return [(line["step"], line[key]) for line in metrics if key in line and "step" in line]
+    values = [(line["step"], line[key]) for line in metrics if key in line and "step" in line]
+    return [(step, value) for step, value in values if value is None or isinstance(value, int | float)]
 
 
 def _plot(lines: dict[int, list[tuple[int, float]]], runs: Sequence[Run], title: str) -> str:

@@ -21,8 +21,10 @@ from typing import Any
 import torch.distributed as dist
 
 import megatron_prune.backend as backend
+from megatron_prune.apply.run_folder import Step
 from megatron_prune.errors import UserError
-from megatron_prune.files import begin_folder, by_leader, from_leader, publish_folder, read_json, write_json
+from megatron_prune.files import begin_folder, by_leader, from_leader, publish_folder, write_json
+from megatron_prune.foreign import read_json
 from megatron_prune.log import say
 from megatron_prune.model.checkpoint import ShardedSave, damage_of, write_manifest
 
@@ -115,7 +117,7 @@ def find_newest(folder: Path) -> tuple[Path | None, list[Path]]:
     damaged: list[Path] = []
     told: list[str] = []
     for path in from_leader(complete(folder)):
-        damage = damage_of(path)
+        damage = damage_of(path) or from_leader(_misdescribed(path))
         if not damage:
             return path, damaged
         damaged.append(path)
@@ -127,5 +129,17 @@ def find_newest(folder: Path) -> tuple[Path | None, list[Path]]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself."""
-    return read_json(path / DESCRIPTION, "a training checkpoint")
+    """What a checkpoint says about itself; all but the step is there to be compared."""
+    file, what = path / DESCRIPTION, "a training checkpoint"
+    step = read_json(file, what, Step)["step"]
+    if step != _step(path):
+        raise UserError(f"{file}: key 'step': {step} given and the folder is {path.name}; restore it")
+    return {**read_json(file, what), "step": step}
+
+
+def _misdescribed(path: Path) -> list[str]:
+    try:
+        read_about(path)
+    except UserError as error:
+        return [str(error)]
+    return []
