@@ -270,12 +270,14 @@ class Masks:
             raise UserError(f"{self.directory} has no mask for {name}" + (f"; nearest: {near[0]}" if near else ""))
         weight = self._weights[name]
         file = self.directory / _layer_file(weight.layer)
-        with fenced(f"cannot read the mask of {brief(name)} from {file}", "prune again or restore it"):
-            with safe_open(file, framework="np") as opened:
-                about = opened.get_slice(name)
-                if (about.get_dtype(), about.get_shape()) != ("U8", [-(-weight.size // 8)]):
-                    raise ValueError(f"{about.get_dtype()} {about.get_shape()} for {weight.size} bits")
-                mask = unpack_mask(opened.get_tensor(name), weight.shape)
+        with (
+            fenced(f"cannot read the mask of {brief(name)} from {file}", "prune again or restore it"),
+            safe_open(file, framework="np") as opened,
+        ):
+            about = opened.get_slice(name)
+            if (about.get_dtype(), about.get_shape()) != ("U8", [-(-weight.size // 8)]):
+                raise ValueError(f"{about.get_dtype()} {about.get_shape()} for {weight.size} bits")
+            mask = unpack_mask(opened.get_tensor(name), weight.shape)
         if int(mask.sum()) != weight.kept:
             raise UserError(f"{file} is damaged: the mask of {name} does not keep the {weight.kept} weights it should")
         return mask

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError
@@ -39,7 +40,7 @@ class RunDescription:
     """A pruning method, or `train`."""
     target: Word | None
     """None: trained without one."""
-    state: Literal["", "learning", "decided", "training", "trained"]
+    state: Annotated[str, Field(pattern="^(learning|decided|training|trained)$")]
     """`learning` or `decided`; of recovery training `training` or `trained`."""
     launch: Word | None = None
     """The launch that began or finished the run, as `backend.launch` names it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 def series(metrics: Iterable[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     """(step, value) of one metric."""
     values = [(line["step"], line[key]) for line in metrics if key in line and "step" in line]
-    return [(step, value) for step, value in values if value is None or isinstance(value, int | float)]
+    return [(step, math.nan if value is None else value) for step, value in values if not isinstance(value, list)]
 
 
 def _plot(lines: dict[int, list[tuple[int, float]]], runs: Sequence[Run], title: str) -> str:
