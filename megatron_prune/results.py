@@ -128,11 +128,12 @@ KINDS: dict[str, tuple[str, Any]] = {
 
 
 def read_result(path: Path) -> tuple[str, dict[str, Any]]:
-    """The kind of a result file and what is read of it; UserError when it is none."""
+    """The kind of a result file and all that is in it, once it has that kind's shape; UserError when it is none."""
     given = read_json(path, WHAT)
     kind = next((kind for kind, (key, _shape) in KINDS.items() if key in given), None)
     if kind is None:
         raise UserError(
             f"{path} was given and is no result of evaluate, verify or bench: give a file of their --output"
         )
-    return kind, read_json(path, WHAT, KINDS[kind][1])
+    read_json(path, WHAT, KINDS[kind][1])
+    return kind, given

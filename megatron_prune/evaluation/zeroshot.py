@@ -137,9 +137,12 @@ def _check_finite(model: str, scores: dict[str, Any]) -> None:
 
 def _finished(path: Path) -> dict[str, Any]:
     """The dense model's line of an earlier result."""
-    kind, content = read_result(path)
+    try:
+        kind, content = read_result(path)
+    except UserError as error:
+        raise UserError(f"--dense {path} is not a result of evaluate --tasks ({error}); give one, or a model") from None
     if kind != "tasks":
-        raise UserError(f"--dense {path} is a result of {kind}; give one of evaluate --tasks, or a model")
+        raise UserError(f"--dense {path} is not a result of evaluate --tasks but of {kind}; give one, or a model")
     first: dict[str, Any] = content["results"][0]
     return first
 

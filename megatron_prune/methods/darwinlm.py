@@ -147,7 +147,7 @@ class DarwinLM(StructuredMethod):
         for key, value in read_json(file, "the options of a search", dict[Word, Any]).items():
             if asked.get(key) != value:
                 raise UserError(
-                    f"--resume: {file} has {key} {brief(value)}; {brief(asked.get(key))} given: give the same"
+                    f"--resume: {file} has {key} {brief(value)} and {brief(asked.get(key))} was given: give the same"
                 )
         done = len(read_metrics(folder))
         if done > generations:
