@@ -14,11 +14,12 @@ import megatron_prune.backend as backend  # isort: skip
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
 from megatron_prune.files import checksum, from_leader
 from megatron_prune.model.checkpoint import ShardedSave, read_safely, refusal
+from megatron_prune.model.untrusted import TableReader, ValuePlanner
 
 
 class FsdpSave(ShardedSave):
@@ -88,8 +89,8 @@ def load_fsdp(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     Nothing in the folder is executed.
     """
 
-    def read() -> dict[str, Any]:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(folder))
+    def read(table: Metadata) -> dict[str, Any]:
+        dcp.load(state, storage_reader=TableReader(folder, table), planner=ValuePlanner())
         return state
 
     return read_safely(folder, read)

@@ -10,7 +10,6 @@ A model checkpoint is a folder
 
 from __future__ import annotations
 
-import pickle
 import queue
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,23 +21,21 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.errors import UserError
 from megatron_prune.files import by_leader, checksum, new_folder, write_json
-from megatron_prune.foreign import read_json
+from megatron_prune.foreign import quiet, read_json, reason
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import Description, copy_tokenizer, read_description
 from megatron_prune.model.family import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.untrusted import check_table, only_weights
+from megatron_prune.model.untrusted import CommonStrategy, TableStrategy, causes, check_format, read_table
 from megatron_prune.schema import Bytes, Crc32, RelativeName
 
-DAMAGE = (CheckpointingException, CheckpointException, KeyError, ValueError)
-"""What reading a checkpoint raises that is not whole or belongs to another model, beside what files raise."""
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
 _WHAT = "a megatron_prune checkpoint"
@@ -156,21 +153,26 @@ def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
     Nothing in the folder is executed.
     """
-    return read_safely(folder, lambda: dist_checkpointing.load(state, str(folder)))
+
+    def read(table: Metadata) -> dict[str, Any]:
+        check_format(folder)
+        return dist_checkpointing.load(state, str(folder), TableStrategy(table), CommonStrategy())
+
+    return read_safely(folder, read)
 
 
-def read_safely(folder: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `read` makes of a distributed checkpoint; UserError when it cannot, or when it would run code."""
+def read_safely(folder: Path, read: Callable[[Metadata], dict[str, Any]]) -> dict[str, Any]:
+    """What `read` makes of a distributed checkpoint by its table; UserError when it cannot. Logs are quiet."""
     try:
-        check_table(folder)
-        with only_weights():
-            return read()
-    except UserError:
-        raise
-    except (*DAMAGE, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+        with quiet():
+            return read(read_table(folder))
+    except (Exception, CheckpointException) as error:  # the second is a BaseException, and wraps those of all processes
+        first = next(causes(error))
+        if isinstance(first, UserError):
+            raise UserError(str(first)) from None
         raise UserError(
-            f"checkpoint {folder} cannot be read ({type(error).__name__}: {error}); it is damaged or belongs to "
-            "another model: use another checkpoint"
+            f"checkpoint {folder} cannot be read ({type(first).__name__}: {reason(first)}); it is damaged or belongs "
+            "to another model: use another checkpoint"
         ) from error
 
 
