@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -32,12 +33,7 @@ def run(config: ReportConfig) -> None:
 
 def render(found: Collected, title: str) -> str:
     """The page as HTML; text from files is escaped."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"figures": figures, "mib": lambda size: f"{size / 2**20:.1f}"}
-    template = environment.from_string((files(__package__) / TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
+    page: str = _template().render(
         title=title,
         found=found,
         curves=pictures.curves(found.runs),
@@ -49,6 +45,16 @@ def render(found: Collected, title: str) -> str:
         tasks=task_table(found.of("tasks")),
         bench=bench_rows(found.of("bench")),
     )
+    return page
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"figures": figures, "mib": lambda size: f"{size / 2**20:.1f}"}
+    return environment.from_string((files(__package__) / TEMPLATE).read_text(encoding="utf-8"))
 
 
 def figures(value: Any) -> str:
