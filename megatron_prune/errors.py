@@ -31,6 +31,11 @@ def brief(value: Any, limit: int = 60) -> str:
         return f"a {type(value).__name__}"
 
 
+def shown(name: str) -> str:
+    """A name from outside in a message, as it is but for its length."""
+    return one_line(name, 100)
+
+
 class UserError(ValueError):
     """What was given, what is allowed, what to do: one line, printed by the command line as it stands.
 

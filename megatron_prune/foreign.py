@@ -36,6 +36,8 @@ MOST_DIGITS = 40
 MOST_ITEMS = 1_000_000
 """Of a YAML file, counted with its aliases written out."""
 RESTORE = "restore or rewrite it"
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""Start of what Git leaves in the place of a large file."""
 
 
 def strict() -> ConfigDict:
@@ -58,6 +60,8 @@ def open_regular(path: Path, what: str, most: int | None = MOST_BYTES) -> Any:
     complaint = None
     if not stat.S_ISREG(about.st_mode):
         complaint = f"{path} is no ordinary file; give a file on a disk"
+    elif os.pread(handle, len(_POINTER), 0) == _POINTER:
+        complaint = f"{path} is a pointer of Git LFS, the file itself was not fetched; run `git lfs pull` in its folder"
     elif most is not None and about.st_size > most:
         complaint = f"{path} has {about.st_size} bytes; allowed: at most {most}; it is not {what}"
     if complaint is not None:

@@ -9,27 +9,35 @@ safetensors checkpoints that holds one tensor at a time. Every function works on
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import json
+import contextlib
 import re
-import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import fenced, read_json, reason
+from megatron_prune.model import carried
 from megatron_prune.model.description import TOKENIZER_FILES
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
+from megatron_prune.model.published import (
+    ADAPTER,
+    check_directory,
+    check_names,
+    check_tensors,
+    missing,
+    nearest,
+    plain_entries,
+)
+from megatron_prune.model.stored import read_entries
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors format
 
 
 def merge(map: WeightMap, tensors: Sequence[Tensor], config: ModelConfig) -> Tensor:
@@ -134,16 +142,6 @@ def _check_divisible(map: WeightMap, size: int, tp_size: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where a tensor lies: file, its name there, safetensors dtype (``BF16``), shape."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class HFReader:
     """A Hugging Face checkpoint (directory or hub id), checked when opened, read one tensor at a time.
 
@@ -152,14 +150,20 @@ class HFReader:
     corrupt file.
     """
 
+    configs: ClassVar[tuple[str, ...]] = ("config.json",)
+    """Files that the sizes come from."""
+
     def __init__(self, source: str | Path) -> None:
-        self.directory = _local_directory(source)
-        self.config: dict[str, Any] = _read_json(self.directory / "config.json")
+        self.directory = local_directory(source)
+        check_directory(self.directory)
+        self.config: dict[str, Any] = _read_config(self.directory / "config.json")
         self._entries = read_entries(self.directory)
-        self.model_config = self._model_config()
+        check_tensors(self.directory, self._entries)
+        with located(self.directory):
+            self.model_config = self._model_config()
         family = get_family(self.model_config.family)
         self._maps = family.weights(self.model_config)
-        self._entries = _full_names(self._entries, self._maps[0].hf[0], family.prefix)
+        self._entries = plain_entries(self.directory, self._entries, family, self.model_config)
         self._check_tensors()
 
     def names(self) -> list[str]:
@@ -168,23 +172,24 @@ class HFReader:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in the dtype it is stored in."""
-        if name not in self._entries:
-            raise UserError(f"{self.directory} has no tensor {name}{_nearest(name, self._entries)}")
-        file = self._entries[name].file
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return opened.get_tensor(self._entries[name].name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read {name} from {file}: {error}") from error
+        return self._read(name, lambda opened, stored: opened.get_tensor(stored))
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last``, that one not included, of the tensor ``name``; nothing else of it is read."""
+        return self._read(name, lambda opened, stored: opened.get_slice(stored)[first:last])
+
+    def left_behind(self) -> str | None:
+        """One line about what of the directory does not come along to a checkpoint or an export."""
+        known = {*self.names(), *get_family(self.model_config.family).tied_names(self.model_config)}
+        buffers = sorted(name for name in self._entries if name not in known)
+        return carried.told(self.directory, self.config, self.configs, buffers)
+
+    def _read(self, name: str, part: Callable[[Any, str], Tensor]) -> Tensor:
+        if name not in self._entries:
+            raise UserError(f"{self.directory} has no tensor {name}{nearest(name, self._entries)}")
         entry = self._entries[name]
-        try:
-            with safe_open(entry.file, framework="pt") as opened:
-                return opened.get_slice(entry.name)[first:last]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read {name} from {entry.file}: {error}") from error
+        with fenced(f"cannot read {name} from {entry.file}", "fetch it again"), safe_open(entry.file, "pt") as opened:
+            return part(opened, entry.name)
 
     def _model_config(self) -> ModelConfig:
         config = family_of(self.config).from_hf(self.config)
@@ -204,28 +209,23 @@ class HFReader:
                 self._check_tensor(name, shape)
         family = get_family(self.model_config.family)
         tied = family.tied_names(self.model_config)
-        needed = {*self.names(), *tied}
-        for name in sorted(set(self._entries) - needed):
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in family.ignored):
-                raise UserError(
-                    f"{self._entries[name].file} holds {name}, which a {family.name} model does not have"
-                    f"{_nearest(name, needed)}; it would be lost"
-                )
+        check_names(self._entries, {*self.names(), *tied}, family)
         for name in set(tied) & set(self._entries):
             self._check_tied(name, self._maps[0].hf[0])
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._entries:
-            raise UserError(
-                f"{self.directory} has no tensor {name}, which config.json asks for; is the checkpoint complete?"
-            )
+            family = get_family(self.model_config.family)
+            raise UserError(missing(self.directory, name, self._entries, family, self.config))
         entry = self._entries[name]
         if entry.shape != shape:
-            raise UserError(f"{name} in {entry.file} has shape {list(entry.shape)}; config.json asks for {list(shape)}")
+            raise UserError(
+                f"{name} in {entry.file} has shape {brief(list(entry.shape))}; config.json asks for {list(shape)}"
+            )
         if entry.dtype not in _FLOATS:
             raise UserError(
-                f"{name} in {entry.file} has dtype {entry.dtype}; supported: {', '.join(_FLOATS)} "
-                "(a quantised checkpoint must be converted first)"
+                f"{name} in {entry.file} has dtype {brief(entry.dtype)[1:-1]}; supported: {', '.join(_FLOATS)}: save "
+                "the model in one of them (dtype=torch.bfloat16), or give the unquantised one if it is quantised"
             )
 
     def _check_tied(self, name: str, embedding: str) -> None:
@@ -239,7 +239,7 @@ class HFReader:
             )
 
 
-def _local_directory(source: str | Path) -> Path:
+def local_directory(source: str | Path) -> Path:
     """The directory itself, or the local copy of a hub repository."""
     path = Path(source)
     if path.is_dir():
@@ -268,6 +268,7 @@ def _download(hub_id: str) -> Path:
                     "*.safetensors",
                     "*.safetensors.index.json",
                     "config.json",
+                    ADAPTER,
                     *TOKENIZER_FILES,
                 ],
             )
@@ -279,97 +280,24 @@ def _download(hub_id: str) -> Path:
         OfflineModeIsEnabled,
         OSError,
     ) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{hub_id} is neither a local directory nor a repository that could be fetched from the hub "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {reason(error)})"
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.exists():
         raise UserError(
             f"{file} does not exist; a Hugging Face checkpoint directory holds config.json and *.safetensors"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} does not hold a JSON object")
-    return values
-
-
-def read_entries(directory: Path) -> dict[str, _Entry]:
-    """Every tensor of the checkpoint, from the headers of its one or many safetensors files."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file() and not (directory / "model.safetensors").is_file():
-        return _indexed_entries(directory, index)
-    if (directory / "model.safetensors").is_file():
-        return _file_entries(directory / "model.safetensors")
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
-    if pickles:
-        raise UserError(
-            f"{directory} holds {pickles[0]} but no safetensors; pickle files are not read because opening "
-            "one can run code. Convert: AutoModelForCausalLM.from_pretrained(DIR)"
-            ".save_pretrained(NEW_DIR)"
         )
-    raise UserError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
+    return read_json(file, "a Hugging Face checkpoint")
 
 
-def _full_names(entries: dict[str, _Entry], embedding: str, prefix: str) -> dict[str, _Entry]:
-    """The entries by full names: a checkpoint saved from the bare transformer (as GPT-2's own) lacks their start."""
-    bare = embedding not in entries and embedding.removeprefix(prefix) in entries
-    return {prefix + name: entry for name, entry in entries.items()} if bare else entries
-
-
-def _indexed_entries(directory: Path, index: Path) -> dict[str, _Entry]:
-    weight_map = _read_json(index).get("weight_map")
-    named = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
-    if not named or not weight_map:
-        raise UserError(f"{index} has no weight_map (tensor name -> file name)")
-    entries: dict[str, _Entry] = {}
-    for file_name in sorted(set(weight_map.values())):
-        entries |= _file_entries(directory / file_name)
-    for name, file_name in weight_map.items():
-        if name not in entries or entries[name].file.name != file_name:
-            raise UserError(f"{index} places {name} in {file_name}, which does not hold it")
-    return entries
-
-
-def _file_entries(file: Path) -> dict[str, _Entry]:
-    """Tensors of one safetensors file; UserError when it is missing, truncated or corrupt."""
-    header, data_bytes = _read_header(file)
+@contextlib.contextmanager
+def located(directory: Path) -> Iterator[None]:
+    """While active, a UserError about config.json says whose."""
     try:
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        entries = {name: _Entry(file, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tensors.items()}
-        end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{file} is not a valid safetensors file: its header is malformed ({error!r})") from error
-    if end != data_bytes:
-        raise UserError(
-            f"{file} is truncated or damaged: its header describes {end} bytes of tensors, "
-            f"the file holds {data_bytes}; fetch it again"
-        )
-    return entries
-
-
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """JSON header of a safetensors file (8 bytes length, JSON, data) and the number of data bytes."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = struct.unpack("<Q", opened.read(8))[0] if size >= 8 else 0
-            header = json.loads(opened.read(length)) if 0 < length <= min(_HEADER_LIMIT, size - 8) else None
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist, but the index names it; is the checkpoint complete?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a valid safetensors file: {error}") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{file} is truncated or not a safetensors file ({size} bytes)")
-    return header, size - 8 - length
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (nearest: {near[0]})" if near else ""
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"^config\.json", lambda _: str(directory / "config.json"), str(error))) from error

@@ -37,9 +37,16 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "License*",
+    "license*",
+    "NOTICE*",
+    "Notice*",
+    "*USE_POLICY*",
 )
 """Names, or patterns of names, of the files that a model brings along besides its weights and config.json: tokenizer,
-chat templates, and how it generates by default."""
+chat templates, how it generates by default, and under which terms it may be used."""
 
 
 @with_config(strict())

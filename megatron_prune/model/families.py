@@ -6,10 +6,10 @@ tensors. One table per family serves both directions and every parallel layout; 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.model.blocks import KEY, SUFFIX, Block
 from megatron_prune.model.family import Family, ModelConfig, WeightMap, WeightPattern, dimensions
 
@@ -44,7 +44,21 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         if model_type in [name + end for name in family.model_types]:
             return family
     allowed = sorted(name for family in FAMILIES.values() for name in family.model_types)
-    raise UserError(f"config.json has model_type {model_type!r}; supported: {', '.join(allowed)}")
+    raise UserError(
+        f"config.json has model_type {brief(model_type)}; supported: {', '.join(allowed)}{_inside(hf_config, allowed)}"
+    )
+
+
+def _inside(hf_config: Mapping[str, Any], allowed: Sequence[str]) -> str:
+    """What to do about a model that wraps a language model of a supported family."""
+    inner = hf_config.get("text_config")
+    kind = inner.get("model_type") if isinstance(inner, Mapping) else None
+    if kind not in allowed:
+        return ""
+    return (
+        f"; its text_config is of a {kind} model: save that alone, with text_config as its config.json, "
+        "by model.language_model.save_pretrained(NEW_DIR)"
+    )
 
 
 def check_exportable(config: ModelConfig) -> None:
@@ -161,7 +175,7 @@ _LLAMA_DEFAULTS = {
     "tie_word_embeddings": False,
 }
 _NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
-_GATED_SILU = {"hidden_act": ("silu",), "quantization_config": (None,)}
+_GATED_SILU = {"hidden_act": ("silu",)}
 _INVERSE_FREQUENCIES = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
 
 _LLAMA = Family(
@@ -191,7 +205,8 @@ _QWEN2 = Family(
     keys=_LLAMA_KEYS,
     defaults=_LLAMA_DEFAULTS | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     nullable=("num_key_value_heads",),
-    supported=_GATED_SILU | {"use_sliding_window": (False,)},
+    supported=_GATED_SILU,
+    windowed=True,
     constants={"qkv_bias": True},
     table=(_EMBEDDING, _INPUT_NORM, _QKV, _QKV_BIAS, _PROJECTION, _MLP_NORM, _GATE_UP, _DOWN, _FINAL_NORM, _OUTPUT),
     ignored=_INVERSE_FREQUENCIES,
@@ -203,7 +218,8 @@ _QWEN3 = Family(
     keys=_LLAMA_KEYS,
     defaults={**_QWEN2.defaults, "head_dim": 128},
     nullable=("num_key_value_heads",),
-    supported=_GATED_SILU | {"attention_bias": (False,), "use_sliding_window": (False,)},
+    supported=_GATED_SILU | {"attention_bias": (False,)},
+    windowed=True,
     constants={"qk_layernorm": True},
     table=(
         *(_EMBEDDING, _INPUT_NORM, _QKV, _QUERY_NORM, _KEY_NORM, _PROJECTION),
@@ -229,7 +245,7 @@ _NEMOTRON = Family(
         "norm_eps": 1e-5,
         "tie_word_embeddings": False,
     },
-    supported={"hidden_act": ("relu2",), "quantization_config": (None,)} | _NO_BIAS,
+    supported={"hidden_act": ("relu2",)} | _NO_BIAS,
     constants={"activation": "relu2", "gated": False, "normalization": "LayerNorm1P"},
     partial_rotary=0.5,
     table=(
@@ -273,10 +289,10 @@ _GPT2 = Family(
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
-        "quantization_config": (None,),
     },
     constants={"gated": False, "normalization": "LayerNorm", "linear_bias": True, "position_embedding": "learned"},
     conv1d=True,
+    head="LMHeadModel",
     prefix="transformer.",
     table=(
         WeightPattern(

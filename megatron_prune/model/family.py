@@ -13,13 +13,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from typing_extensions import TypedDict
+
 from megatron_prune.errors import UserError, brief
-from megatron_prune.foreign import names, strict
+from megatron_prune.foreign import check_shape, names, strict
 from megatron_prune.model import blocks as block_list
+from megatron_prune.model import quantised
 from megatron_prune.model.blocks import Block, widest
 
 if TYPE_CHECKING:  # environments without PyTorch read these tables too
@@ -28,6 +32,8 @@ if TYPE_CHECKING:  # environments without PyTorch read these tables too
 Transform = Literal["copy", "qkv", "fused_qkv", "gated"]
 
 _DTYPES = ("bfloat16", "float16", "float32")
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Of transformers 5 and 4; where both are given, the first is read."""
 _FULL_ATTENTION = "full_attention"
 _ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
 """Start of the Megatron names of a layer's first half; the rest of the layer is the MLP."""
@@ -45,7 +51,22 @@ LARGEST: dict[str, int] = {
 """Of ModelConfig's sizes: far beyond any model, and lists and tensors of them still end."""
 LARGEST_NUMBER = 1e30
 """Of its constants; squared, a float64 still holds it."""
+_LARGEST_NUMBERS = {"layernorm_epsilon": 1.0, "factor": 1e6, "low_freq_factor": 1e6, "high_freq_factor": 1e6}
+"""Of those constants that are small in any model."""
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_FOREIGN: Mapping[str, tuple[Any, ...]] = {
+    "per_layer_config": (None, [], {}),
+    "is_causal": (None, True),
+    "transformers_weights": (None, "model.safetensors", "model.safetensors.index.json"),
+}
+"""config.json keys with which transformers opens another model than the family's; the values that change nothing."""
+NOT_CARRIED = (
+    *("auto_map", "custom_pipelines", "transformers_weights", "fusion_config", "distributed_config", "device_map"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal", "use_kernels"),
+    *("base_model_tp_plan", "base_model_pp_plan", quantised.KEY),
+)
+"""config.json keys that name code, kernels or files of the source: an export has none of them."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +266,12 @@ class Family:
     """Share of a head that is rotated when config.json does not say; None: whole heads are, always."""
     conv1d: bool = False
     """Linear weights are stored `[in, out]`, as transformers' Conv1D has them."""
+    head: str = "ForCausalLM"
+    """How transformers' class of its language models ends."""
     prefix: str = "model."
     """Start of the names that a checkpoint saved from the bare transformer, without its output layer, lacks."""
+    windowed: bool = False
+    """With `use_sliding_window` the layers from `max_window_layers` on see `sliding_window` tokens only."""
     ignored: tuple[str, ...] = ()
     """Hugging Face name patterns (fnmatch) that carry no weights and may be in a file."""
 
@@ -254,6 +279,7 @@ class Family:
         """Sizes from a config.json in the style of transformers 4 or 5; UserError for what cannot be
         represented.
         """
+        _check_types(hf_config)
         if block_list.KEY in hf_config:
             return self._from_blocks(hf_config)
         self._check_supported(hf_config)
@@ -287,7 +313,7 @@ class Family:
         """
         if config.blocks is not None:
             return block_list.add(self.to_hf(self.uniform(config)), config.blocks)
-        written = copy.deepcopy(config.hf_config)
+        written = self.carried(config.hf_config)
         original = self.from_hf(config.hf_config)
         if _rotary(original) != _rotary(config):
             raise UserError(
@@ -301,12 +327,26 @@ class Family:
             if "layer_types" in written:
                 written["layer_types"] = [_FULL_ATTENTION] * config.num_layers
         if original.dtype != config.dtype:
-            written["torch_dtype" if "torch_dtype" in written else "dtype"] = config.dtype
+            written |= dict.fromkeys([key for key in _DTYPE_KEYS if key in written] or _DTYPE_KEYS[:1], config.dtype)
         if replace(self.from_hf(written), hf_config={}) != replace(config, hf_config={}):
             raise UserError(
                 f"the config.json of a {self.name} model cannot express this one's shape; only sizes that it has a "
                 f"key for may change: {', '.join(self.keys.values())}"
             )
+        return written
+
+    def carried(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+        """What an export's config.json has of the source's: all but `NOT_CARRIED`, and the class of a language model.
+
+        A name of a type is written as transformers reads it, without `torch.`.
+        """
+        written = {key: copy.deepcopy(value) for key, value in hf_config.items() if key not in NOT_CARRIED}
+        classes = written.get("architectures")
+        if classes and not any(str(name).endswith(self.head) for name in classes):
+            written["architectures"] = [_stem(classes[0]) + self.head]
+        for key in _DTYPE_KEYS:
+            if isinstance(written.get(key), str):
+                written[key] = written[key].removeprefix("torch.")
         return written
 
     def uniform(self, config: ModelConfig) -> ModelConfig:
@@ -359,15 +399,18 @@ class Family:
         return tuple(name for row in rows for name in row.hf)
 
     def _check_supported(self, hf_config: Mapping[str, Any]) -> None:
-        for key, allowed in self.supported.items():
-            if hf_config.get(key, allowed[0]) not in allowed:
+        quantised.check_config(hf_config)
+        for key, allowed in {**_FOREIGN, **self.supported}.items():
+            if not _among(hf_config.get(key, allowed[0]), allowed):
                 raise UserError(
-                    f"config.json has {key}: {hf_config[key]!r}; the {self.name} family supports "
-                    f"{' or '.join(repr(value) for value in allowed)} only"
+                    f"config.json has {key}: {brief(hf_config[key])}; the {self.name} family supports "
+                    f"{' or '.join(repr(value) for value in allowed)} only: give a model without it"
                 )
         for kind in hf_config.get("layer_types") or ():
             if kind != _FULL_ATTENTION:
-                raise UserError(f"config.json has layers of type {kind!r}; supported: {_FULL_ATTENTION!r} only")
+                raise UserError(f"config.json has layers of type {brief(kind)}; supported: {_FULL_ATTENTION!r} only")
+        if self.windowed and not hf_config.get("layer_types"):
+            _check_windows(hf_config)
 
     def _positions(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """The ModelConfig fields of the rotary embedding."""
@@ -457,50 +500,76 @@ def _rotary(config: ModelConfig) -> tuple[Any, ...]:
 
 def _rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float | None]:
     """Rotary base, llama3 scaling and share of a head, from ``rope_parameters`` (transformers 5) or ``rope_theta`` +
-    ``rope_scaling`` + ``partial_rotary_factor``.
+    ``rope_scaling`` + ``partial_rotary_factor``. Where both are there, ``rope_scaling`` counts, as in transformers.
     """
-    given = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    given = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
-        raise UserError(f"config.json gives {given!r} as rope parameters; they must be an object")
+        raise UserError(f"config.json gives {brief(given)} as rope parameters; they must be an object")
+    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+    if nested:
+        raise UserError(
+            f"config.json gives rope parameters for each type of layer ({brief(nested[0])}); supported: the same in "
+            "all layers, written without that key"
+        )
     base = float(_number("rope_theta", given.get("rope_theta", hf_config.get("rope_theta", 10000.0))))
     percent = given.get("partial_rotary_factor", hf_config.get("partial_rotary_factor"))
     if percent is not None and not _number("partial_rotary_factor", percent) <= 1:
-        raise UserError(f"config.json has partial_rotary_factor {percent}; it must be at most 1")
+        raise UserError(f"config.json has partial_rotary_factor {brief(percent)}; it must be at most 1")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return base, None, percent
     if kind != "llama3":
-        raise UserError(f"config.json has rope type {kind!r}; supported: 'default', 'llama3'")
-    missing = [key for key in _LLAMA3_KEYS if given.get(key) is None]
+        raise UserError(
+            f"config.json has rope type {brief(kind)}; supported: 'default', 'llama3'. To prune the model for texts "
+            "of the length that it was first trained on, take rope_scaling out, and put it into the export again"
+        )
+    return base, _llama3(given, hf_config), percent
+
+
+def _llama3(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling of that type; the length before it is the model's, where it is not given."""
+    values = {_LLAMA3_KEYS[-1]: hf_config.get("max_position_embeddings", 2048)}
+    values |= {key: given[key] for key in _LLAMA3_KEYS if given.get(key) is not None}
+    missing = [key for key in _LLAMA3_KEYS if key not in values]
     if missing:
-        raise UserError(f"config.json has rope type 'llama3' without {', '.join(missing)}")
-    return base, {"rope_type": "llama3", **{key: _number(key, given[key]) for key in _LLAMA3_KEYS}}, percent
+        raise UserError(f"config.json has rope type 'llama3' without {', '.join(missing)}; add what the model has")
+    scaling = {key: _number(key, values[key]) for key in _LLAMA3_KEYS}
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(
+            f"config.json has low_freq_factor {scaling['low_freq_factor']} and high_freq_factor "
+            f"{scaling['high_freq_factor']}; the first must be below the second"
+        )
+    return {"rope_type": "llama3", **scaling}
 
 
 def _dtype(hf_config: Mapping[str, Any]) -> str:
     """``dtype`` or ``torch_dtype``; float32 when config.json says nothing, as transformers 4 had it."""
-    given = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32").removeprefix("torch.")
-    if given not in _DTYPES:
-        raise UserError(f"config.json has dtype {given!r}; supported: {', '.join(_DTYPES)}")
-    return given
+    given = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
+    name = given.removeprefix("torch.") if isinstance(given, str) else given
+    if name not in _DTYPES:
+        raise UserError(
+            f"config.json has dtype {brief(name)}; supported: {', '.join(_DTYPES)}: save the model in one of them with "
+            "AutoModelForCausalLM.from_pretrained(DIR, dtype=torch.bfloat16).save_pretrained(NEW_DIR)"
+        )
+    return name
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_NUMBER:
-        raise UserError(
-            f"config.json gives {name} = {brief(value)}; it must be a number above 0, at most {LARGEST_NUMBER:g}"
-        )
+    """A number above 0 that is no larger than can be believed."""
+    most = _LARGEST_NUMBERS.get(name, LARGEST_NUMBER)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+        raise UserError(f"config.json gives {name} = {brief(value)}; it must be a number above 0, at most {most:g}")
     return value
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Types of what config.json gives for ModelConfig fields; None is a size that follows from others."""
+    """Types and ranges of what config.json gives for ModelConfig fields; None is a size that follows from others."""
     for name, value in values.items():
         if name == "layernorm_epsilon":
             _number(name, value)
         elif name == "tie_word_embeddings":
             if not isinstance(value, bool):
-                raise UserError(f"config.json gives {name} = {value!r}; it must be true or false")
+                raise UserError(f"config.json gives {name} = {brief(value)}; it must be true or false")
         elif name == "activation":
             continue  # among the family's supported values
         elif value is not None and (type(value) is not int or not 1 <= value <= LARGEST[name]):
@@ -528,6 +597,45 @@ def check_config(config: ModelConfig, family: Family) -> None:
     if scaling is not None and _rope({"rope_parameters": scaling})[1] != scaling:
         raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(_LLAMA3_KEYS)}")
     _check_heads(config)
+
+
+def _among(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether a value is one of the allowed, in its type too: 0 is not False, 1 not True."""
+    return any(type(value) is type(one) and value == one for one in allowed)
+
+
+class _Keys(TypedDict, total=False):
+    """Types of keys of config.json that are looked into."""
+
+    model_type: str
+    architectures: list[str] | None
+    layer_types: list[str] | None
+    use_sliding_window: bool | None
+    sliding_window: int | None
+    max_window_layers: int | None
+
+
+def _check_types(hf_config: Mapping[str, Any]) -> None:
+    """UserError for a key of another type than it has in any model."""
+    known = {key: hf_config[key] for key in _Keys.__annotations__ if key in hf_config}
+    check_shape(known, "config.json", _Keys, "take it from the model's source again")
+
+
+def _check_windows(hf_config: Mapping[str, Any]) -> None:
+    """UserError when some layers of a family whose windows are switched on by a key see a part of the text only."""
+    if not hf_config.get("use_sliding_window") or hf_config.get("sliding_window", 4096) is None:
+        return
+    first, layers = hf_config.get("max_window_layers", 28), hf_config.get("num_hidden_layers")
+    if first is None or not isinstance(layers, int) or first < layers:
+        raise UserError(
+            f"config.json has use_sliding_window: True for the layers from {first} on; supported: False, or "
+            "max_window_layers of all layers"
+        )
+
+
+def _stem(name: str) -> str:
+    """`Llama` of the name of any of transformers' classes, `LlamaModel` or `LlamaForSequenceClassification`."""
+    return re.sub(r"(For[A-Z]\w*|LMHeadModel|DoubleHeadsModel|PreTrainedModel|Model)$", "", name)
 
 
 def _check_heads(config: ModelConfig) -> None:

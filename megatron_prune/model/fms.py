@@ -24,8 +24,10 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.files import read_json
-from megatron_prune.model.convert import HFReader, read_entries
+from megatron_prune.model import carried
+from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.stored import read_entries
 
 CONFIG = "fms_config.json"
 HF_CONFIG = "hf_config"
@@ -213,6 +215,12 @@ def is_fms(path: Path) -> bool:
 
 class FmsReader(HFReader):
     """A checkpoint of fms as if it were a Hugging Face directory, checked when opened."""
+
+    configs = (CONFIG,)
+
+    def left_behind(self) -> str | None:
+        """As the base class; every tensor is a weight."""
+        return carried.told(self.directory, self.config, self.configs, ())
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

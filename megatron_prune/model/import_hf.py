@@ -14,6 +14,7 @@ from megatron_prune.apply.decision import pack_mask, prunable_shapes, unpack_mas
 from megatron_prune.config import ImportConfig, Parallelism
 from megatron_prune.export.mask_file import load_mask_npz
 from megatron_prune.files import refuse_existing
+from megatron_prune.log import say
 from megatron_prune.model import convert
 from megatron_prune.model.build import build_model
 from megatron_prune.model.checkpoint import compute_dtype, save_model
@@ -72,6 +73,8 @@ def run(config: ImportConfig) -> None:
     directory = Path(config.input)
     reader = FmsReader(directory) if is_fms(directory) else HFReader(config.input)
     check_tokenizer_files(reader.directory)
+    if told := reader.left_behind():
+        say(told)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = read_hf(reader, layout, config.dtype, config.mask)

@@ -89,7 +89,11 @@ def test_defaults_of_keys_left_out() -> None:
         (GPT2, {"add_cross_attention": True}, "add_cross_attention: True"),
         (GPT2, {"activation_function": "quick_gelu"}, "'quick_gelu'.*'gelu_new'"),
         (GPT2, {"n_head": 7}, "768 and 7 attention heads"),
-        (QWEN2, {"use_sliding_window": True}, "use_sliding_window: True"),
+        (
+            QWEN2,
+            {"use_sliding_window": True, "max_window_layers": 20},
+            "use_sliding_window: True for the layers from 20",
+        ),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layers of type 'sliding_attention'"),
         (QWEN3, {"attention_bias": True}, "attention_bias: True"),
         (QWEN3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
