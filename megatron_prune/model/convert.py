@@ -10,6 +10,7 @@ safetensors checkpoints that holds one tensor at a time. Every function works on
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -287,7 +288,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.exists():
+    if not os.path.lexists(file):
         raise UserError(
             f"{file} does not exist; a Hugging Face checkpoint directory holds config.json and *.safetensors"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,17 @@ _HEADS = ("score.*", "classifier.*", "qa_outputs.*", "v_head.*", "multiple_choic
 
 def check_directory(directory: Path) -> None:
     """UserError for an adapter, alone or beside a model, and for what quantisers leave beside config.json."""
-    adapter = next((name for name in _ADAPTER_FILES if (directory / name).exists()), None)
+    adapter = next((name for name in _ADAPTER_FILES if os.path.lexists(directory / name)), None)
     if adapter is not None:
         raise UserError(_adapter(directory, adapter))
     quantised.check_files(directory)
 
 
 def _adapter(directory: Path, file: str) -> str:
-    about = read_json(directory / ADAPTER, "an adapter") if (directory / ADAPTER).exists() else {}
+    about = read_json(directory / ADAPTER, "an adapter") if os.path.lexists(directory / ADAPTER) else {}
     kind, base = about.get("peft_type", "an unknown kind"), about.get("base_model_name_or_path")
     found = f"{directory} holds an adapter ({file}, {brief(kind, 20)} of {brief(base)})"
-    if (directory / "config.json").exists():
+    if os.path.lexists(directory / "config.json"):
         return (
             f"{found} beside the model, and transformers would apply it: merge it first, {_MERGE}, or move the "
             "adapter_* files away to take the model without it"
@@ -66,7 +67,7 @@ def plain_entries(
         short = full_name(unwrapped(name), {*known, *tied}, family)
         if short in plain:
             raise UserError(
-                f"{directory} holds {brief(plain[short].name)} and {brief(name)}, both for {short}; keep one"
+                f"{directory} holds {shown(plain[short].name)} and {shown(name)}, both for {short}; keep one"
             )
         plain[short] = entry
     embedding = next(iter(family.weights(config)[0].hf))

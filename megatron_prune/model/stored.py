@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,18 +61,18 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
     As in transformers the one file counts where there are many, too.
     """
-    if (directory / SINGLE).exists():
+    if os.path.lexists(directory / SINGLE):
         return file_entries(directory / SINGLE)
-    if (directory / INDEX).exists():
+    if os.path.lexists(directory / INDEX):
         return _indexed_entries(directory, directory / INDEX)
     raise UserError(_without_weights(directory))
 
 
 def weight_files(directory: Path) -> set[str]:
     """Names of the files that `read_entries` reads."""
-    if (directory / SINGLE).exists():
+    if os.path.lexists(directory / SINGLE):
         return {SINGLE}
-    return {INDEX, *_weight_map(directory / INDEX).values()} if (directory / INDEX).exists() else set()
+    return {INDEX, *_weight_map(directory / INDEX).values()} if os.path.lexists(directory / INDEX) else set()
 
 
 def _without_weights(directory: Path) -> str:
@@ -118,7 +119,7 @@ def _indexed_entries(directory: Path, index: Path) -> dict[str, Entry]:
 
 
 def _named_entries(file: Path, index: Path) -> dict[str, Entry]:
-    if not file.exists():
+    if not os.path.lexists(file):
         raise UserError(f"{file} does not exist, but {index.name} names it; is the checkpoint complete?")
     return file_entries(file)
 

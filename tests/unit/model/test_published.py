@@ -305,7 +305,7 @@ def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
     directory = tiny_llama(tmp_path / "hf")
     weights = load_file(directory / "model.safetensors")
     save_file(weights | {"module.model.norm.weight": torch.ones(32)}, directory / "model.safetensors")
-    with pytest.raises(UserError, match="module.model.norm.weight.*two tensors for model.norm.weight; keep one"):
+    with pytest.raises(UserError, match="module.model.norm.weight, both for model.norm.weight; keep one"):
         HFReader(directory)
 
 
@@ -335,7 +335,8 @@ def test_buffers_of_old_versions_are_named_as_left_behind(tmp_path: Path) -> Non
         bare = {key.removeprefix("model.").removeprefix("transformer."): value for key, value in weights.items()}
         for given in (weights, bare):
             save_file(given | {name: torch.ones(4)}, directory / "model.safetensors")
-            assert f"1 tensors without weights such as {name}" in (HFReader(directory).left_behind() or "")
+            left = HFReader(directory).left_behind() or ""
+            assert "1 tensors without weights such as" in left and name in left
 
 
 def test_types_may_be_mixed(tmp_path: Path, layout: backend.Layout) -> None:
