@@ -6,11 +6,9 @@ A verb's module is imported only when the verb runs, so `--help` and a mistyped 
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -18,17 +16,22 @@ from typing import NamedTuple
 from megatron_prune import config
 from megatron_prune.command_line import parse
 from megatron_prune.errors import UserError
+from megatron_prune.files import ROOM, disk_fault
 from megatron_prune.options import Options
+from megatron_prune.outputs import held
+from megatron_prune.telling import another_told, first_to_tell, process, processes
 
 PROGRAM = "megatron-prune"
 
 
 class Verb(NamedTuple):
-    """One command: what configures it, `module:function` that does it, and a line of help."""
+    """One command: what configures it, `module:function` that does it, a line of help, and for how many processes."""
 
     config: type[Options]
     function: str
     help: str
+    alone: bool = False
+    """For one process."""
 
 
 VERBS = {
@@ -36,6 +39,7 @@ VERBS = {
         config.PreprocessConfig,
         "megatron_prune.data.preprocess:run",
         "text -> token ids in Megatron's .bin and .idx",
+        alone=True,
     ),
     "import": Verb(
         config.ImportConfig,
@@ -45,7 +49,9 @@ VERBS = {
     "prune": Verb(
         config.PruneConfig, "megatron_prune.prune:run", "decide which weights stay, by a method from a paper"
     ),
-    "plan": Verb(config.PlanConfig, "megatron_prune.plan:run", "memory that learning masks will take on each GPU"),
+    "plan": Verb(
+        config.PlanConfig, "megatron_prune.plan:run", "memory that learning masks will take on each GPU", alone=True
+    ),
     "train": Verb(
         config.TrainConfig, "megatron_prune.train:run", "recover a pruned model: text, a teacher, LoRA; zeros stay"
     ),
@@ -65,20 +71,29 @@ VERBS = {
         "megatron_prune.evaluation.verify:run",
         "prove pattern, zeros, density and equal logits",
     ),
-    "bench": Verb(config.BenchConfig, "megatron_prune.bench:run", "time an exported 2:4 model, dense against sparse"),
+    "bench": Verb(
+        config.BenchConfig, "megatron_prune.bench:run", "time an exported 2:4 model, dense against sparse", alone=True
+    ),
     "latency": Verb(
-        config.LatencyConfig, "megatron_prune.model.latency:run", "time a layer's parts at several sizes, for budgets"
+        config.LatencyConfig,
+        "megatron_prune.model.latency:run",
+        "time a layer's parts at several sizes, for budgets",
+        alone=True,
     ),
     "inspect": Verb(
         config.InspectConfig,
         "megatron_prune.inspect_run:run",
         "show what a checkpoint, run or decision holds",
+        alone=True,
     ),
-    "report": Verb(config.ReportConfig, "megatron_prune.report.report:run", "one HTML page of runs and results"),
+    "report": Verb(
+        config.ReportConfig, "megatron_prune.report.report:run", "one HTML page of runs and results", alone=True
+    ),
     "methods": Verb(
         config.MethodsConfig,
         "megatron_prune.methods.listing:run",
         "list the pruning methods and their options",
+        alone=True,
     ),
 }
 
@@ -93,13 +108,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _report(str(error))
         return 2
-    except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        _report(f"{error}: give a place that can be read and written and has room")
-        return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if disk_fault(error) or (isinstance(error, OSError) and error.filename is not None):
+            _report(f"{error}: {ROOM}")
+            return 2
+        if another_told():  # the connection to a process that has failed is lost
+            return 2
+        raise
 
 
 def _told_to_launcher(function: Callable[[list[str]], int]) -> Callable[[list[str]], int | None]:
@@ -123,9 +140,12 @@ def _run(argv: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(VERBS)}"
         raise UserError(f"unknown verb {argv[0]!r}; {hint}")
     verb = VERBS[argv[0]]
+    if verb.alone and processes() > 1:
+        raise UserError(f"{processes()} processes were started; {argv[0]} takes one: leave torchrun out")
     settings = parse(verb.config, argv[1:], prog=f"{PROGRAM} {argv[0]}")
     module, _, function = verb.function.partition(":")
-    return getattr(importlib.import_module(module), function)(settings) or 0
+    with held(settings):
+        return getattr(importlib.import_module(module), function)(settings) or 0
 
 
 def _overview() -> str:
@@ -146,16 +166,10 @@ def _version() -> str:
 
 
 def _report(message: str) -> None:
-    """One line on stderr.
-
-    A mistake that every process sees is told once: the others wait a moment before they speak, and the
-    launcher ends them in that moment when process 0 has failed too.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(5)
-        message = f"[process {rank}] {message}"
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
+    """One line on stderr; of a launch of several processes, from the first that has something to tell."""
+    if first_to_tell():
+        message = f"[process {process()}] {message}" if process() else message
+        print(f"{PROGRAM}: error: {message}", file=sys.stderr, flush=True)
 
 
 def entry() -> None:

@@ -25,7 +25,7 @@ from megatron_prune.config import BenchConfig
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.verify import projections
 from megatron_prune.export.padding import in_transformers
-from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.files import refuse_existing, write_result
 from megatron_prune.log import device_names, environment, progress, say
 from megatron_prune.methods.target import NM
 from megatron_prune.model.convert import HFReader
@@ -74,7 +74,7 @@ def run(config: BenchConfig) -> None:
     }
     _print(result)
     if config.output is not None:
-        write_json(config.output, result)
+        write_result(config.output, result)
 
 
 def missing_kernels() -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from megatron_prune.errors import UserError
-from megatron_prune.options import REQUIRED, Options, group, option, parse_documents, parse_split
+from megatron_prune.options import REQUIRED, MayExist, Options, group, option, parse_documents, parse_split
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -181,6 +181,8 @@ class Training(Options):
 class PreprocessConfig(Options):
     """Text -> Megatron's .bin and .idx: token ids, ready for training"""
 
+    output_may_exist: ClassVar[MayExist] = "always"
+
     input: tuple[str, ...] = option(
         REQUIRED,
         "files of documents (.txt, .raw, .jsonl, .jsonl.gz, .json.gz), or hub:NAME[:CONFIG[:SPLIT]], streamed",
@@ -207,6 +209,8 @@ class ImportConfig(Options):
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(Options):
     """A Megatron checkpoint -> a decision: which weights stay"""
+
+    output_may_exist: ClassVar[MayExist] = "resumed"
 
     input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`, or a Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
@@ -238,6 +242,8 @@ class PruneConfig(Options):
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PruneConfig):
     """Memory on each process of a mask-learning run, from the same options and YAML as `prune`"""
+
+    output_may_exist: ClassVar[MayExist] = "never"
 
     input: Path = option(REQUIRED, "Megatron checkpoint, or Hugging Face directory with config.json")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")  # type: ignore[assignment]
@@ -303,6 +309,8 @@ class LoRA(Options):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
     """A pruned model -> the same model with better weights: recovery, distillation, continued pretraining"""
+
+    output_may_exist: ClassVar[MayExist] = "resumed"
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")

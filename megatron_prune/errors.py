@@ -44,3 +44,11 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(str(message)))
+
+
+class Interrupted(UserError):
+    """Not the fault of what was given: what is finished can be gone on with."""
+
+
+class DiskFault(Interrupted):
+    """The file system is full or broken."""

@@ -34,6 +34,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from megatron_prune.files import write_json, write_text
 from megatron_prune.foreign import parse_json, read_regular
 from megatron_prune.schema import Count
 
@@ -141,9 +142,7 @@ class MetricsLog:
             return
         self.close()
         kept = [record for record in read_metrics(self._folder) if record.get("step", 0) <= done] if done else []
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     @contextlib.contextmanager
     def steps(self, total: int) -> Iterator[None]:
@@ -259,9 +258,7 @@ def write_environment(folder: Path, **more: Any) -> None:
     """`environment.json`: versions, devices and process count, plus what the caller adds."""
     if not is_leader():
         return
-    content = {**environment(), **more}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "environment.json", {**environment(), **more})
 
 
 def environment() -> dict[str, Any]:

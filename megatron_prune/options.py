@@ -11,10 +11,12 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from megatron_prune.errors import UserError
+from megatron_prune.files import write_text
 
+MayExist = Literal["never", "resumed", "always"]
 REQUIRED = dataclasses.MISSING
 """Default of a field that the user must give."""
 
@@ -54,6 +56,8 @@ class Options:
 
     leading: ClassVar[str] = ""
     """Key of the option whose values may stand before the first flag, without its name."""
+    output_may_exist: ClassVar[MayExist] = "never"
+    """Whether there may be something at `output`: only where a run goes on; or the verb looks for itself."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -133,7 +137,7 @@ def save_yaml(config: Options, path: Path) -> None:
     """Writes the merged configuration so that `--config PATH` repeats the run."""
     import yaml
 
-    path.write_text(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True))
 
 
 def parse_documents(key: str, text: str | None) -> slice:

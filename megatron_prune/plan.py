@@ -35,7 +35,7 @@ from pathlib import Path
 
 from megatron_prune.config import Parallelism, PlanConfig, Training
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, write_json
+from megatron_prune.files import read_json, write_result
 from megatron_prune.log import say
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.methods.target import NM, parse_target
@@ -87,7 +87,7 @@ def run(config: PlanConfig) -> None:
     stages = plan(job)
     _print(job, stages)
     if config.output is not None:
-        write_json(config.output, {"processes": config.processes, "stages": [asdict(stage) for stage in stages]})
+        write_result(config.output, {"processes": config.processes, "stages": [asdict(stage) for stage in stages]})
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +35,7 @@ from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import ModelSource, open_model
 from megatron_prune.model.units import Units
 from megatron_prune.options import flag, flatten
-from megatron_prune.resume import check_resume, describe, finished_by_this_launch, goes_on, may_go_on, note_resumption
+from megatron_prune.resume import begun, check_resume, describe, finished_by_this_launch, goes_on, may_go_on
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.statistics.store import StatisticsStore
@@ -56,11 +57,6 @@ def run(config: PruneConfig) -> None:
         raise UserError(
             f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"
         )
-    if config.statistics and config.output.resolve() in (
-        config.statistics.resolve(),
-        *config.statistics.resolve().parents,
-    ):
-        raise UserError(f"--statistics {config.statistics} is inside --output {config.output}: give a folder beside it")
     going_on = may_go_on(config)
     layout = layout_of(config.parallelism)
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
@@ -116,11 +112,12 @@ def decide(
     """Run a one-shot method and write its masks to `folder`. Collective."""
     info = mask_info(method, target, model.config, **_origin(calibration))
     writer = MaskWriter(folder, info) if backend.rank() == 0 else None
-    with progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance:
+    with (
+        writer or contextlib.nullcontext(),
+        progress(f"{method.name} {target}", model.config.num_layers, "layers") as advance,
+    ):
         runner = Runner(model, calibration.tokens if calibration else None, writer, advance)
         method.prune(model, runner, target)
-    if writer is not None:
-        writer.close()
     return runner
 
 
@@ -183,14 +180,15 @@ def _searched(
     _reopen(config)
     calibration = _calibration(config, source)
     model = source.load(layout)
-    _begin(config, "searching")
-    try:
-        units = method.run(model, Passes(model, calibration.tokens), target, folder, stop)
-    except Stopped as stopped:
-        say(f"{stopped}; go on with --resume")
-        return
-    _save_weights(source, model, folder / "weights", method)
-    _save_units(config, folder, model.config, mask_info(method, target, model.config, **_origin(calibration)), units)
+    with begun(config, _about(config, "searching")):
+        try:
+            units = method.run(model, Passes(model, calibration.tokens), target, folder, stop)
+        except Stopped as stopped:
+            say(f"{stopped}; go on with --resume")
+            return
+        _save_weights(source, model, folder / "weights", method)
+        info = mask_info(method, target, model.config, **_origin(calibration))
+        _save_units(config, folder, model.config, info, units)
     _say_units(config, model.config, units)
 
 
@@ -232,26 +230,26 @@ def _sheared(
     _reopen(config)
     inputs = _training_inputs(config, source, method, layout)
     model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
-    _begin(config, "learning")
-    runner = ShearingRunner(
-        model,
-        t,
-        inputs.data,
-        folder,
-        log=MetricsLog(folder),
-        eval_windows=inputs.held_out,
-        resume=config.resume,
-        stop=stop,
-        identity={"data": inputs.data.info(), "method_options": method.options(), "target": str(target)},
-    )
-    try:
-        units = method.train(runner, target)
-    except Stopped as stopped:
-        say(f"{stopped}; go on with --resume")
-        return
-    _save_weights(source, model, folder / "weights", method)
-    info = mask_info(method, target, model.config, seed=t.seed, notes={"data": inputs.data.info()})
-    _save_units(config, folder, model.config, info, units)
+    with begun(config, _about(config, "learning")):
+        runner = ShearingRunner(
+            model,
+            t,
+            inputs.data,
+            folder,
+            log=MetricsLog(folder),
+            eval_windows=inputs.held_out,
+            resume=config.resume,
+            stop=stop,
+            identity={"data": inputs.data.info(), "method_options": method.options(), "target": str(target)},
+        )
+        try:
+            units = method.train(runner, target)
+        except Stopped as stopped:
+            say(f"{stopped}; go on with --resume")
+            return
+        _save_weights(source, model, folder / "weights", method)
+        info = mask_info(method, target, model.config, seed=t.seed, notes={"data": inputs.data.info()})
+        _save_units(config, folder, model.config, info, units)
     _say_units(config, model.config, units)
 
 
@@ -296,16 +294,6 @@ def _training_inputs(
     return TrainingInputs(training_windows(t, tokenizer, vocab_size), first_windows(held_out, t.eval_windows))
 
 
-def _begin(config: PruneConfig, state: str) -> None:
-    """Make the run folder, or note that its run goes on. Collective."""
-    if config.resume:
-        note_resumption(config, config.output)
-        return
-    with new_folder(config.output) as new:
-        if backend.rank() == 0:
-            describe(new, config, _about(config, state))
-
-
 def _origin(calibration: CalibrationSet | None) -> dict[str, Any]:
     """What a decision says about the text it was made with."""
     return {"seed": calibration.seed, "calibration": calibration.info()} if calibration else {}
@@ -341,31 +329,31 @@ def _learn(
     inputs = _training_inputs(config, source, method, layout)
     data = inputs.data
     model = source.load(layout, **(RECOMPUTE if t.recompute else {}))
-    _begin(config, "learning")
-    info = mask_info(method, target, model.config, seed=t.seed, notes={"data": data.info()})
-    runner = LearningRunner(
-        model,
-        t,
-        data,
-        folder,
-        writer=lambda: MaskWriter(folder / "decision", info) if backend.rank() == 0 else None,
-        log=MetricsLog(folder),
-        prior=prior or _made_prior(config, source, model, target, folder),
-        initial_logits=config.initial_logits,
-        eval_windows=inputs.held_out,
-        resume=config.resume,
-        stop=stop,
-        identity={"data": data.info(), "method_options": method.options()},
-    )
-    try:
-        kept, size = method.prune(model, runner, target)
-    except Stopped as stopped:
-        say(f"{stopped}; go on with --resume")
-        return
-    if runner.weights_trained:
-        _save_weights(source, model, folder / "weights", method)
-    if backend.rank() == 0:
-        describe(folder, config, _about(config, "decided"))
+    with begun(config, _about(config, "learning")):
+        info = mask_info(method, target, model.config, seed=t.seed, notes={"data": data.info()})
+        runner = LearningRunner(
+            model,
+            t,
+            data,
+            folder,
+            writer=lambda: MaskWriter(folder / "decision", info) if backend.rank() == 0 else None,
+            log=MetricsLog(folder),
+            prior=prior or _made_prior(config, source, model, target, folder),
+            initial_logits=config.initial_logits,
+            eval_windows=inputs.held_out,
+            resume=config.resume,
+            stop=stop,
+            identity={"data": data.info(), "method_options": method.options()},
+        )
+        try:
+            kept, size = method.prune(model, runner, target)
+        except Stopped as stopped:
+            say(f"{stopped}; go on with --resume")
+            return
+        if runner.weights_trained:
+            _save_weights(source, model, folder / "weights", method)
+        if backend.rank() == 0:
+            describe(folder, config, _about(config, "decided"))
     _say(config, kept, size)
 
 

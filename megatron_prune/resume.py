@@ -5,23 +5,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
 import megatron_prune.backend as backend
 from megatron_prune.apply.run_folder import FINISHED, RunDescription, read_run, write_run
 from megatron_prune.errors import UserError
-from megatron_prune.files import from_leader, refuse_existing
-from megatron_prune.log import write_environment
+from megatron_prune.files import from_leader, new_folder, refuse_existing
+from megatron_prune.log import read_metrics, write_environment
 from megatron_prune.options import Options, save_yaml
 
 
 class Resumable(Protocol):
-    """Options of a verb whose run may go on."""
+    """What is asked of the options of a verb whose run may go on."""
 
     @property
     def output(self) -> Path:
@@ -93,6 +96,32 @@ def check_resume(output: Path, about: RunDescription) -> None:
     check_same(output, about)
     if read_run(output).state in FINISHED:
         raise UserError(f"--resume: the run {output} is finished; trim or evaluate it, or give a new --output")
+
+
+@contextlib.contextmanager
+def begun(config: Any, about: RunDescription) -> Iterator[None]:
+    """Make the run folder of `config`, or note that its run goes on, for the work in the block. Collective.
+
+    A run that is refused before it has anything worth keeping is as if it had never been begun: its folder goes.
+    """
+    if config.resume:
+        note_resumption(config, config.output)
+    else:
+        with new_folder(config.output) as new:
+            if backend.rank() == 0:
+                describe(new, config, about)
+    try:
+        yield
+    except Exception:
+        if backend.rank() == 0 and not config.resume and not _worth_keeping(config.output):
+            shutil.rmtree(config.output, ignore_errors=True)
+        raise
+
+
+def _worth_keeping(run: Path) -> bool:
+    """Whether a run has a checkpoint, a part of a database, or the metrics of a step."""
+    files = [*run.glob("checkpoints/step_*[0-9]"), *run.glob("database/*.safetensors"), *run.glob("replacements.json")]
+    return bool(files) or any(record.get("step") for record in read_metrics(run))
 
 
 def note_resumption(config: Options, folder: Path) -> None:

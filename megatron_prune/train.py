@@ -24,14 +24,13 @@ from megatron_prune.config import TrainConfig
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.data.training import first_windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder
 from megatron_prune.log import MetricsLog, say
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.import_hf import layout_of
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.source import ModelSource, open_model
 from megatron_prune.options import flatten
-from megatron_prune.resume import check_resume, describe, finished_by_this_launch, goes_on, may_go_on, note_resumption
+from megatron_prune.resume import begun, check_resume, describe, finished_by_this_launch, goes_on, may_go_on
 from megatron_prune.training.loop import RECOMPUTE, check_learning
 from megatron_prune.training.lora import Adapters, linear_kinds
 from megatron_prune.training.recovery import RecoveryRunner, Weighting
@@ -133,29 +132,24 @@ def _train(
     data = training_windows(t, tokenizer, source.config.vocab_size)
     held_out = held_out_windows(t, tokenizer, source.config.vocab_size)
     engine = _engine(config, source, teacher, layout)
-    if config.resume:
-        note_resumption(config, folder)
-    else:
-        with new_folder(folder) as new:
-            if backend.rank() == 0:
-                describe(new, config, _about(config, source, "training"))
-    try:
-        zeros = engine.recover(
-            _weighting(config),
-            data=data,
-            folder=folder,
-            log=MetricsLog(folder),
-            eval_windows=first_windows(held_out, t.eval_windows),
-            resume=config.resume,
-            stop=stop,
-            identity={"data": data.info(), **_settings(config)},
-        )
-    except Stopped as stopped:
-        say(f"{stopped}; go on with --resume")
-        return
-    engine.save(folder / "weights", _history(config, source))
-    if backend.rank() == 0:
-        describe(folder, config, _about(config, source, TRAINED))
+    with begun(config, _about(config, source, "training")):
+        try:
+            zeros = engine.recover(
+                _weighting(config),
+                data=data,
+                folder=folder,
+                log=MetricsLog(folder),
+                eval_windows=first_windows(held_out, t.eval_windows),
+                resume=config.resume,
+                stop=stop,
+                identity={"data": data.info(), **_settings(config)},
+            )
+        except Stopped as stopped:
+            say(f"{stopped}; go on with --resume")
+            return
+        engine.save(folder / "weights", _history(config, source))
+        if backend.rank() == 0:
+            describe(folder, config, _about(config, source, TRAINED))
     kept = "zeros were not kept" if zeros is None else f"{zeros} weights stayed zero"
     say(f"trained {t.train_iters} steps, {kept}: {folder / 'weights'}")
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError, brief
-from megatron_prune.files import PARTIAL, refuse_existing, sync, write_json
+from megatron_prune.files import abandon_folder, begin_folder, publish_folder, refuse_existing, write_json, writing
 from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.methods.target import NM, Target, parse_target
 from megatron_prune.model.families import ModelConfig, get_family
@@ -164,11 +162,9 @@ class MaskWriter:
         self.notes: dict[str, Any] = dict(info.notes)
         """Stored at ``close``; more may be added until then."""
         self._target = parse_target(info.target)
-        self._partial = directory.with_name(directory.name + PARTIAL)
         self._weights: dict[str, dict[str, Any]] = {}
         self._files: dict[str, str] = {}
-        shutil.rmtree(self._partial, ignore_errors=True)  # of an interrupted run
-        self._partial.mkdir(parents=True)
+        self._partial = begin_folder(directory, alone=True)
 
     def add_layer(self, layer: int, masks: Mapping[str, Tensor]) -> None:
         """Store one layer: Hugging Face weight name -> bool in the shape of the weight, True = kept."""
@@ -180,7 +176,8 @@ class MaskWriter:
             self._weights[name] = self._describe(name, mask, layer)
         packed = {name: torch.from_numpy(pack_mask(mask)) for name, mask in masks.items()}
         shapes = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
-        save_file(packed, self._partial / file, metadata={"shapes": shapes})
+        with writing(self.directory):
+            save_file(packed, self._partial / file, metadata={"shapes": shapes})
         self._files[file] = _sha256(self._partial / file)
 
     def close(self) -> Masks:
@@ -192,14 +189,17 @@ class MaskWriter:
             "files": self._files,
             "weights": self._weights,
         }
-        write_json(self._partial / _FILE, content)
-        sync(self._partial)
-        os.replace(self._partial, self.directory)
+        try:
+            write_json(self._partial / _FILE, content)
+        except UserError:
+            self.discard()
+            raise
+        publish_folder(self.directory, alone=True)
         return Masks.load(self.directory)
 
     def discard(self) -> None:
         """Remove what was written so far."""
-        shutil.rmtree(self._partial, ignore_errors=True)
+        abandon_folder(self.directory, alone=True)
 
     def __enter__(self) -> MaskWriter:
         return self

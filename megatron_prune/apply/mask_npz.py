@@ -9,32 +9,32 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from megatron_prune.files import PARTIAL
+from megatron_prune.files import new_file, own_file
 
 SHAPE = ".shape"
 PATTERN = "__pattern__"
 
 
-def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]], pattern: str | None) -> None:
-    """Write bool masks by Hugging Face weight name, one in memory at a time; `path` appears whole or not at all."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            if pattern is not None:
-                _write(archive, PATTERN, np.array(pattern))
-            for name, mask in masks:
-                _write(archive, name, np.packbits(mask.reshape(-1)))
-                _write(archive, name + SHAPE, np.array(mask.shape, np.int64))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]], pattern: str | None, anew: bool = False) -> None:
+    """Write bool masks by Hugging Face weight name, one in memory at a time; `path` appears whole or not at all.
+
+    `anew`: one of our own is replaced.
+    """
+    with (
+        own_file(path) if anew else new_file(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        if pattern is not None:
+            _write(archive, PATTERN, np.array(pattern))
+        for name, mask in masks:
+            _write(archive, name, np.packbits(mask.reshape(-1)))
+            _write(archive, name + SHAPE, np.array(mask.shape, np.int64))
 
 
 def _write(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

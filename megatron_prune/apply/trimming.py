@@ -19,7 +19,7 @@ from safetensors.torch import load, save_file
 
 from megatron_prune.apply.decision import MaskInfo
 from megatron_prune.errors import UserError, brief
-from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.files import new_folder, refuse_existing, write_json
 from megatron_prune.foreign import fenced, names, read_format, read_regular, strict
 from megatron_prune.methods.target import parse_any_target
 from megatron_prune.model.cost import parameters
@@ -82,9 +82,12 @@ class Trim:
     units: Units
 
     def save(self, folder: Path, whole: ModelConfig) -> None:
-        """Write into `folder`, which must not exist. One process writes; the caller names the folder when complete."""
+        """Write `folder`, which must not exist and appears whole. One process writes."""
         refuse_existing(folder, "decision")
-        folder.mkdir(parents=True)
+        with new_folder(folder, alone=True) as partial:
+            self._write(partial, whole)
+
+    def _write(self, folder: Path, whole: ModelConfig) -> None:
         save_file(_tensors(self.units), folder / UNITS)
         content = {
             "format": _FORMAT,

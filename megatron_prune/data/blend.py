@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import megatron_prune.backend  # noqa: F401  # isort: skip  (before megatron.core)
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
-from megatron_prune.data.indexed import check_ids, open_indexed
+from megatron_prune.data.indexed import check_ids, check_tokens, open_indexed
 from megatron_prune.data.text import SUFFIXES
 from megatron_prune.errors import UserError
-from megatron_prune.files import from_leader, new_folder
+from megatron_prune.files import by_leader, cached_folder, from_leader
+from megatron_prune.foreign import reason
 from megatron_prune.options import flag
 
 TRAIN, HELD_OUT = 0, 1
@@ -82,10 +84,11 @@ class BlendWindows:
         self.vocab_size = vocab_size
         self.blend = blend
         self.tokens = [_tokens(prefix, blend.split, part, vocab_size) for prefix in blend.prefixes]
+        by_leader(lambda: _check_all(blend.prefixes, vocab_size))
         self.weights = _normalized(blend.weights or self.tokens)
         self.num_windows = count if part == TRAIN else min(count, self._one_pass())
         self.key = from_leader(self._cache_key(part))
-        self.windows = self._build(part, cache / f"blend-{self.key[:32]}")
+        self.windows = self._build(part, cache / f"blend2-{self.key[:32]}")
 
     def _one_pass(self) -> int:
         """Windows until the first prefix has to begin anew."""
@@ -114,10 +117,7 @@ class BlendWindows:
 
     def _build(self, part: int, folder: Path) -> Any:
         """megatron-core's data set, its index arrays cached in `folder`, which appears whole."""
-        if not from_leader(folder.exists()):
-            with new_folder(folder) as partial:
-                self._load(part, partial)
-        return self._load(part, folder)
+        return self._load(part, cached_folder(folder, lambda partial: self._load(part, partial), holds_plain_arrays))
 
     def _load(self, part: int, folder: Path) -> Any:
         sizes = [self.num_windows if position == part else 0 for position in range(3)]
@@ -146,9 +146,15 @@ class BlendWindows:
 
     def sample(self, index: int) -> Tensor:
         """Window number `index`: int64 [seq_length + 1], inputs and labels in one."""
-        item = self.windows[index]
-        window = torch.cat([item["tokens"], item["labels"][-1:]])
-        check_ids(int(window.max()), self.vocab_size, ", ".join(map(str, self.blend.prefixes)))
+        try:
+            item = self.windows[index]
+            window = torch.cat([item["tokens"], item["labels"][-1:]])
+        except (IndexError, ValueError, TypeError, AssertionError) as error:
+            raise UserError(
+                f"window {index} of {', '.join(map(str, self.blend.prefixes))} cannot be read ({reason(error)}): its "
+                "files or its cache have been changed; copy the files again or give another --data-cache"
+            ) from error
+        check_ids(window.numpy(), self.vocab_size, ", ".join(map(str, self.blend.prefixes)))
         return window
 
     def info(self) -> dict[str, Any]:
@@ -171,6 +177,22 @@ class _NoTokenizer:
     eod = None
     vocab_size = None
     unique_identifiers: dict[str, str] = {}
+
+
+def _check_all(prefixes: Sequence[Path], vocab_size: int) -> None:
+    for prefix in prefixes:
+        check_tokens(prefix, vocab_size)
+
+
+def holds_plain_arrays(folder: Path) -> bool:
+    """Whether every array in a folder is of numbers: megatron-core would run what an array of objects says."""
+    for file in folder.glob("*.npy"):
+        try:
+            if np.load(file, mmap_mode="r", allow_pickle=False).dtype.kind not in "iu":
+                return False
+        except (ValueError, OSError, EOFError):
+            return False
+    return True
 
 
 def _tokens(prefix: Path, split: Sequence[float], part: int, vocab_size: int) -> int:

@@ -85,7 +85,7 @@ def _documents(paths: Sequence[Path | str], tokenizer: PreTrainedTokenizerBase, 
     def read(index: int) -> list[int]:
         number, document = places[index]
         ids = sets[number][document].tolist()
-        check_ids(max(ids, default=0), vocab_size, str(paths[number]))
+        check_ids(ids, vocab_size, str(paths[number]))
         return ids
 
     return len(places), read

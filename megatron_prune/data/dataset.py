@@ -19,15 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from megatron_prune.data.text import hash_files, read_documents, tokenize
 from megatron_prune.errors import UserError
+from megatron_prune.files import cached_folder
 
 BATCH = 512
 """Documents handed at once to the tokenizer, which spreads them over threads."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+TOKENS = "tokens.npy"
+"""In a folder of the cache."""
 
 
 class TokenWindows:
@@ -115,16 +117,24 @@ def _cached_tokens(
     key: str,
 ) -> np.ndarray:
     """The flat token array [tokens], memory-mapped; the first process of a node makes it, the others wait."""
-    cache.mkdir(parents=True, exist_ok=True)
-    file = cache / f"tokens-{key[:32]}.npy"
-    with FileLock(f"{file}.lock"):
-        if not file.exists():
-            tokens = flat_tokens(read_documents(paths, documents), tokenizer, append_eod)
-            partial = file.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as handle:
-                np.save(handle, tokens)
-            partial.replace(file)
-    return np.load(file, mmap_mode="r")
+
+    def make(folder: Path) -> None:
+        np.save(folder / TOKENS, flat_tokens(read_documents(paths, documents), tokenizer, append_eod))
+
+    return _open_tokens(cached_folder(cache / f"tokens-{key[:32]}", make, _holds_tokens, alone=True))
+
+
+def _open_tokens(folder: Path) -> np.ndarray:
+    return np.load(folder / TOKENS, mmap_mode="r", allow_pickle=False)
+
+
+def _holds_tokens(folder: Path) -> bool:
+    """Whether a folder of the cache, unchanged since it was written, holds tokens and not something of others."""
+    try:
+        tokens = _open_tokens(folder)
+    except (ValueError, OSError, EOFError):
+        return False
+    return tokens.dtype == np.int32 and tokens.ndim == 1
 
 
 def flat_tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eod: bool) -> np.ndarray:

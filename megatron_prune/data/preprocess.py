@@ -3,7 +3,8 @@
 The input is cut into parts that do not depend on the number of processes. A worker turns one part into a small indexed
 data set with megatron-core's own builder; a finished part appears in the work folder `PREFIX.partial` whole or not at
 all, so that a run that was killed does only the unfinished parts again. Finished parts are joined in the order of the
-input: the result is that of one builder fed serially. Until then they need the size of the output twice.
+input: the result is that of one builder fed serially. Until then they need the size of the output twice. A run that is
+refused removes the work folder; one that a full disk ends, only while no part is finished.
 `PREFIX.json` beside the output says what it was made from.
 """
 
@@ -18,7 +19,6 @@ from typing import Any
 
 import megatron_prune.backend  # noqa: F401  # isort: skip  (before megatron.core)
 import numpy as np
-from filelock import FileLock, Timeout
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder, _IndexWriter
 
 from megatron_prune.config import PreprocessConfig
@@ -26,8 +26,8 @@ from megatron_prune.data.encoder import Encoder, load_encoder
 from megatron_prune.data.pieces import HUB, Piece, cut, gather, lines_before, read
 from megatron_prune.data.text import BadDocument
 from megatron_prune.data.workers import Count, run_forked
-from megatron_prune.errors import UserError
-from megatron_prune.files import PARTIAL, new_folder, read_json, refuse_existing, write_json
+from megatron_prune.errors import Interrupted, UserError
+from megatron_prune.files import PARTIAL, Claim, claimed, give_name, new_folder, read_json, refuse_existing, write_json
 from megatron_prune.log import progress, say
 
 PART_BYTES = 8 * 2**20
@@ -40,6 +40,8 @@ SHOWN = 10
 """Bad lines shown on the console."""
 SUFFIXES = (".bin", ".json", ".idx")
 """Files of the output in the order in which they appear: readers need the last."""
+JOINED = "joined"
+"""In the work folder: the complete output."""
 MEGABYTE = 10**6
 
 
@@ -82,36 +84,51 @@ class Job:
     @property
     def joined(self) -> Path:
         """Folder of the complete output, until its files get their names."""
-        return self.work / "joined"
+        return self.work / JOINED
 
 
 def run(config: PreprocessConfig) -> None:
     """Tokenise `config.input` into `config.output`, going on where a killed run stopped."""
-    encoder = load_encoder(config.tokenizer)
-    if config.append_eod and encoder.end is None:
-        raise UserError(f"--append-eod: {config.tokenizer} has no end-of-text token; set it, or leave this out")
-    pieces = [piece for source in config.input for piece in cut(source, PART_BYTES)]
-    job = Job(config, encoder, DType.optimal_dtype(encoder.vocab_size), gather(pieces, PART_BYTES))
-    _refuse_finished(job)
-    job.work.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(job.work / "lock", timeout=10):
-            _refuse_finished(job)  # by another process, while this one waited
-            _check_plan(job)
+    with claimed(config.output, may_exist=True) as claim:
+        _refuse_finished(claim)
+        encoder = load_encoder(config.tokenizer)
+        if config.append_eod and encoder.end is None:
+            raise UserError(f"--append-eod: {config.tokenizer} has no end-of-text token; set it, or leave this out")
+        pieces = [piece for source in config.input for piece in cut(source, PART_BYTES)]
+        job = Job(config, encoder, DType.optimal_dtype(encoder.vocab_size), gather(pieces, PART_BYTES))
+        _open_work(job, claim)
+        try:
             if not job.joined.exists():
                 _make_parts(job)
                 _join(job)
             _publish(job)
-    except Timeout:
-        raise UserError(f"--output: another process is writing {config.output}; wait for it or end it") from None
+        except (UserError, OSError) as error:
+            if not isinstance(error, Interrupted) or not _finished_parts(job):
+                shutil.rmtree(job.work, ignore_errors=True)
+                raise
+            raise Interrupted(f"{error}; finished parts stay in {job.work}: go on with the same command") from error
     _tell(config.output, read_json(job.output(".json"), "preprocessed text"))
 
 
-def _refuse_finished(job: Job) -> None:
+def _finished_parts(job: Job) -> bool:
+    return any(job.part(number).exists() for number in range(len(job.parts)))
+
+
+def _refuse_finished(claim: Claim) -> None:
     """An output is never overwritten; a file that this run itself named before it was killed is its own."""
+    joined = claim.partial / JOINED
     for suffix in SUFFIXES:
-        if not job.joined.exists() or (job.joined / f"tokens{suffix}").exists():
-            refuse_existing(job.output(suffix))
+        if not joined.exists() or (joined / f"tokens{suffix}").exists():
+            refuse_existing(claim.path.with_name(claim.path.name + suffix))
+
+
+def _open_work(job: Job, claim: Claim) -> None:
+    """The work folder, new or a killed run's, which must be a run of the same."""
+    if job.work.exists():
+        return _check_plan(job)
+    job.work.mkdir(parents=True)
+    claim.note_partial()
+    return _check_plan(job)
 
 
 def _check_plan(job: Job) -> None:
@@ -242,7 +259,6 @@ def _join(job: Job) -> None:
     if job.config.strict and report["listed_bad_lines"]:
         raise UserError(report["listed_bad_lines"][0])
     if not report["documents"]:
-        shutil.rmtree(job.work)
         first = (report["listed_bad_lines"] or ["all lines are empty"])[0]
         raise UserError(f"--input: no document found ({first}); check the files and --json-key")
     filled = [number for number in range(len(job.parts)) if (job.part(number) / "tokens.bin").stat().st_size]
@@ -297,9 +313,16 @@ def _places(tallies: list[tuple[Piece, Tally]]) -> Iterator[str]:
 
 def _publish(job: Job) -> None:
     """Give the joined files their names, and remove the work folder."""
-    for suffix in SUFFIXES:
-        if (job.joined / f"tokens{suffix}").exists():
-            os.replace(job.joined / f"tokens{suffix}", job.output(suffix))
+    named: list[str] = []
+    try:
+        for suffix in SUFFIXES:
+            if (job.joined / f"tokens{suffix}").exists():
+                give_name(job.joined / f"tokens{suffix}", job.output(suffix))
+                named.append(suffix)
+    except (UserError, OSError):
+        for suffix in named:
+            os.rename(job.output(suffix), job.joined / f"tokens{suffix}")
+        raise
     shutil.rmtree(job.work / "parts", ignore_errors=True)
     shutil.rmtree(job.work)
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, get_context
 from typing import Any, NamedTuple
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import Interrupted, UserError
+from megatron_prune.files import ROOM, disk_fault
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that the process gets when its parent dies."""
@@ -39,7 +40,7 @@ def run_forked(work: Work, numbers: Sequence[int], limit: int) -> Iterator[int]:
     """Do every number, at most `limit` at a time; yields again and again what all have counted so far.
 
     The first piece that fails ends all others: a `UserError` or `OSError` in it, or a signal that ended it, is a
-    `UserError` here.
+    `UserError` here, `Interrupted` where the input is not to blame.
     """
     context = get_context("fork")
     counted = context.Value("q", 0)
@@ -75,9 +76,9 @@ def _check(worker: Worker) -> None:
         return
     if code < 0:
         cause = signal.Signals(-code).name
-        raise UserError(f"a worker was ended by {cause} (out of memory?); give the same command again to go on")
+        raise Interrupted(f"a worker was ended by {cause} (out of memory?); give the same command again to go on")
     if worker.mistake.poll():
-        raise UserError(worker.mistake.recv())
+        raise worker.mistake.recv()
     raise RuntimeError(f"worker {worker.number} failed; its traceback is above")
 
 
@@ -95,6 +96,10 @@ def _body(work: Work, number: int, counted: Any, mistake: Any, parent: int) -> N
 
     try:
         work(number, count)
-    except (UserError, OSError) as error:
-        mistake.send(str(error))
+    except UserError as error:
+        mistake.send(error)
+        raise SystemExit(2) from error
+    except OSError as error:
+        kind = Interrupted if disk_fault(error) else UserError
+        mistake.send(kind(f"{error}: {ROOM}"))
         raise SystemExit(2) from error

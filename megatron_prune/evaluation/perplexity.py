@@ -20,7 +20,7 @@ from megatron_prune.data.dataset import EvaluationText, evaluation_windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
-from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.files import refuse_existing, write_result
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
@@ -45,7 +45,7 @@ def run(config: EvaluateConfig) -> None:
     if backend.rank() == 0:
         print(f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})")
         if config.output is not None:
-            write_json(config.output, result)
+            write_result(config.output, result)
     return None
 
 

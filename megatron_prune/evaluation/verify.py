@@ -22,7 +22,7 @@ from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.config import VerifyConfig
 from megatron_prune.errors import UserError
 from megatron_prune.export.padding import in_transformers
-from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.files import refuse_existing, write_result
 from megatron_prune.log import say
 from megatron_prune.methods.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import load_model
@@ -140,7 +140,7 @@ def run(config: VerifyConfig) -> int:
     if backend.rank() == 0:
         _print(result)
         if config.output is not None:
-            write_json(config.output, result)
+            write_result(config.output, result)
     return 0 if result["holds"] else 1
 
 

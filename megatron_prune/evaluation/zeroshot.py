@@ -22,7 +22,7 @@ from megatron_prune.data.text import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
-from megatron_prune.files import refuse_existing, write_json
+from megatron_prune.files import new_file, refuse_existing, write_result
 from megatron_prune.log import environment, say
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
@@ -61,10 +61,11 @@ def run(config: EvaluateConfig) -> None:
             say(line)
         if config.output is not None:
             versions = environment()
-            write_json(config.output, {"results": results, "limit": options.limit, "environment": versions})
+            write_result(config.output, {"results": results, "limit": options.limit, "environment": versions})
         if options.samples is not None:
             lines = [json.dumps(line) + "\n" for _, samples in found for line in samples]
-            options.samples.write_text("".join(lines), encoding="utf-8")
+            with new_file(options.samples) as partial:
+                partial.write_text("".join(lines), encoding="utf-8")
 
 
 Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]

@@ -11,7 +11,7 @@ from megatron_prune.export.forms import costs, form_of
 from megatron_prune.export.huggingface import write_directory, write_hf
 from megatron_prune.export.mask_file import save_mask_npz
 from megatron_prune.export.padding import padded
-from megatron_prune.files import refuse_existing
+from megatron_prune.files import by_leader, refuse_existing
 from megatron_prune.log import say
 from megatron_prune.model import fms
 from megatron_prune.model.checkpoint import load_model
@@ -24,8 +24,8 @@ def run(config: ExportConfig) -> None:
     """Write `config.output` in `config.format`."""
     refuse_existing(config.output)
     if config.format == "mask-npz":
-        if backend.rank() == 0:
-            save_mask_npz(config.output, Masks.load(decision_of(config.input)))
+        with backend.running(backend.Layout()):  # joined: no process looks for the output once another has made it
+            by_leader(lambda: save_mask_npz(config.output, Masks.load(decision_of(config.input))))
         return
     if config.format == "maxtext":
         from megatron_prune.export.maxtext import export_maxtext

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.export.forms import auto_map, code_file
-from megatron_prune.files import PARTIAL, refuse_existing, sync
+from megatron_prune.files import new_folder, refuse_existing
 from megatron_prune.model.description import copy_tokenizer
 from megatron_prune.model.families import ModelConfig, get_family
 
@@ -74,10 +73,7 @@ def write_directory(
     refuse_existing(directory, "export")
     if tokenizer_dir is not None and not tokenizer_dir.is_dir():
         raise UserError(f"tokenizer directory {tokenizer_dir} does not exist")
-    partial = directory.with_name(directory.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted run
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(directory, alone=True) as partial:
         _write_weights(partial, shapes, weights, max_shard_bytes)
         if code is not None:
             (partial / code[0]).write_text(code[1], encoding="utf-8")
@@ -85,10 +81,6 @@ def write_directory(
             _write_json(partial / name, content)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, partial)
-        sync(partial)
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def positive_zeros(tensor: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from megatron_prune.model.families import ModelConfig, get_family
 def save_mask_npz(path: Path, masks: Masks) -> None:
     """Write a decision as one .npz, one mask in memory at a time; refuses an existing file, atomic."""
     refuse_existing(path, "mask file")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_masks(path, ((name, masks.get(name).numpy()) for name in masks.names()), masks.info.target)
 
 

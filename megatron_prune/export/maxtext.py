@@ -1,7 +1,7 @@
 """`export --format maxtext`: a checkpoint or a run as a model for MaxText, with its masks.
 
-Orbax and JAX live in an environment of their own (tools/setup_maxtext.sh). The model goes there through a folder beside
-the output: an ordinary Hugging Face directory, and the masks, in which padding counts as removed.
+Orbax and JAX live in an environment of their own (tools/setup_maxtext.sh). The model goes there through a folder in the
+unfinished output: an ordinary Hugging Face directory, and the masks, in which padding counts as removed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from megatron_prune.errors import UserError
 from megatron_prune.export.forms import form_of
 from megatron_prune.export.huggingface import write_hf
 from megatron_prune.export.padding import padded
-from megatron_prune.files import refuse_existing
+from megatron_prune.files import new_folder, refuse_existing
 from megatron_prune.maxtext import layout
+from megatron_prune.maxtext.folder import write_settings
 from megatron_prune.methods.target import NM, Unstructured, parse_target
 from megatron_prune.model.families import ModelConfig, check_exportable, get_family
 from megatron_prune.model.import_hf import layout_of
@@ -65,7 +66,6 @@ def export_maxtext(config: ExportConfig) -> None:
     check_exportable(written)
     layout.check(written)
     python = maxtext_python()
-    handover = config.output.with_name(config.output.name + ".handover")
     with backend.running(layout_of(config.parallelism)):
         model = source.load(layout_of(config.parallelism))
         kept = _Kept(stored, _source_of(masks))
@@ -75,10 +75,10 @@ def export_maxtext(config: ExportConfig) -> None:
             for _ in weights:  # every rank takes part in gathering each tensor
                 pass
             return
-        shutil.rmtree(handover, ignore_errors=True)
-        try:
+        with new_folder(config.output, alone=True) as folder:
+            handover, made = folder / "handover", folder / "made"
             write_hf(handover / "hf", written, weights, source.tokenizer)
-            arguments = ["--input", handover / "hf", "--output", config.output]
+            arguments = ["--input", handover / "hf", "--output", made]
             if masks is not None or form == "padded":
                 names = prunable_shapes(written)
                 found = dict(kept.masks(written if form == "padded" else None))
@@ -86,8 +86,11 @@ def export_maxtext(config: ExportConfig) -> None:
                 write_masks(handover / "masks.npz", ((name, found[name].numpy()) for name in names), pattern)
                 arguments += ["--masks", handover / "masks.npz"]
             call(python, "convert", *arguments)
-        finally:
-            shutil.rmtree(handover, ignore_errors=True)
+            shutil.rmtree(handover)
+            for part in list(made.iterdir()):
+                part.rename(folder / part.name)
+            made.rmdir()
+            write_settings(folder, config.output, written)
 
 
 def _masks_of(path: Path, history: dict[str, Any]) -> Masks | NM | Unstructured | None:

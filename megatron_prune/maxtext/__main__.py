@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from megatron_prune.command_line import parse
 from megatron_prune.errors import UserError
 from megatron_prune.maxtext import options
 from megatron_prune.options import Options
+from megatron_prune.outputs import held
 
 PROGRAM = "python -m megatron_prune.maxtext"
 VERBS: dict[str, tuple[type[Options], str, str]] = {
@@ -41,7 +43,8 @@ def _run(argv: list[str]) -> int:
     config, function, _help = VERBS[argv[0]]
     settings = parse(config, argv[1:], prog=f"{PROGRAM} {argv[0]}")
     module, _, name = function.partition(":")
-    return getattr(importlib.import_module(f"megatron_prune.maxtext.{module}"), name)(settings) or 0
+    with held(settings) if config.output_may_exist == "never" else nullcontext():
+        return getattr(importlib.import_module(f"megatron_prune.maxtext.{module}"), name)(settings) or 0
 
 
 if __name__ == "__main__":

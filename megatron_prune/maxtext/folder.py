@@ -22,7 +22,7 @@ from pydantic import with_config
 from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder, write_json
+from megatron_prune.files import new_folder, write_json, write_text
 from megatron_prune.foreign import read_format, strict
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.masks import PackedMasks
@@ -89,12 +89,17 @@ def write_folder(
     layout.check_tree(tree, config)
     with new_folder(path) as folder:
         write_json(folder / DESCRIPTION, {"format": FORMAT, "model": config.to_dict()})
-        (folder / SETTINGS).write_text(_yaml(path.resolve(), config))
+        write_settings(folder, path, config)
         (folder / TOKENIZER).mkdir()
         copy_tokenizer(tokenizer, folder / TOKENIZER)
         if masks is not None:
             masks.save(folder / MASKS)
         save_weights(folder / WEIGHTS, tree)
+
+
+def write_settings(folder: Path, path: Path, config: ModelConfig) -> None:
+    """Write MaxText's configuration into `folder`, of a model that will be at `path`."""
+    write_text(folder / SETTINGS, _yaml(path.resolve(), config))
 
 
 def _yaml(path: Path, config: ModelConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -134,7 +133,7 @@ def _name(folder: Path, shards: list[list[str]]) -> None:
         weight_map |= dict.fromkeys(names, file)
     size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
     content = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "model.safetensors.index.json", content)
 
 
 def _dtype(name: str) -> Any:

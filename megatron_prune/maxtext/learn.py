@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from megatron_prune.apply.mask_npz import write_masks
 from megatron_prune.errors import UserError
+from megatron_prune.files import claimed
 from megatron_prune.kernels import definition
 from megatron_prune.kernels.definition import linear_schedule, pattern_table
 from megatron_prune.maxtext import layout
@@ -59,7 +61,9 @@ def learn(config: LearnConfig) -> None:
     start = _start(config, folder.config, prior, model)
     state = (start, optimizer.init(start))
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
-    with model.sharded(), ocp.CheckpointManager((config.output / "checkpoints").resolve(), options=options) as saver:
+    alone = claimed(config.output, may_exist=True) if jax.process_index() == 0 else nullcontext()
+    checkpoints = (config.output / "checkpoints").resolve()
+    with alone, model.sharded(), ocp.CheckpointManager(checkpoints, options=options) as saver:
         done = 0
         if saver.latest_step() is not None:
             done = int(saver.latest_step())
@@ -249,7 +253,7 @@ def _write(config: LearnConfig, model: ModelConfig, logits: Logits) -> None:
     if jax.process_index() == 0:
         ordered = [(name, masks[name]) for layer in range(model.num_layers) for name in masks if f".{layer}." in name]
         file = config.output / MASKS
-        write_masks(file, ordered, f"{config.n}:{config.m}")
+        write_masks(file, ordered, f"{config.n}:{config.m}", anew=True)
         print(f"{file}: {config.n}:{config.m}")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from megatron_prune.config import Training, check_schedule
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import MAX_M
-from megatron_prune.options import REQUIRED, Options, option, same_as
+from megatron_prune.options import REQUIRED, MayExist, Options, option, same_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,8 @@ class Data(Options):
 class TrainConfig(Data):
     """MaxText's trainer with removed weights held at zero; the same command goes on after an interruption"""
 
+    output_may_exist: ClassVar[MayExist] = "always"
+
     input: str = option(REQUIRED, "model for MaxText: the folder from convert or export --format maxtext")
     output: str = option(REQUIRED, "run folder (or gs://...): MaxText writes OUTPUT/checkpoints and goes on from there")
     steps: int = option(REQUIRED, "optimizer steps, over all continuations", at_least=1)
@@ -63,6 +65,8 @@ class TrainConfig(Data):
 @dataclass(frozen=True, kw_only=True)
 class LearnConfig(Data):
     """N:M masks learned on frozen weights (MaskLLM); the same command goes on after an interruption"""
+
+    output_may_exist: ClassVar[MayExist] = "always"
 
     input: Path = option(REQUIRED, "model for MaxText, dense: the folder from convert or export --format maxtext")
     output: Path = option(REQUIRED, "run folder, seen by all hosts; masks.npz in it is the result")
@@ -101,6 +105,8 @@ class LearnConfig(Data):
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(Options):
     """Log-likelihoods of requests; `megatron-prune evaluate` calls this"""
+
+    output_may_exist: ClassVar[MayExist] = "always"
 
     input: Path = option(REQUIRED, "model for MaxText")
     checkpoint: Path | None = option(None, "run that has trained it, or one step of it; left out: the model as it is")

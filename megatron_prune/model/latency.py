@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from megatron_prune.config import LatencyConfig
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, refuse_existing, write_json
+from megatron_prune.files import read_json, refuse_existing, write_result
 from megatron_prune.log import environment, progress, say
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.build import DTYPES, rotary, whole_layer, whole_norm
@@ -77,7 +77,7 @@ class LatencyTable:
         """Write as JSON."""
         attention = [[*size, time] for size, time in self.attention.items()]
         content = {"about": self.about, "attention_us": attention, "mlp_us": [*map(list, self.mlp.items())]}
-        write_json(path, content | {"rest_us": self.rest})
+        write_result(path, content | {"rest_us": self.rest})
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:

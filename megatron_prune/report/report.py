@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from megatron_prune.apply.decision import MaskRow
 from megatron_prune.config import ReportConfig
 from megatron_prune.errors import UserError
-from megatron_prune.files import PARTIAL, refuse_existing
+from megatron_prune.files import new_file, refuse_existing
 from megatron_prune.log import say
 from megatron_prune.report import pictures
 from megatron_prune.report.collect import Collected, Result, collect
@@ -24,10 +23,8 @@ def run(config: ReportConfig) -> None:
     if not config.inputs:
         raise UserError("report: no run given; allowed: report RUN... --output PAGE.html")
     page = render(collect(config.inputs), config.title)
-    partial = config.output.with_name(config.output.name + PARTIAL)
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, config.output)
+    with new_file(config.output, "page") as partial:
+        partial.write_text(page, encoding="utf-8")
     say(f"{config.output}: {len(page.encode()) / 2**20:.1f} MiB")
 
 

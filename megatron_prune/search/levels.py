@@ -16,7 +16,6 @@ The halves are shared out over all ranks. A file is there when it is complete, s
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, from_leader, read_json, together, write_json
+from megatron_prune.files import by_leader, from_leader, own_file, read_json, together, write_json
 from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 from megatron_prune.methods.structured import FC2, PROJECTION
 from megatron_prune.model.families import ModelConfig
@@ -183,10 +182,8 @@ class Levels:
             change[:, inputs] -= fitted.double()
             errors.append(float(((change @ gram.double()) * change).sum()) / whole if whole else 0.0)
         tensors["errors"] = torch.tensor([*errors, 1.0 if whole else 0.0], dtype=torch.float64)
-        file = self._file(kind, layer)
-        partial = file.with_suffix(f".{backend.rank()}.partial")
-        save_file(tensors, partial)
-        os.replace(partial, file)
+        with own_file(self._file(kind, layer)) as partial:
+            save_file(tensors, partial)
 
     def _tensors(self, kind: str, layer: int) -> dict[str, Tensor]:
         if (kind, layer) not in self.cache:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import PARTIAL, by_leader, from_leader, read_json, write_json
+from megatron_prune.files import PARTIAL, by_leader, from_leader, own_file, read_json, write_json
 from megatron_prune.model.prunable import PrunableModel
 
 FILE = "statistics.json"
@@ -86,8 +85,8 @@ class StatisticsStore:
                 if _name(site, type(statistic)) not in self.finished:
                     tensors = {str(n): tensor.cpu().contiguous() for n, tensor in enumerate(statistic.tensors())}
                     file = self._file(layer, _name(site, type(statistic)))
-                    save_file(tensors, file.with_name(file.name + PARTIAL))
-                    os.replace(file.with_name(file.name + PARTIAL), file)
+                    with own_file(file) as partial:
+                        save_file(tensors, partial)
 
         by_leader(save)
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import megatron_prune.backend as backend
 from megatron_prune.apply.run_folder import Step
 from megatron_prune.errors import UserError
-from megatron_prune.files import begin_folder, by_leader, from_leader, publish_folder, write_json
+from megatron_prune.files import abandon_folder, begin_folder, by_leader, from_leader, publish_folder, write_json
 from megatron_prune.foreign import read_json
 from megatron_prune.log import say
 from megatron_prune.model.checkpoint import ShardedSave, damage_of, write_manifest
@@ -51,8 +51,12 @@ class Checkpoints:
         if from_leader(path.exists()):
             return
         partial = begin_folder(path)
-        save = self.sharded_save(partial, state, self.in_background)
-        by_leader(lambda: write_json(partial / DESCRIPTION, about))
+        try:
+            save = self.sharded_save(partial, state, self.in_background)
+            by_leader(lambda: write_json(partial / DESCRIPTION, about))
+        except BaseException:
+            abandon_folder(path)
+            raise
         self._pending = (save, path)
         if not self.in_background:
             self.finish()
@@ -68,12 +72,11 @@ class Checkpoints:
         (save, path), self._pending = self._pending, None
         try:
             save.finish()
+            by_leader(lambda: write_manifest(save.folder))
         except UserError:
-            if backend.rank() == 0:
-                shutil.rmtree(save.folder, ignore_errors=True)
+            abandon_folder(path)
             raise
-        by_leader(lambda: write_manifest(save.folder))
-        publish_folder(save.folder, path)
+        publish_folder(path)
         by_leader(lambda: write_json(self.folder / LATEST, {"step": int(path.name[5:])}))
         if backend.rank() == 0:
             self._remove_old()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,19 +192,17 @@ class LearningRunner(TrainingSession):
     def keep(self, decide: Callable[[Tensor], Tensor]) -> Kept:
         """Decode every linear's logits and write the masks. Collective."""
         here = {linear.name: linear for linear in self.model.linears()}
-        writer = self.writer()
-        kept = size = 0
-        for layer in range(self.model.config.num_layers):
-            masks: dict[str, Tensor] = {}
-            for map in self.model.maps:
-                if map.layer != layer or not map.prunable:
-                    continue
-                local = decide(here[map.megatron].module.mask_logits) if map.megatron in here else None
-                mask = self.model.gather(map, None if local is None else local.to(torch.uint8)).bool()
-                kept, size = kept + int(mask.sum()), size + mask.numel()
-                masks.update(zip(map.hf, convert.split(map, mask, self.model.config), strict=True))
-            if writer is not None and masks:
-                writer.add_layer(layer, masks)
-        if writer is not None:
-            writer.close()
+        with self.writer() or contextlib.nullcontext() as writer:
+            kept = size = 0
+            for layer in range(self.model.config.num_layers):
+                masks: dict[str, Tensor] = {}
+                for map in self.model.maps:
+                    if map.layer != layer or not map.prunable:
+                        continue
+                    local = decide(here[map.megatron].module.mask_logits) if map.megatron in here else None
+                    mask = self.model.gather(map, None if local is None else local.to(torch.uint8)).bool()
+                    kept, size = kept + int(mask.sum()), size + mask.numel()
+                    masks.update(zip(map.hf, convert.split(map, mask, self.model.config), strict=True))
+                if writer is not None and masks:
+                    writer.add_layer(layer, masks)
         return Kept(kept, size)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune import __main__ as program
+from megatron_prune import telling
 from megatron_prune.errors import UserError
 
 
@@ -84,7 +85,7 @@ def test_other_processes_speak_later_and_say_who_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(program.time, "sleep", slept.append)
+    monkeypatch.setattr(telling.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "3")
     assert program.main(["nothing"]) == 2
     assert slept and capsys.readouterr().err.startswith("megatron-prune: error: [process 3] unknown verb")

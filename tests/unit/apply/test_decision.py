@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +135,14 @@ def test_writer_refuses_a_mask_that_breaks_its_target(tmp_path: Path) -> None:
 
 
 def test_interrupted_decision_leaves_nothing_and_a_new_run_starts_clean(tmp_path: Path) -> None:
-    killed = MaskWriter(tmp_path / "decision", info())  # never closed, as if the process had died
-    killed.add_layer(*random_layers()[0])
+    def die() -> None:
+        MaskWriter(tmp_path / "decision", info()).add_layer(*random_layers()[0])
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and (tmp_path / "decision.partial").exists()
     assert not (tmp_path / "decision").exists()
     assert Masks.save(tmp_path / "decision", info(), random_layers()[1:]).layers() == [1, 2]
     assert [path.name for path in tmp_path.iterdir()] == ["decision"]

@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron_prune.__main__ import main
 from megatron_prune.command_line import parse
 from megatron_prune.config import PruneConfig, Training
+from megatron_prune.data import indexed
 from megatron_prune.data.blend import HELD_OUT, TRAIN, Blend, BlendWindows, parse_blend
 from megatron_prune.data.training import held_out_windows, training_windows
 from megatron_prune.errors import UserError
@@ -108,7 +109,7 @@ def test_the_cache_is_used_and_follows_the_files(
     before = drawn(windows(blend, 20, cache))
     (folder,) = cache.iterdir()
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(made) == 4 and drawn(windows(blend, 20, cache)) == before
+    assert len(made) == 5 and drawn(windows(blend, 20, cache)) == before
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
     write(prefixes[0], 500, 3, 10)  # other text of the same name, far shorter
     after = drawn(windows(blend, 20, cache))
@@ -214,11 +215,16 @@ def test_damaged_files(prefixes: list[Path], tmp_path: Path, suffix: str, change
         windows(Blend((prefixes[0],), None), 4, tmp_path)
 
 
-def test_a_tokenizer_that_does_not_fit_the_model(prefixes: list[Path], tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_the_model(
+    prefixes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blend = Blend((prefixes[1],), None)
-    foreign = windows(blend, 80, tmp_path, vocab_size=900)  # nothing is known of it but what is read
+    with pytest.raises(UserError, match="holds the id 999, the model's vocabulary has 900"):  # before anything is begun
+        windows(blend, 80, tmp_path / "cache", vocab_size=900)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(indexed, "LOOKED_AT", 0)  # as if it were too large for that: what is read is looked at
     with pytest.raises(UserError, match="holds the id 9.., the model's vocabulary has 900"):
-        drawn(foreign)
+        drawn(windows(blend, 80, tmp_path / "cache", vocab_size=900))
     (tmp_path / "b.json").write_text(json.dumps({"vocab_size": 1001}))
     with pytest.raises(UserError, match="vocabulary of 1001, the model's has 1000"):
         windows(blend, 80, tmp_path)

@@ -179,17 +179,17 @@ def test_killed_while_the_output_appears(
         os.kill(os.getpid(), signal.SIGKILL)
 
     def kill_in_the_middle() -> None:
-        replace = os.replace
+        give_name = preprocess.give_name
 
-        def replace_one(source: Any, target: Any) -> None:
-            replace(source, target)
-            if Path(target).name == "out.bin":
+        def name_one(source: Path, target: Path) -> None:
+            give_name(source, target)
+            if target.name == "out.bin":
                 die()
 
         if moment == "joining":
             monkeypatch.setattr(preprocess._Index, "_sequence_pointers", die)
         elif moment == "named_bin":
-            monkeypatch.setattr(os, "replace", replace_one)
+            monkeypatch.setattr(preprocess, "give_name", name_one)
         elif moment == "named_all":
             monkeypatch.setattr(preprocess.shutil, "rmtree", lambda path, **_: die() if path.name == "parts" else None)
         else:
@@ -292,7 +292,7 @@ def test_strict_stops_at_a_bad_line_and_goes_on_once_allowed(tmp_path: Path, tok
     file.write_bytes(b"".join([*lines[:20], b"oops\n", *lines[20:]]))
     with pytest.raises(UserError, match="a.jsonl:21: not JSON"):
         preprocess.run(config(tmp_path, [file], tokenizer, strict=True))
-    assert not (tmp_path / "out.idx").exists()
+    assert not list(tmp_path.glob("*out*")), "a refusal is no kill"
     preprocess.run(config(tmp_path, [file], tokenizer))
     assert json.loads((tmp_path / "out.json").read_text())["documents"] == 30
 
@@ -418,16 +418,20 @@ def test_an_existing_output_is_refused(
     assert (tmp_path / f"out{suffix}").read_text() == "precious" and len(list(tmp_path.glob("out*"))) == 1
 
 
-def test_an_unfinished_run_of_something_else_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+def test_an_unfinished_run_of_something_else_is_refused(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = words(tmp_path / "a.jsonl", 30)
-    file.write_bytes(file.read_bytes() + b"oops\n")
-    with pytest.raises(UserError, match="not JSON"):
-        preprocess.run(config(tmp_path, [file], tokenizer, strict=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(preprocess, "_join", lambda job: os._exit(9))
+        in_child(lambda: preprocess.run(config(tmp_path, [file], tokenizer))).join()
+    assert finished_parts(tmp_path)
     with pytest.raises(UserError, match="other append_eod; give what that run was given"):
         preprocess.run(config(tmp_path, [file], tokenizer, append_eod=True))
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(UserError, match="other input and parts"):
         preprocess.run(config(tmp_path, [file], tokenizer))
+    assert finished_parts(tmp_path), "what a killed run has done is not a refused one's to remove"
 
 
 def test_no_end_of_text_token(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -165,10 +167,30 @@ def test_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
 
 def test_leftover_of_a_killed_export_is_replaced(tmp_path: Path) -> None:
     reader = HFReader(tiny_llama(tmp_path / "hf"))
-    (tmp_path / "new.partial").mkdir()
-    (tmp_path / "new.partial" / "old.safetensors").touch()
+
+    def dies() -> Iterator[tuple[str, torch.Tensor]]:
+        yield next(tensors(reader))
+        os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: write_hf(tmp_path / "new", reader.model_config, dies())
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and list((tmp_path / "new.partial").iterdir())
     write_hf(tmp_path / "new", reader.model_config, tensors(reader))
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "new"}
+
+
+def test_a_folder_of_the_users_is_not_taken_for_a_leftover(tmp_path: Path) -> None:
+    reader = HFReader(tiny_llama(tmp_path / "hf"))
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine").touch()
+    with pytest.raises(UserError, match="new.partial is in the way"):
+        write_hf(tmp_path / "new", reader.model_config, tensors(reader))
+    assert (tmp_path / "new.partial" / "mine").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "new.partial"}
 
 
 def test_existing_directory_and_missing_tokenizer_are_refused(tmp_path: Path) -> None:
