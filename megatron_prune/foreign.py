@@ -267,7 +267,8 @@ def reason(error: BaseException, limit: int = 160) -> str:
     """What an exception of another library says, on one short line: without a traceback that it carries along."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     traced = any(line.startswith("Traceback") for line in lines)
-    text = (lines[-1] if traced else lines[0]) if lines else type(error).__name__
+    first = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    text = (lines[-1] if traced else first) if lines else type(error).__name__
     return one_line(text, limit)
 
 

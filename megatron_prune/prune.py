@@ -21,13 +21,14 @@ from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
+from megatron_prune.export.preflight import check_export, check_result
 from megatron_prune.files import from_leader, new_folder
 from megatron_prune.log import MetricsLog, progress, say
 from megatron_prune.methods.base import PruningMethod, get_method, methods
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.methods.structured import StructuredMethod
 from megatron_prune.methods.target import LATENCY, Budget, Shape, StructuredTarget, Target, parse_any_target
-from megatron_prune.model.checkpoint import save_model
+from megatron_prune.model.checkpoint import compute_dtype, save_model
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.import_hf import layout_of, packed_masks
@@ -53,6 +54,9 @@ def run(config: PruneConfig) -> None:
     source = open_model(config.input)
     target = _with_table(config, target)
     check_target(source.config, target)
+    check_export(source.config)
+    check_result(source.config, target)
+    compute_dtype(source.config.dtype)
     if config.statistics and not (isinstance(method, StructuredMethod) and method.keeps_statistics):
         raise UserError(
             f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"

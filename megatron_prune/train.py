@@ -24,6 +24,7 @@ from megatron_prune.config import TrainConfig
 from megatron_prune.data.text import load_tokenizer
 from megatron_prune.data.training import first_windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
+from megatron_prune.export.preflight import check_export
 from megatron_prune.log import MetricsLog, say
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.import_hf import layout_of
@@ -84,6 +85,7 @@ def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None,
     if not t.data:
         raise UserError("train learns from text and none was given: --data FILE.jsonl (or .txt)")
     source.config.check_length(t.seq_length)
+    check_export(source.config)
     if config.engine == "fsdp":
         from megatron_prune.fsdp.recover import check_sources
 

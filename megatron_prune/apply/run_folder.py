@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 from megatron_prune.errors import UserError
 from megatron_prune.files import write_json
 from megatron_prune.foreign import read_json, strict
+from megatron_prune.model import given
 from megatron_prune.schema import Count, Word
 
 DESCRIPTION = "run.json"
@@ -64,8 +65,8 @@ def write_run(folder: Path, description: RunDescription) -> None:
 
 def read_run(folder: Path) -> RunDescription:
     """The description of a run; UserError when `folder` is none."""
-    if not folder.is_dir():
-        raise UserError(f"run {folder} does not exist; give a folder written by prune")
+    if not (folder / DESCRIPTION).is_file():
+        raise given.wrong(folder, "run")
     found: RunDescription = read_json(folder / DESCRIPTION, "a pruning run", RunDescription)
     return found
 
@@ -80,6 +81,8 @@ def decision_of(folder: Path) -> Path:
     """The decision of a run (or the folder itself when it is a decision); UserError while there is none yet."""
     if (folder / "decision.json").is_file() or (folder / "trim.json").is_file():
         return folder
+    if not (folder / DESCRIPTION).is_file():
+        raise given.wrong(folder, "decision")
     description = read_run(folder)
     if description.method == "train":
         raise UserError(f"run {folder} has trained weights and decided nothing: give {folder / 'weights'}")

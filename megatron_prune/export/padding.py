@@ -21,12 +21,13 @@ from megatron_prune.model.families import Block, ModelConfig, WeightMap, dimensi
 def in_transformers(reader: HFReader, dtype: torch.dtype) -> Any:
     """The model of a Hugging Face directory as transformers has it; padded where its layers differ.
 
-    Code that lies in the directory is not run.
+    Code that lies in the directory is not run. Weights that are stored under other names than transformers' own are
+    given to it; it would overlook them.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = reader.model_config
-    if config.blocks is None:
+    if config.blocks is None and not reader.renamed:
         return AutoModelForCausalLM.from_pretrained(reader.directory, dtype=dtype)
     family = get_family(config.family)
     hf_config = AutoConfig.for_model(**family.to_hf(family.uniform(config)))

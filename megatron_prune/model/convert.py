@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced, read_json, reason
-from megatron_prune.model import carried
+from megatron_prune.model import carried, given
 from megatron_prune.model.description import TOKENIZER_FILES
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
 from megatron_prune.model.published import (
@@ -38,6 +38,7 @@ from megatron_prune.model.published import (
 from megatron_prune.model.stored import read_entries
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WHAT = "a Hugging Face checkpoint"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -157,7 +158,9 @@ class HFReader:
     def __init__(self, source: str | Path) -> None:
         self.directory = local_directory(source)
         check_directory(self.directory)
-        self.config: dict[str, Any] = _read_config(self.directory / "config.json")
+        if not os.path.lexists(self.directory / "config.json"):
+            raise given.wrong(self.directory, "hugging face")
+        self.config: dict[str, Any] = read_json(self.directory / "config.json", _WHAT)
         self._entries = read_entries(self.directory)
         check_tensors(self.directory, self._entries)
         with located(self.directory):
@@ -178,6 +181,11 @@ class HFReader:
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last``, that one not included, of the tensor ``name``; nothing else of it is read."""
         return self._read(name, lambda opened, stored: opened.get_slice(stored)[first:last])
+
+    @property
+    def renamed(self) -> bool:
+        """Whether weights are stored under other names than transformers' own."""
+        return any(name != entry.name for name, entry in self._entries.items())
 
     def left_behind(self) -> str | None:
         """One line about what of the directory does not come along to a checkpoint or an export."""
@@ -245,8 +253,8 @@ def local_directory(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
-    if path.exists():
-        raise UserError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
+    if os.path.lexists(path):
+        raise given.wrong(path, "hugging face")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise UserError(f"{source} does not exist; give a directory or a hub id such as HuggingFaceTB/SmolLM2-135M")
     return _download(source)
@@ -285,14 +293,6 @@ def _download(hub_id: str) -> Path:
             f"{hub_id} is neither a local directory nor a repository that could be fetched from the hub "
             f"({type(error).__name__}: {reason(error)})"
         ) from error
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not os.path.lexists(file):
-        raise UserError(
-            f"{file} does not exist; a Hugging Face checkpoint directory holds config.json and *.safetensors"
-        )
-    return read_json(file, "a Hugging Face checkpoint")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from megatron_prune.errors import UserError
 from megatron_prune.files import write_json
 from megatron_prune.foreign import parse_text_json, read_format, read_regular, strict
+from megatron_prune.model import given
 from megatron_prune.model.families import get_family
 from megatron_prune.model.family import ModelConfig, check_config
 
@@ -78,8 +79,8 @@ def is_checkpoint(path: Path) -> bool:
 
 def read_description(path: Path) -> Description:
     """What a checkpoint folder holds; UserError when it is none."""
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist; give a folder written by import, trim or train")
+    if not is_checkpoint(path):
+        raise given.wrong(path, "checkpoint")
     what = "a megatron_prune checkpoint (import makes one from a Hugging Face model)"
     about = read_format(path / DESCRIPTION, what, FORMAT, _File, plain=True)
     return Description(checked_config(about["model"], path / DESCRIPTION), about["source"])

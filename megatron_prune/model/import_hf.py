@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_prune.apply.decision import pack_mask, prunable_shapes, unpack_mask
 from megatron_prune.config import ImportConfig, Parallelism
 from megatron_prune.export.mask_file import load_mask_npz
+from megatron_prune.export.preflight import check_export
 from megatron_prune.files import refuse_existing
 from megatron_prune.log import say
 from megatron_prune.model import convert
@@ -73,6 +74,8 @@ def run(config: ImportConfig) -> None:
     directory = Path(config.input)
     reader = FmsReader(directory) if is_fms(directory) else HFReader(config.input)
     check_tokenizer_files(reader.directory)
+    check_export(reader.model_config)
+    compute_dtype(config.dtype or reader.model_config.dtype)
     if told := reader.left_behind():
         say(told)
     layout = layout_of(config.parallelism)

@@ -10,7 +10,7 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from torch import Tensor
 
-from megatron_prune.errors import UserError
+from megatron_prune.model import given, published
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import check_tokenizer_files, is_checkpoint, read_description
@@ -46,11 +46,8 @@ def open_model(path: Path) -> ModelSource:
             return load_model(path, layout, dtype, **extra)
 
         return ModelSource(about.config, about.source, folder, load)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is no model; give a Megatron checkpoint (written by import, trim or train) or a Hugging Face "
-            "directory with config.json and safetensors"
-        )
+    if not (path / "config.json").exists() and not (path / published.ADAPTER).exists():
+        raise given.wrong(path, "model")
     reader = HFReader(path)
     check_tokenizer_files(path)
 

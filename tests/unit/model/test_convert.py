@@ -175,7 +175,7 @@ def test_missing_directory_and_file_given_as_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist; give a directory"):
         HFReader(tmp_path / "nothing")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file; give the directory"):
+    with pytest.raises(UserError, match="is a file and a Hugging Face directory .* is needed"):
         HFReader(tmp_path / "file")
 
 
@@ -207,7 +207,7 @@ def test_hub_id_is_downloaded_without_pickle_files(monkeypatch: pytest.MonkeyPat
 
 
 def test_directory_without_config(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="config.json does not exist"):
+    with pytest.raises(UserError, match="is an empty folder and a Hugging Face directory with config.json"):
         HFReader(tmp_path)
 
 

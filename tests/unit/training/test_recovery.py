@@ -201,7 +201,10 @@ MISTAKES = {
     "no_text": (["--data"], "--data FILE.jsonl"),
     "distillation_without_teacher": (["--distillation-weight", "1"], "give --teacher MODEL"),
     "nothing_to_learn": (["--lm-weight", "0"], "all weights of losses are 0"),
-    "missing_teacher": (["--teacher", "ROOT/nowhere"], "is no model"),
+    "missing_teacher": (
+        ["--teacher", "ROOT/nowhere"],
+        "nowhere does not exist; a Megatron checkpoint or",
+    ),
     "interleaved_teacher": (
         ["--teacher", "ROOT/hf", "--virtual-pipeline-model-parallel-size", "2"],
         "leave one of them",
