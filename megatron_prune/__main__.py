@@ -16,7 +16,7 @@ from typing import NamedTuple
 from megatron_prune import config
 from megatron_prune.command_line import parse
 from megatron_prune.errors import UserError
-from megatron_prune.files import ROOM, disk_fault
+from megatron_prune.files import ROOM, disk_fault, why
 from megatron_prune.options import Options
 from megatron_prune.outputs import held
 from megatron_prune.telling import another_told, first_to_tell, process, processes
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if disk_fault(error) or (isinstance(error, OSError) and error.filename is not None):
-            _report(f"{error}: {ROOM}")
+            _report(f"{why(error)}: {ROOM}")
             return 2
         if another_told():  # the connection to a process that has failed is lost
             return 2

@@ -41,6 +41,8 @@ LONGEST_NAME = 255
 """Bytes of a name in the file systems of Linux."""
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG, errno.ESTALE)
 """What a file system may refuse while one writes, apart from what a name can have wrong."""
+TORCH_WRITER = ("iostream error", "PytorchStreamWriter failed")
+"""What PyTorch says, without a number, of a file that it could not write to the end."""
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 ROOM = "give a place that can be written and has room"
 RENAME_NOREPLACE = 1
@@ -113,13 +115,22 @@ def disk_fault(error: BaseException) -> bool:
     """Whether an exception, of whatever library, says that the file system could not take or give what it should."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in DISK_FAULTS:
+        if (isinstance(seen, OSError) and seen.errno in DISK_FAULTS) or _of_torchs_writer(seen):
             return True
         number = re.search(r"\(os error (\d+)\)", str(seen)) if isinstance(seen, SafetensorError) else None
         if number is not None and int(number[1]) in DISK_FAULTS:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def _of_torchs_writer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in TORCH_WRITER)
+
+
+def why(error: BaseException) -> str:
+    """What the file system refused, in a few words."""
+    return "the disk took no more: is it full?" if _of_torchs_writer(error) else foreign.reason(error, 250)
 
 
 # --- whose an output is ---
@@ -491,7 +502,7 @@ def _mistake(path: Path, error: BaseException) -> None:
     """Raise a UserError in place of what a full or broken disk makes of a writer of `path`."""
     if isinstance(error, UserError) or not isinstance(error, Exception) or not disk_fault(error):
         return
-    text = f"{path} could not be written ({foreign.reason(error)}); {ROOM}; what was begun is removed"
+    text = f"{path} could not be written ({why(error)}); {ROOM}; what was begun is removed"
     raise DiskFault(text) from error
 
 

@@ -18,7 +18,7 @@ import psutil
 import megatron_prune.backend as backend
 from megatron_prune.apply.run_folder import FINISHED, RunDescription, read_run, write_run
 from megatron_prune.errors import UserError
-from megatron_prune.files import from_leader, new_folder, refuse_existing
+from megatron_prune.files import disk_fault, from_leader, new_folder, refuse_existing
 from megatron_prune.log import read_metrics, write_environment
 from megatron_prune.options import Options, save_yaml
 
@@ -112,16 +112,25 @@ def begun(config: Any, about: RunDescription) -> Iterator[None]:
                 describe(new, config, about)
     try:
         yield
-    except Exception:
-        if backend.rank() == 0 and not config.resume and not _worth_keeping(config.output):
+    except Exception as error:
+        kept = _can_go_on(config.output) or (not disk_fault(error) and bool(_steps_taken(config.output)))
+        if backend.rank() == 0 and not config.resume and not kept:
             shutil.rmtree(config.output, ignore_errors=True)
         raise
 
 
-def _worth_keeping(run: Path) -> bool:
-    """Whether a run has a checkpoint, a part of a database, or the metrics of a step."""
-    files = [*run.glob("checkpoints/step_*[0-9]"), *run.glob("database/*.safetensors"), *run.glob("replacements.json")]
-    return bool(files) or any(record.get("step") for record in read_metrics(run))
+def _can_go_on(run: Path) -> bool:
+    """Whether a run has a checkpoint, or a part of what a search makes first."""
+    made = ("checkpoints/step_*[0-9]", "database/*.safetensors", "replacements.json")
+    return any(True for pattern in made for _ in run.glob(pattern))
+
+
+def _steps_taken(run: Path) -> int:
+    """Steps with metrics, which say where a run went wrong."""
+    try:
+        return sum(1 for record in read_metrics(run) if record.get("step"))
+    except UserError:
+        return 0
 
 
 def note_resumption(config: Options, folder: Path) -> None:

@@ -127,8 +127,13 @@ def _open_work(job: Job, claim: Claim) -> None:
     if job.work.exists():
         return _check_plan(job)
     job.work.mkdir(parents=True)
-    claim.note_partial()
-    return _check_plan(job)
+    try:
+        claim.note_partial()
+        _check_plan(job)
+    except BaseException:
+        shutil.rmtree(job.work)
+        raise
+    return None
 
 
 def _check_plan(job: Job) -> None:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, checksum, new_folder, write_json
+from megatron_prune.files import by_leader, checksum, new_folder, write_json, writing
 from megatron_prune.foreign import quiet, read_json, reason
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.cost import parameters
@@ -55,7 +55,8 @@ class ShardedSave:
 
     def __init__(self, folder: Path, state: dict[str, Any], in_background: bool = False) -> None:
         self.folder = folder
-        work, self._finalize = self._prepare(state, in_background)
+        with writing(folder):
+            work, self._finalize = self._prepare(state, in_background)
         writer = ThreadPoolExecutor(1)
         self._written = writer.submit(work)
         writer.shutdown(wait=False)
