@@ -24,7 +24,7 @@ from quality import C4_TRAINING, write_result
 from torch import Tensor
 
 from megatron_prune.data.calibration import windows
-from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.methods.minitron import HEADS, Minitron
 from megatron_prune.methods.shape_search import SITES, Refit, refitted, settled
 from megatron_prune.methods.target import Shape

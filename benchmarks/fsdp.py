@@ -27,7 +27,7 @@ import torch.distributed as dist
 from quality import Bench, write_result
 
 from megatron_prune.config import Training
-from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.data.training import training_windows
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros
 from megatron_prune.fsdp.trainer import FsdpTrainer, Objective

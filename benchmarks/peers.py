@@ -114,7 +114,7 @@ class Comparison:
             from safetensors.torch import save_file
 
             from megatron_prune.data.calibration import windows
-            from megatron_prune.data.text import load_tokenizer
+            from megatron_prune.data.tokenizer import load_tokenizer
 
             found = windows([self.c4], load_tokenizer(self.model), SAMPLES, LENGTH, 0, slice(0, C4_TRAINING))
             save_file({"tokens": found.tokens}, path)

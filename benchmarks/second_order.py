@@ -248,7 +248,7 @@ def real(given: argparse.Namespace) -> list[list[Any]]:
     from transformers import AutoModelForCausalLM
 
     from megatron_prune.data.calibration import windows
-    from megatron_prune.data.text import load_tokenizer
+    from megatron_prune.data.tokenizer import load_tokenizer
 
     c4 = given.shared / "data" / "c4" / "c4_en_sample.jsonl"
     tokens = windows([c4], load_tokenizer(given.model), REAL_WINDOWS, REAL_LENGTH, 0, slice(0, C4_TRAINING)).tokens

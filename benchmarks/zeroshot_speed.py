@@ -32,7 +32,7 @@ import torch
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
-from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.evaluation import harness
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
 from megatron_prune.evaluation.maxtext import MaxTextScorer

@@ -18,7 +18,7 @@ from megatron_prune.apply.run_folder import RunDescription, decision_of
 from megatron_prune.apply.trimming import Trim
 from megatron_prune.config import PruneConfig, Training
 from megatron_prune.data.calibration import CalibrationSet, windows
-from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
 from megatron_prune.export.preflight import check_export, check_result

@@ -21,7 +21,7 @@ from megatron_prune.apply.run_folder import TRAINED, RunDescription, decision_of
 from megatron_prune.apply.trim import apply_masks, open_trained
 from megatron_prune.apply.trimming import is_trim
 from megatron_prune.config import TrainConfig
-from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.data.training import first_windows, held_out_windows, training_windows
 from megatron_prune.errors import UserError
 from megatron_prune.export.preflight import check_export

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.text import SUFFIXES, read_documents, tokenize
+from megatron_prune.data.text import SUFFIXES, read_documents
+from megatron_prune.data.tokenizer import model_rows, tokenize
 from megatron_prune.errors import UserError
 
 
@@ -76,7 +77,7 @@ def _documents(paths: Sequence[Path | str], tokenizer: PreTrainedTokenizerBase, 
         return len(texts), lambda index: tokenize(tokenizer, [texts[index]])[0]
     from megatron_prune.data.indexed import check_ids, open_indexed
 
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    vocab_size = model_rows(tokenizer)
     sets = [open_indexed(Path(path), vocab_size) for path in paths]
     places = [(number, index) for number, dataset in enumerate(sets) for index in range(len(dataset))][chosen]
     if not places:

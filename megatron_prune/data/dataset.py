@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.text import hash_files, read_documents, tokenize
+from megatron_prune.data.text import hash_files, read_documents
+from megatron_prune.data.tokenizer import check_rows, model_rows, tokenize, vocabulary
 from megatron_prune.errors import UserError
 from megatron_prune.files import cached_folder
 
@@ -121,7 +122,10 @@ def _cached_tokens(
     def make(folder: Path) -> None:
         np.save(folder / TOKENS, flat_tokens(read_documents(paths, documents), tokenizer, append_eod))
 
-    return _open_tokens(cached_folder(cache / f"tokens-{key[:32]}", make, _holds_tokens, alone=True))
+    tokens = _open_tokens(cached_folder(cache / f"tokens-{key[:32]}", make, _holds_tokens, alone=True))
+    if model_rows(tokenizer) < vocabulary(tokenizer):  # another model, with more rows, may have made the file
+        check_rows(tokenizer, int(tokens.max(initial=0)), model_rows(tokenizer))
+    return tokens
 
 
 def _open_tokens(folder: Path) -> np.ndarray:

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.text import load_tokenizer, tokenize
-from megatron_prune.errors import UserError
+from megatron_prune.data.tokenizer import AGAIN, check_no_tiktoken, encoding, load_tokenizer, tokenize
+from megatron_prune.foreign import fenced, read_regular
 
 
 class Encoder(Protocol):
@@ -54,6 +54,7 @@ class HuggingFaceEncoder:
         if self.fast is not None:
             self.fast.no_truncation()
             self.fast.no_padding()
+        self.name = tokenizer.name_or_path
         state = self.fast.to_str() if self.fast is not None else str(sorted(vocab.items()))
         self.sha256 = hashlib.sha256(f"{self.end} {state}".encode()).hexdigest()
 
@@ -61,7 +62,8 @@ class HuggingFaceEncoder:
         """Token ids of each text."""
         if self.fast is None:
             return tokenize(self.tokenizer, texts)
-        return [encoding.ids for encoding in self.fast.encode_batch_fast(list(texts))]
+        with encoding(self.name):
+            return [encoded.ids for encoded in self.fast.encode_batch_fast(list(texts))]
 
     def use_threads(self, count: int) -> None:
         """The library reads its settings from the environment, before its first batch."""
@@ -76,18 +78,22 @@ class SentencePieceEncoder:
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
-            self.model = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({error}); copy it again from its source") from error
+        content = read_regular(path, "a SentencePiece model")
+        check_no_tiktoken(content, path)
+        with fenced(f"{path}: not a SentencePiece model", AGAIN, native=True):
+            if not content:  # which the library takes for no model yet
+                raise ValueError("an empty file")
+            self.model = SentencePieceProcessor(model_proto=content)
+        self.name = str(path)
         self.threads = 1
         self.vocab_size = self.model.get_piece_size()
         self.end = self.model.eos_id() if self.model.eos_id() >= 0 else None
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.sha256 = hashlib.sha256(content).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
-        return self.model.encode(list(texts), num_threads=self.threads)
+        with encoding(self.name):
+            return self.model.encode(list(texts), num_threads=self.threads)
 
     def use_threads(self, count: int) -> None:
         """Threads of one `encode`."""

@@ -54,6 +54,8 @@ class Tally:
     tokens: int = 0
     empty: int = 0
     """Documents without a token, left out."""
+    largest: int | None = None
+    """Largest id, where there is a token and it was noted."""
     bad: int = 0
     listed: list[tuple[int, str]] = field(default_factory=list)
     """The first bad lines: number in the piece from 1, and what is wrong."""
@@ -202,6 +204,7 @@ def _encode(job: Job, piece: Piece, builder: Any, count: Count) -> Tally:
             if end is not None and ids and ids[-1] != end:
                 ids.append(end)
             if ids:
+                tally.largest = max(tally.largest or 0, max(ids))
                 builder.add_document(ids, [len(ids)])
             tally.documents += bool(ids)
             tally.empty += not ids
@@ -299,11 +302,19 @@ def _report(job: Job) -> dict[str, Any]:
         "listed_bad_lines": list(_places(tallies)),
         "input": list(job.config.input),
         "vocab_size": job.encoder.vocab_size,
+        "largest_id": _largest([tally for _, tally in tallies]),
         "end_of_text": job.encoder.end,
         "tokenizer_sha256": job.encoder.sha256,
         "append_eod": job.config.append_eod,
         "dtype": job.dtype.__name__,
     }
+
+
+def _largest(tallies: list[Tally]) -> int | None:
+    """The largest id of the whole; None when a part, from before ids were noted, does not say its own."""
+    found = [tally.largest for tally in tallies if tally.tokens]
+    known = [largest for largest in found if largest is not None]
+    return max(known) if known and len(known) == len(found) else None
 
 
 def _places(tallies: list[tuple[Piece, Tally]]) -> Iterator[str]:

@@ -13,12 +13,8 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from megatron_prune.errors import UserError
-from megatron_prune.imports import without_triton
 
 WHOLE = (".txt", ".raw")
 """Suffixes of files that are one document."""
@@ -106,57 +102,3 @@ def hash_files(paths: Sequence[Path | str]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `directory`. Never reaches the network, never runs code from the directory.
-
-    With `vocab_size` it is checked against the model: `check_tokenizer`.
-    """
-    directory = Path(directory)
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise UserError(f"{directory}: no tokenizer found; expected tokenizer.json or tokenizer.model there")
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        _check_json(directory / name)
-    try:
-        with without_triton():
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(directory), config=_plain_config(directory), local_files_only=True, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: the tokenizer does not load: {error}") from error
-    if vocab_size is not None:
-        check_tokenizer(tokenizer, vocab_size, str(directory))
-    return tokenizer
-
-
-def _plain_config(directory: Path) -> PreTrainedConfig | None:
-    """The model's config.json without the class that belongs to it: that is 30 MB, and not needed for a tokenizer."""
-    file = directory / "config.json"
-    if not file.is_file():
-        return None
-    return PreTrainedConfig.from_dict({**json.loads(file.read_bytes()), "_name_or_path": str(directory)})
-
-
-def _check_json(path: Path) -> None:
-    try:
-        if path.is_file():
-            json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged ({error}); copy it again from the model's source") from error
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int, name: str = "tokenizer") -> None:
-    """A `UserError` when the tokenizer can produce an id that the model has no embedding for."""
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise UserError(
-            f"{name}: the tokenizer does not fit the model: its ids reach {largest}, the model's vocabulary"
-            f" has {vocab_size} rows; give the tokenizer that belongs to the model"
-        )
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], **more: Any) -> list[list[int]]:
-    """Token ids of each document, of any length, with the special tokens that the tokenizer adds."""
-    encoded = tokenizer(list(documents), return_attention_mask=False, verbose=False, truncation=False, **more)
-    return encoded["input_ids"]

@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.text import tokenize
+from megatron_prune.data.tokenizer import check_rows, model_rows, tokenize
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import local_tasks
 from megatron_prune.evaluation.requests import Request, Scorer
@@ -47,6 +47,7 @@ class Harness(TemplateLM):
         self._tokens: dict[tuple[str, bool | None], list[int]] = {}
         if self.prefix_token_id is None:
             raise UserError("the tokenizer has neither a beginning-of-text nor an end-of-text token; tasks need one")
+        check_rows(tokenizer, int(self.prefix_token_id), model_rows(tokenizer))
         self._prefix = str(tokenizer.decode(self.prefix_token_id))
 
     @property

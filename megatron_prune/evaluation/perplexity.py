@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.dataset import EvaluationText, evaluation_windows
-from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.files import refuse_existing, write_result

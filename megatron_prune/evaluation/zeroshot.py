@@ -18,7 +18,7 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
 from megatron_prune.config import EvaluateConfig
-from megatron_prune.data.text import load_tokenizer
+from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer

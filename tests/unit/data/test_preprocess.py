@@ -25,7 +25,8 @@ from megatron_prune.__main__ import main
 from megatron_prune.config import PreprocessConfig
 from megatron_prune.data import pieces, preprocess
 from megatron_prune.data.encoder import load_encoder
-from megatron_prune.data.text import load_tokenizer, read_documents, tokenize
+from megatron_prune.data.text import read_documents
+from megatron_prune.data.tokenizer import load_tokenizer, tokenize
 from megatron_prune.errors import UserError
 from tests.models import byte_tokenizer, words
 
@@ -186,16 +187,21 @@ def test_killed_while_the_output_appears(
             if target.name == "out.bin":
                 die()
 
+        def is_parts(path: Any) -> bool:
+            return Path(path).name == "parts"
+
         if moment == "joining":
             monkeypatch.setattr(preprocess._Index, "_sequence_pointers", die)
         elif moment == "named_bin":
             monkeypatch.setattr(preprocess, "give_name", name_one)
         elif moment == "named_all":
-            monkeypatch.setattr(preprocess.shutil, "rmtree", lambda path, **_: die() if path.name == "parts" else None)
+            monkeypatch.setattr(preprocess.shutil, "rmtree", lambda path, **_: die() if is_parts(path) else None)
         else:
             remove = preprocess.shutil.rmtree
             monkeypatch.setattr(
-                preprocess.shutil, "rmtree", lambda path, **_: (remove(path), die()) if path.name == "parts" else None
+                preprocess.shutil,
+                "rmtree",
+                lambda path, **_: (remove(path), die()) if is_parts(path) else None,
             )
         preprocess.run(config(tmp_path, [file], tokenizer))
 

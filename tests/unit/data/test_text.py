@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from megatron_prune.data.text import check_tokenizer, hash_files, load_tokenizer, read_documents, tokenize
+from megatron_prune.data.text import hash_files, read_documents
+from megatron_prune.data.tokenizer import check_tokenizer, load_tokenizer, tokenize
 from megatron_prune.errors import UserError
 
 
@@ -94,7 +95,7 @@ def test_tokenizer_missing_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer found"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer.json: damaged"):
+    with pytest.raises(UserError, match=r"tokenizer.json is damaged"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="does not load"):
