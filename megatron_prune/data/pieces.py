@@ -8,7 +8,7 @@ file that it consists of; nothing else in the input ever reaches the network. A 
 from __future__ import annotations
 
 import gc
-import gzip
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +16,25 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from megatron_prune.data.text import DAMAGED_GZIP, WHOLE, BadDocument, check_text_file, decode, parse_line
-from megatron_prune.errors import UserError
+from megatron_prune.data.text import (
+    WHOLE,
+    BadDocument,
+    bytes_read,
+    check_document,
+    check_text_file,
+    decode,
+    is_blank,
+    open_text,
+    parse_line,
+    read_lines,
+)
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import fenced
 
 HUB = "hub:"
+HUB_NAME = re.compile(r"hub:\w[\w.-]*(/\w[\w.-]*)?(:[^:/\s]*){0,2}")
+HUB_SECONDS = 8
+HUB_ADVICE = "check its name and the network, or give local files"
 Entry = tuple[int, str | BadDocument | None]
 """Number of a line in its piece, from 1, and what it holds; None for a blank line."""
 
@@ -76,17 +91,15 @@ def read(piece: Piece, key: str, consumed: Callable[[int], None]) -> Iterator[En
         yield from _read_hub(piece, key)
         consumed(piece.size)
     elif path.name.endswith(WHOLE):
-        yield 1, _or_bad(decode, path.read_bytes())
+        with open_text(path) as file:
+            yield 1, _or_bad(decode, file.read())
         consumed(piece.size)
     else:
-        lines = _gzip_lines(path, consumed) if path.suffix == ".gz" else _lines(piece, consumed)
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(_lines(piece, consumed), start=1):
             if isinstance(line, BadDocument):
                 yield number, line
-            elif line.strip():
-                yield number, _or_bad(parse_line, line, key)
             else:
-                yield number, None
+                yield number, None if is_blank(line) else _or_bad(parse_line, line, key)
 
 
 def _or_bad(function: Callable[..., str], *arguments: Any) -> str | BadDocument:
@@ -96,37 +109,27 @@ def _or_bad(function: Callable[..., str], *arguments: Any) -> str | BadDocument:
         return error
 
 
-def _lines(piece: Piece, consumed: Callable[[int], None]) -> Iterator[bytes]:
+def _lines(piece: Piece, consumed: Callable[[int], None]) -> Iterator[bytes | BadDocument]:
     """Lines that begin inside the piece; the last may end beyond it."""
-    with open(piece.source, "rb") as file:
-        position = piece.start
-        if position:
-            file.seek(position - 1)
-            position += len(file.readline()) - 1
-        while position < piece.stop and (line := file.readline()):
-            position += len(line)
-            consumed(len(line))
+    cuttable = not piece.source.endswith(".gz")
+    with open_text(Path(piece.source)) as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            next(read_lines(file), None)
+        position = bytes_read(file)
+        for line in read_lines(file):
+            if cuttable and position >= piece.stop:
+                return
+            consumed(bytes_read(file) - position)
+            position = bytes_read(file)
             yield line
 
 
 def lines_before(piece: Piece) -> int:
     """Number of lines of the file that belong to earlier pieces."""
-    if piece.source.startswith(HUB):
+    if piece.source.startswith(HUB) or not piece.start:
         return 0
     return sum(1 for _ in _lines(Piece(piece.source, 0, piece.start), lambda _: None))
-
-
-def _gzip_lines(path: Path, consumed: Callable[[int], None]) -> Iterator[bytes | BadDocument]:
-    """Lines of a gzip file up to where it is damaged, and then that as a bad line."""
-    told = 0
-    with path.open("rb") as packed, gzip.open(packed) as file:
-        try:
-            for line in file:
-                consumed(packed.tell() - told)
-                told = packed.tell()
-                yield line
-        except DAMAGED_GZIP as error:
-            yield BadDocument(f"damaged gzip file from here on ({error}); fetch it again")
 
 
 # --- hub ---
@@ -139,26 +142,37 @@ def _in_child(function: Callable[[str], int], argument: str) -> int:
 
 
 def _hub_files(source: str) -> int:
+    check_hub(source)
     return int(_open_hub(source).num_shards)
+
+
+def check_hub(source: str) -> None:
+    """A UserError when the name cannot be one, or when the hub does not answer: its library would ask on and on."""
+    from huggingface_hub import HfApi, constants
+
+    name = source.removeprefix(HUB).split(":")[0]
+    if not HUB_NAME.fullmatch(source):
+        raise UserError(
+            f"--input: {brief(source)} given; allowed: {HUB}NAME, {HUB}NAME:CONFIG or {HUB}NAME:CONFIG:SPLIT"
+        )
+    if not constants.HF_HUB_OFFLINE:
+        with fenced(f"--input: {source!r} cannot be streamed", HUB_ADVICE):
+            HfApi().dataset_info(name, timeout=HUB_SECONDS)
 
 
 def _open_hub(source: str) -> Any:
     """The streamed data set; without a network, or without such a data set, a `UserError`."""
     from datasets import load_dataset
 
-    name, config, split, *rest = [*source.removeprefix(HUB).split(":"), "", ""]
-    if not name or any(rest):
-        raise UserError(f"--input: {source!r} given; allowed: {HUB}NAME, {HUB}NAME:CONFIG or {HUB}NAME:CONFIG:SPLIT")
-    try:
+    name, config, split, *_ = [*source.removeprefix(HUB).split(":"), "", ""]
+    with fenced(f"--input: {source!r} cannot be streamed", HUB_ADVICE):
         return load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--input: {source!r} cannot be streamed ({error}); check its name and the network, or give local files"
-        ) from error
 
 
 def _read_hub(piece: Piece, key: str) -> Iterator[Entry]:
-    rows = _open_hub(piece.source).shard(num_shards=piece.stop, index=piece.start)
-    for number, row in enumerate(rows, start=1):
-        text = row.get(key)
-        yield number, text if isinstance(text, str) else BadDocument(f"no text under the key {key!r}")
+    with fenced(f"--input: {piece.source!r} cannot be read on", HUB_ADVICE):
+        rows = _open_hub(piece.source).shard(num_shards=piece.stop, index=piece.start)
+        for number, row in enumerate(rows, start=1):
+            text = row.get(key)
+            bad = BadDocument(f"no text under the key {brief(key)}")
+            yield number, _or_bad(check_document, text) if isinstance(text, str) else bad

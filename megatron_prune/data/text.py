@@ -1,8 +1,8 @@
-"""Files -> documents (strings), and the tokenizer that a checkpoint brings along.
+"""Files -> documents (strings). One reader for every verb.
 
 A `.txt` file is one document; `.jsonl`, `.jsonl.gz` and `.json.gz` (the form in which C4 is published) hold
-one JSON object a line with the document under a key. Everything wrong with a file is a `UserError` with its
-name and line.
+one JSON object a line with the document under a key. A byte order mark, at the start of a file or of any line of JSON,
+is no part of a text. Everything wrong with a file is a `UserError` with its name and line.
 """
 
 from __future__ import annotations
@@ -11,16 +11,43 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, Any, TypeVar, cast
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import open_regular, reason
+
+T = TypeVar("T")
 
 WHOLE = (".txt", ".raw")
 """Suffixes of files that are one document."""
 SUFFIXES = (*WHOLE, ".jsonl", ".jsonl.gz", ".json.gz")
 DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a damaged gzip file raises."""
+MARK = b"\xef\xbb\xbf"
+"""Byte order mark of UTF-8, which text from Windows begins with."""
+WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+"""Of UTF-16; that of UTF-32 on most machines begins like them."""
+LOOK = 4096
+"""Bytes of a text in which zeros are counted, to tell UTF-16 without a mark."""
+LONGEST_LINE = 2**29
+"""Bytes."""
+FETCH = "datasets.load_dataset({!r}, data_files=OLD, split='train').to_json(NEW)"
+KINDS = {
+    ".json": "with one object a line, name it .jsonl; an array becomes lines by jq -c '.[]' OLD > NEW",
+    ".zst": "unpack it: zstd -d",
+    ".xz": "unpack it: xz -d",
+    ".bz2": "unpack it: bunzip2",
+    ".zip": "unpack it: unzip",
+    ".gz": "unpack it: gunzip",
+    ".parquet": f"write it as lines: {FETCH.format('parquet')}",
+    ".arrow": f"write it as lines: {FETCH.format('arrow')}",
+    ".csv": f"write it as lines: {FETCH.format('csv')}",
+    ".tsv": f"write it as lines: {FETCH.format('csv')} with sep='\\t'",
+    ".md": "name it .txt",
+}
+"""Suffix of text in other forms -> what to do with it."""
 
 
 def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), key: str = "text") -> list[str]:
@@ -39,66 +66,162 @@ class BadDocument(ValueError):
 def iterate_documents(path: Path, key: str = "text") -> Iterator[str]:
     """Documents of one file, one at a time."""
     check_text_file(path)
-    place = str(path)
-    try:
-        if path.name.endswith(WHOLE):
-            yield decode(path.read_bytes())
-            return
-        for number, line in enumerate(_lines(path), start=1):
-            place = f"{path}:{number}"
-            if line.strip():
-                yield parse_line(line, key)
-    except BadDocument as error:
-        raise UserError(f"{place}: {error}") from error
+    if path.name.endswith(WHOLE):
+        yield read_whole(path)
+    else:
+        yield from iterate_lines(path, lambda line: parse_line(line, key))
 
 
-def check_text_file(path: Path) -> None:
-    """A `UserError` unless `path` is a file of a known kind."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give text in {', '.join(SUFFIXES)}")
-    if not path.name.endswith(SUFFIXES):
-        raise UserError(f"{path}: unknown kind of text; allowed: {', '.join(SUFFIXES)}")
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+def read_whole(path: Path) -> str:
+    """The text of a file that is one document; UserError when it is no UTF-8."""
+    with open_text(path) as file:
         try:
-            yield from file
-        except DAMAGED_GZIP as error:
-            raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from error
+            return decode(file.read())
+        except BadDocument as error:
+            raise UserError(f"{path}: {error}") from error
 
 
-def parse_line(line: bytes, key: str) -> str:
-    """The document under `key` of one JSON object; `BadDocument` says what is wrong with the line."""
-    words = decode(line)
+def iterate_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
+    """What `parse` makes of each line that is not blank, packed file or not; UserError names file and line."""
+    with open_text(path) as file:
+        for number, line in enumerate(read_lines(file), start=1):
+            try:
+                if isinstance(line, BadDocument):
+                    raise line
+                if not is_blank(line):
+                    yield parse(line)
+            except BadDocument as error:
+                raise UserError(f"{path}:{number}: {error}") from error
+
+
+# --- bytes ---
+
+
+def open_text(path: Path) -> IO[bytes]:
+    """The unpacked bytes of an ordinary file, however long."""
+    file: IO[bytes] = open_regular(path, "a folder of text", None)
+    return cast(IO[bytes], _Packed(file)) if path.suffix == ".gz" else file
+
+
+class _Packed(gzip.GzipFile):
+    """A gzip file that closes what it was made from."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        super().__init__(fileobj=packed, mode="rb")
+        self.packed = packed
+
+    def close(self) -> None:
+        super().close()
+        self.packed.close()
+
+
+def bytes_read(file: IO[bytes]) -> int:
+    """How far a file of `open_text` has been read, in bytes on the disk."""
+    return file.packed.tell() if isinstance(file, _Packed) else file.tell()
+
+
+def read_lines(file: IO[bytes]) -> Iterator[bytes | BadDocument]:
+    """Lines with their ends; a bad document for one that is too long, and where a packed file is damaged."""
     try:
-        record = json.loads(words)
-    except (ValueError, RecursionError) as error:
-        raise BadDocument(f"not JSON ({error}); expected one object a line") from error
-    text = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise BadDocument(f"no text under the key {key!r}; expected an object such as {{{key!r}: '...'}}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadDocument(f"not Unicode text ({error})") from error
-    return text
+        while line := file.readline(LONGEST_LINE):
+            if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+                yield line
+            else:
+                while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    line = file.readline(LONGEST_LINE)
+                yield BadDocument(f"a line of more than {LONGEST_LINE} bytes; divide it")
+    except DAMAGED_GZIP as error:
+        yield BadDocument(f"damaged gzip file from here on ({reason(error)}); fetch it again, or name it without .gz")
+
+
+def is_blank(line: bytes) -> bool:
+    """Whether nothing stands in a line."""
+    return not line.removeprefix(MARK).strip()
 
 
 def decode(data: bytes) -> str:
-    """UTF-8, byte-exact: line ends stay as they are; otherwise `BadDocument`."""
+    """UTF-8, byte-exact but for a byte order mark in front: line ends stay as they are; otherwise `BadDocument`."""
+    if data.startswith(WIDE_MARKS) or _is_wide(data[:LOOK]):
+        raise BadDocument("UTF-16 text, or none; expected UTF-8: iconv -f UTF-16 -t UTF-8 OLD > NEW")
     try:
-        return data.decode("utf-8")
+        return data.removeprefix(MARK).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadDocument(f"not UTF-8 text ({error})") from error
+        raise BadDocument(f"not UTF-8 text ({reason(error)}); expected UTF-8, from Latin-1: iconv -f LATIN1") from error
+
+
+def _is_wide(data: bytes) -> bool:
+    """Whether every second byte or so is zero, as in English of UTF-16."""
+    zeros = data.count(0)
+    return zeros > 3 and zeros * 4 > len(data)
+
+
+# --- checks ---
+
+
+def check_text_file(path: Path) -> None:
+    """A `UserError` unless `path` is an ordinary file of a known kind."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}; give files of text")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give text in {', '.join(SUFFIXES)}")
+    if not path.name.endswith(SUFFIXES):
+        known = next((KINDS[suffix] for suffix in KINDS if path.name.lower().endswith(suffix)), None)
+        advice = f"; {known}" if known else ""
+        raise UserError(f"{path}: unknown kind of text; allowed: {', '.join(SUFFIXES)}{advice}")
 
 
 def hash_files(paths: Sequence[Path | str]) -> str:
     """SHA-256 over the contents of the files, in order; a missing file is a `UserError`."""
     digest = hashlib.sha256()
     for path in map(Path, paths):
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; give text in {', '.join(SUFFIXES)}")
-        with path.open("rb") as file:
+        check_text_file(path)
+        with open_regular(path, "a folder of text", None) as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+# --- lines of JSON ---
+
+
+def parse_line(line: bytes, key: str) -> str:
+    """The document under `key` of one JSON object; `BadDocument` says what is wrong with the line."""
+    text = parse_object(line, key).get(key)
+    if not isinstance(text, str):
+        raise BadDocument(f"no text under the key {brief(key)}; expected an object such as {{{brief(key)}: '...'}}")
+    return check_document(text)
+
+
+def parse_object(line: bytes, once: str | None = None) -> dict[str, Any]:
+    """The JSON object in a line, whose key `once` may not stand twice; `BadDocument` says what is wrong."""
+    words = decode(line)
+    if words.lstrip().startswith("["):
+        raise BadDocument("a JSON array; expected one object a line: jq -c '.[]' OLD > NEW")
+    try:
+        record = json.loads(words, object_pairs_hook=None if once is None else _Unique(once))
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"not JSON ({reason(error)}); expected one object a line") from error
+    if not isinstance(record, dict):
+        raise BadDocument(f"no object but {brief(record)}; expected one JSON object a line")
+    return record
+
+
+class _Unique:
+    """Makes JSON objects, and refuses one that has a certain key twice."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs) and [key for key, _ in pairs].count(self.key) > 1:
+            raise ValueError(f"the key {brief(self.key)} is given twice")
+        return found
+
+
+def check_document(text: str) -> str:
+    """`text`, when it is Unicode; `BadDocument` otherwise."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadDocument(f"not Unicode text ({reason(error)})") from error
+    return text

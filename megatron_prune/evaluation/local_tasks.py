@@ -7,7 +7,6 @@ them, they are data: functions come only from lm-eval itself, and templates are 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +20,7 @@ from jinja2 import BaseLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval.api.task import ConfigurableTask
 
-from megatron_prune.data.text import BadDocument, decode
+from megatron_prune.data.text import iterate_lines, parse_object, read_whole
 from megatron_prune.errors import UserError
 
 DEFINITIONS = Path(__file__).with_name("tasks")
@@ -107,15 +106,7 @@ def _read(paths: dict[str, Path], whole: bool, **_metadata: Any) -> dict[str, da
 
 
 def _objects(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(decode(line))
-        except (BadDocument, ValueError) as error:
-            raise UserError(f"{path}:{number}: {error}; expected one JSON object a line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: {type(row).__name__} given; expected one JSON object a line")
-        rows.append(row)
+    rows = list(iterate_lines(path, parse_object))
     if not rows:
         raise UserError(f"{path}: no rows; expected one JSON object a line")
     return rows
@@ -123,10 +114,7 @@ def _objects(path: Path) -> list[dict[str, Any]]:
 
 def _articles(path: Path) -> list[dict[str, Any]]:
     """`{"page": text}` of each article: from the line of its title, which has an empty line before it."""
-    try:
-        text = decode(path.read_bytes())
-    except BadDocument as error:
-        raise UserError(f"{path}: {error}") from error
+    text = read_whole(path)
     starts = [match.start() for match in TITLE.finditer(text)]
     ends = [*starts[1:], len(text) + 1]  # without the line break before the next title
     pages = [text[start : end - 1] for start, end in zip(starts, ends, strict=True)]

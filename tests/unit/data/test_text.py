@@ -33,12 +33,16 @@ def test_documents_of_all_kinds_in_order(tmp_path: Path) -> None:
 
 MISTAKES = {
     "no JSON": ("a.jsonl", jsonl("x") + b"{oops}\n", "a.jsonl:2: not JSON"),
-    "no object": ("a.jsonl", jsonl("x", "y") + b'"z"\n', "a.jsonl:3: no text under the key 'text'"),
+    "no object": (
+        "a.jsonl",
+        jsonl("x", "y") + b'"z"\n',
+        "a.jsonl:3: no object but 'z'; expected one JSON object",
+    ),
     "other key": ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1: no text under the key 'text'"),
     "text is no string": ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: no text"),
     "no UTF-8 line": ("a.jsonl", jsonl("x") + b'{"text": "\xff"}\n', "a.jsonl:2: not UTF-8"),
     "no UTF-8 file": ("a.txt", b"\xff", "a.txt: not UTF-8"),
-    "no gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz: damaged gzip"),
+    "no gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz:1: damaged gzip"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(jsonl("x" * 999))[:40], "damaged gzip"),
     "unknown kind": ("a.parquet", b"", "allowed: .txt, .raw, .jsonl"),
     "empty": ("a.jsonl", b"\n", "no document found"),
