@@ -20,7 +20,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from typing_extensions import TypedDict
 
-from megatron_prune.data.text import SUFFIXES
+from megatron_prune.data.text import SUFFIXES, check_text_file
 from megatron_prune.errors import UserError
 from megatron_prune.foreign import read_json
 
@@ -50,6 +50,8 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedDataset:
     binary, index, about = _files(prefix)
     for file in (binary, index):
         if not file.is_file():
+            if prefix.exists():  # text of another kind
+                check_text_file(prefix)
             raise UserError(
                 f"{prefix}: {file} does not exist; give text in {', '.join(SUFFIXES)}, or a prefix from `preprocess`"
             )

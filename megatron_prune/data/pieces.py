@@ -151,6 +151,8 @@ def check_hub(source: str) -> None:
     from huggingface_hub import HfApi, constants
 
     name = source.removeprefix(HUB).split(":")[0]
+    if name and Path(name).is_dir():  # a data set on this machine, which the library reads as well
+        return
     if not HUB_NAME.fullmatch(source):
         raise UserError(
             f"--input: {brief(source)} given; allowed: {HUB}NAME, {HUB}NAME:CONFIG or {HUB}NAME:CONFIG:SPLIT"
