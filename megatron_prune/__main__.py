@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,8 +16,9 @@ from typing import NamedTuple
 
 from megatron_prune import config
 from megatron_prune.command_line import parse
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief, one_line
 from megatron_prune.files import ROOM, disk_fault, why
+from megatron_prune.foreign import reason
 from megatron_prune.options import Options
 from megatron_prune.outputs import held
 from megatron_prune.telling import another_told, first_to_tell, process, processes
@@ -99,24 +101,47 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; exit status: 0 done, 1 a check of the verb failed, 2 the user's mistake, 130 Ctrl-C.
+    """Runs one verb; exit status: 0 done, 1 a check of the verb failed, 2 the user's mistake, 130 Ctrl-C,
+    141 when nobody reads the output on.
 
     Also 0: a learning run that SIGTERM, SIGINT or its time limit made save and end.
     """
     try:
-        return _told_to_launcher(_run)(list(sys.argv[1:] if argv is None else argv)) or 0
+        status = _told_to_launcher(_run)(list(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         _report(str(error))
         return 2
+    except BrokenPipeError as error:
+        if error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to say goes nowhere
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         if disk_fault(error) or (isinstance(error, OSError) and error.filename is not None):
-            _report(f"{why(error)}: {ROOM}")
+            _report(one_line(f"{why(error)}: {ROOM}"))
+            return 2
+        complaint = _refused(error)
+        if complaint is not None:
+            _report(one_line(complaint))
             return 2
         if another_told():  # the connection to a process that has failed is lost
             return 2
         raise
+
+
+def _refused(error: Exception) -> str | None:
+    """What to tell of an error that is the machine's answer to what was asked for; None for a defect of the program."""
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        asked = reason(error) or "no more is known"
+        return f"more memory was asked for than there is ({asked}): give smaller batches or windows, or more processes"
+    if text.startswith("Symlink loop from "):
+        return f"{text}: links lead in a circle; give a path that ends at a file or folder"
+    return None
 
 
 def _told_to_launcher(function: Callable[[list[str]], int]) -> Callable[[list[str]], int | None]:
@@ -136,9 +161,9 @@ def _run(argv: list[str]) -> int:
         print(PROGRAM, _version())
         return 0
     if argv[0] not in VERBS:
-        near = difflib.get_close_matches(argv[0], VERBS, n=1)
+        near = difflib.get_close_matches(argv[0][:100], VERBS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(VERBS)}"
-        raise UserError(f"unknown verb {argv[0]!r}; {hint}")
+        raise UserError(f"unknown verb {brief(argv[0])}; {hint}")
     verb = VERBS[argv[0]]
     if verb.alone and processes() > 1:
         raise UserError(f"{processes()} processes were started; {argv[0]} takes one: leave torchrun out")

@@ -17,14 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, bare, brief, one_line
+from megatron_prune.foreign import fenced, read_yaml
 from megatron_prune.options import Entry, Options, entries, flag
 
 C = TypeVar("C", bound=Options)
 METHOD_OPTIONS = "method_options"
+MOST_CHARACTERS = 100
+"""Of a number."""
 
 
 def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
@@ -83,15 +85,12 @@ def _read_yaml(file: Path) -> list[Pair]:
     """Keys and values of one YAML file; values stay text, nested mappings become dotted keys."""
     if not file.is_file():
         raise UserError(f"--config: {file} is not a file")
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {file} is not YAML: {error}") from error
+    content = read_yaml(file, "a configuration")
     if content is None:
         return []
     if not isinstance(content, dict):
         raise UserError(f"--config: {file} holds a {type(content).__name__}; allowed: a mapping of keys to values")
-    return [pair for key, value in content.items() for pair in _yaml_pairs(file, str(key), value)]
+    return [pair for key, value in content.items() for pair in _yaml_pairs(file, key, value)]
 
 
 def _yaml_pairs(file: Path, key: str, value: Any) -> list[Pair]:
@@ -102,7 +101,9 @@ def _yaml_pairs(file: Path, key: str, value: Any) -> list[Pair]:
     if all(isinstance(item, list) and len(item) == 2 for item in values):  # data: [[0.7, a], [0.3, b]]
         values = [word for item in values for word in item]
     if value == "" or any(not isinstance(item, str) for item in values):
-        raise UserError(f"--config: {file}: {key}: {value!r} given; allowed: a value or a flat list of values")
+        raise UserError(
+            f"--config: {file}: {bare(key)}: {brief(value)} given; allowed: a value or a flat list of values"
+        )
     return [(key, values)]
 
 
@@ -114,7 +115,7 @@ def _read_flags(argv: list[str], switches: set[str]) -> list[Pair]:
             continue
         if not token.startswith("--"):
             if not pairs:
-                raise UserError(f"{token!r} given; allowed here: flags such as --input VALUE")
+                raise UserError(f"{brief(token)} given; allowed here: flags such as --input VALUE")
             pairs[-1][1].append(token)
             continue
         name, equals, value = token[2:].partition("=")
@@ -161,17 +162,21 @@ def _resolve(key: str, known: Mapping[str, Entry], hyper: Mapping[str, dataclass
     if name in hyper:
         return f"{METHOD_OPTIONS}.{name}"
     allowed = [name for name in known if name != METHOD_OPTIONS] + list(hyper)
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], allowed, n=1, cutoff=0.5)
     hint = f"did you mean {flag(near[0])}?" if near else "--help lists the allowed ones"
-    raise UserError(f"unknown option {flag(key)} ({key} in YAML); {hint}")
+    shown = bare(key)
+    raise UserError(f"unknown option {flag(shown)} ({shown} in YAML); {hint}")
 
 
 def _tokens(key: str, values: list[str], kind: Any) -> list[str]:
     """The option as jsonargparse reads it; a single value is tied to its flag: it may begin with a hyphen."""
     many = get_origin(kind) is tuple
     if len(values) != 1 and not many:
-        given = " ".join(values) or "nothing"
+        given = bare(" ".join(values[:20])) if values else "nothing"
         raise UserError(f"{flag(key)}: {given} given; allowed: {_allowed(kind)}")
+    for value in values if {int, float} & {kind, *get_args(kind)} else ():
+        if not value.isascii() or len(value) > MOST_CHARACTERS or value != value.strip() or not value:
+            raise UserError(f"{flag(key)}: {brief(value)} given; allowed: {_allowed(kind)}")
     return [flag(key), *values] if many else [f"{flag(key)}={values[0]}"]
 
 
@@ -245,9 +250,12 @@ def _choices(kind: Any) -> list[str]:
 
 def _parse_tokens(parser: ArgumentParser, kinds: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
     try:
-        return parser.parse_args(tokens).as_dict()
-    except ArgumentError as error:
-        raise UserError(_one_line(str(error), kinds)) from error
+        with fenced("the options cannot be read", "--help lists what is allowed"):
+            return parser.parse_args(tokens).as_dict()
+    except UserError as error:
+        if isinstance(error.__cause__, ArgumentError):
+            raise UserError(_one_line(str(error.__cause__), kinds)) from None
+        raise
 
 
 def _one_line(message: str, kinds: Mapping[str, Any]) -> str:
@@ -257,7 +265,7 @@ def _one_line(message: str, kinds: Mapping[str, Any]) -> str:
     if not key:
         return message
     name = (key[1] or key[2]).replace("-", "_")
-    given = f"{value[1]} given" if value else message.split(": ", 1)[-1]
+    given = f"{one_line(value[1], 100)} given" if value else one_line(message.split(": ", 1)[-1], 100)
     return f"{flag(name)}: {given}; allowed: {_allowed(kinds.get(name))}"
 
 
@@ -267,7 +275,8 @@ def _allowed(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return "files"
     words = {"int": "one whole number", "float": "one number", "bool": "true or false", "Path": "one path"}
-    return words.get(getattr(kind, "__name__", ""), "one value")
+    kinds = [part for part in get_args(kind) if part is not type(None)] or [kind]
+    return words.get(getattr(kinds[0], "__name__", ""), "one value")
 
 
 # --- building ---

@@ -16,21 +16,41 @@ from megatron_prune.errors import UserError
 from megatron_prune.options import REQUIRED, MayExist, Options, group, option, parse_documents, parse_split
 
 Dtype = Literal["bfloat16", "float32"]
+MOST_PROCESSES = 2**20
+MOST_LENGTH = 2**24
+"""Of a sequence, in tokens."""
+MOST_BATCH = 2**20
+"""Windows at a time."""
+MOST_TOKENS = 2**32
+"""Of a tensor of windows, which is made at once."""
+MOST_WINDOWS = 10**12
+"""That a run may train on: an order of them is drawn."""
+
+
+def check_tokens(what: str, count: int, length: int) -> None:
+    """UserError for more windows than one tensor holds."""
+    if count * length > MOST_TOKENS:
+        raise UserError(f"{what}: {count} windows of {length} tokens given; allowed: {MOST_TOKENS} tokens in all")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallelism(Options):
     """Layout over processes"""
 
-    tensor_model_parallel_size: int = option(1, "processes that share each layer", at_least=1)
-    pipeline_model_parallel_size: int = option(1, "processes that share the stack of layers", at_least=1)
+    tensor_model_parallel_size: int = option(1, "processes that share each layer", at_least=1, at_most=MOST_PROCESSES)
+    pipeline_model_parallel_size: int = option(
+        1, "processes that share the stack of layers", at_least=1, at_most=MOST_PROCESSES
+    )
     virtual_pipeline_model_parallel_size: int | None = option(
-        None, "chunks of layers on each pipeline stage, interleaved: a smaller bubble", at_least=2
+        None,
+        "chunks of layers on each pipeline stage, interleaved: a smaller bubble",
+        at_least=2,
+        at_most=MOST_PROCESSES,
     )
     sequence_parallel: bool = option(False, "shard norms and dropouts over the tensor-parallel processes too")
-    context_parallel_size: int = option(1, "processes that share each sequence", at_least=1)
+    context_parallel_size: int = option(1, "processes that share each sequence", at_least=1, at_most=MOST_PROCESSES)
     distributed_timeout_minutes: float = option(
-        10.0, "longest wait for another process before the job is given up", above=0
+        10.0, "longest wait for another process before the job is given up", above=0, at_most=1e6
     )
 
     def __post_init__(self) -> None:
@@ -55,12 +75,15 @@ class Calibration(Options):
     text: tuple[Path, ...] = option(
         (), "files of documents: .txt, .raw, .jsonl, .jsonl.gz, .json.gz", key="calibration"
     )
-    samples: int = option(128, "windows drawn, over all processes", at_least=1, key="calibration_samples")
+    samples: int = option(
+        128, "windows drawn, over all processes", at_least=1, key="calibration_samples", at_most=2**20
+    )
     seq_length: int = option(
         2048,
         "tokens in a window; at most what the model was made for",
         at_least=2,
         key="calibration_seq_length",
+        at_most=MOST_LENGTH,
     )
     seed: int = option(0, "of the draw", at_least=0, key="calibration_seed")
     documents: str | None = option(
@@ -70,6 +93,7 @@ class Calibration(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_documents("calibration_documents", self.documents)
+        check_tokens("--calibration-samples", self.samples, self.seq_length)
 
     @property
     def document_range(self) -> slice:
@@ -112,11 +136,15 @@ class Training(Options):
         (), "held-out documents, as text or prefixes, for the loss every --eval-interval steps"
     )
     eval_documents: str | None = option(None, "held-out documents used: K (the first K) or START:STOP")
-    eval_windows: int = option(32, "held-out windows of --seq-length tokens", at_least=1)
-    seq_length: int = option(2048, "tokens in a training window", at_least=2)
-    micro_batch_size: int = option(1, "windows in one forward pass of one model replica", at_least=1)
-    global_batch_size: int = option(256, "windows in one optimizer step, over all replicas", at_least=1)
-    train_iters: int = option(2000, "optimizer steps", at_least=1)
+    eval_windows: int = option(32, "held-out windows of --seq-length tokens", at_least=1, at_most=2**24)
+    seq_length: int = option(2048, "tokens in a training window", at_least=2, at_most=MOST_LENGTH)
+    micro_batch_size: int = option(
+        1, "windows in one forward pass of one model replica", at_least=1, at_most=MOST_BATCH
+    )
+    global_batch_size: int = option(
+        256, "windows in one optimizer step, over all replicas", at_least=1, at_most=MOST_BATCH
+    )
+    train_iters: int = option(2000, "optimizer steps", at_least=1, at_most=10**8)
     lr: float = option(5e-5, "peak learning rate", above=0)
     min_lr: float = option(5e-6, "learning rate at the last step", at_least=0)
     lr_decay_style: Literal["cosine", "linear", "constant"] = option("cosine", "shape from --lr to --min-lr")
@@ -135,10 +163,13 @@ class Training(Options):
         None, "TFLOP/s of one device, for the utilisation in the metrics; left out: from the GPU's name", above=0
     )
     save_interval: int = option(100, "optimizer steps between checkpoints; the last step is always saved", at_least=1)
-    keep_checkpoints: int = option(2, "newest checkpoints that stay; older ones are removed", at_least=1)
+    keep_checkpoints: int = option(2, "newest checkpoints that stay; older ones are removed", at_least=1, at_most=10**6)
     async_save: bool = option(False, "write checkpoints in the background, from a copy in the host's memory")
     time_limit: float | None = option(
-        None, "minutes after which the run saves and ends with status 0, for --resume; left out: no limit", above=0
+        None,
+        "minutes after which the run saves and ends with status 0, for --resume; left out: no limit",
+        above=0,
+        at_most=1e7,
     )
     eval_interval: int = option(100, "optimizer steps between held-out evaluations", at_least=1)
 
@@ -150,6 +181,13 @@ class Training(Options):
         if self.domain_targets and self.domain_interval is None:
             raise UserError("--domain-targets: given without --domain-interval; give both, or none of them")
         check_schedule(self.lr, self.min_lr, self.lr_warmup_iters, self.train_iters)
+        check_tokens("--micro-batch-size", self.micro_batch_size, self.seq_length)
+        check_tokens("--eval-windows", self.eval_windows, self.seq_length)
+        if self.train_iters * self.global_batch_size > MOST_WINDOWS:
+            raise UserError(
+                f"--train-iters x --global-batch-size: {self.train_iters} x {self.global_batch_size} windows given; "
+                f"allowed: at most {MOST_WINDOWS}"
+            )
 
     @property
     def data_range(self) -> slice:
@@ -189,7 +227,7 @@ class PreprocessConfig(Options):
     )
     output: Path = option(REQUIRED, "prefix of the files to write: PREFIX.bin, .idx and .json; must not exist")
     tokenizer: Path = option(REQUIRED, "Hugging Face directory, or a SentencePiece tokenizer.model")
-    workers: int = option(0, "processes; 0 = one for each core", at_least=0)
+    workers: int = option(0, "processes; 0 = one for each core", at_least=0, at_most=4096)
     append_eod: bool = option(False, "end each document with the end-of-text token")
     json_key: str = option("text", "key of the document in a JSON object")
     strict: bool = option(False, "stop at the first bad line instead of counting it")
@@ -247,7 +285,7 @@ class PlanConfig(PruneConfig):
 
     input: Path = option(REQUIRED, "Megatron checkpoint, or Hugging Face directory with config.json")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")  # type: ignore[assignment]
-    processes: int = option(REQUIRED, "processes of the job, over all nodes", at_least=1)
+    processes: int = option(REQUIRED, "processes of the job, over all nodes", at_least=1, at_most=MOST_PROCESSES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +328,9 @@ class Losses(Options):
 class LoRA(Options):
     """Low-rank adapters, merged into the weights at the end"""
 
-    rank: int = option(0, "rank of the adapters; 0 = none, all weights are trained", at_least=0, key="lora_rank")
+    rank: int = option(
+        0, "rank of the adapters; 0 = none, all weights are trained", at_least=0, key="lora_rank", at_most=2**16
+    )
     alpha: float = option(16.0, "their change of a weight is alpha / rank * B A", above=0, key="lora_alpha")
     dropout: float = option(
         0.0,
@@ -385,12 +425,17 @@ class TaskOptions(Options):
     tasks_folder: tuple[Path, ...] = option(
         (), "folders with the tasks' rows, and definitions of your own; left out: lm-eval's tasks, from the hub"
     )
-    num_fewshot: int | None = option(None, "examples before each question; left out: the task's own", at_least=0)
-    limit: float | None = option(None, "items of each task, the first ones; below 1: a share of them", above=0)
+    num_fewshot: int | None = option(
+        None, "examples before each question; left out: the task's own", at_least=0, at_most=10_000
+    )
+    limit: float | None = option(
+        None, "items of each task, the first ones; below 1: a share of them", above=0, at_most=1e12
+    )
     tokens_per_batch: int | None = option(
         None,
         "tokens in a forward pass over questions; left out: 256 on a CPU, 16384 on a GPU, 1024 in MaxText",
         at_least=1,
+        at_most=2**30,
     )
     samples: Path | None = option(None, "JSONL file for every item: log-likelihoods of its answers, target and scores")
     dense: str | None = option(
@@ -405,12 +450,12 @@ class EvaluateConfig(Options):
     input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory, hub id, or model for MaxText")
     text: Path | None = option(None, "text file, tokenised whole, without a beginning-of-text token")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
-    window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2)
-    windows: int = option(32, "windows evaluated, from the start of the text; 0 = all", at_least=0)
+    window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2, at_most=MOST_LENGTH)
+    windows: int = option(32, "windows evaluated, from the start of the text; 0 = all", at_least=0, at_most=2**40)
     dtype: Dtype | Literal["float16"] | None = option(
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
-    micro_batch_size: int = option(1, "windows in one forward pass", at_least=1)
+    micro_batch_size: int = option(1, "windows in one forward pass", at_least=1, at_most=MOST_BATCH)
     checkpoint: Path | None = option(None, "of a model for MaxText: the run that has trained it, or one step of it")
     tasks: TaskOptions = group(TaskOptions)
     parallelism: Parallelism = group(Parallelism)
@@ -428,10 +473,10 @@ class BenchConfig(Options):
 
     input: str = option(REQUIRED, "2:4 model from `export`: Hugging Face directory or hub id")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
-    batch_sizes: tuple[int, ...] = option((1, 8), "sequences at a time, each measured")
-    prompt_length: int = option(512, "tokens of each prompt", at_least=1)
-    new_tokens: int = option(32, "tokens decoded after the prompt", at_least=1)
-    repeats: int = option(3, "runs of which the best counts, after one that does not", at_least=1)
+    batch_sizes: tuple[int, ...] = option((1, 8), "sequences at a time, each measured", at_most=MOST_BATCH)
+    prompt_length: int = option(512, "tokens of each prompt", at_least=1, at_most=MOST_LENGTH)
+    new_tokens: int = option(32, "tokens decoded after the prompt", at_least=1, at_most=MOST_LENGTH)
+    repeats: int = option(3, "runs of which the best counts, after one that does not", at_least=1, at_most=10**6)
     dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")
 
     def __post_init__(self) -> None:
@@ -454,7 +499,9 @@ class VerifyConfig(Options):
     target: str | None = option(None, "pattern every pruned weight must satisfy; left out: the one recorded")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     tolerance: float = option(1e-4, "largest absolute difference of logits, computed in float32", at_least=0)
-    seq_length: int = option(64, "tokens of the random input that the logits are compared on", at_least=2)
+    seq_length: int = option(
+        64, "tokens of the random input that the logits are compared on", at_least=2, at_most=MOST_LENGTH
+    )
     seed: int = option(0, "of the random input", at_least=0)
     parallelism: Parallelism = group(Parallelism)
 
@@ -472,10 +519,14 @@ class LatencyConfig(Options):
 
     input: Path = option(REQUIRED, "Megatron checkpoint or Hugging Face directory; its weights are not read")
     output: Path = option(REQUIRED, "JSON file to write; must not exist")
-    levels: int = option(10, "sizes between a whole attention or MLP and none, as darwinlm has them", at_least=1)
-    batch_size: int = option(1, "prompts at a time", at_least=1)
-    prompt_length: int = option(512, "tokens of each prompt", at_least=1)
-    repeats: int = option(9, "rounds over all sizes, of which the median counts, after one that does not", at_least=1)
+    levels: int = option(
+        10, "sizes between a whole attention or MLP and none, as darwinlm has them", at_least=1, at_most=10_000
+    )
+    batch_size: int = option(1, "prompts at a time", at_least=1, at_most=MOST_BATCH)
+    prompt_length: int = option(512, "tokens of each prompt", at_least=1, at_most=MOST_LENGTH)
+    repeats: int = option(
+        9, "rounds over all sizes, of which the median counts, after one that does not", at_least=1, at_most=10**6
+    )
     dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")
 
 

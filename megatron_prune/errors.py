@@ -36,6 +36,11 @@ def shown(name: str) -> str:
     return one_line(name, 100)
 
 
+def bare(text: str, limit: int = 100) -> str:
+    """As `brief`, without quotes: a name where it is one of the user's own words."""
+    return brief(text, limit)[1:-1]
+
+
 class UserError(ValueError):
     """What was given, what is allowed, what to do: one line, printed by the command line as it stands.
 

@@ -587,11 +587,6 @@ def write_result(path: Path, content: Any) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file; UserError when it is missing or damaged."""
-    return foreign.read_json(path, what, Any)
-
-
 def sync(folder: Path) -> None:
     """Push every file below `folder`, and the folder itself, to the disk."""
     for path in [*folder.rglob("*"), folder]:

@@ -7,6 +7,7 @@ elsewhere (log files, batch jobs) plain lines. Names of machines, users and fold
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -75,7 +76,15 @@ def is_leader() -> bool:
 @cache
 def console() -> Console:
     """The one console of this process: standard output, silent on all processes but 0."""
-    return Console(highlight=False, soft_wrap=True, quiet=not is_leader())
+    return _Console(highlight=False, soft_wrap=True, quiet=not is_leader())
+
+
+class _Console(Console):
+    """rich's, which would end the program with status 1 where nobody reads on."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
 
 
 def say(message: str) -> None:

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.files import write_text
+from megatron_prune.foreign import check_name
 
 MayExist = Literal["never", "resumed", "always"]
 REQUIRED = dataclasses.MISSING
 """Default of a field that the user must give."""
+LARGEST_INT, LARGEST_FLOAT = 2**63 - 1, 1e100
+"""Of any number, whatever its own bounds."""
 
 
 def option(
@@ -62,20 +65,46 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if "help" in field.metadata:
-                check_range(field_key(field), getattr(self, field.name), field.metadata)
+                check_value(field_key(field), getattr(self, field.name), field.metadata)
+                if field_key(field) == "output":
+                    _check_output(getattr(self, field.name))
+
+
+def check_value(key: str, value: Any, bounds: Any) -> None:
+    """Raises a `UserError` for a number, in a list too, outside the bounds, and for text that no file can be named."""
+    if isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            check_value(key, part, bounds)
+    elif isinstance(value, str | Path):
+        try:
+            check_name(str(value))
+        except ValueError as error:
+            raise UserError(f"{flag(key)}: {error}; allowed: text that can name a file") from None
+    else:
+        check_range(key, value, bounds)
+
+
+def _check_output(path: Any) -> None:
+    """An output gets a name of its own."""
+    if isinstance(path, Path) and path.name in ("", ".."):
+        raise UserError(f"--output: {path} given; allowed: the name of a new file or folder, such as {path / 'result'}")
 
 
 def check_range(key: str, value: Any, bounds: Any) -> None:
-    """Raises a `UserError` naming the flag when a number is outside the bounds declared with `option`."""
+    """Raises a `UserError` naming the flag when a number is outside the bounds declared with `option`, or beyond those
+    of all numbers.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     low, above, high, below = (bounds.get(name) for name in ("at_least", "above", "at_most", "below"))
     fits = (low is None or value >= low) and (above is None or value > above)
     fits = fits and (high is None or value <= high) and (below is None or value < below)
-    if not fits or value != value:
+    most = LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT
+    if not fits or not -most <= value <= most:
+        high = most if high is None and below is None and value > most else high
         words = [("at least", low), ("above", above), ("at most", high), ("below", below)]
         allowed = " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
-        raise UserError(f"{flag(key)}: {value} given; allowed: {allowed or 'a number'}")
+        raise UserError(f"{flag(key)}: {brief(value)} given; allowed: {allowed or 'a number'}")
 
 
 def field_key(field: dataclasses.Field[Any]) -> str:
@@ -144,23 +173,26 @@ def parse_documents(key: str, text: str | None) -> slice:
     """`None` = all documents, `"K"` = the first K, `"START:STOP"` = a range; a side may be left out."""
     if text is None:
         return slice(None)
-    match = re.fullmatch(r"(\d*):(\d*)|(\d+)", text.strip())
+    match = re.fullmatch(r"([0-9]{0,18}):([0-9]{0,18})|([0-9]{1,18})", text.strip())
     if match is None:
-        raise UserError(f"{flag(key)}: {text!r} given; allowed: K (the first K documents) or START:STOP")
+        raise UserError(f"{flag(key)}: {brief(text)} given; allowed: K (the first K documents) or START:STOP")
     start, stop, first = (int(part) if part else None for part in match.groups())
     chosen = slice(start, first if first is not None else stop)
     if chosen.stop is not None and chosen.stop <= (chosen.start or 0):
-        raise UserError(f"{flag(key)}: {text!r} given; that range holds no document")
+        raise UserError(f"{flag(key)}: {brief(text)} given; that range holds no document")
     return chosen
+
+
+_NUMBER = r"\s*[0-9]{1,18}(\.[0-9]{1,18})?\s*"
 
 
 def parse_split(key: str, text: str | None) -> tuple[float, float, float]:
     """`"99,1"` or `"98,1,1"`: parts for training, held out and left out, of any sum; `None` = all for training."""
     if text is None:
         return (1.0, 0.0, 0.0)
-    if re.fullmatch(r"\s*\d+(\.\d+)?\s*(,\s*\d+(\.\d+)?\s*){0,2}", text) is None:
-        raise UserError(f"{flag(key)}: {text!r} given; allowed: two or three numbers such as 99,1")
+    if re.fullmatch(_NUMBER + f"(,{_NUMBER}){{0,2}}", text) is None:
+        raise UserError(f"{flag(key)}: {brief(text)} given; allowed: two or three numbers such as 99,1")
     train, held_out, unused = [*map(float, text.split(",")), 0.0, 0.0][:3]
     if not train:
-        raise UserError(f"{flag(key)}: {text!r} given; the first part, for training, must be above 0")
+        raise UserError(f"{flag(key)}: {brief(text)} given; the first part, for training, must be above 0")
     return (train, held_out, unused)

@@ -35,8 +35,10 @@ from pathlib import Path
 
 from megatron_prune.config import Parallelism, PlanConfig, Training
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, write_result
+from megatron_prune.files import write_result
+from megatron_prune.foreign import read_json
 from megatron_prune.log import say
+from megatron_prune.methods.base import check_learnable
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.methods.target import NM, parse_target
 from megatron_prune.model.description import is_checkpoint, read_description
@@ -75,6 +77,7 @@ def run(config: PlanConfig) -> None:
     target = parse_target(config.target)
     if not isinstance(target, NM):
         raise UserError(f"--target {target} was given; plan knows learned masks, allowed: N:M such as 2:4")
+    check_learnable(target)
     job = Job(
         read_config(config.input),
         config.parallelism,

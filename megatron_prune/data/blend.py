@@ -123,7 +123,7 @@ class BlendWindows:
         sizes = [self.num_windows if position == part else 0 for position in range(3)]
         single = len(self.blend.prefixes) == 1
         config = GPTDatasetConfig(
-            random_seed=self.seed,
+            random_seed=self.seed % 2**32,  # numpy's generator takes no more
             sequence_length=self.seq_length,
             blend=([str(prefix) for prefix in self.blend.prefixes], None if single else list(self.weights)),
             split="1,1,1",  # replaced below: megatron-core parses no exponents

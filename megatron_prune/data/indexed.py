@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 import megatron_prune.backend  # noqa: F401  # isort: skip  (before megatron.core)
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
-from typing_extensions import TypedDict
 
+from megatron_prune.data.about import About, read_about
 from megatron_prune.data.text import SUFFIXES, check_text_file
 from megatron_prune.errors import UserError
-from megatron_prune.foreign import read_json
 
 HEADER = struct.Struct("<9sQBQQ")
 """Of an index file: magic, version, type of the ids, sequences, document ends."""
@@ -64,7 +63,7 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedDataset:
             f"{binary}: {binary.stat().st_size} bytes, its index describes {described}; copy both files again"
         )
     if about.is_file():
-        _check_vocabulary(prefix, read_json(about, "preprocessed text", _About), vocab_size)
+        _check_vocabulary(prefix, read_about(about), vocab_size)
     return IndexedDataset(str(prefix))
 
 
@@ -137,14 +136,7 @@ def check_tokens(prefix: Path, vocab_size: int) -> None:
         check_ids(ids[part], vocab_size, str(prefix))
 
 
-class _About(TypedDict, total=False):
-    """What is used here of `PREFIX.json`."""
-
-    vocab_size: int
-    largest_id: int | None
-
-
-def _check_vocabulary(prefix: Path, about: _About, vocab_size: int) -> None:
+def _check_vocabulary(prefix: Path, about: About, vocab_size: int) -> None:
     """What `preprocess` noted: the largest id that it wrote, or in old files only what the tokenizer could give."""
     largest = about.get("largest_id")
     given = about.get("vocab_size", 0)

@@ -22,12 +22,14 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder, _IndexWriter
 
 from megatron_prune.config import PreprocessConfig
+from megatron_prune.data.about import Report, read_report
 from megatron_prune.data.encoder import Encoder, load_encoder
 from megatron_prune.data.pieces import HUB, Piece, cut, gather, lines_before, read
 from megatron_prune.data.text import BadDocument
 from megatron_prune.data.workers import Count, run_forked
 from megatron_prune.errors import Interrupted, UserError
-from megatron_prune.files import PARTIAL, Claim, claimed, give_name, new_folder, read_json, refuse_existing, write_json
+from megatron_prune.files import PARTIAL, Claim, claimed, give_name, new_folder, refuse_existing, write_json
+from megatron_prune.foreign import read_json, strict
 from megatron_prune.log import progress, say
 
 PART_BYTES = 8 * 2**20
@@ -48,6 +50,8 @@ MEGABYTE = 10**6
 @dataclass
 class Tally:
     """What one piece held."""
+
+    __pydantic_config__ = strict()
 
     lines: int = 0
     documents: int = 0
@@ -109,7 +113,7 @@ def run(config: PreprocessConfig) -> None:
                 shutil.rmtree(job.work, ignore_errors=True)
                 raise
             raise Interrupted(f"{error}; finished parts stay in {job.work}: go on with the same command") from error
-    _tell(config.output, read_json(job.output(".json"), "preprocessed text"))
+    _tell(config.output, read_report(job.output(".json")))
 
 
 def _finished_parts(job: Job) -> bool:
@@ -289,11 +293,7 @@ def _lengths(part: Path) -> np.ndarray:
 
 def _report(job: Job) -> dict[str, Any]:
     """What the output holds and was made from; bad lines with file and line."""
-    tallies = [
-        (piece, Tally(**tally))
-        for number, part in enumerate(job.parts)
-        for piece, tally in zip(part, read_json(job.part(number) / "tallies.json", "a finished part"), strict=True)
-    ]
+    tallies = [pair for number in range(len(job.parts)) for pair in _tallies(job, number)]
     return {
         "documents": sum(tally.documents for _, tally in tallies),
         "tokens": sum(tally.tokens for _, tally in tallies),
@@ -315,6 +315,15 @@ def _largest(tallies: list[Tally]) -> int | None:
     found = [tally.largest for tally in tallies if tally.tokens]
     known = [largest for largest in found if largest is not None]
     return max(known) if known and len(known) == len(found) else None
+
+
+def _tallies(job: Job, number: int) -> list[tuple[Piece, Tally]]:
+    """What each piece of a part held."""
+    part, file = job.parts[number], job.part(number) / "tallies.json"
+    found: list[Tally] = read_json(file, "a finished part", list[Tally])
+    if len(found) != len(part):
+        raise UserError(f"{file} is damaged ({len(found)} pieces instead of {len(part)}); remove {job.part(number)}")
+    return list(zip(part, found, strict=True))
 
 
 def _places(tallies: list[tuple[Piece, Tally]]) -> Iterator[str]:
@@ -343,7 +352,7 @@ def _publish(job: Job) -> None:
     shutil.rmtree(job.work)
 
 
-def _tell(prefix: Path, report: dict[str, Any]) -> None:
+def _tell(prefix: Path, report: Report) -> None:
     say(f"{report['documents']} documents, {report['tokens']} tokens ({report['dtype']}) in {prefix}.bin and .idx")
     if report["bad_lines"]:
         say(f"{report['bad_lines']} bad lines left out; {prefix}.json lists them:")

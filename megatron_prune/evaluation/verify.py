@@ -1,7 +1,8 @@
 """The `verify` verb: proof of what a pruned model is, read from its weights alone.
 
-Four checks, each with its figures: the pattern holds in every group, every zero is +0.0, the density of each layer, and
-the logits equal those of another form of the same model (`--against`). Exit status 1 when one of them fails.
+Five checks, each with its figures: the pattern holds in every group, every zero is +0.0, every number is finite, the
+density of each layer, and the logits equal those of another form of the same model (`--against`). Exit status 1 when
+one of them fails.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from megatron_prune.config import VerifyConfig
 from megatron_prune.errors import UserError
 from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_result
+from megatron_prune.foreign import names
 from megatron_prune.log import say
+from megatron_prune.methods.fit import check_target
 from megatron_prune.methods.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
@@ -87,6 +90,14 @@ def count_zeros(weight: Tensor, target: Target | None) -> ZeroCount:
     return ZeroCount(weight.numel(), int(zero.sum()), int((zero & torch.signbit(weight)).sum()), broken, rounding)
 
 
+def watched(weights: Iterator[tuple[str, Tensor]], found: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """The same weights; how many elements of each are NaN or infinite, where any is, is noted in `found`."""
+    for name, weight in weights:
+        if weight.numel() and not torch.isfinite(torch.stack(torch.aminmax(weight.float()))).all():
+            found[name] = int((~torch.isfinite(weight)).sum())
+        yield name, weight
+
+
 def projections(
     weights: Iterator[tuple[str, Tensor]], config: ModelConfig, target: Target | None
 ) -> dict[str, ZeroCount]:
@@ -128,10 +139,14 @@ def run(config: VerifyConfig) -> int:
     if isinstance(asked, Budget) and asked.measure == LATENCY:
         asked = None  # weights do not tell
     target = None if isinstance(asked, (Shape, Budget)) else asked
+    if target is not None:
+        check_target(source.config, target)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
-        counts = projections(_weights(source, _load(source, layout, None)), source.config, target)
+        strange: dict[str, int] = {}
+        counts = projections(watched(_weights(source, _load(source, layout, None)), strange), source.config, target)
         result = _zero_checks(source, target, counts)
+        result["finite"] = {"not_finite": strange, "holds": not strange}
         if isinstance(asked, (Shape, Budget)):
             result["shape"] = _shape_check(source, asked)
         if config.against is not None:
@@ -219,6 +234,10 @@ def _print(result: dict[str, Any]) -> None:
     if "shape" in result:
         shape = result["shape"]
         say(f"shape {shape['target']}: {'holds' if shape['holds'] else 'BROKEN'}, {shape['parameters']} parameters")
+    strange = result["finite"]["not_finite"]
+    if strange:
+        told = f"{sum(strange.values())} numbers of {names(list(strange))} are NaN or infinite"
+        say(f"finite: NOT, {told}: the model is damaged or its training overflowed")
     say(f"zeros: {zeros['zeros']} of {density['weights']}, {zeros['negative_zeros']} of them stored as -0.0")
     say(f"density: {density['density']:.6f} over {len(density['per_weight'])} weights")
     if "logits" in result:

@@ -6,8 +6,7 @@ Reading also takes plain bool or 0/1 arrays in the weight's shape, and packed bi
 from __future__ import annotations
 
 import difflib
-import zipfile
-import zlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,10 +16,15 @@ from torch import Tensor
 
 from megatron_prune.apply.decision import Masks, check_mask, prunable_shapes, unpack_mask
 from megatron_prune.apply.mask_npz import PATTERN, SHAPE, write_masks
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.files import refuse_existing
 from megatron_prune.methods.target import Target, parse_target
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.npz import Npz
+
+WHAT = "a mask .npz"
+MOST_SHAPE = 64
+"""Bytes of an array that tells a shape."""
 
 
 def save_mask_npz(path: Path, masks: Masks) -> None:
@@ -36,29 +40,20 @@ def load_mask_npz(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor
     for a wrong shape or type, damage, and a mask that breaks the pattern the file claims.
     """
     shapes = prunable_shapes(config)
-    archive = _open(path)
-    _check_names(path, set(archive.files), shapes)
-    target = None if PATTERN not in archive.files else parse_target(str(_array(path, archive, PATTERN)))
+    archive = Npz(path, WHAT)
+    try:
+        _check_names(path, set(archive.names()), shapes)
+        target = parse_target(archive.text(PATTERN)) if PATTERN in archive else None
+    except BaseException:
+        archive.close()
+        raise
     return _masks(path, archive, config, target)
 
 
 def mask_npz_pattern(path: Path) -> str | None:
     """The pattern the file claims, such as ``2:4``; None when it does not say."""
-    archive = _open(path)
-    with archive:
-        return str(_array(path, archive, PATTERN)) if PATTERN in archive.files else None
-
-
-def _open(path: Path) -> np.lib.npyio.NpzFile:
-    try:
-        opened = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a mask .npz") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a mask .npz, or is damaged: {error}") from error
-    if not isinstance(opened, np.lib.npyio.NpzFile):
-        raise UserError(f"{path} is not a mask .npz: it holds a single array")
-    return opened
+    with Npz(path, WHAT) as archive:
+        return archive.text(PATTERN) if PATTERN in archive else None
 
 
 def _check_names(path: Path, names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -66,19 +61,17 @@ def _check_names(path: Path, names: set[str], shapes: Mapping[str, tuple[int, ..
     for name in sorted(names - known):
         near = difflib.get_close_matches(name, shapes, n=1)
         hint = f"; nearest: {near[0]}" if near else ""
-        raise UserError(f"{path} holds {name!r}, which is not a prunable weight of this model{hint}")
+        raise UserError(f"{path} holds {brief(name)}, which is not a prunable weight of this model{hint}")
     missing = [name for name in shapes if name not in names]
     if missing:
         raise UserError(f"{path} lacks the masks of {len(missing)} weights of this model, the first is {missing[0]}")
 
 
-def _masks(
-    path: Path, archive: np.lib.npyio.NpzFile, config: ModelConfig, target: Target | None
-) -> Iterator[tuple[str, Tensor]]:
+def _masks(path: Path, archive: Npz, config: ModelConfig, target: Target | None) -> Iterator[tuple[str, Tensor]]:
     with archive:
         for name, shape in prunable_shapes(config).items():
-            stated = _array(path, archive, name + SHAPE) if name + SHAPE in archive.files else None
-            mask = _mask(f"{path}: {name}", _array(path, archive, name), stated, shape)
+            stated = archive.array(name + SHAPE, MOST_SHAPE) if name + SHAPE in archive else None
+            mask = _mask(f"{path}: {name}", archive.array(name, 8 * math.prod(shape)), stated, shape)
             if target is not None:
                 check_mask(get_family(config.family).as_rows(mask), target, name)
             yield name, mask
@@ -87,7 +80,7 @@ def _masks(
 def _mask(where: str, array: np.ndarray, stated: np.ndarray | None, shape: tuple[int, ...]) -> Tensor:
     """An array of the file -> bool ``shape``: packed bits, or one element for each weight."""
     if stated is not None and tuple(stated.reshape(-1).tolist()) != shape:
-        raise UserError(f"{where} is a mask of shape {stated.reshape(-1).tolist()}; the weight is {list(shape)}")
+        raise UserError(f"{where} is a mask of shape {brief(stated.tolist())}; the weight is {list(shape)}")
     if array.dtype not in (np.bool_, np.uint8, np.int8):
         raise UserError(f"{where} has dtype {array.dtype}; masks are bool, 0/1 bytes or packed bits (uint8)")
     if array.shape == shape:
@@ -98,10 +91,3 @@ def _mask(where: str, array: np.ndarray, stated: np.ndarray | None, shape: tuple
     if array.dtype == np.uint8 and array.size == packed_bytes:
         return unpack_mask(array, shape)
     raise UserError(f"{where} has shape {list(array.shape)}; expected {list(shape)} or {packed_bytes} packed bytes")
-
-
-def _array(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
-    try:
-        return archive[name]
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: {name} cannot be read: {error}") from error

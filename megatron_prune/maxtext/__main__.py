@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from megatron_prune.command_line import parse
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.maxtext import options
 from megatron_prune.options import Options
 from megatron_prune.outputs import held
@@ -39,7 +39,7 @@ def _run(argv: list[str]) -> int:
         print("\n".join(f"  {name:<9} {help}" for name, (_config, _function, help) in VERBS.items()))
         return 0 if argv else 2
     if argv[0] not in VERBS:
-        raise UserError(f"unknown verb {argv[0]!r}; allowed: {', '.join(VERBS)}")
+        raise UserError(f"unknown verb {brief(argv[0])}; allowed: {', '.join(VERBS)}")
     config, function, _help = VERBS[argv[0]]
     settings = parse(config, argv[1:], prog=f"{PROGRAM} {argv[0]}")
     module, _, name = function.partition(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,17 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_folder, read_json, write_json
+from megatron_prune.files import new_folder, write_json
+from megatron_prune.foreign import fenced, read_json
 from megatron_prune.model.description import copy_tokenizer
 from megatron_prune.model.families import ModelConfig, family_of, get_family
+from megatron_prune.schema import RelativeName, Word
 
 MAX_SHARD_BYTES = 5_000_000_000
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WHAT = "a Hugging Face directory with config.json and safetensors"
+
+
+class _Index(TypedDict):
+    """What is read of the index of several files."""
+
+    weight_map: dict[Word, RelativeName]
 
 
 class HFDirectory:
@@ -34,25 +44,27 @@ class HFDirectory:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as it is stored."""
-        try:
-            with safe_open(self._file[name], framework="np") as opened:
-                _dtype(_FLOATS[opened.get_slice(name).get_dtype()])  # from here on numpy knows bfloat16
-                return opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"cannot read {name} from {self._file[name]}: {error}") from error
+        with self._opened(name) as opened:
+            _dtype(_FLOATS[opened.get_slice(name).get_dtype()])  # from here on numpy knows bfloat16
+            array: np.ndarray = opened.get_tensor(name)
+            return array
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """The file of a tensor; whatever is wrong with it is a UserError."""
+        file = self._file[name]
+        with fenced(f"cannot read {name} from {file}", "copy it again"), safe_open(file, framework="np") as opened:
+            yield opened
 
     def _files(self) -> dict[str, Path]:
         """Tensor name -> file."""
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = read_json(index, _WHAT)["weight_map"]
+            weight_map = read_json(index, _WHAT, _Index)["weight_map"]
             return {name: self.directory / file for name, file in weight_map.items()}
         single = self.directory / "model.safetensors"
-        try:
-            with safe_open(single, framework="np") as opened:
-                return dict.fromkeys(opened.keys(), single)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.directory} is not {_WHAT}: {error}") from error
+        with fenced(f"{self.directory} is not {_WHAT}", "give one"), safe_open(single, framework="np") as opened:
+            return dict.fromkeys(opened.keys(), single)
 
     def _check(self) -> None:
         """Names, shapes and types, from the headers of the files."""
@@ -66,12 +78,9 @@ class HFDirectory:
                 f"{self.directory} {'holds' if unknown else 'lacks'} {name}: its config.json is of another model"
             )
         for name, shape in shapes.items():
-            try:
-                with safe_open(self._file[name], framework="np") as opened:
-                    about = opened.get_slice(name)
-                    found, dtype = tuple(about.get_shape()), about.get_dtype()
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"cannot read {name} from {self._file[name]}: {error}") from error
+            with self._opened(name) as opened:
+                about = opened.get_slice(name)
+                found, dtype = tuple(about.get_shape()), about.get_dtype()
             if found != shape or dtype not in _FLOATS:
                 raise UserError(
                     f"{name} in {self._file[name]} is {dtype} {list(found)}; config.json asks for {list(shape)} in "

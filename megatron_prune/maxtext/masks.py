@@ -7,17 +7,16 @@ prunable weight, and padding counts as removed.
 from __future__ import annotations
 
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from megatron_prune.apply.mask_npz import PATTERN, SHAPE, write_masks
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.maxtext.layout import LEAVES, Leaf, kernel, weight_shape
 from megatron_prune.model.families import ModelConfig
+from megatron_prune.npz import Npz
 
 
 class PackedMasks(Mapping[str, np.ndarray]):
@@ -26,22 +25,15 @@ class PackedMasks(Mapping[str, np.ndarray]):
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self._shapes = prunable_shapes(config)
         self._bits: dict[str, np.ndarray] = {}
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                self.pattern = str(archive[PATTERN]) if PATTERN in archive.files else None
-                extra = set(archive.files) - {name + end for name in self._shapes for end in ("", SHAPE)} - {PATTERN}
-                if extra:
-                    raise UserError(f"{path} holds {sorted(extra)[0]}, which is not a prunable weight of this model")
-                for name, shape in self._shapes.items():
-                    if name not in archive.files:
-                        raise UserError(f"{path} lacks the mask of {name}")
-                    self._bits[name] = _bits(f"{path}: {name}", archive, name, shape)
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; give a mask .npz (export --format mask-npz)") from None
-        except UserError:
-            raise
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a mask .npz, or is damaged: {error}") from error
+        with Npz(path, "a mask .npz (export --format mask-npz makes one)") as archive:
+            self.pattern = archive.text(PATTERN) if PATTERN in archive else None
+            extra = set(archive.names()) - {name + end for name in self._shapes for end in ("", SHAPE)} - {PATTERN}
+            if extra:
+                raise UserError(f"{path} holds {brief(sorted(extra)[0])}, which is not a prunable weight of this model")
+            for name, shape in self._shapes.items():
+                if name not in archive:
+                    raise UserError(f"{path} lacks the mask of {name}")
+                self._bits[name] = _bits(f"{path}: {name}", archive, name, shape)
 
     def __getitem__(self, name: str) -> np.ndarray:
         shape = self._shapes[name]
@@ -77,9 +69,9 @@ def stacked(leaf: Leaf, masks: Mapping[str, np.ndarray], config: ModelConfig) ->
     return np.stack(layers, axis=1)
 
 
-def _bits(where: str, archive: np.lib.npyio.NpzFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    array = archive[name]
-    stated = tuple(archive[name + SHAPE].reshape(-1).tolist()) if name + SHAPE in archive.files else shape
+def _bits(where: str, archive: Npz, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = archive.array(name, 8 * math.prod(shape))
+    stated = tuple(archive.array(name + SHAPE, 64).reshape(-1).tolist()) if name + SHAPE in archive else shape
     if stated != shape or array.dtype != np.uint8 or array.size != -(-math.prod(shape) // 8):
         raise UserError(f"{where} is {array.dtype} of {array.size}, shape {list(stated)}; the weight is {list(shape)}")
     return array

@@ -56,7 +56,7 @@ class TrainConfig(Data):
 
     input: str = option(REQUIRED, "model for MaxText: the folder from convert or export --format maxtext")
     output: str = option(REQUIRED, "run folder (or gs://...): MaxText writes OUTPUT/checkpoints and goes on from there")
-    steps: int = option(REQUIRED, "optimizer steps, over all continuations", at_least=1)
+    steps: int = option(REQUIRED, "optimizer steps, over all continuations", at_least=1, at_most=10**8)
     save_interval: int = same_as(Training, "save_interval")
     keep_zeros: bool = option(True, "removed weights stay zero, by the masks beside the model")
     settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...: learning_rate=1e-4 ...")
@@ -112,7 +112,9 @@ class ScoreConfig(Options):
     checkpoint: Path | None = option(None, "run that has trained it, or one step of it; left out: the model as it is")
     requests: Path = option(REQUIRED, "requests (.npz)")
     output: Path = option(REQUIRED, "answers (.npz)")
-    tokens_per_batch: int = option(1024, "tokens in a forward pass", at_least=1)
-    rows_multiple: int | None = option(None, "devices that share the rows; left out: this host's", at_least=1)
+    tokens_per_batch: int = option(1024, "tokens in a forward pass", at_least=1, at_most=2**30)
+    rows_multiple: int | None = option(
+        None, "devices that share the rows; left out: this host's", at_least=1, at_most=2**20
+    )
     dtype: Literal["bfloat16", "float32", "float16"] = option("float32", "of the computation")
     settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...")

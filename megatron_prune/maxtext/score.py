@@ -16,11 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.errors import UserError
 from megatron_prune.evaluation.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.maxtext.folder import Folder
 from megatron_prune.maxtext.model import load
 from megatron_prune.maxtext.options import ScoreConfig
+from megatron_prune.npz import Npz
 
+MOST_BYTES = 2**36
+"""Of the tokens of all requests."""
 MULTIPLE = 32
 """Tokens that the length of a batch is a multiple of."""
 PLACES = 64
@@ -121,12 +125,21 @@ def write_requests(path: Path, requests: Sequence[Request]) -> None:
 
 def read_requests(path: Path) -> list[Request]:
     """Inverse of `write_requests`."""
-    with np.load(path, allow_pickle=False) as archive:
-        contexts, continuations = (
-            np.split(archive[name], archive[f"{name}_lengths"].cumsum()[:-1]) for name in ("context", "continuation")
-        )
+    with Npz(path, "requests of evaluate") as archive:
+        contexts, continuations = (_parts(path, archive, name) for name in ("context", "continuation"))
+    if len(contexts) != len(continuations):
+        raise UserError(f"{path}: {len(contexts)} contexts and {len(continuations)} continuations; it is damaged")
     pairs = zip(contexts, continuations, strict=True)
     return [Request(context.tolist(), continuation.tolist()) for context, continuation in pairs]
+
+
+def _parts(path: Path, archive: Npz, name: str) -> list[np.ndarray]:
+    """The token ids of each request."""
+    whole, lengths = archive.array(name, MOST_BYTES), archive.array(f"{name}_lengths", MOST_BYTES)
+    fits = whole.dtype == np.int32 and lengths.dtype == np.int64 and whole.ndim == lengths.ndim == 1
+    if not fits or lengths.min(initial=0) < 0 or lengths.sum() != len(whole):
+        raise UserError(f"{path}: {name} and its lengths do not fit together; ask evaluate again")
+    return np.split(whole, lengths.cumsum()[:-1])
 
 
 def write_answers(path: Path, total: np.ndarray, greedy: np.ndarray) -> None:
@@ -136,5 +149,8 @@ def write_answers(path: Path, total: np.ndarray, greedy: np.ndarray) -> None:
 
 def read_answers(path: Path) -> Scores:
     """Inverse of `write_answers`."""
-    with np.load(path, allow_pickle=False) as archive:
-        return archive["log_likelihood"], archive["greedy"]
+    with Npz(path, "answers of maxtext's score") as archive:
+        total, greedy = (archive.array(name, MOST_BYTES) for name in ("log_likelihood", "greedy"))
+    if total.dtype.kind != "f" or greedy.dtype != np.bool_ or total.shape != greedy.shape or total.ndim != 1:
+        raise UserError(f"{path}: {total.dtype} {list(total.shape)} and {greedy.dtype} are no answers; score again")
+    return total.copy(), greedy.copy()

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.data.about import read_about
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.folder import Folder
 from megatron_prune.maxtext.masks import PackedMasks, stacked
@@ -235,12 +235,14 @@ def _blend(data: Sequence[str]) -> tuple[list[Path], list[float]]:
 
 
 def _end_of_text(prefix: Path, model: ModelConfig) -> int:
-    about = read_json(prefix.with_name(prefix.name + ".json"), "text from megatron-prune preprocess")
-    if about["vocab_size"] > model.vocab_size:
+    about = read_about(prefix.with_name(prefix.name + ".json"))
+    given = about.get("vocab_size", 0)
+    if given > model.vocab_size:
         raise UserError(
-            f"{prefix} has a vocabulary of {about['vocab_size']}, the model of {model.vocab_size}: preprocess it with "
+            f"{prefix} has a vocabulary of {given}, the model of {model.vocab_size}: preprocess it with "
             "the model's tokenizer"
         )
-    if about["end_of_text"] is None:
+    end = about.get("end_of_text")
+    if end is None:
         raise UserError(f"{prefix} was made by a tokenizer without end-of-text token, which MaxText needs")
-    return int(about["end_of_text"])
+    return end

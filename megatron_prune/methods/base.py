@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -16,9 +17,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
+from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
-from megatron_prune.methods.target import StructuredTarget, Target
+from megatron_prune.methods.target import NM, StructuredTarget, Target
+from megatron_prune.options import check_value
 
 __all__ = [
     "HyperParameter",
@@ -141,6 +144,18 @@ class PruningMethod:
         if type(target) not in self.targets:
             allowed = "; ".join(self.targets.values())
             raise UserError(f"method {self.name} cannot prune to {target}; it supports {allowed}")
+        if self.learned and isinstance(target, NM):
+            check_learnable(target)
+
+
+def check_learnable(target: NM) -> None:
+    """UserError for a pattern with more choices than logits are kept of: of 16 inputs 8 can stay in 12,870 ways."""
+    if target.m > MAX_M:
+        able = [name for name, kind in sorted(_discovered().items()) if NM in kind.targets and not kind.learned]
+        raise UserError(
+            f"pattern {target} has {math.comb(target.m, target.n)} choices in each group, and a learned mask a logit "
+            f"for each; allowed: M up to {MAX_M}, or a method in one shot: {', '.join(able)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -179,23 +194,27 @@ def register(name: str) -> Callable[[_Method], _Method]:
     return decorate
 
 
-def hyperparameter(default: Any, help: str) -> Any:
-    """A dataclass field with the one-line help that listings show."""
-    return field(default=default, metadata={"help": help})
+def hyperparameter(default: Any, help: str, at_most: int | None = None) -> Any:
+    """A dataclass field with the one-line help that listings show; `at_most` where a list or a loop is made of it."""
+    return field(default=default, metadata={"help": help, "at_most": at_most})
 
 
 def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
     """The method called ``name`` with these hyper-parameters; UserError names the nearest known one."""
     known = _discovered()
     if name not in known:
-        raise UserError(f"unknown method {name!r}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}")
+        raise UserError(
+            f"unknown method {brief(name)}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}"
+        )
     allowed = [entry.name for entry in fields(known[name])]
     for given in hyperparameters:
         if given not in allowed:
             raise UserError(
-                f"method {name} has no hyper-parameter {given!r}{_nearest(given, allowed)}; "
+                f"method {name} has no hyper-parameter {brief(given)}{_nearest(given, allowed)}; "
                 f"it has: {', '.join(allowed) or 'none'}"
             )
+    for entry in fields(known[name]):
+        check_value(entry.name, hyperparameters.get(entry.name), entry.metadata)
     return known[name](**hyperparameters)
 
 
@@ -222,7 +241,7 @@ def _knob(entry: Field[Any]) -> HyperParameter:
 
 
 def _nearest(given: str, known: Any) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(given[:100], list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,19 +53,19 @@ class DarwinLM(StructuredMethod):
     keeps_statistics: ClassVar[bool] = False
     searches: ClassVar[bool] = True
 
-    levels: int = hyperparameter(10, "steps from a whole attention or MLP to none")
+    levels: int = hyperparameter(10, "steps from a whole attention or MLP to none", 10000)
     free_groups: bool = hyperparameter(False, "levels give up whole query groups too: finer steps, unequal groups")
     search: str = hyperparameter("evolution", f"{', '.join(SEARCHES)} (programming on single replacements)")
     start: str = hyperparameter("uniform", f"what evolution starts from: {', '.join(STARTS)} (that search's answer)")
-    generations: int = hyperparameter(200, "of the evolution")
-    offspring: int = hyperparameter(16, "children in a generation")
-    mutations: int = hyperparameter(3, "most level switches between parent and child")
+    generations: int = hyperparameter(200, "of the evolution", 1000000)
+    offspring: int = hyperparameter(16, "children in a generation", 100000)
+    mutations: int = hyperparameter(3, "most level switches between parent and child", 10000)
     survivors: str = hyperparameter("8,4,2,1", "candidates left after each stage of selection")
     fitness_tokens: str = hyperparameter(
         "1024,2048,4096,8192", "tokens that each stage judges by; single replacements: the first"
     )
     training_tokens: str = hyperparameter("10000,50000,100000,200000", "tokens of training before each; 0: none")
-    training_batch: int = hyperparameter(4, "windows in a step of that training, over all replicas")
+    training_batch: int = hyperparameter(4, "windows in a step of that training, over all replicas", 1048576)
     training_lr: float = hyperparameter(1e-5, "learning rate of that training")
     trade: bool = hyperparameter(True, "attention and MLP may trade parameters")
     search_seed: int = hyperparameter(0, "of the evolution")
@@ -292,10 +293,8 @@ def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> list[int]:
 
 
 def _numbers(name: str, given: str) -> list[int]:
-    try:
-        found = [int(part) for part in str(given).split(",")]
-    except ValueError:
-        found = [-1]
-    if min(found) < 0:
-        raise UserError(f"darwinlm: {name} {given!r} was given; allowed: whole numbers with commas, such as 8,4,2,1")
-    return found
+    if not re.fullmatch(r" *[0-9]{1,12} *(, *[0-9]{1,12} *){0,99}", str(given)):
+        raise UserError(
+            f"darwinlm: {name} {brief(given)} was given; allowed: whole numbers with commas, such as 8,4,2,1"
+        )
+    return [int(part) for part in str(given).split(",")]

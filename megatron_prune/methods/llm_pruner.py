@@ -58,8 +58,8 @@ class LLMPruner(StructuredMethod):
     keeps_statistics: ClassVar[bool] = False
 
     taylor: str = hyperparameter("element1", f"the expansion: {', '.join(TAYLOR)}")
-    protected_first: int = hyperparameter(4, "layers at the start that are left as they are")
-    protected_last: int = hyperparameter(2, "layers at the end that are left as they are")
+    protected_first: int = hyperparameter(4, "layers at the start that are left as they are", 10000)
+    protected_last: int = hyperparameter(2, "layers at the end that are left as they are", 10000)
     global_ranking: bool = hyperparameter(False, "compare groups and neurons over all layers; they come out unequal")
 
     def __post_init__(self) -> None:

@@ -26,8 +26,8 @@ class ShortenedLlama(StructuredMethod):
     targets: ClassVar[Mapping[type, str]] = {Shape: "fewer layers: num_layers=N"}
     keeps_statistics: ClassVar[bool] = False
 
-    protected_first: int = hyperparameter(4, "layers at the start that always stay")
-    protected_last: int = hyperparameter(2, "layers at the end that always stay")
+    protected_first: int = hyperparameter(4, "layers at the start that always stay", 10000)
+    protected_last: int = hyperparameter(2, "layers at the end that always stay", 10000)
 
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
         """The layers that stay."""

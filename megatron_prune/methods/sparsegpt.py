@@ -51,7 +51,7 @@ class SparseGPT(PruningMethod):
 
     update_weights: bool = hyperparameter(True, "change the weights that stay, to make up for those removed")
     percdamp: float = hyperparameter(0.01, "damping, as a share of the mean diagonal of the Hessian")
-    block_size: int = hyperparameter(128, "columns between updates of the columns to their right")
+    block_size: int = hyperparameter(128, "columns between updates of the columns to their right", 1048576)
     true_sequential: bool = hyperparameter(False, "calibrate each matrix on the pruned ones before it in its layer too")
 
     def __post_init__(self) -> None:

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 
 if TYPE_CHECKING:
     from megatron_prune.model.latency import LatencyTable
 
 MAX_M = 16
+LARGEST = 2**63 - 1
+"""Of sizes and budgets."""
 MEASURES = ("parameters", "forward_flops", "kv_cache_bytes")
 """What a budget may limit: weights of the model; of a token, FLOPs with 2048 before it and bytes of key-value cache."""
 LATENCY = "latency_us"
@@ -53,7 +55,7 @@ class NM:
         whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.n, self.m))
         if not whole or not 0 < self.n < self.m <= MAX_M:
             raise UserError(
-                f"pattern {self.n}:{self.m} is not possible; N:M keeps N of every M inputs, "
+                f"pattern {brief(self.n)}:{brief(self.m)} is not possible; N:M keeps N of every M inputs, "
                 f"with whole numbers 0 < N < M <= {MAX_M}"
             )
 
@@ -84,7 +86,7 @@ class Unstructured:
     def __post_init__(self) -> None:
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1:
             raise UserError(
-                f"sparsity {self.sparsity} is not possible; it is the share of weights removed, "
+                f"sparsity {brief(self.sparsity)} is not possible; it is the share of weights removed, "
                 "between 0 and 1 (both excluded)"
             )
 
@@ -115,7 +117,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         given = self.given()
-        wrong = [f"{key}={value}" for key, value in given.items() if not isinstance(value, int) or value < 1]
+        wrong = [f"{key}={brief(value)}" for key, value in given.items() if type(value) is not int or value < 1]
+        wrong += [f"{key}={brief(value)}" for key, value in given.items() if type(value) is int and value > LARGEST]
         if wrong or not given:
             raise UserError(
                 f"target {', '.join(wrong) or 'without a size'} is not possible; give sizes of 1 or more, allowed: "
@@ -142,9 +145,13 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.measure not in (*MEASURES, LATENCY):
-            raise UserError(f"a budget of {self.measure} is not possible; allowed: {', '.join((*MEASURES, LATENCY))}")
-        if not isinstance(self.limit, int) or self.limit < 1:
-            raise UserError(f"target {self.measure}={self.limit} is not possible; give a whole number such as 100M")
+            allowed = ", ".join((*MEASURES, LATENCY))
+            raise UserError(f"a budget of {brief(self.measure)} is not possible; allowed: {allowed}")
+        if type(self.limit) is not int or not 1 <= self.limit <= LARGEST:
+            raise UserError(
+                f"target {self.measure}={brief(self.limit)} is not possible; give a whole number such as 100M, at most "
+                f"{LARGEST}"
+            )
 
     def __str__(self) -> str:
         return f"{self.measure}={self.limit}"
@@ -175,21 +182,18 @@ def parse_any_target(given: object) -> Target | StructuredTarget:
     if isinstance(given, float):
         return Unstructured(given)
     hint = "; in a YAML file put quotes around the pattern ('2:4')" if isinstance(given, int) else ""
-    raise UserError(f"target {given!r} is not understood; give {_ALLOWED}{hint}")
+    raise UserError(f"target {brief(given)} is not understood; give {_ALLOWED}{hint}")
 
 
 def _from_string(text: str) -> Target | StructuredTarget:
-    pattern = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    pattern = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text)
     if pattern:
         return NM(int(pattern[1]), int(pattern[2]))
     if "=" in text:
         return _from_mapping(dict(_pair(text, part) for part in text.split(",")))
-    try:
+    if re.fullmatch(r"\s*[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?|nan|inf)\s*", text):
         return Unstructured(float(text))
-    except UserError:
-        raise
-    except ValueError:
-        raise UserError(f"target {text!r} is not understood; give {_ALLOWED}") from None
+    raise UserError(f"target {brief(text)} is not understood; give {_ALLOWED}")
 
 
 def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
@@ -204,24 +208,26 @@ def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
     unknown = [str(key) for key in given if key not in names]
     if given and not unknown:
         return Shape(**{str(key): _count(value) for key, value in given.items()})
-    near = difflib.get_close_matches(unknown[0], [*names, *MEASURES, LATENCY], n=1) if unknown else []
+    near = difflib.get_close_matches(unknown[0][:100], [*names, *MEASURES, LATENCY], n=1) if unknown else []
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise UserError(f"target {dict(given)} is not understood{hint}; give {_ALLOWED}")
+    shown = ", ".join(f"{brief(str(key), 30)}: {brief(value, 30)}" for key, value in list(given.items())[:3])
+    raise UserError(f"target {{{shown}}} is not understood{hint}; give {_ALLOWED}")
 
 
 def _pair(text: str, part: str) -> tuple[str, str]:
     key, equals, value = part.partition("=")
     if not equals:
-        raise UserError(f"target {text!r} is not understood: {part!r} has no '='; give {_ALLOWED}")
+        raise UserError(f"target {brief(text)} is not understood: {brief(part)} has no '='; give {_ALLOWED}")
     return key.strip().replace("-", "_"), value.strip()
 
 
 def _count(given: object) -> int:
     """A whole number; K, M and B (or G) stand for thousand, million and billion."""
-    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGB]?)", str(given).strip(), re.IGNORECASE)
-    if not number or isinstance(given, bool):
-        raise UserError(f"{given!r} is not a number of units; give a whole number such as 1152 or 1.1B")
+    text = str(given).strip() if isinstance(given, str | float) or type(given) is int and given < 10**40 else ""
+    number = re.fullmatch(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([KMGB]?)", text, re.IGNORECASE)
+    if not number:
+        raise UserError(f"{brief(given)} is not a number of units; give a whole number such as 1152 or 1.1B")
     value = Fraction(number[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}[number[2].upper()]
     if value.denominator != 1:
-        raise UserError(f"{given!r} is not a whole number of units; give one such as 1152 or 1.1B")
+        raise UserError(f"{brief(given)} is not a whole number of units; give one such as 1152 or 1.1B")
     return int(value)

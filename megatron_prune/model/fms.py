@@ -17,16 +17,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, nextafter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from megatron_prune.errors import UserError
-from megatron_prune.files import read_json
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import read_json
 from megatron_prune.model import carried
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.family import LARGEST, LARGEST_NUMBER
 from megatron_prune.model.stored import read_entries
 
 CONFIG = "fms_config.json"
@@ -50,6 +53,29 @@ _LAYER: dict[str, dict[str, str]] = {
 }
 """Of a layer: fms' fused tensor -> Hugging Face's parts, in order -> what fms calls a part that is not fused."""
 _TURNED = ("q_proj.weight", "k_proj.weight")
+
+
+_Size = Annotated[int, Field(ge=1, le=LARGEST["ffn_hidden_size"])]
+_Number = Annotated[float, Field(gt=0, le=LARGEST_NUMBER)]
+
+
+class _File(TypedDict, total=False):
+    """What is read of fms' LLaMAConfig, and the config.json that our own export keeps in it."""
+
+    src_vocab_size: _Size
+    emb_dim: _Size
+    norm_eps: _Number
+    nheads: _Size
+    kvheads: Annotated[int, Field(ge=0, le=LARGEST["num_query_groups"])]
+    nlayers: _Size
+    hidden_grow_factor: Annotated[float, Field(gt=0, le=1e6)]
+    multiple_of: Annotated[int, Field(ge=0, le=LARGEST["ffn_hidden_size"])] | None
+    max_expected_seq_len: Annotated[int, Field(ge=1, le=LARGEST["max_position_embeddings"])]
+    tie_heads: bool
+    rope_theta: _Number
+    rope_scaling: dict[str, Any]
+    fused_weights: bool
+    hf_config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -180,7 +206,7 @@ def hf_config(given: Mapping[str, Any], file: Path) -> dict[str, Any]:
     }
     for key, allowed in only.items():
         if given.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{file} has {key}: {given[key]!r}; allowed: {' or '.join(map(repr, allowed))}")
+            raise UserError(f"{file} has {key}: {brief(given[key])}; allowed: {' or '.join(map(repr, allowed))}")
     try:
         multiple, ffn = given["multiple_of"] or 1, int(given["hidden_grow_factor"] * given["emb_dim"])
         return {
@@ -225,9 +251,9 @@ class FmsReader(HFReader):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         file = directory / CONFIG
-        given = read_json(file, "a checkpoint of fms")
-        if not isinstance(given, dict):
-            raise UserError(f"{file} does not hold a JSON object")
+        what = "a checkpoint of fms"
+        read_json(file, what, _File)
+        given = read_json(file, what)
         self.config = copy.deepcopy(given[HF_CONFIG]) if HF_CONFIG in given else hf_config(given, file)
         self._entries = read_entries(directory)
         self.model_config = self._model_config()
@@ -236,8 +262,8 @@ class FmsReader(HFReader):
         for key, value in fms_config(self.model_config).items():
             if HF_CONFIG in given and key != "fused_weights" and given.get(key) != value:
                 raise UserError(
-                    f"{file} has {key}: {given.get(key)!r} and {value!r} in its {HF_CONFIG}; remove {HF_CONFIG} "
-                    "if the other is right"
+                    f"{file} has {key}: {brief(given.get(key))} and {brief(value)} in its {HF_CONFIG}; remove "
+                    f"{HF_CONFIG} if the other is right"
                 )
         self._places = places(self.model_config, fused)
         self._check_fms_tensors(tensor_shapes(self.model_config, fused))

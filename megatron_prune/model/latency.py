@@ -14,21 +14,26 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from megatron_prune.config import LatencyConfig
 from megatron_prune.errors import UserError
-from megatron_prune.files import read_json, refuse_existing, write_result
+from megatron_prune.files import refuse_existing, write_result
+from megatron_prune.foreign import read_json, strict
 from megatron_prune.log import environment, progress, say
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.build import DTYPES, rotary, whole_layer, whole_norm
 from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.family import LARGEST
 from megatron_prune.model.source import open_model
+from megatron_prune.schema import Count, Word
 
 SAME = ("family", "hidden_size", "kv_channels", "vocab_size")
 """What a table's model and a model that it is used for must have in common."""
@@ -82,18 +87,40 @@ class LatencyTable:
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
         """Read what `save` wrote; UserError for anything else."""
-        content = read_json(path, "a latency table")
-        try:
-            attention = {(int(heads), int(groups)): float(time) for heads, groups, time in content["attention_us"]}
-            mlp = {int(neurons): float(time) for neurons, time in content["mlp_us"]}
-            if not attention or not mlp or min(*attention.values(), *mlp.values()) <= 0:
-                raise ValueError("no times above 0")
-            missing = [name for name in SAME if name not in content["about"]["model"]]
-            if missing:
-                raise ValueError(f"no {missing[0]}")
-            return cls(content["about"], attention, mlp, float(content["rest_us"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no latency table ({error}): make one with `latency`") from None
+        what = "a latency table (make one with `latency`)"
+        content = read_json(path, what, _File)
+        attention = {(heads, groups): time for heads, groups, time in content["attention_us"]}
+        about = read_json(path, what)["about"]
+        return cls(about, attention, dict(content["mlp_us"]), content["rest_us"])
+
+
+_Microseconds = Annotated[float, Field(gt=0, le=1e15)]
+_Size = Annotated[int, Field(ge=1, le=LARGEST["ffn_hidden_size"])]
+
+
+class _Measured(TypedDict):
+    """The model that a table is of: `SAME`."""
+
+    family: Word
+    hidden_size: _Size
+    kv_channels: _Size
+    vocab_size: Count
+
+
+class _About(TypedDict):
+    """What is read of the conditions; the rest is shown."""
+
+    model: _Measured
+
+
+@with_config(strict())
+class _File(TypedDict):
+    """What is in a table's file."""
+
+    about: _About
+    attention_us: Annotated[list[tuple[_Size, _Size, _Microseconds]], Field(min_length=1)]
+    mlp_us: Annotated[list[tuple[_Size, _Microseconds]], Field(min_length=1)]
+    rest_us: Annotated[float, Field(ge=0, le=1e15)]
 
 
 def _between(known: dict[int, float], size: int) -> float:

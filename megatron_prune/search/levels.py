@@ -24,12 +24,12 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, from_leader, own_file, read_json, together, write_json
+from megatron_prune.files import by_leader, from_leader, own_file, together, write_json
+from megatron_prune.foreign import fenced, read_json
 from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 from megatron_prune.methods.structured import FC2, PROJECTION
 from megatron_prune.model.families import ModelConfig
@@ -188,11 +188,29 @@ class Levels:
     def _tensors(self, kind: str, layer: int) -> dict[str, Tensor]:
         if (kind, layer) not in self.cache:
             file = self._file(kind, layer)
-            try:
-                self.cache[kind, layer] = load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{file} is missing or damaged ({error}): remove it and run again") from error
+            with fenced(f"{file} is missing or damaged", "remove it and run again"):
+                found = load_file(file)
+                self._check(kind, layer, found)
+            self.cache[kind, layer] = found
         return self.cache[kind, layer]
+
+    def _check(self, kind: str, layer: int, found: dict[str, Tensor]) -> None:
+        """ValueError unless there are errors of all levels, and units and weights of those in between."""
+        levels, block = self.sizes[kind][layer], self.config.block(layer)
+        count, width = (
+            (block.ffn_hidden_size, 1) if kind == MLP else (block.num_attention_heads, self.config.kv_channels)
+        )
+        wanted: dict[str, tuple[int, ...]] = {"errors": (len(levels),)}
+        for number, level in enumerate(levels[1:-1], start=1):
+            kept = level.ffn if kind == MLP else level.groups * level.heads
+            wanted |= {f"{number}.kept": (kept,), f"{number}.weight": (self.config.hidden_size, kept * width)}
+        for name, shape in wanted.items():
+            if found[name].shape != shape or found[name].is_floating_point() == name.endswith("kept"):
+                raise ValueError(f"{name} is {found[name].dtype} of shape {list(found[name].shape)}, not {list(shape)}")
+            if name.endswith("kept"):
+                units = found[name].tolist()
+                if units != sorted(set(units)) or not 0 <= units[0] <= units[-1] < count:
+                    raise ValueError(f"{name} are not rising numbers below {count}")
 
     def error(self, kind: str, layer: int, level: int) -> float:
         """Squared output error of a level, as a share of the linear's squared output on the calibration text."""

@@ -12,16 +12,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
-from safetensors import SafetensorError
+from pydantic import with_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError
-from megatron_prune.files import PARTIAL, by_leader, from_leader, own_file, read_json, write_json
+from megatron_prune.files import PARTIAL, by_leader, from_leader, own_file, write_json
+from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.schema import Count, Word
 
 FILE = "statistics.json"
 _FORMAT = 1
@@ -30,6 +33,18 @@ SAMPLED = 4096
 
 Statistic = Callable[..., Any]
 """A class of accumulators: made of (channels, device), with `update` and `tensors`."""
+
+
+@with_config(strict())
+class _File(TypedDict):
+    """What is in the description."""
+
+    format: Literal[1]
+    model: Word
+    weights: Word
+    windows: list[Count]
+    tokens: Word
+    complete: list[Word]
 
 
 class StatisticsStore:
@@ -56,7 +71,7 @@ class StatisticsStore:
                 raise UserError(f"{self.folder} is not empty and holds no statistics: give another folder")
             self._describe()
             return
-        found = read_json(self.folder / FILE, "a folder of statistics")
+        found = read_format(self.folder / FILE, "a folder of statistics", _FORMAT, _File)
         for key, value in self.about.items():
             if found.get(key) != value:
                 raise UserError(
@@ -99,12 +114,10 @@ class StatisticsStore:
         """Fill fresh statistics with what was kept."""
         for site, statistic in into.items():
             file = self._file(layer, self._kept(site, type(statistic)))
-            try:
+            with fenced(f"{file} is missing or damaged", f"remove {self.folder}"):
                 kept = load_file(file)
                 for number, tensor in enumerate(statistic.tensors()):
                     tensor.copy_(kept[str(number)].view(tensor.shape))
-            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-                raise UserError(f"{file} is missing or damaged ({error}): remove {self.folder}") from error
 
     def _file(self, layer: int, name: str) -> Path:
         return self.folder / f"{layer:05d}.{name}.safetensors"
