@@ -38,6 +38,7 @@ setup(
         "psutil>=5.9",
         "scipy>=1.11",
         "jinja2>=3.1",
+        "regex",
         "matplotlib>=3.9",
         "pillow>=11",
     ],

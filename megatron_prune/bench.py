@@ -115,9 +115,6 @@ def _open(config: BenchConfig) -> HFReader:
 
 
 def _load(config: BenchConfig, reader: HFReader) -> Any:
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     dtype = getattr(torch, config.dtype or reader.model_config.dtype)
     model = in_transformers(reader, dtype)
     return torch.nn.Module.to(model, backend.device()).eval().requires_grad_(False)

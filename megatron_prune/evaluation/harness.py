@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,21 @@ import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import metric_registry
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from megatron_prune.data.tokenizer import check_rows, model_rows, tokenize
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.evaluation import local_tasks
+from megatron_prune.evaluation.local_tasks import SCORED, kind_refusal
 from megatron_prune.evaluation.requests import Request, Scorer
-
-SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
-"""Kinds of tasks that need likelihoods only."""
+from megatron_prune.foreign import fenced
 
 
 class Harness(TemplateLM):
@@ -125,6 +127,7 @@ def load_tasks(
     UserError for names that do not exist, tasks that cannot be fetched, and those that need more than likelihoods.
     """
     _quieten()
+    lm_eval.api.task.get_metric = registered_metric
     loaded: dict[str, Any] = (
         TaskManager(include_defaults=not folders).load(local_tasks.load(names, folders))
         if folders
@@ -132,10 +135,7 @@ def load_tasks(
     )
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in SCORED:
-            raise UserError(
-                f"--tasks: {name} is a task of kind {task.OUTPUT_TYPE}, which is not done here; allowed: tasks "
-                f"scored by likelihood ({', '.join(SCORED)})"
-            )
+            raise kind_refusal(name, task.OUTPUT_TYPE)
         # A task that says 0 itself stays at 0, as in lm-eval.
         if task.get_config("num_fewshot") is None or (num_fewshot is not None and task.get_config("num_fewshot") != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -148,6 +148,46 @@ def _quieten() -> None:
     setattr(lm_eval.api.task, "tqdm", lambda items, **_: items)
 
 
+def registered_metric(name: str, hf_evaluate_metric: bool = False) -> Any:
+    """A metric of lm-eval's own; where lm-eval would go on to import one from a folder or the hub, UserError."""
+    if hf_evaluate_metric or name not in metric_registry:
+        raise UserError(
+            f"--tasks: metric {brief(name)} would be imported from a folder or the hub; allowed: "
+            f"{', '.join(sorted(metric_registry))}"
+        )
+    return metric_registry.get(name)
+
+
+def _check_kinds(manager: TaskManager, name: str, seen: set[str]) -> None:
+    """UserError when a task, or one of a group, needs more than likelihoods; nothing is fetched for that."""
+    entry = manager.task_index.get(name)
+    if entry is None or name in seen:
+        return
+    seen.add(name)
+    for member in sorted(entry.tags) if entry.kind == Kind.TAG else ():
+        _check_kinds(manager, member, seen)
+    if entry.kind in (Kind.TAG, Kind.PY_TASK) or entry.yaml_path is None:
+        return
+    content = load_yaml(entry.yaml_path, resolve_func=False)
+    if entry.kind == Kind.GROUP:
+        for member in _members(content):
+            _check_kinds(manager, member, seen)
+    elif content.get("output_type", "generate_until") not in SCORED:
+        raise kind_refusal(name, content.get("output_type", "generate_until"))
+
+
+def _members(group: Any) -> Iterator[str]:
+    """Names in a group's list of tasks, and in those of groups written inside it."""
+    tasks = group.get("task")
+    for item in tasks if isinstance(tasks, list) else ():
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item.get("task"), list):
+            yield from _members(item)
+        else:
+            yield str(item.get("task", item.get("group")))
+
+
 def _from_hub(names: Sequence[str]) -> dict[str, Any]:
     manager = TaskManager()
     for name in names:
@@ -155,13 +195,13 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
             raise UserError(f"--tasks: lm-eval has no task {name!r}; {hint}")
-    try:
+    for name in names:
+        _check_kinds(manager, name, set())
+    with fenced(
+        f"--tasks: the rows of {', '.join(names)} could not be fetched",
+        "go online, or give --tasks-folder with files of this machine",
+    ):
         return manager.load(list(names))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--tasks: the rows of {', '.join(names)} could not be fetched ({type(error).__name__}: {error}); go "
-            "online, or give --tasks-folder with files of this machine"
-        ) from error
 
 
 def evaluate(

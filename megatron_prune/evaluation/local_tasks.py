@@ -1,37 +1,116 @@
 """lm-eval's tasks from files: definitions in the harness's YAML over rows in folders of this machine, offline.
 
 The definitions of this package lie in `tasks/`; one of the same name in a data folder takes its place. Whoever wrote
-them, they are data: functions come only from lm-eval itself, and templates are rendered in a sandbox.
+them, they are data: they have the keys and values of a schema, metrics come from lm-eval's registries, functions from
+a short list, and templates are rendered with limits.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import datasets
+import lm_eval.api.metrics
 import lm_eval.utils
 import yaml
-from jinja2 import BaseLoader, StrictUndefined, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval.api.registry import aggregation_registry, metric_registry
 from lm_eval.api.task import ConfigurableTask
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
+from megatron_prune import foreign
 from megatron_prune.data.text import iterate_lines, parse_object, read_whole
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief, one_line
+from megatron_prune.evaluation import templates
+from megatron_prune.schema import RelativeName
 
 DEFINITIONS = Path(__file__).with_name("tasks")
-KEYS = frozenset(
-    "task dataset_path dataset_kwargs output_type training_split validation_split test_split fewshot_split num_fewshot "
-    "doc_to_text doc_to_choice doc_to_target target_delimiter fewshot_delimiter description process_results "
-    "metric_list metadata".split()
+SCORED = ("multiple_choice", "loglikelihood", "loglikelihood_rolling")
+"""Kinds of tasks that need likelihoods only."""
+WHAT = "a folder of tasks"
+FUNCTIONS = (
+    "lm_eval.tasks.wikitext.preprocess_wikitext.process_results",
+    "lm_eval.tasks.wikitext.preprocess_wikitext.wikitext_detokenizer",
+    "lm_eval.tasks.winogrande.preprocess_winogrande.doc_to_choice",
+    "lm_eval.tasks.winogrande.preprocess_winogrande.doc_to_target",
+    "lm_eval.tasks.winogrande.preprocess_winogrande.doc_to_text",
 )
-"""What a definition may say; the rest of the harness's keys fetch or run something."""
+"""What `!function` may name: functions of one row, which they only read."""
 TITLE = re.compile(r"^ = (?!= ).*(?<! =) = $", re.MULTILINE)
 """The title of an article in WikiText's raw files; those of its sections have two or more equals signs."""
+
+
+# --- what a definition may say; the rest of the harness's keys fetch or run something ---
+
+
+def _registered(registry: Any, kind: str) -> Any:
+    def check(name: str) -> str:
+        if name not in registry:
+            raise ValueError(f"no {kind} of lm-eval; allowed: {', '.join(sorted(registry))}")
+        return name
+
+    return Annotated[str, AfterValidator(check)]
+
+
+Template = Annotated[str, Field(max_length=templates.MOST_TEMPLATE)]
+"""Of jinja, or the name of a row's field."""
+Function = Callable[..., Any]
+"""Written `!function`."""
+Split = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class Metric(TypedDict):
+    """One of `metric_list`."""
+
+    __pydantic_config__ = foreign.strict()  # type: ignore[misc]
+    metric: _registered(metric_registry, "metric")  # type: ignore[valid-type]
+    aggregation: NotRequired[_registered(aggregation_registry, "aggregation")]  # type: ignore[valid-type]
+    higher_is_better: NotRequired[bool]
+
+
+class Files(TypedDict):
+    """`dataset_kwargs`."""
+
+    __pydantic_config__ = foreign.strict()  # type: ignore[misc]
+    data_files: Annotated[dict[Split, RelativeName], Field(min_length=1, max_length=20)]
+
+
+class Definition(TypedDict):
+    """A task."""
+
+    __pydantic_config__ = foreign.strict()  # type: ignore[misc]
+    task: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.:+-]+$")]
+    dataset_path: Literal["json", "text"]
+    dataset_kwargs: Files
+    output_type: Literal["multiple_choice", "loglikelihood", "loglikelihood_rolling"]
+    training_split: NotRequired[Split]
+    validation_split: NotRequired[Split]
+    test_split: NotRequired[Split]
+    fewshot_split: NotRequired[Split]
+    num_fewshot: NotRequired[Annotated[int, Field(ge=0, le=1000)]]
+    doc_to_text: Template | int | Function
+    doc_to_choice: NotRequired[Template | list[str] | dict[str, str] | Function]
+    doc_to_target: Template | int | Function
+    target_delimiter: NotRequired[Template]
+    fewshot_delimiter: NotRequired[Template]
+    description: NotRequired[Template]
+    process_results: NotRequired[Function]
+    metric_list: Annotated[list[Metric], Field(min_length=1, max_length=50)]
+    metadata: NotRequired[dict[str, str | int | float | bool | None]]
+
+
+def kind_refusal(name: str, kind: Any) -> UserError:
+    """What to tell the user of a task that likelihoods do not answer."""
+    return UserError(
+        f"--tasks: {name} is a task of kind {one_line(str(kind), 60)}, which is not done here; allowed: tasks "
+        f"scored by likelihood ({', '.join(SCORED)})"
+    )
 
 
 def load(names: Sequence[str], folders: Sequence[Path]) -> list[ConfigurableTask]:
@@ -49,46 +128,66 @@ def _task(name: str, known: dict[str, Path], folders: Sequence[Path]) -> Configu
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(sorted(known))}"
         raise UserError(f"--tasks: no definition of {name!r} here; {hint} (lm-eval's own: leave --tasks-folder out)")
-    definition = _definition(known[name])
+    definition: dict[str, Any] = read_definition(known[name])
     files = definition.pop("dataset_kwargs")["data_files"]
     paths = {split: _find(name, file, folders) for split, file in files.items()}
-    definition["custom_dataset"] = partial(_read, paths, whole=definition.pop("dataset_path") == "text")
+    definition["custom_dataset"] = partial(_read, paths, definition.pop("dataset_path") == "text")
+    with foreign.fenced(str(known[name]), "the task's definition does not fit its rows"):
+        task = ConfigurableTask(config=definition)
+        for rows in task.dataset.values():
+            for number, row in enumerate(rows, start=1):
+                _check_row(task, row, number)
+    return task
+
+
+def _check_row(task: ConfigurableTask, row: dict[str, Any], number: int) -> None:
+    """Ask what the harness will ask, before a model is loaded; ValueError names the row."""
     try:
-        return ConfigurableTask(config=definition)
-    except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
-        raise UserError(f"{known[name]}: {error}; the task's definition does not fit its rows") from error
+        task.doc_to_text(row)
+        task.doc_to_target(row)
+        choices = task.doc_to_choice(row) if task.OUTPUT_TYPE == "multiple_choice" else ["-"]
+    except Exception as error:
+        raise ValueError(f"row {number}: {foreign.reason(error)}") from error
+    if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
+        raise ValueError(f"row {number}: choices {brief(choices)}; expected a list of texts, none of them empty")
 
 
 class _Definition(yaml.SafeLoader):
-    """YAML in which `!function` names a function of lm-eval."""
+    """YAML in which `!function` names a function of the list; a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        foreign.check_keys(node)
+        return super().construct_mapping(node, deep)
 
 
-def _function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
-    module, _, function = str(node.value).rpartition(".")
-    if not re.fullmatch(r"lm_eval(\.\w+)+", module):
+def _function(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    if not isinstance(node, yaml.ScalarNode) or node.value not in FUNCTIONS:
         raise yaml.constructor.ConstructorError(
-            None, None, f"!function {node.value} was given; allowed: functions of lm_eval", node.start_mark
+            None,
+            None,
+            f"!function {brief(node.value)} was given; allowed: {', '.join(FUNCTIONS)}",
+            node.start_mark,
         )
-    return getattr(__import__(module, fromlist=[function]), function)
+    module, _, name = node.value.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 _Definition.add_constructor("!function", _function)
 
 
-def _definition(path: Path) -> dict[str, Any]:
-    try:
-        definition = yaml.load(path.read_text(encoding="utf-8"), Loader=_Definition)
-    except (yaml.YAMLError, UnicodeDecodeError, ImportError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if not isinstance(definition, dict) or not isinstance(definition.get("dataset_kwargs"), dict):
+def read_definition(path: Path) -> Any:
+    """The `Definition` in a file; UserError when it is none."""
+    content = foreign.read_yaml(path, WHAT, _Definition)
+    if (
+        isinstance(content, dict)
+        and isinstance(content.get("output_type"), str)
+        and content["output_type"] not in SCORED
+    ):
+        raise kind_refusal(path.stem, content["output_type"])
+    if content is None:
         raise UserError(f"{path}: no task; expected task, dataset_kwargs with data_files, doc_to_text and so on")
-    unknown = sorted(set(definition) - KEYS)
-    if unknown or set(definition["dataset_kwargs"]) != {"data_files"}:
-        raise UserError(
-            f"{path}: {', '.join(unknown) or 'dataset_kwargs other than data_files'} given; allowed in definitions "
-            f"over local files: {', '.join(sorted(KEYS))}"
-        )
-    return definition
+    advice = f"allowed keys: {', '.join(Definition.__annotations__)}"
+    return foreign.check_shape(content, str(path), Definition, advice)
 
 
 def _find(name: str, file: str, folders: Sequence[Path]) -> Path:
@@ -125,6 +224,4 @@ def _articles(path: Path) -> list[dict[str, Any]]:
 
 def _render_in_sandbox() -> None:
     """Templates of definitions get no further than the row that they are given."""
-    sandbox = ImmutableSandboxedEnvironment(loader=BaseLoader, undefined=StrictUndefined, keep_trailing_newline=True)
-    sandbox.filters.update(lm_eval.utils.env.filters)
-    lm_eval.utils.env = sandbox
+    lm_eval.utils.env = templates.environment()

@@ -109,11 +109,8 @@ def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalua
 
 
 def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> Evaluated:
-    from transformers.utils.logging import disable_progress_bar
-
     from megatron_prune.evaluation.harness import Harness, evaluate
 
-    disable_progress_bar()
     reader = hugging_face.open_alone(name)
     about = reader.model_config
     tokenizer = load_tokenizer(reader.directory, about.vocab_size)

@@ -16,25 +16,20 @@ from torch import Tensor
 
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import Block, ModelConfig, WeightMap, dimensions, get_family
+from megatron_prune.model.transformers_model import filled_model
 
 
 def in_transformers(reader: HFReader, dtype: torch.dtype) -> Any:
     """The model of a Hugging Face directory as transformers has it; padded where its layers differ.
 
-    Code that lies in the directory is not run. Weights that are stored under other names than transformers' own are
-    given to it; it would overlook them.
+    Only what `transformers_model` knows of its config.json counts, and no code that lies in the directory is run.
+    Weights are found under whatever names the reader knows.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = reader.model_config
-    if config.blocks is None and not reader.renamed:
-        return AutoModelForCausalLM.from_pretrained(reader.directory, dtype=dtype)
-    family = get_family(config.family)
-    hf_config = AutoConfig.for_model(**family.to_hf(family.uniform(config)))
-    model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    weights = dict(padded(config, ((name, reader.read(name)) for name in reader.names())))
-    model.load_state_dict(weights | {name: weights[reader.names()[0]] for name in family.tied_names(config)})
-    return model
+    weights = ((name, reader.read(name)) for name in reader.names())
+    if config.blocks is None:
+        return filled_model(config, weights, dtype)
+    return filled_model(get_family(config.family).uniform(config), padded(config, weights), dtype)
 
 
 def padded(config: ModelConfig, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ Rows are shared out in order, and whole layers exist only while they compute:
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_prune.apply.decision import prunable_shapes
 from megatron_prune.errors import UserError
-from megatron_prune.imports import without_triton
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.transformers_model import empty_model
 from megatron_prune.training.zeros import check_zeros
 
 
@@ -150,31 +149,9 @@ def _empty_module(reader: HFReader, dtype: torch.dtype) -> Module:
     It stays in evaluation mode: there is no dropout, as in the models of the other engine. The padding token, which
     may be the end of a text, learns like any other; transformers would give its embedding no gradient.
     """
-    with without_triton():
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        hf_config = AutoConfig.from_pretrained(reader.directory, trust_remote_code=False, local_files_only=True)
-        with _parameters_on_meta():
-            module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False)
-    module.get_input_embeddings().padding_idx = None
-    return module.eval()
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made meanwhile have parameters without memory; their buffers, which no file has, are real."""
-    register = Module.register_parameter
-
-    def on_meta(module: Module, name: str, parameter: Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # a tied one is on the meta device already
-            parameter = Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    setattr(Module, "register_parameter", on_meta)
-    try:
-        yield
-    finally:
-        setattr(Module, "register_parameter", register)
+    module = empty_model(reader.model_config, dtype)
+    module.get_input_embeddings().padding_idx = None  # type: ignore[operator]
+    return module
 
 
 def _layers(module: Module, config: ModelConfig) -> list[Module]:

@@ -157,12 +157,44 @@ def test_articles_are_cut_at_their_titles(tmp_path: Path) -> None:
 
 # --- what is refused ---
 
+METRIC = "metric_list: [{metric: %s, aggregation: %s, higher_is_better: true}, {metric: acc}]\n"
 DEFINITIONS = {
-    "runs_code": ("process_results: !function os.system\n", "allowed: functions of lm_eval"),
-    "fetches": ("dataset_name: x\nclass: y\n", "class, dataset_name given"),
+    "runs_code": ("process_results: !function os.system\n", "allowed: lm_eval.tasks.wikitext"),
+    "runs_what_lm_eval_imports": (
+        "doc_to_text: !function lm_eval.tasks.longproc.metrics.Popen\n",
+        "was given; allowed",
+    ),
+    "runs_a_class": ("doc_to_text: !function lm_eval.tasks.wikitext.preprocess_wikitext.re.compile\n", "was given"),
+    "function_of_a_list": ("doc_to_text: !function [os.system]\n", "was given; allowed"),
+    "metric_of_a_folder": (METRIC % ("EVIL", "mean"), "no metric of lm-eval; allowed: acc"),
+    "metric_of_a_file": (METRIC % ("EVIL/evil.py", "mean"), "no metric of lm-eval; allowed: acc"),
+    "aggregation_of_a_folder": (METRIC % ("acc", "EVIL"), "no aggregation of lm-eval; allowed"),
+    "aggregation_that_is_code": (METRIC % ("acc", "!function os.system"), "was given; allowed"),
+    "metric_of_the_hub": ("metric_list: [{metric: acc, hf_evaluate: true}]\n", "hf_evaluate"),
+    "metric_with_more": ("metric_list: [{metric: acc, module_type: x}]\n", "module_type"),
+    "no_metric": ("metric_list: []\n", "metric_list"),
+    "fetches": ("dataset_name: x\nclass: y\n", "'dataset_name'"),
+    "fetches_rows": ("dataset_path: t/evil\n", "dataset_path"),
+    "other_rows_of_the_machine": ("dataset_kwargs: {data_files: {validation: /etc/passwd}}\n", "below this folder"),
+    "other_folder": ("dataset_kwargs: {data_files: {validation: ../a.jsonl}}\n", "below this folder"),
+    "remote_code": ("dataset_kwargs: {data_files: {a: a}, trust_remote_code: true}\n", "trust_remote_code"),
+    "filters": ("filter_list: [{name: a, filter: [{function: EVIL}]}]\n", "filter_list"),
+    "sampler": ("fewshot_config: {sampler: EVIL}\n", "fewshot_config"),
+    "unsafe": ("unsafe_code: true\n", "unsafe_code"),
+    "includes": ("include: ../other.yaml\n", "include"),
+    "own_rows": ("custom_dataset: !function os.system\n", "was given; allowed"),
+    "overrides": ("metadata: {whole: true, paths: [a]}\n", "metadata.paths"),
+    "python_object": ("doc_to_text: !!python/name:os.system\n", "could not determine a constructor"),
+    "twice": ("doc_to_text: a\ndoc_to_text: b\n", "given twice"),
+    "bomb": ("a: [&a [x,x,x,x,x,x,x,x,x], &b [*a,*a,*a,*a,*a,*a,*a,*a,*a]]\n", "'a'"),
     "escapes": ("doc_to_text: \"{{ ''.__class__.__mro__ }}\"\n", "does not fit its rows"),
+    "long_text": ("doc_to_text: \"{{ 'a' * 10 ** 10 }}\"\n", "not allowed in a template"),
     "other_rows": ('doc_to_text: "{{nothing}}"\n', "does not fit its rows"),
     "generates": ("output_type: generate_until\n", "task of kind generate_until"),
+    "unknown_kind": ("output_type: [a]\n", "output_type"),
+    "no_choices": ('doc_to_choice: "{{ [] }}"\n', "does not fit its rows"),
+    "empty_choice": ("doc_to_choice: ['a', '']\n", "does not fit its rows"),
+    "no_task": ("dataset_kwargs: 5\n", "dataset_kwargs"),
     "not_yaml": ("a: [\n", "while parsing"),
 }
 
@@ -172,11 +204,76 @@ def test_definitions_are_data(name: str, root: Path, tmp_path: Path, capsys: pyt
     lines, message = DEFINITIONS[name]
     folder = write_tasks(tmp_path / "tasks")
     plain = (folder / "choices.yaml").read_text()
-    kept = [line for line in plain.splitlines() if line.split(":")[0] != lines.split(":")[0]]
-    (folder / "choices.yaml").write_text("\n".join(kept) + "\n" + lines)
+    replaced = lines.split(":")[0]
+    kept = [line for line in plain.splitlines() if line.split(":")[0] != replaced]
+    kept = [line for line in kept if replaced != "metric_list" or not line.startswith("  - ")]
+    (folder / "evil").mkdir()
+    (folder / "evil" / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    (folder / "choices.yaml").write_text("\n".join(kept) + "\n" + lines.replace("EVIL", str(folder / "evil")))
     command = ["evaluate", "--input", str(root / "model"), "--tasks", "choices", "--tasks-folder", str(folder)]
     assert message in refused([*command, "--output", str(tmp_path / "x.json")], capsys)
     assert not (tmp_path / "x.json").exists()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_task_that_generates_is_refused_before_its_rows_are_read(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    definition = (folder / "choices.yaml").read_text().replace("multiple_choice", "generate_until")
+    (folder / "choices.yaml").write_text(definition)
+    (folder / "choices.jsonl").unlink()
+    command = ["evaluate", "--input", str(root / "model"), "--tasks", "choices", "--tasks-folder", str(folder)]
+    assert "of kind generate_until" in refused(command, capsys)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "bbh_zeroshot"])
+def test_lm_evals_own_task_that_generates_is_refused_before_its_rows_are_fetched(
+    name: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("rows are fetched")
+
+    monkeypatch.setattr(datasets, "load_dataset", never)
+    message = refused(["evaluate", "--input", str(root / "model"), "--tasks", name], capsys)
+    assert "of kind generate_until" in message
+
+
+def test_metrics_come_from_no_folder_and_no_hub(root: Path) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    from megatron_prune.errors import UserError
+    from megatron_prune.evaluation import harness
+
+    harness.load_tasks(["choices"], [root / "tasks"])
+    for entry in ({"metric": "t/evil"}, {"metric": "acc", "hf_evaluate": True}):
+        config = {"task": "a", "output_type": "multiple_choice", "metric_list": [entry]}
+        with pytest.raises(UserError, match="would be imported"):
+            ConfigurableTask(config=config)
+
+
+ROWS = {
+    "a_list": ("[1]", "a JSON array"),
+    "a_number_of_5000_digits": ('{"right": ' + "9" * 5000 + "}", "choices.jsonl:13"),
+    "deep": ("[" * 100_000, "choices.jsonl:13"),
+    "surrogate": ('{"question": "\\ud800"}', "does not fit its rows"),
+    "a_large_number": ('{"right": ' + "9" * 40 + "}", "does not fit its rows"),
+    "another_type": ('{"question": {"a": 1}, "answers": 5, "right": []}', "does not fit its rows"),
+    "missing_answers": ('{"question": "a", "right": 0}', "row 13"),
+    "empty_answer": ('{"question": "a", "answers": ["b", ""], "right": 0}', "row 13"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_hostile_rows_are_one_line(name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, message = ROWS[name]
+    folder = write_tasks(tmp_path / "tasks")
+    with (folder / "choices.jsonl").open("a") as file:
+        file.write(line + "\n")
+    command = ["evaluate", "--input", str(root / "model"), "--tasks", "choices", "--tasks-folder", str(folder)]
+    assert message in refused(command, capsys)
 
 
 CASES = {
@@ -242,6 +339,7 @@ class Offline:
 
     def __init__(self) -> None:
         self.all_tasks = ["hellaswag", "piqa"]
+        self.task_index: dict[str, Any] = {}
 
     def load(self, names: list[str]) -> None:
         raise ConnectionError(f"no way to {names}")
