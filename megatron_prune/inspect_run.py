@@ -10,10 +10,10 @@ from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import Masks
 from megatron_prune.apply.trimming import Trim, is_trim, read_record
 from megatron_prune.config import InspectConfig
-from megatron_prune.errors import UserError
 from megatron_prune.export.mask_file import mask_npz_pattern
 from megatron_prune.log import say
 from megatron_prune.model.description import is_checkpoint, read_description
+from megatron_prune.model.given import wrong
 
 
 def run(config: InspectConfig) -> None:
@@ -28,7 +28,7 @@ def run(config: InspectConfig) -> None:
     elif path.suffix == ".npz" and path.is_file():
         say(f"{path}: mask file, pattern {mask_npz_pattern(path) or 'not stated'}")
     else:
-        raise UserError(f"{path} is neither a Megatron checkpoint, a run folder, a decision nor a mask .npz")
+        raise wrong(path, "ours")
 
 
 def _checkpoint(path: Path) -> None:

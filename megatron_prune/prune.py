@@ -33,7 +33,7 @@ from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.import_hf import layout_of, packed_masks
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import ModelSource, open_model
+from megatron_prune.model.source import ModelSource, open_model, tell_left
 from megatron_prune.model.units import Units
 from megatron_prune.options import flag, flatten
 from megatron_prune.resume import begun, check_resume, describe, finished_by_this_launch, goes_on, may_go_on
@@ -57,6 +57,7 @@ def run(config: PruneConfig) -> None:
     check_export(source.config)
     check_result(source.config, target)
     compute_dtype(source.config.dtype)
+    tell_left(source)
     if config.statistics and not (isinstance(method, StructuredMethod) and method.keeps_statistics):
         raise UserError(
             f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"

@@ -29,7 +29,7 @@ from megatron_prune.log import MetricsLog, say
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.import_hf import layout_of
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import ModelSource, open_model
+from megatron_prune.model.source import ModelSource, open_model, tell_left
 from megatron_prune.options import flatten
 from megatron_prune.resume import begun, check_resume, describe, finished_by_this_launch, goes_on, may_go_on
 from megatron_prune.training.loop import RECOMPUTE, check_learning
@@ -45,6 +45,7 @@ def run(config: TrainConfig) -> None:
     teacher = open_source(config.losses.teacher) if config.losses.teacher else None
     layout = layout_of(config.parallelism)
     check(config, source, teacher, layout)
+    tell_left(source)
     going_on = may_go_on(config)
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
         if going_on:

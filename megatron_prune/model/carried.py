@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_prune.errors import one_line, shown
 from megatron_prune.foreign import names
+from megatron_prune.model.blocks import KEY
 from megatron_prune.model.description import tokenizer_files
 from megatron_prune.model.family import NOT_CARRIED
 from megatron_prune.model.stored import weight_files
@@ -28,7 +29,8 @@ def told(directory: Path, hf_config: Mapping[str, Any], configs: Sequence[str], 
     files, keys = left_files(directory, configs), left_keys(hf_config)
     parts = [names(files, 8)] if files else []
     if keys:
-        code = ": the model is transformers' own, its code stays here" if "auto_map" in keys else ""
+        own = "auto_map" in keys and KEY not in hf_config
+        code = ": the model is transformers' own, its code stays here" if own else ""
         parts.append(f"of {configs[0]} {', '.join(keys)}{code}")
     if buffers:
         parts.append(f"{len(buffers)} tensors without weights such as {shown(buffers[0])}")

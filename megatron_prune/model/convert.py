@@ -229,7 +229,8 @@ class HFReader:
         entry = self._entries[name]
         if entry.shape != shape:
             raise UserError(
-                f"{name} in {entry.file} has shape {brief(list(entry.shape))}; config.json asks for {list(shape)}"
+                f"{name} in {entry.file} has shape {brief(list(entry.shape))}; config.json asks for {list(shape)}: "
+                "one of the two is of another model, fetch both again"
             )
         if entry.dtype not in _FLOATS:
             raise UserError(

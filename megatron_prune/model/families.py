@@ -176,7 +176,7 @@ _LLAMA_DEFAULTS = {
 }
 _NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 _GATED_SILU = {"hidden_act": ("silu",)}
-_INVERSE_FREQUENCIES = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+_ROTARY_TABLES = ("model.layers.*.self_attn.rotary_emb.*", "model.rotary_emb.*")
 
 _LLAMA = Family(
     name="llama",
@@ -185,7 +185,7 @@ _LLAMA = Family(
     defaults=_LLAMA_DEFAULTS,
     supported=_GATED_SILU | _NO_BIAS,
     table=(_EMBEDDING, _INPUT_NORM, _QKV, _PROJECTION, _MLP_NORM, _GATE_UP, _DOWN, _FINAL_NORM, _OUTPUT),
-    ignored=_INVERSE_FREQUENCIES,
+    ignored=_ROTARY_TABLES,
 )
 
 _MISTRAL = Family(
@@ -196,7 +196,7 @@ _MISTRAL = Family(
     nullable=("sliding_window", "num_key_value_heads"),
     supported=_GATED_SILU,
     table=_LLAMA.table,
-    ignored=_INVERSE_FREQUENCIES,
+    ignored=_ROTARY_TABLES,
 )
 
 _QWEN2 = Family(
@@ -209,7 +209,7 @@ _QWEN2 = Family(
     windowed=True,
     constants={"qkv_bias": True},
     table=(_EMBEDDING, _INPUT_NORM, _QKV, _QKV_BIAS, _PROJECTION, _MLP_NORM, _GATE_UP, _DOWN, _FINAL_NORM, _OUTPUT),
-    ignored=_INVERSE_FREQUENCIES,
+    ignored=_ROTARY_TABLES,
 )
 
 _QWEN3 = Family(
@@ -225,6 +225,7 @@ _QWEN3 = Family(
         *(_EMBEDDING, _INPUT_NORM, _QKV, _QUERY_NORM, _KEY_NORM, _PROJECTION),
         *(_MLP_NORM, _GATE_UP, _DOWN, _FINAL_NORM, _OUTPUT),
     ),
+    ignored=_ROTARY_TABLES,
 )
 
 
@@ -252,6 +253,7 @@ _NEMOTRON = Family(
         *(_EMBEDDING, _INPUT_NORM, _norm_bias(_INPUT_NORM), _QKV, _PROJECTION),
         *(_MLP_NORM, _norm_bias(_MLP_NORM), _UP, _DOWN, _FINAL_NORM, _norm_bias(_FINAL_NORM), _OUTPUT),
     ),
+    ignored=_ROTARY_TABLES,
 )
 
 _GPT2_HF = "transformer.h.{layer}."

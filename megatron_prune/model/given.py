@@ -10,14 +10,18 @@ from typing import Literal
 
 from megatron_prune.errors import UserError, shown
 
-Wanted = Literal["checkpoint", "hugging face", "model", "run", "decision"]
-"""What a verb needs: a Megatron checkpoint, a Hugging Face directory, either of them, a run folder, a decision."""
+Wanted = Literal["checkpoint", "hugging face", "model", "run", "decision", "ours", "reported"]
+"""What a verb needs: a Megatron checkpoint, a Hugging Face directory, either of them, a run folder, a decision; what
+`inspect` shows, what `report` does.
+"""
 _NEEDED: Mapping[Wanted, str] = {
     "checkpoint": "a Megatron checkpoint is needed",
     "hugging face": "a Hugging Face directory with config.json and *.safetensors is needed",
     "model": "a Megatron checkpoint or a Hugging Face directory is needed",
     "run": "a run folder of prune or train is needed",
     "decision": "a run folder of prune, or its decision, is needed",
+    "ours": "a Megatron checkpoint, a run folder, a decision or a mask .npz is needed",
+    "reported": "run folders, Megatron checkpoints, Hugging Face directories and results of verbs (JSON) are needed",
 }
 _FALLBACK: Mapping[Wanted, str] = {
     "checkpoint": "import makes one from a Hugging Face model, trim one from a run",
@@ -25,6 +29,8 @@ _FALLBACK: Mapping[Wanted, str] = {
     "model": "give what import, trim, export or save_pretrained has written",
     "run": "give the --output of prune or train",
     "decision": "give the --output of prune",
+    "ours": "give what import, prune, train or trim has written",
+    "reported": "give what verbs have written with --output",
 }
 
 

@@ -27,6 +27,8 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", 
 the part of a model of several kinds of input that reads text."""
 _AROUND = (("module",), ("base_model", "model"))
 """Modules that a whole model is in: data parallelism, PEFT."""
+_FIRST = ("model", "_forward_module")
+"""Attributes under which trainers such as Lightning's keep a whole model."""
 _ADAPTER_PARTS = ("*.lora_A.*", "*.lora_B.*", "*.base_layer.*", "*.lora_embedding_*", "*.lora_magnitude_vector.*")
 _HEADS = ("score.*", "classifier.*", "qa_outputs.*", "v_head.*", "multiple_choice_head.*", "*.v_head.*", "value_head.*")
 """Of classifiers, reward and question-answering models."""
@@ -86,11 +88,10 @@ def unwrapped(name: str) -> str:
 
 
 def full_name(name: str, known: Collection[str], family: Family) -> str:
-    """The name with the start that a bare transformer's lacks, where that makes it one of the family's."""
-    full = family.prefix + name
-    if name in known or is_ignored(name, family):
-        return name
-    return full if full in known or is_ignored(full, family) else name
+    """The name with the start that a bare transformer's lacks, or without a trainer's: the one that is the family's."""
+    first, _, rest = name.partition(".")
+    names = [name, family.prefix + name, *([rest] if first in _FIRST else [])]
+    return next((one for one in names if one in known or is_ignored(one, family)), name)
 
 
 def is_ignored(name: str, family: Family) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from torch import Tensor
 
+from megatron_prune.log import say
 from megatron_prune.model import given, published
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
@@ -34,6 +35,12 @@ class ModelSource:
     """Of a Hugging Face directory."""
     masks: Callable[[str], Tensor] | None = None
     """Of a pruning run: bool by Hugging Face name of a prunable weight, True = kept; `load` applies them itself."""
+
+
+def tell_left(source: ModelSource) -> None:
+    """Say what of a Hugging Face directory will not come along to what is made of it."""
+    if source.reader is not None and (told := source.reader.left_behind()):
+        say(told)
 
 
 def open_model(path: Path) -> ModelSource:

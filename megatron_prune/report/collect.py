@@ -20,6 +20,7 @@ from megatron_prune.log import read_metrics
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import is_checkpoint, read_description
+from megatron_prune.model.given import wrong
 from megatron_prune.model.units import Units
 from megatron_prune.results import read_result
 
@@ -102,10 +103,7 @@ def collect(inputs: Sequence[Path]) -> Collected:
         elif path.suffix == ".json" and path.is_file():
             found.results.append(Result(name, *read_result(path)))
         else:
-            raise UserError(
-                f"{path} was given; allowed: run folders, Megatron checkpoints, Hugging Face directories, and JSON "
-                "files written by evaluate, verify and bench"
-            )
+            raise wrong(path, "reported")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +124,8 @@ VERBS = {
         ["export", "--format", "mask-npz", "--input", "ck", "--output", "x"],
         "a Megatron checkpoint.*prune it first",
     ),
+    "inspect a directory": (["inspect", "--input", "hf"], "a Hugging Face directory and .* a mask .npz is needed"),
+    "report of a folder": (["report", ".", "--output", "x"], "something else and run folders.* are needed"),
     "prune a run": (
         ["prune", "--input", "run", "--output", "x", "--method", "magnitude", "--target", "2:4"],
         "a run folder.*trim --input",
@@ -134,8 +137,6 @@ VERBS = {
 def test_verbs_say_the_next_step(
     root: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import re
-
     command, message = VERBS[name]
     monkeypatch.chdir(root)
     capsys.readouterr()

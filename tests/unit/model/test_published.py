@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_prune.__main__ import main
 from megatron_prune.errors import LONGEST, UserError
 from megatron_prune.export.huggingface import write_hf
+from megatron_prune.export.preflight import check_export
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import FAMILIES, family_of
 from megatron_prune.model.forward import logits
@@ -193,6 +194,7 @@ def test_a_published_config_goes_all_the_way(tmp_path: Path, layout: backend.Lay
     found, expected = round_trip(directory, tmp_path / "new", layout), transformers_logits(directory)
     assert float((found - expected).abs().max()) < 1e-4
     assert torch.equal(transformers_logits(tmp_path / "new"), expected)
+    check_export(HFReader(directory).model_config)
     before, after = HFReader(directory).model_config, HFReader(tmp_path / "new").model_config
     assert replace(after, hf_config={}) == replace(before, hf_config={}, dtype="float32")
     kept, source = after.hf_config, PUBLISHED[name]
@@ -277,6 +279,7 @@ FORMS: dict[str, Renamed] = {
     "FSDP": lambda name: "_fsdp_wrapped_module." + name.replace(".0.", ".0._fsdp_wrapped_module."),
     "checkpointed layers": lambda name: name.replace(".0.", ".0._checkpoint_wrapped_module."),
     "reader of a model of several inputs": lambda name: "language_model." + name,
+    "Lightning": lambda name: "model." + name,
     "bare": lambda name: name.removeprefix("model.").removeprefix("transformer."),
     "bare, compiled": lambda name: "_orig_mod." + name.removeprefix("model.").removeprefix("transformer."),
 }
@@ -329,8 +332,9 @@ def test_a_tied_weight_under_the_name_of_the_output_layer(tmp_path: Path, model_
 
 
 def test_buffers_of_old_versions_are_named_as_left_behind(tmp_path: Path) -> None:
-    for model_type, name in (("llama", "layers.0.self_attn.rotary_emb.inv_freq"), ("gpt2", "h.0.attn.masked_bias")):
-        directory = tiny_model(tmp_path / model_type, model_type)
+    tables = [(kind, "layers.0.self_attn.rotary_emb.inv_freq") for kind in sorted(FAMILIES.keys() - {"gpt2"})]
+    for model_type, name in [*tables, ("llama", "rotary_emb.inv_freq"), ("gpt2", "h.0.attn.masked_bias")]:
+        directory = tiny_model(tmp_path / (model_type + name), model_type)
         weights = load_file(directory / "model.safetensors")
         bare = {key.removeprefix("model.").removeprefix("transformer."): value for key, value in weights.items()}
         for given in (weights, bare):
