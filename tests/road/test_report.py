@@ -167,8 +167,14 @@ def test_pictures_are_drawn(tab: Any) -> None:
     ("given", "said"),
     [
         ("report --output {new}", "no run given"),
-        ("report {root}/words.jsonl --output {new}", "allowed: run folders"),
-        ("report {root}/nothing --output {new}", "allowed: run folders"),
+        (
+            "report {root}/words.jsonl --output {new}",
+            "run folders, Megatron checkpoints, Hugging Face directories and results of verbs",
+        ),
+        (
+            "report {root}/nothing --output {new}",
+            "run folders, Megatron checkpoints, Hugging Face directories and results of verbs",
+        ),
         ("report {root}/hf/config.json --output {new}", "no result of evaluate, verify or bench"),
         ("report {root}/learned --output {root}/page.html", "already exists"),
         ("inspect {root}/learned", "flags such as --input"),
