@@ -7,6 +7,11 @@ What follows `--` are flags of `prune` without --output. A kill is SIGKILL, draw
 starts up, after a random number of steps, or while a checkpoint is being written. The run must end with the loss curve,
 the gradient norms and the masks of the run that was left alone, bit for bit; otherwise the exit status is 1. Both runs
 stay in the folder, `whole` and `killed`.
+
+    python tools/kill_test.py --every 120 --result FILE.json --folder /tmp/goodput -- --input ...
+
+kills every 120 seconds instead, while the run that is left alone goes on beside it, and tells where the time went
+(`goodput.py`); the tensors of the last checkpoints are compared, too.
 """
 
 from __future__ import annotations
@@ -23,6 +28,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+if __package__:
+    from tools import goodput
+else:
+    import goodput
 
 POLL_S = 0.001
 PATIENCE_S = 300.0
@@ -124,15 +134,36 @@ def masks(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "decision").glob("*.safetensors")}
 
 
+def kill_every(flags: Sequence[str], folder: Path, every: float, clock: str, result: Path | None) -> int:
+    """Kill a run every so many seconds and write what that cost; exit status 0 when it equals one left alone."""
+    found = goodput.side_by_side(lambda run: start(flags, run), folder, every, clock)
+    whole, killed = folder / "whole", folder / "killed"
+    same = {
+        "curve": curve(killed) == curve(whole),
+        "masks": bool(masks(whole)) and masks(killed) == masks(whole),
+        "last checkpoint": goodput.tensors(killed) == goodput.tensors(whole),
+    }
+    content = goodput.describe(found, same, flags, whole)
+    if result is not None:
+        result.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps({key: content[key] for key in ("columns", "rows", "bit_identical")}, indent=1))
+    return 0 if all(same.values()) else 1
+
+
 def main() -> int:
     """Exit status 0 when the killed run equals the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--every", type=float, help="seconds between kills, instead of --kills at random moments")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="whose seconds --every counts")
+    parser.add_argument("--result", type=Path, help="JSON file for what --every finds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("flags", nargs="+", help="flags of prune, after --")
     given = parser.parse_args()
     given.folder.mkdir(parents=True)
+    if given.every is not None:
+        return kill_every(given.flags, given.folder, given.every, given.clock, given.result)
     whole, killed = given.folder / "whole", given.folder / "killed"
     finish(start(given.flags, whole), whole)
     steps = last_step(whole)
