@@ -9,7 +9,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from megatron_prune.foreign import read_json
-from megatron_prune.schema import Count
+from megatron_prune.schema import Count, Crc32
 
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -21,6 +21,8 @@ class About(TypedDict):
     largest_id: NotRequired[_Id | None]
     """Of the ids written; older files do not say."""
     end_of_text: NotRequired[_Id | None]
+    crc32: NotRequired[dict[str, Crc32]]
+    """Of the files beside it, by suffix; older files do not say."""
 
 
 class Report(About):

@@ -22,6 +22,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron_prune.data.about import About, read_about
 from megatron_prune.data.text import SUFFIXES, check_text_file
 from megatron_prune.errors import UserError
+from megatron_prune.files import checksum
 
 HEADER = struct.Struct("<9sQBQQ")
 """Of an index file: magic, version, type of the ids, sequences, document ends."""
@@ -30,6 +31,8 @@ CHUNK = 1 << 24
 """Numbers of a file that are in memory at once."""
 LOOKED_AT = 1 << 31
 """Bytes of a `.bin` whose ids are all looked at before training."""
+CHECKED = (".bin", ".idx")
+"""Files whose CRC-32 `preprocess` writes beside them."""
 AGAIN = "run `preprocess` again or copy both files again"
 IDS = {kind.value: found for kind in DType if np.issubdtype(found := DType.dtype_from_code(kind.value), np.integer)}
 """Types of ids, by their number in an index file."""
@@ -124,16 +127,26 @@ def _first(wrong: np.ndarray) -> int | None:
 
 
 def check_tokens(prefix: Path, vocab_size: int) -> None:
-    """UserError when an id in `PREFIX.bin`, which `open_indexed` has seen, has no embedding.
+    """UserError when an id in `PREFIX.bin`, which `open_indexed` has seen, has no embedding, or when it has changed.
 
     Of more than `LOOKED_AT` bytes nothing is read: `check_ids` looks at every window then.
     """
-    binary, index, _ = _files(prefix)
+    binary, index, about = _files(prefix)
     if binary.stat().st_size > LOOKED_AT:
         return
+    if about.is_file():
+        _check_checksums(prefix, read_about(about).get("crc32", {}))
     ids = np.memmap(binary, _header(prefix, index).dtype, "r")
     for part in _parts(len(ids)):
         check_ids(ids[part], vocab_size, str(prefix))
+
+
+def _check_checksums(prefix: Path, stated: dict[str, str]) -> None:
+    """UserError when a file is not what `preprocess` has written."""
+    for suffix, expected in stated.items():
+        file = prefix.with_name(prefix.name + suffix)
+        if suffix in CHECKED and checksum(file) != expected:
+            raise UserError(f"{file} has changed since `preprocess` wrote it; {AGAIN}")
 
 
 def _check_vocabulary(prefix: Path, about: About, vocab_size: int) -> None:

@@ -24,11 +24,12 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_prune.config import PreprocessConfig
 from megatron_prune.data.about import Report, read_report
 from megatron_prune.data.encoder import Encoder, load_encoder
+from megatron_prune.data.indexed import CHECKED
 from megatron_prune.data.pieces import HUB, Piece, cut, gather, lines_before, read
 from megatron_prune.data.text import BadDocument
 from megatron_prune.data.workers import Count, run_forked
 from megatron_prune.errors import Interrupted, UserError
-from megatron_prune.files import PARTIAL, Claim, claimed, give_name, new_folder, refuse_existing, write_json
+from megatron_prune.files import PARTIAL, Claim, checksum, claimed, give_name, new_folder, refuse_existing, write_json
 from megatron_prune.foreign import read_json, strict
 from megatron_prune.log import progress, say
 
@@ -282,7 +283,8 @@ def _join(job: Job) -> None:
         lengths = np.concatenate([_lengths(job.part(number)) for number in filled])
         with _Index(str(folder / "tokens.idx"), job.dtype) as index:
             index.write(lengths, None, np.arange(len(lengths) + 1))
-        write_json(folder / "tokens.json", report)
+        checksums = {suffix: checksum(folder / f"tokens{suffix}") for suffix in CHECKED}
+        write_json(folder / "tokens.json", {**report, "crc32": checksums})
 
 
 def _lengths(part: Path) -> np.ndarray:

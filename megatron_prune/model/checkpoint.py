@@ -5,7 +5,10 @@ A model checkpoint is a folder
     megatron_prune.json   what it is: model shape (and the Hugging Face config it came from), dtype, where from
     tokenizer/            the tokenizer's files
     weights/              megatron-core's distributed checkpoint (torch_dist), and checksums.json, CRC-32 of its files
+    checksums.json        CRC-32 of megatron_prune.json and of the tokenizer's files
     manifest.json         size of every file above: a truncated copy is found before it is read
+
+Whoever loads a model compares all checksums first; a file that has changed since it was written is the user's error.
 """
 
 from __future__ import annotations
@@ -21,7 +24,10 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -38,6 +44,10 @@ from megatron_prune.schema import Bytes, Crc32, RelativeName
 
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
+READERS = 4
+"""Files whose checksums a process computes at once."""
+GATED = "megatron.core.transformer.mlp"
+"""Where megatron-core splits the rows of a gated MLP into two halves, and puts them together again."""
 _WHAT = "a megatron_prune checkpoint"
 
 
@@ -155,11 +165,27 @@ def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     Nothing in the folder is executed.
     """
 
+    for item in nested_values(state):
+        if isinstance(item, ShardedTensorFactory) and item.merge_fn.__module__ == GATED:
+            item.merge_fn = partial(_merged, item.merge_fn)
+
     def read(table: Metadata) -> dict[str, Any]:
         check_format(folder)
         return dist_checkpointing.load(state, str(folder), TableStrategy(table), CommonStrategy())
 
     return read_safely(folder, read)
+
+
+def _merged(merge: Callable[[list[Tensor]], Tensor], halves: list[Tensor]) -> Tensor:
+    """Gate and up halves as one tensor: that which they were read into when they still lie side by side there."""
+    first, second = halves
+    whole = (len(first) + len(second), *first.shape[1:])
+    beside = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr() and (
+        second.storage_offset() == first.storage_offset() + first.numel()
+    )
+    if beside and first.is_contiguous() and second.is_contiguous() and first.shape[1:] == second.shape[1:]:
+        return first.as_strided(whole, first.stride())
+    return merge(halves)
 
 
 def read_safely(folder: Path, read: Callable[[Metadata], dict[str, Any]]) -> dict[str, Any]:
@@ -214,13 +240,42 @@ def damage_of(folder: Path) -> list[str]:
         mine += _damaged_sizes(folder)
         if not mine:
             names = sorted(checksums)[backend.rank() :: backend.world_size()]
-            changed = [name for name in names if checksum(folder / name) != checksums[name]]
-            mine += [f"{name} has changed since it was written" for name in changed]
+            mine += _changed(folder, {name: checksums[name] for name in names})
     except (UserError, OSError) as error:
         mine.append(str(error))
+    return _everybodys(mine)
+
+
+def _changed(folder: Path, checksums: dict[str, str]) -> list[str]:
+    """Which of these files are not what they were; several are read at once."""
+    odd = [name for name in checksums if not (folder / name).is_file()]
+    if odd:
+        return [f"{name} is no file of it" for name in odd]
+    with ThreadPoolExecutor(READERS) as readers:
+        found = list(readers.map(lambda name: checksum(folder / name), checksums))
+    same = zip(checksums, found, checksums.values(), strict=True)
+    return [f"{name} has changed since it was written" for name, now, then in same if now != then]
+
+
+def _everybodys(mine: list[str]) -> list[str]:
+    """What any rank has found, each thing once. Collective."""
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     return list(dict.fromkeys(text for told in everybody for text in told))
+
+
+def check_model(path: Path) -> None:
+    """UserError when a file of a model checkpoint is missing or has changed. Collective: ranks share the reading."""
+    check_manifest(path)
+    mine: list[str] = []
+    for folder in (path, path / "weights"):
+        if (folder / CHECKSUMS).is_file():  # of the folder above weights earlier versions wrote none
+            checksums = read_json(folder / CHECKSUMS, _WHAT, dict[RelativeName, Crc32])
+            names = sorted(checksums)[backend.rank() :: backend.world_size()]
+            mine += _changed(folder, {name: checksums[name] for name in names})
+    damage = _everybodys(mine)
+    if damage:
+        raise UserError(f"checkpoint {path} is damaged: {damage[0]}; copy it again or use another checkpoint")
 
 
 def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokenizer: Path) -> None:
@@ -237,6 +292,9 @@ def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokeniz
         dist.barrier()
         ShardedSave(folder / "weights", _weights_only(model)).finish()
         if backend.rank() == 0:
+            places = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+            others = [place for place in places if place.parts[0] != "weights"]
+            write_json(folder / CHECKSUMS, {str(place): checksum(folder / place) for place in others})
             write_manifest(folder)
 
 
@@ -273,7 +331,7 @@ def _check_size(path: Path, config: ModelConfig) -> None:
 def load_model(path: Path, layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
     """The model of a checkpoint in `layout`; `dtype` overrides the stored type. Collective."""
     description = read_description(path)
-    check_manifest(path)
+    check_model(path)
     config = description.config
     _check_size(path, config)
     prunable = PrunableModel(config, layout, build_model(config, layout, compute_dtype(dtype or config.dtype), **extra))

@@ -24,7 +24,6 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError
@@ -37,6 +36,7 @@ from megatron_prune.model.units import BlockUnits, all_of_block, channels_of, he
 from megatron_prune.statistics.channels import Gram
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.store import StatisticsStore
+from megatron_prune.tensor_files import read_tensors, write_tensors
 
 FILE = "levels.json"
 ATTENTION, MLP = "attention", "mlp"
@@ -183,13 +183,13 @@ class Levels:
             errors.append(float(((change @ gram.double()) * change).sum()) / whole if whole else 0.0)
         tensors["errors"] = torch.tensor([*errors, 1.0 if whole else 0.0], dtype=torch.float64)
         with own_file(self._file(kind, layer)) as partial:
-            save_file(tensors, partial)
+            write_tensors(tensors, partial)
 
     def _tensors(self, kind: str, layer: int) -> dict[str, Tensor]:
         if (kind, layer) not in self.cache:
             file = self._file(kind, layer)
             with fenced(f"{file} is missing or damaged", "remove it and run again"):
-                found = load_file(file)
+                found = read_tensors(file)
                 self._check(kind, layer, found)
             self.cache[kind, layer] = found
         return self.cache[kind, layer]

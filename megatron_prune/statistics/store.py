@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
 from pydantic import with_config
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -25,6 +24,7 @@ from megatron_prune.files import PARTIAL, by_leader, from_leader, own_file, writ
 from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.schema import Count, Word
+from megatron_prune.tensor_files import read_tensors, write_tensors
 
 FILE = "statistics.json"
 _FORMAT = 1
@@ -101,7 +101,7 @@ class StatisticsStore:
                     tensors = {str(n): tensor.cpu().contiguous() for n, tensor in enumerate(statistic.tensors())}
                     file = self._file(layer, _name(site, type(statistic)))
                     with own_file(file) as partial:
-                        save_file(tensors, partial)
+                        write_tensors(tensors, partial)
 
         by_leader(save)
 
@@ -115,7 +115,7 @@ class StatisticsStore:
         for site, statistic in into.items():
             file = self._file(layer, self._kept(site, type(statistic)))
             with fenced(f"{file} is missing or damaged", f"remove {self.folder}"):
-                kept = load_file(file)
+                kept = read_tensors(file)
                 for number, tensor in enumerate(statistic.tensors()):
                     tensor.copy_(kept[str(number)].view(tensor.shape))
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_prune.__main__ import main
 from megatron_prune.errors import UserError
-from megatron_prune.files import write_json
+from megatron_prune.files import checksum, write_json
 from megatron_prune.model.pickled import Made, Refused, check_plain, read_pickle
 from megatron_prune.model.saved import read_saved
 from megatron_prune.model.untrusted import NAMES, TABLE, read_table
@@ -481,9 +481,11 @@ def test_values_that_contain_themselves_or_too_many() -> None:
 
 
 def _poison(checkpoint: Path, copy: Path, file: str, content: bytes) -> Path:
-    """A copy with one file of `weights` replaced, its sizes written anew."""
+    """A copy with one file of `weights` replaced, its size and checksum written anew."""
     shutil.copytree(checkpoint, copy)
     (copy / "weights" / file).write_bytes(content)
+    sums = json.loads((copy / "weights" / "checksums.json").read_text())
+    write_json(copy / "weights" / "checksums.json", sums | {file: checksum(copy / "weights" / file)})
     sizes = {str(p.relative_to(copy)): p.stat().st_size for p in copy.rglob("*") if p.is_file()}
     del sizes["manifest.json"]
     write_json(copy / "manifest.json", sizes)
