@@ -196,11 +196,12 @@ def _load_optimizer_state(chunks: Sequence[Module], optimizer: Any, state: dict[
 
 
 def _fill(slot: Slot, loaded: dict[str, Tensor], step: int) -> None:
+    """Take over a parameter's state, the tensors themselves; of a part of it copies, so that the rest is freed."""
     if slot.part is not None:
-        loaded = {kind: tensor.flatten()[slot.part] for kind, tensor in loaded.items()}
+        loaded = {kind: tensor.flatten()[slot.part].clone() for kind, tensor in loaded.items()}
     if MASTER in loaded:
         slot.main.copy_(loaded.pop(MASTER))
-    slot.state.update({kind: tensor.clone() for kind, tensor in loaded.items()})
+    slot.state.update(loaded)
     if isinstance(slot.adam, (torch.optim.Adam, torch.optim.AdamW)):
         slot.state["step"] = torch.tensor(float(step))
         return
