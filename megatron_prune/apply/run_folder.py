@@ -41,7 +41,7 @@ class RunDescription:
     """A pruning method, or `train`."""
     target: Word | None
     """None: trained without one."""
-    state: Annotated[str, Field(pattern="^(learning|decided|training|trained)$")]
+    state: Annotated[str, Field(pattern="^(learning|searching|decided|training|trained)$")]
     """`learning` or `decided`; of recovery training `training` or `trained`."""
     launch: Word | None = None
     """The launch that began or finished the run, as `backend.launch` names it."""
