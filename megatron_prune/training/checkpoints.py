@@ -98,6 +98,8 @@ class Checkpoints:
             if backend.rank() == 0:
                 shutil.rmtree(bad.with_name(bad.name + DAMAGED), ignore_errors=True)
                 bad.rename(bad.with_name(bad.name + DAMAGED))
+        if path is not None:  # a run may have died behind a checkpoint and before its pointer
+            by_leader(lambda: write_json(self.folder / LATEST, {"step": _step(path)}))
         dist.barrier()
         return path
 

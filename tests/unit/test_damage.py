@@ -103,6 +103,36 @@ def test_a_bit_of_kept_statistics(root: Path, capsys: pytest.CaptureFixture[str]
     assert checksum(root / "second/decision/units.safetensors") == checksum(root / "first/decision/units.safetensors")
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_bit_of_preprocessed_text(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    """Which leaves an id of the vocabulary, or an index that could be one."""
+    text, out = tmp_path / "text", tmp_path / "out"
+    flags = ["--input", str(root / "words.jsonl"), "--tokenizer", str(root / "hf"), "--workers", "1"]
+    assert main(["preprocess", *flags, "--output", str(text)]) == 0
+    file = text.with_suffix(suffix)
+    whole = file.read_bytes()
+    flip(file)
+    sizes = [
+        "--seq-length",
+        "16",
+        "--global-batch-size",
+        "1",
+        "--train-iters",
+        "1",
+        "--data-cache",
+        str(tmp_path / "c"),
+    ]
+    train = ["train", "--input", str(root / "model"), "--data", str(text), *sizes, "--output", str(out)]
+    assert main(train) == 2
+    said = capsys.readouterr().err
+    assert "has changed since `preprocess` wrote it" in said or "damaged" in said
+    assert not list(tmp_path.glob("out*"))
+    file.write_bytes(whole)
+    assert main(train) == 0
+
+
 def test_tensors_with_their_checksum(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2], dtype=torch.int32), "c": torch.ones(3)[:0]}
     write_tensors(tensors, tmp_path / "new")

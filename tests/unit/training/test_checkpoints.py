@@ -104,6 +104,14 @@ def test_what_a_killed_save_leaves_is_ignored_and_removed(root: Path) -> None:
     assert steps_in(run) == steps_in(root / "whole")
 
 
+def test_a_damaged_pointer_is_written_anew(root: Path) -> None:
+    """Also when nothing is left to save: the run had died behind its last checkpoint."""
+    run = reopened(root / "whole", root / "pointer", STEPS)
+    (run / "checkpoints" / "latest.json").write_text('{"step"')
+    assert main(learn(root, run.name, "--resume")) == 0
+    assert json.loads((run / "checkpoints" / "latest.json").read_text()) == {"step": STEPS}
+
+
 @pytest.mark.parametrize("background", [(), ("--async-save",)])
 def test_the_last_ones_are_kept(root: Path, background: tuple[str, ...]) -> None:
     """And what is written in the background is the same and there at the end."""
