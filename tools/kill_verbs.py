@@ -157,9 +157,10 @@ class Verb:
 def begin(argv: list[str], folder: Path, out: Path, err: Path) -> int:
     """The process id of a verb that runs in `folder`, at the head of a process group of its own."""
     pid = os.fork()
+    with contextlib.suppress(OSError):  # both do it: neither knows which is first
+        os.setpgid(pid, pid or os.getpid())
     if pid:
         return pid
-    os.setsid()
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(folder)

@@ -293,18 +293,18 @@ class Stage:
 
     def scene(self, scene: Scene) -> None:
         """All kinds of damage to all files of a scene."""
-        start, whole, place = (self.root / name for name in ("start", "whole", "place"))
+        start, place = self.root / "start", self.root / "place"
         cache = self.root / "cache"
-        for path in (start, whole, cache):
+        for path in (start, place, cache):
             shutil.rmtree(path, ignore_errors=True)
-        start.mkdir(parents=True)
+        place.mkdir(parents=True)
         for command in scene.before:
-            self.must(command, start)
+            self.must(command, place)
         if scene.reopen:
-            reopen(start / "out")
-        shutil.copytree(start, whole)
-        self.must(scene.command, whole)
-        expected = contents(whole / "out")
+            reopen(place / "out")
+        shutil.copytree(place, start)
+        self.must(scene.command, place)
+        expected = contents(place / "out")
         kept = self.root / "kept_cache"
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(cache, kept) if cache.exists() else kept.mkdir()
@@ -314,15 +314,16 @@ class Stage:
                     shutil.rmtree(target, ignore_errors=True)
                     shutil.copytree(source, target)
                 files = sorted(place.glob(pattern)) if ".." not in pattern else sorted(self.root.glob(pattern[3:]))
-                good, file = files[0].read_bytes(), files[0]
+                good, file, times = files[0].read_bytes(), files[0], files[0].stat()
                 damage(file, self.generator)
                 status, said = self.do(scene.command, place)
                 same = not status and contents(place / "out") == expected
                 told = f"{pattern}: {kind}"
 
-                def after(file: Path = file, good: bytes = good) -> str:
-                    left = [path.name for path in place.glob("out*")] if not scene.reopen else []
+                def after(file: Path = file, good: bytes = good, times: os.stat_result = times) -> str:
+                    left = [] if scene.reopen else [path.name for path in place.iterdir() if "out" in path.name]
                     file.write_bytes(good)
+                    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
                     status, said = self.do(scene.command, place)
                     well = not status and contents(place / "out") == expected
                     return "same" if well and not left else f"status {status}, left {left}: {said[-200:]}"
