@@ -261,6 +261,7 @@ def claim(path: Path, what: str = "output", may_exist: bool = False, wait: bool 
         known.uses += 1
         return known
     if not may_exist:
+        _forget_mark(path)
         refuse_existing(path, what)
     try:
         made = _claim(path, what, may_exist, wait)
@@ -268,6 +269,15 @@ def claim(path: Path, what: str = "output", may_exist: bool = False, wait: bool 
         raise UserError(f"{what} {path} cannot be written ({foreign.reason(error)}): {ROOM}") from None
     _claims[key] = made
     return made
+
+
+def _forget_mark(path: Path) -> None:
+    """Remove the lock file beside a whole output: a process that was killed behind giving it its name has left that."""
+    lock = path.with_name(f".{path.name}{LOCK}")
+    if not (os.path.lexists(path) and os.path.lexists(lock)):
+        return
+    with contextlib.suppress(OSError, UserError):  # another process holds it, or it is not ours
+        _let_go(Claim(path, lock, _lock(lock, path, wait=False), []))
 
 
 def _claim(path: Path, what: str, may_exist: bool, wait: bool) -> Claim:

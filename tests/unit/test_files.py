@@ -276,6 +276,25 @@ def test_a_refused_run_leaves_a_killed_ones_to_the_next(tmp_path: Path) -> None:
     assert left(tmp_path) == {"x"}
 
 
+def test_the_lock_beside_a_whole_output_goes_when_that_is_refused(tmp_path: Path) -> None:
+    """Of a run that was killed behind giving its output its name; that of a living one stays."""
+
+    def finish() -> None:
+        files.claim(tmp_path / "x")
+        (tmp_path / "x").mkdir()
+
+    die_in(finish)
+    assert left(tmp_path) == {"x", f".x{LOCK}"}
+    with pytest.raises(UserError, match="already exists"), claimed(tmp_path / "x"):
+        pass
+    assert left(tmp_path) == {"x"}
+    with locked_elsewhere(tmp_path / "y"):
+        (tmp_path / "y").mkdir()
+        with pytest.raises(UserError, match="already exists"), claimed(tmp_path / "y"):
+            pass
+        assert f".y{LOCK}" in left(tmp_path)
+
+
 def test_another_folder_in_the_place_of_a_leftover_is_not_ours(tmp_path: Path) -> None:
     die_in(lambda: begin(tmp_path / "x"))
     (tmp_path / "x.partial").rename(tmp_path / "kept")  # so that its number is not given again
