@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_prune.__main__ import main
-from megatron_prune.files import checksum, read_json, write_json
+from megatron_prune.files import checksum, write_json
 from megatron_prune.model.checkpoint import _merged
 from megatron_prune.tensor_files import Damaged, read_tensors, write_tensors
 from tests.models import byte_tokenizer, tiny_llama, words
@@ -71,7 +72,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(root: Path, tmp_path: Path) 
     copy = tmp_path / "copy"
     shutil.copytree(root / "model", copy)
     (copy / "checksums.json").unlink()
-    sizes = read_json(copy / "manifest.json", "")
+    sizes = json.loads((copy / "manifest.json").read_text())
     del sizes["checksums.json"]
     write_json(copy / "manifest.json", sizes)
     assert main(["export", "--input", str(copy), "--output", str(tmp_path / "out")]) == 0
