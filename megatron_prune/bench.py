@@ -28,6 +28,7 @@ from megatron_prune.export.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_result
 from megatron_prune.log import device_names, environment, progress, say
 from megatron_prune.methods.target import NM
+from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.families import get_family
@@ -115,7 +116,7 @@ def _open(config: BenchConfig) -> HFReader:
 
 
 def _load(config: BenchConfig, reader: HFReader) -> Any:
-    dtype = getattr(torch, config.dtype or reader.model_config.dtype)
+    dtype = compute_dtype(config.dtype or reader.model_config.dtype)
     model = in_transformers(reader, dtype)
     return torch.nn.Module.to(model, backend.device()).eval().requires_grad_(False)
 
