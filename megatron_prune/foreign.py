@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import stat
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -313,10 +312,10 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_stderr() -> Iterator[None]:
-    """Standard error of compiled code goes to a file that nobody keeps."""
+    """Standard error of compiled code goes nowhere."""
     kept = os.dup(2)
     try:
-        with tempfile.TemporaryFile() as nowhere:
+        with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
             yield
     finally:

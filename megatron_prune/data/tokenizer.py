@@ -62,14 +62,20 @@ def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreT
     """
     directory = Path(directory)
     _check_present(directory)
-    with tempfile.TemporaryDirectory(prefix="tokenizer-") as clean:
+    with _room(directory), tempfile.TemporaryDirectory(prefix="tokenizer-") as clean:
         _fill(directory, Path(clean))
         tokenizer = _load(directory, Path(clean))
     tokenizer.name_or_path = str(directory)
+    _undraw(tokenizer)
     _check_ids(tokenizer, str(directory))
     if vocab_size is not None:
         check_tokenizer(tokenizer, vocab_size, str(directory))
     return tokenizer
+
+
+def _room(directory: Path) -> contextlib.AbstractContextManager[None]:
+    """While active, an error over the folder for transformers is a `UserError`."""
+    return fenced(f"{directory}: the tokenizer cannot be laid out", "make room where TMPDIR says")
 
 
 def _check_present(directory: Path) -> None:
@@ -299,6 +305,13 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise UserError(f"{name}: the tokenizer's ids reach {max(ids)}; allowed: 0 to {LARGEST_ID}; {AGAIN}")
     if added > MOST_SPECIAL:
         raise UserError(f"{name}: the tokenizer adds {added} tokens to each text; allowed: {MOST_SPECIAL}; {AGAIN}")
+
+
+def _undraw(tokenizer: PreTrainedTokenizerBase) -> None:
+    """No merge is left out at random: every process and every run must see the same ids."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(model, "dropout", None):
+        model.dropout = None
 
 
 # --- use ---

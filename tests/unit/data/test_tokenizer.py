@@ -279,6 +279,39 @@ def test_code_that_comes_along_is_not_run(trained: Path, tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_is_saved_with_a_tokenizer_changes_no_text(trained: Path, tmp_path: Path) -> None:
+    """Neither a longest text, nor padding, nor merges left out at random."""
+    shutil.copy(trained / "bytes" / "tokenizer.json", tmp_path)
+    expected = load_encoder(tmp_path).encode(TEXTS)
+    padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|end|>"}
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    fast(truncation=cut, padding=padding, model__dropout=0.9)(tmp_path)
+    assert load_encoder(tmp_path).encode(TEXTS) == expected == tokenize(load_tokenizer(tmp_path), TEXTS)
+
+
+def test_expressions_that_take_for_ever_are_given_up(trained: Path, tmp_path: Path) -> None:
+    """The library's own limit on steps back in one match; it panics then."""
+    shutil.copy(trained / "bytes" / "tokenizer.json", tmp_path)
+    fast(normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"})(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for encode in (
+        lambda: tokenize(tokenizer, ["a" * 60 + "!"]),
+        lambda: load_encoder(tmp_path).encode(["a" * 60 + "!"]),
+    ):
+        with pytest.raises(UserError, match="the tokenizer fails on a text .*retry-limit"):
+            encode()
+
+
+def test_no_room_for_the_folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UserError, match="cannot be laid out .*make room where TMPDIR says"),
+    ):
+        patched.setattr("tempfile.tempdir", "/nothing/there")
+        load_tokenizer(trained / "bytes")
+
+
 # --- tokens beyond the model ---
 
 
