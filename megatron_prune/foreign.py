@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import stat
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -276,9 +277,9 @@ def fenced(what: str, advice: str, native: bool = False) -> Iterator[None]:
     """While active, whatever a foreign loader raises is a UserError: "`what` (why); `advice`". Logs are quiet.
 
     For loaders of files of others: what may be wrong with a file is no list that somebody could write down. `native`:
-    also what the library's compiled code writes to standard error, where a panic tells of itself.
+    also what the library's compiled code prints, such as a panic's account of itself.
     """
-    with quiet(), _no_stderr() if native else contextlib.nullcontext():
+    with quiet(), _mute() if native else contextlib.nullcontext():
         try:
             yield
         except UserError:
@@ -311,16 +312,23 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Standard error of compiled code goes nowhere."""
-    kept = os.dup(2)
+def _mute() -> Iterator[None]:
+    """What compiled code writes to standard output and standard error goes nowhere."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    kept: dict[int, int] = {}
+    for number in (1, 2):
+        with contextlib.suppress(OSError):  # closed by whoever started the program
+            kept[number] = os.dup(number)
     try:
         with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+            for number in kept:
+                os.dup2(nowhere.fileno(), number)
             yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for number, place in kept.items():
+            os.dup2(place, number)
+            os.close(place)
 
 
 # --- parts of schemas ---

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.tokenizer import AGAIN, check_no_tiktoken, encoding, load_tokenizer, tokenize
-from megatron_prune.foreign import fenced, read_regular
+from megatron_prune.data.tokenizer import encoding, load_tokenizer, open_sentencepiece, tokenize
+from megatron_prune.foreign import read_regular
 
 
 class Encoder(Protocol):
@@ -76,14 +76,8 @@ class SentencePieceEncoder:
     """A SentencePiece model without Hugging Face's files around it."""
 
     def __init__(self, path: Path) -> None:
-        from sentencepiece import SentencePieceProcessor
-
         content = read_regular(path, "a SentencePiece model")
-        check_no_tiktoken(content, path)
-        with fenced(f"{path}: not a SentencePiece model", AGAIN, native=True):
-            if not content:  # which the library takes for no model yet
-                raise ValueError("an empty file")
-            self.model = SentencePieceProcessor(model_proto=content)
+        self.model = open_sentencepiece(content, path)
         self.name = str(path)
         self.threads = 1
         self.vocab_size = self.model.get_piece_size()

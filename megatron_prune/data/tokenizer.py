@@ -93,10 +93,21 @@ def _vocabularies(directory: Path) -> list[Path]:
     return [file for file in files if not any(word in file.name for word in about)]
 
 
-# --- tiktoken ---
+# --- models of other libraries ---
 
 
-def check_no_tiktoken(content: bytes, file: Path) -> None:
+def open_sentencepiece(content: bytes, file: Path) -> Any:
+    """SentencePiece's processor of the content of a file; UserError when it is none of its models."""
+    from sentencepiece import SentencePieceProcessor
+
+    _check_no_tiktoken(content, file)
+    with fenced(f"{file}: not a SentencePiece model", AGAIN, native=True):
+        if not content:  # which the library takes for no model yet
+            raise ValueError("an empty file")
+        return SentencePieceProcessor(model_proto=content)
+
+
+def _check_no_tiktoken(content: bytes, file: Path) -> None:
     """UserError for a file in tiktoken's form, of which no library here knows how to cut a text before it is used."""
     first, _, _ = content[:1000].partition(b"\n")
     if TIKTOKEN.fullmatch(first.strip()):
@@ -131,7 +142,7 @@ def _give(file: Path, place: Path) -> None:
     """Make a file of pieces, checked where it is JSON, available as `place`."""
     content = read_regular(file, "a tokenizer's folder")
     if not (file.parent / "tokenizer.json").is_file():
-        check_no_tiktoken(content, file)
+        _check_model(content, file)
     if file.name == "tokenizer.json":
         _check_fast(parse_text_json(content, str(file), advice=AGAIN), file)
     elif file.suffix == ".json":
@@ -140,6 +151,13 @@ def _give(file: Path, place: Path) -> None:
         place.write_bytes(content.removeprefix(MARK))
     else:
         place.symlink_to(file.resolve())
+
+
+def _check_model(content: bytes, file: Path) -> None:
+    if ".model" in file.name:
+        open_sentencepiece(content, file)
+    else:
+        _check_no_tiktoken(content, file)
 
 
 def _model(directory: Path) -> dict[str, str]:

@@ -542,9 +542,12 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "config a list": (written("config.json", []), "config.json"),
     "config no JSON": (written("config.json", b"{"), "config.json is damaged"),
     "config deep": (written("config.json", DEEP), "config.json is damaged"),
-    "SentencePiece garbage": (only("tokenizer.model", b"garbage"), "does not load"),
-    "SentencePiece empty": (only("tokenizer.model", b""), "does not load"),
-    "SentencePiece zeros": (only("tokenizer.model", bytes(1000), tokenizer_class="LlamaTokenizer"), "does not load"),
+    "SentencePiece garbage": (only("tokenizer.model", b"garbage"), "tokenizer.model: not a SentencePiece model"),
+    "SentencePiece empty": (only("tokenizer.model", b""), "tokenizer.model: not a SentencePiece model"),
+    "SentencePiece zeros": (
+        only("tokenizer.model", bytes(1000), tokenizer_class="LlamaTokenizer"),
+        "tokenizer.model: not a SentencePiece model",
+    ),
     "tiktoken": (only("tokenizer.model", b"IQ== 0\nIg== 1\n"), "is a tiktoken file.*tokenizer.json"),
     "tekken": (only("tekken.json", {"config": {}, "vocab": []}), "does not load"),
     "vocab.json a list": (only("vocab.json", [], tokenizer_class="GPT2Tokenizer"), "vocab.json"),
@@ -557,6 +560,7 @@ REFUSED: dict[str, tuple[Damage, str]] = {
     "nothing": (replaced(lambda path: None), "no tokenizer found"),
 }
 EITHER: dict[str, Damage] = {
+    "added token of tokenizer.json with unknown keys": fast(added_tokens=[{"id": 0, "content": "x", "y": 1}]),
     "added tokens with unknown keys": config(added_tokens_decoder={"0": {"content": "x", "y": 1}}),
     "special token of no form": written("special_tokens_map.json", {"eos_token": {"x": 1}}),
     "no merges": fast(model__merges=None),
@@ -595,7 +599,7 @@ def silent(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     capfd.readouterr()
     yield
     said = capfd.readouterr()
-    assert said.err == "" and "rror" not in said.out
+    assert said.err == "" and "rror" not in said.out and "gnored" not in said.out
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -627,6 +631,16 @@ def test_a_damaged_sentencepiece_file_by_itself(tmp_path: Path, content: bytes) 
     (tmp_path / "a.model").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.model"):
         load_encoder(tmp_path / "a.model")
+
+
+def test_a_program_without_standard_error(trained: Path) -> None:
+    kept = os.dup(2)
+    os.close(2)
+    try:
+        assert load_tokenizer(trained / "bytes")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def test_installed_libraries_are_named(damaged: Path) -> None:
