@@ -64,6 +64,7 @@ def _counted(record: dict[str, Any]) -> dict[str, Any]:
 
 _Record = Annotated[dict[str, Annotated[int, Field(ge=-(2**63), lt=2**63)] | _Value], AfterValidator(_counted)]
 """Schema of a line: figures, and lists of numbers."""
+METRICS = "metrics.jsonl"
 PLAIN_INTERVAL_S = 10.0
 """Seconds between lines of progress outside a terminal."""
 
@@ -135,7 +136,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, name: str = "step") -> None:
         """`name` is what the console calls a step."""
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.name = name
         self._folder = folder
         self._file: TextIO | None = None
@@ -144,13 +145,18 @@ class MetricsLog:
         self._began = 0.0
         self._bar: tuple[Progress, TaskID] | None = None
 
-    def resume_at(self, done: int) -> None:
-        """Forget what was written about steps after `done`, everything at 0 (a run that died behind a checkpoint)."""
+    def resume_at(self, done: int, checkpoint: Path | None = None) -> None:
+        """Forget what was written about steps after `done`, everything at 0 (a run that died behind a checkpoint).
+
+        The metrics in a `checkpoint` have been compared with their checksum; where it has some, they are used.
+        """
         self._first = self._done = done
-        if not is_leader() or not self.path.exists():
+        kept_there = checkpoint is not None and (checkpoint / METRICS).is_file()
+        if not is_leader() or not (kept_there or self.path.exists()):
             return
         self.close()
-        kept = [record for record in read_metrics(self._folder) if record.get("step", 0) <= done] if done else []
+        source = checkpoint if checkpoint is not None and kept_there else self._folder
+        kept = [record for record in read_metrics(source) if record.get("step", 0) <= done] if done else []
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     @contextlib.contextmanager
@@ -241,7 +247,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
     A last line without its end, which a process is writing or died in, is left out. UserError for a damaged one.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     data = read_regular(path, "a run", MOST_BYTES) if path.is_file() else b""
     return [_record(line, f"{path}:{number}") for number, line in enumerate(data.split(b"\n")[:-1], 1)]
 

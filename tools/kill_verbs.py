@@ -45,7 +45,7 @@ from tools.kill_test import curve  # noqa: E402
 WORK = ("preprocess", "import", "prune", "train", "trim", "export", "evaluate", "verify")
 """Verbs whose modules are imported before the first fork."""
 MORE = ("megatron_prune.fsdp.recover", "torch.utils.tensorboard", "megatron_prune.search.evolution")
-CLOCK = ("seconds", "_s", "per_second", ".metadata", "common.pt")
+CLOCK = ("seconds", "_s", "per_second", ".metadata", "common.pt", "metrics.jsonl")
 """Ends of keys in JSON files that depend on the clock, or are checksums of files that are compared otherwise."""
 POLL_S = 0.002
 

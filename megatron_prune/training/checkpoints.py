@@ -2,6 +2,7 @@
 
     checkpoints/step_0000200/    the state after 200 optimizer steps
         checkpoint.json            step, samples seen, seed and shape of a step
+        metrics.jsonl              the run's metrics until then
         common.pt __0_0.distcp ..  megatron-core's distributed checkpoint (torch_dist), any layout reads it
         checksums.json             CRC-32 of every file above
         manifest.json              size of every file above; written last
@@ -25,7 +26,7 @@ from megatron_prune.apply.run_folder import Step
 from megatron_prune.errors import UserError
 from megatron_prune.files import abandon_folder, begin_folder, by_leader, from_leader, publish_folder, write_json
 from megatron_prune.foreign import read_json
-from megatron_prune.log import say
+from megatron_prune.log import METRICS, say
 from megatron_prune.model.checkpoint import ShardedSave, damage_of, write_manifest
 
 LATEST = "latest.json"
@@ -53,13 +54,20 @@ class Checkpoints:
         partial = begin_folder(path)
         try:
             save = self.sharded_save(partial, state, self.in_background)
-            by_leader(lambda: write_json(partial / DESCRIPTION, about))
+            by_leader(lambda: self._describe(partial, about))
         except BaseException:
             abandon_folder(path)
             raise
         self._pending = (save, path)
         if not self.in_background:
             self.finish()
+
+    def _describe(self, partial: Path, about: dict[str, Any]) -> None:
+        """What the state belongs to; the metrics so far, too, so that a run that goes on has them to the bit."""
+        write_json(partial / DESCRIPTION, about)
+        metrics = self.folder.parent / METRICS
+        if metrics.is_file():
+            shutil.copyfile(metrics, partial / METRICS)
 
     def busy(self) -> bool:
         """Whether this rank is still writing a checkpoint."""

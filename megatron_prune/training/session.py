@@ -74,6 +74,8 @@ class TrainingSession:
         self.checkpoints = Checkpoints(folder, training.keep_checkpoints, training.async_save, self.sharded_save)
         self.flops = flops_per_token(model.config, training.seq_length)
         self.peak_tflops = training.peak_tflops or known_peak_tflops(device_names()[0], model.config.dtype)
+        self.restored: Path | None = None
+        """The checkpoint that the run goes on from."""
         self.step_times: list[float] = []
         """Seconds of the steps since the last line of metrics."""
 
@@ -102,7 +104,7 @@ class TrainingSession:
         `on_step(step, steps)` is called before each, and returns what to log with it. Raises Stopped.
         """
         first = self._resume(trainer) if self.resume else 0
-        self.log.resume_at(first)
+        self.log.resume_at(first, self.restored)
         if first == 0:
             self._evaluate(trainer, 0)
         with self.stop, self.log.steps(self.training.train_iters):
@@ -206,6 +208,7 @@ class TrainingSession:
                 raise UserError(f"--resume: {path} has {key} {found.get(key)} and {given} was given: give the same")
         done = self.load(trainer, path)
         self.check_state(f"in {path}")
+        self.restored = path
         say(f"resumed from {path}")
         return done
 
