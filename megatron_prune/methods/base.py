@@ -213,9 +213,10 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
                 f"method {name} has no hyper-parameter {brief(given)}{_nearest(given, allowed)}; "
                 f"it has: {', '.join(allowed) or 'none'}"
             )
-    for entry in fields(known[name]):
-        check_value(entry.name, hyperparameters.get(entry.name), entry.metadata)
-    return known[name](**hyperparameters)
+    made = known[name](**hyperparameters)
+    for entry in fields(made):
+        check_value(entry.name, getattr(made, entry.name), entry.metadata)
+    return made
 
 
 def methods() -> list[MethodInfo]:

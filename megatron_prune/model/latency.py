@@ -20,7 +20,7 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, with_config
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 from megatron_prune.config import LatencyConfig
@@ -94,10 +94,12 @@ class LatencyTable:
         return cls(about, attention, dict(content["mlp_us"]), content["rest_us"])
 
 
+_OPEN: ConfigDict = {**strict(), "extra": "ignore"}
 _Microseconds = Annotated[float, Field(gt=0, le=1e15)]
 _Size = Annotated[int, Field(ge=1, le=LARGEST["ffn_hidden_size"])]
 
 
+@with_config(_OPEN)
 class _Measured(TypedDict):
     """The model that a table is of: `SAME`."""
 
@@ -107,6 +109,7 @@ class _Measured(TypedDict):
     vocab_size: Count
 
 
+@with_config(_OPEN)
 class _About(TypedDict):
     """What is read of the conditions; the rest is shown."""
 

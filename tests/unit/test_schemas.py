@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,21 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_prune.__main__ import main
 from megatron_prune.apply import run_folder
 from megatron_prune.apply.decision import MaskInfo, Masks
 from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.config import InspectConfig, ReportConfig
+from megatron_prune.data.about import read_about as read_text_about
+from megatron_prune.data.about import read_report
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.verify import watched
 from megatron_prune.inspect_run import run as inspect
 from megatron_prune.log import read_metrics
-from megatron_prune.model.checkpoint import check_manifest, damage_of
+from megatron_prune.model.checkpoint import _check_size, check_manifest, damage_of
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import Description, read_description
 from megatron_prune.model.families import family_of
+from megatron_prune.model.fms import FmsReader
+from megatron_prune.model.latency import SAME, LatencyTable
 from megatron_prune.model.units import Units
 from megatron_prune.report.report import run as report
+from megatron_prune.search.levels import Levels
+from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.checkpoints import read_about
 from tests.hostile import assert_harmless, complaint
 from tests.models import TINY_SIZES
@@ -244,3 +254,157 @@ def test_inspect_ends_with_status_2(masks: Path, capsys: pytest.CaptureFixture[s
     assert "run.json" in line
     with pytest.raises(UserError):
         read_description(masks)
+
+
+def test_latency_table(tmp_path: Path) -> None:
+    about = {"model": {name: getattr(CONFIG, name) for name in SAME}, "dtype": "float32", "environment": {}}
+    table = LatencyTable(about, {(4, 2): 5.0, (2, 2): 3.0}, {64: 9.0, 32: 5.0}, 1.5)
+    table.save(tmp_path / "table.json")
+
+    def use() -> None:
+        found = LatencyTable.load(tmp_path / "table.json")
+        found.of(CONFIG)
+
+    assert LatencyTable.load(tmp_path / "table.json") == table
+    assert assert_harmless(tmp_path / "table.json", use) > 300
+
+
+def test_a_text_that_was_preprocessed(tmp_path: Path) -> None:
+    content = {"documents": 1, "tokens": 5, "bad_lines": 0, "listed_bad_lines": [], "vocab_size": 5, "dtype": "int32"}
+    file = put(tmp_path / "t.json", content | {"end_of_text": None, "largest_id": 4, "input": ["a"]})
+    assert assert_harmless(file, lambda: read_text_about(file)) > 50
+    assert assert_harmless(file, lambda: read_report(file)) > 100
+
+
+def test_an_older_text_says_less_of_itself(tmp_path: Path) -> None:
+    assert read_text_about(put(tmp_path / "t.json", {"documents": 1})) == {}
+
+
+def test_statistics_json(tmp_path: Path) -> None:
+    """Of another model, or damaged: refused; only the list of what is complete may differ."""
+    found: list[Any] = []
+    honest = {"format": 1, "model": "m", "weights": "w", "windows": [2, 8], "tokens": "t", "complete": ["mlp.Gram"]}
+    put(tmp_path / "statistics.json", honest)
+
+    def use() -> None:
+        store = object.__new__(StatisticsStore)
+        store.folder, store.about, store.finished = tmp_path, {**honest}, set()
+        del store.about["complete"]
+        store._open()
+        found.append(store.finished)
+
+    assert assert_harmless(tmp_path / "statistics.json", use) > 150
+    assert all(isinstance(name, str) for names in found for name in names)
+
+
+def levels(tmp_path: Path) -> Levels:
+    """A database of levels whose description and statistics are not looked at."""
+    found = object.__new__(Levels)
+    found.folder, found.config, found.damping, found.cache = tmp_path, CONFIG, 0.01, {}
+    found.sizes = {kind: [found._there(kind, layer, 4, False) for layer in range(2)] for kind in ("attention", "mlp")}
+    return found
+
+
+def test_levels_json(tmp_path: Path) -> None:
+    levels(tmp_path)._describe()
+    assert assert_harmless(tmp_path / "levels.json", levels(tmp_path)._describe) > 300
+
+
+LEVEL_DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "no errors": lambda found: found.pop("errors"),
+    "errors of another length": lambda found: found.update(errors=torch.zeros(2, dtype=torch.float64)),
+    "no weight": lambda found: found.pop("1.weight"),
+    "weight of another shape": lambda found: found.update({"1.weight": torch.zeros(3, 3)}),
+    "units beyond": lambda found: found["1.kept"].__setitem__(-1, 10**6),
+    "units below": lambda found: found["1.kept"].__setitem__(0, -1),
+    "units twice": lambda found: found["1.kept"].fill_(0),
+    "units that are no numbers": lambda found: found.update({"1.kept": found["1.kept"].float()}),
+}
+
+
+@pytest.mark.parametrize("damage", LEVEL_DAMAGE)
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_levels_in_safetensors(tmp_path: Path, kind: str, damage: str) -> None:
+    database = levels(tmp_path)
+    sizes = database.sizes[kind][0]
+    tensors = {"errors": torch.zeros(len(sizes), dtype=torch.float64)}
+    for number, level in enumerate(sizes[1:-1], start=1):
+        kept = level.ffn if kind == "mlp" else level.groups * level.heads
+        tensors[f"{number}.kept"] = torch.arange(kept, dtype=torch.int32)
+        tensors[f"{number}.weight"] = torch.zeros(32, kept * (1 if kind == "mlp" else CONFIG.kv_channels))
+    save_file(tensors, tmp_path / f"00000.{kind}.safetensors")
+    assert complaint(lambda: levels(tmp_path).error(kind, 0, 1)) is None
+    LEVEL_DAMAGE[damage](tensors)
+    save_file(tensors, tmp_path / f"00000.{kind}.safetensors")
+    assert complaint(lambda: levels(tmp_path).error(kind, 0, 1)) is not None
+    (tmp_path / f"00000.{kind}.safetensors").write_bytes(b"x")
+    assert complaint(lambda: levels(tmp_path).error(kind, 0, 1)) is not None
+
+
+UNIT_DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "layers beyond": lambda found: found.update(layers=torch.tensor([7], dtype=torch.int32)),
+    "no layers": lambda found: found.pop("layers"),
+    "no hidden": lambda found: found.pop("hidden"),
+    "a layer without heads": lambda found: found.pop("layers.00001.heads"),
+    "another layer": lambda found: found.update({"layers.00009.ffn": torch.zeros(1, dtype=torch.int32)}),
+    "floats": lambda found: found.update(hidden=torch.zeros(32)),
+    "a matrix": lambda found: found.update(hidden=torch.zeros(4, 8, dtype=torch.int32)),
+    "twice": lambda found: found["hidden"].fill_(0),
+    "below": lambda found: found["layers.00001.ffn"].__setitem__(0, -5),
+    "beyond": lambda found: found["layers.00001.groups"].__setitem__(-1, 10**6),
+    "fewer channels": lambda found: found.update(hidden=found["hidden"][:5].clone()),
+}
+
+
+@pytest.mark.parametrize("damage", UNIT_DAMAGE)
+def test_units_in_safetensors(trimmed: Path, damage: str) -> None:
+    folder = trimmed / "decision"
+    assert complaint(page(trimmed)) is None
+    tensors = load_file(folder / "units.safetensors")
+    UNIT_DAMAGE[damage](tensors)
+    save_file(tensors, folder / "units.safetensors")
+    about = json.loads((folder / "trim.json").read_text())
+    about["sha256"] = hashlib.sha256((folder / "units.safetensors").read_bytes()).hexdigest()
+    put(folder / "trim.json", about)
+    assert complaint(page(trimmed)) is not None
+
+
+FMS: dict[str, Any] = {
+    **{"src_vocab_size": 128, "emb_dim": 32, "norm_eps": 1e-6, "nheads": 4, "kvheads": 2, "nlayers": 2, "pad_id": -1},
+    **{"hidden_grow_factor": 2.0, "multiple_of": 1, "activation_fn": "swish", "p_dropout": 0.0, "attn_bias": False},
+    **{"max_expected_seq_len": 512, "mlp_bias": False, "tie_heads": False, "rope_theta": 1e4, "rope_scaling": {}},
+    **{"linear_config": None, "fused_weights": True},
+}
+
+
+def test_fms_config(tmp_path: Path) -> None:
+    """Until the weights are looked for, which are not there."""
+
+    def use() -> None:
+        try:
+            FmsReader(tmp_path)
+        except UserError as error:
+            if "safetensors" not in str(error):
+                raise
+
+    file = put(tmp_path / "fms_config.json", FMS)
+    assert assert_harmless(file, use) > 100
+
+
+def test_weights_that_the_files_cannot_hold_are_not_made(tmp_path: Path) -> None:
+    """A description of a model of any size asks for no memory."""
+    large = dataclasses.replace(CONFIG, hidden_size=2**20, vocab_size=2**24)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "__0_0.distcp").write_bytes(b"x" * 1000)
+    assert "does not fit its own description" in (complaint(lambda: _check_size(tmp_path, large)) or "")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_not_verified(value: float, tmp_path: Path) -> None:
+    """Wherever they are: one in an embedding is enough."""
+    weights = [("a", torch.zeros(4, 4)), ("b", torch.zeros(4))]
+    found: dict[str, int] = {}
+    assert [name for name, _ in watched(iter(weights), found)] == ["a", "b"] and not found
+    weights[1][1][2] = value
+    list(watched(iter(weights), found))
+    assert found == {"b": 1}
