@@ -66,7 +66,7 @@ def test_what_is_written_is_read_again(root: Path, tmp_path: Path) -> None:
     good = json.loads((root / "table.json").read_text())
     for key, value in (("mlp_us", []), ("attention_us", [[4, 2]]), ("about", {"model": {}}), ("mlp_us", [[64, -1]])):
         (tmp_path / "bad.json").write_text(json.dumps(good | {key: value}))
-        with pytest.raises(UserError, match="is no latency table"):
+        with pytest.raises(UserError, match="is not a latency table"):
             LatencyTable.load(tmp_path / "bad.json")
 
 
