@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError, brief
-from megatron_prune.foreign import check_shape, names, strict
+from megatron_prune.foreign import bounded, check_shape, names, strict
 from megatron_prune.model import blocks as block_list
 from megatron_prune.model import quantised
 from megatron_prune.model.blocks import Block, widest
@@ -613,6 +613,7 @@ class _Keys(TypedDict, total=False):
     use_sliding_window: bool | None
     sliding_window: int | None
     max_window_layers: int | None
+    num_labels: bounded(0, 10_000) | None  # type: ignore[valid-type]  # transformers makes as many names
 
 
 def _check_types(hf_config: Mapping[str, Any]) -> None:

@@ -248,7 +248,7 @@ WRONG: list[tuple[str, Any]] = [
     ("rope_scaling", [1]), ("rope_scaling", LLAMA3_ROPE | {"factor": 10**39}), ("tie_word_embeddings", None),
     ("rope_scaling", LLAMA3_ROPE | {"original_max_position_embeddings": "8192"}), ("dtype", ["bfloat16"]),
     ("hidden_act", ["silu"]), ("hidden_act", {"silu": 1}), ("attention_bias", [False]), ("block_configs", 5),
-    ("block_configs", [[]]), ("quantization_config", 5), ("torch_dtype", 16),
+    ("block_configs", [[]]), ("quantization_config", 5), ("num_labels", 10**9), ("torch_dtype", 16),
 ]  # fmt: skip
 
 
