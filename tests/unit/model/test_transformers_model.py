@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,20 @@ def test_nothing_is_told_but_the_result(tmp_path: Path, capfd: pytest.CaptureFix
     capfd.readouterr()
     assert main(["evaluate", "--input", str(tmp_path / "hf"), "--text", str(text), "--window", "64"]) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_no_folder_of_the_compiler_stays(tmp_path: Path) -> None:
+    """In a process of its own: a library is imported once."""
+    path = tiny_model(tmp_path / "hf", "llama")
+    (tmp_path / "tmp").mkdir()
+    code = (
+        "import sys, torch; from pathlib import Path; from megatron_prune.export.padding import in_transformers as f; "
+    )
+    code += "from megatron_prune.model.convert import HFReader as R; f(R(Path(sys.argv[1])), torch.float32); "
+    code += "assert 'torch._dynamo.package' in sys.modules"
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(Path(__file__).parents[3])}
+    subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=True)
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_file_as_published_is_kept(tmp_path: Path) -> None:
