@@ -25,6 +25,7 @@ setup(
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
+        "protobuf",  # with which transformers reads SentencePiece models
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
         "datasets>=4.0",

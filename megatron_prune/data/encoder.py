@@ -51,11 +51,12 @@ class HuggingFaceEncoder:
         vocab = tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
         self.end = None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-        if self.fast is not None:
-            self.fast.no_truncation()
-            self.fast.no_padding()
         self.name = tokenizer.name_or_path
-        state = self.fast.to_str() if self.fast is not None else str(sorted(vocab.items()))
+        with encoding(self.name):
+            if self.fast is not None:
+                self.fast.no_truncation()
+                self.fast.no_padding()
+            state = self.fast.to_str() if self.fast is not None else str(sorted(vocab.items()))
         self.sha256 = hashlib.sha256(f"{self.end} {state}".encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

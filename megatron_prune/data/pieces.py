@@ -120,8 +120,9 @@ def _lines(piece: Piece, consumed: Callable[[int], None]) -> Iterator[bytes | Ba
         for line in read_lines(file):
             if cuttable and position >= piece.stop:
                 return
-            consumed(bytes_read(file) - position)
-            position = bytes_read(file)
+            now = bytes_read(file)
+            consumed(now - position)
+            position = now
             yield line
 
 

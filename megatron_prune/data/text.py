@@ -151,8 +151,7 @@ def decode(data: bytes) -> str:
 
 def _is_wide(data: bytes) -> bool:
     """Whether every second byte or so is zero, as in English of UTF-16."""
-    zeros = data.count(0)
-    return zeros > 3 and zeros * 4 > len(data)
+    return data.count(0) > max(3, len(data) // 4)
 
 
 # --- checks ---
@@ -194,15 +193,20 @@ def parse_line(line: bytes, key: str) -> str:
 def parse_object(line: bytes, once: str | None = None) -> dict[str, Any]:
     """The JSON object in a line, whose key `once` may not stand twice; `BadDocument` says what is wrong."""
     words = decode(line)
-    if words.lstrip().startswith("["):
-        raise BadDocument("a JSON array; expected one object a line: jq -c '.[]' OLD > NEW")
     try:
         record = json.loads(words, object_pairs_hook=None if once is None else _Unique(once))
     except (ValueError, RecursionError) as error:
+        _refuse_array(words)
         raise BadDocument(f"not JSON ({reason(error)}); expected one object a line") from error
     if not isinstance(record, dict):
+        _refuse_array(words)
         raise BadDocument(f"no object but {brief(record)}; expected one JSON object a line")
     return record
+
+
+def _refuse_array(words: str) -> None:
+    if words.lstrip().startswith("["):
+        raise BadDocument("a JSON array; expected one object a line: jq -c '.[]' OLD > NEW")
 
 
 class _Unique:

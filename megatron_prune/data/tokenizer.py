@@ -24,7 +24,7 @@ from typing_extensions import TypedDict
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import check_shape, fenced, parse_text_json, read_json, read_regular
 from megatron_prune.imports import without_triton
-from megatron_prune.model.description import DESCRIPTION, tokenizer_files
+from megatron_prune.model.description import tokenizer_files
 
 MARK = b"\xef\xbb\xbf"
 """Byte order mark of UTF-8, which text from Windows begins with."""
@@ -162,10 +162,11 @@ def _check_model(content: bytes, file: Path) -> None:
 
 def _model(directory: Path) -> dict[str, str]:
     """What a tokenizer needs to know of its model: of config.json, or of the checkpoint whose tokenizer this is."""
-    checkpoint = directory.parent / DESCRIPTION
-    if not (directory / "config.json").is_file() and directory.name == "tokenizer" and checkpoint.is_file():
-        family = read_json(checkpoint, "a checkpoint").get("model")
-        return {"model_type": str(family["family"])} if isinstance(family, dict) and "family" in family else {}
+    if directory.name == "tokenizer" and not (directory / "config.json").is_file():
+        for about in directory.parent.glob("megatron_prune*.json"):  # of a Megatron checkpoint, or of one for MaxText
+            model = read_json(about, "a checkpoint").get("model")
+            if isinstance(model, dict) and isinstance(model.get("family"), str):
+                return {"model_type": model["family"]}
     config = _read(directory / "config.json", dict[str, Any])
     return {key: config[key] for key in KEPT_OF_CONFIG if isinstance(config.get(key), str)}
 

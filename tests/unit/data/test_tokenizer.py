@@ -257,10 +257,11 @@ def test_a_byte_order_mark_in_any_file(trained: Path, tmp_path: Path) -> None:
     assert tokenize(load_tokenizer(tmp_path), ["the cat"]) == expected
 
 
-def test_the_model_of_a_checkpoint_decides_the_class(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["megatron_prune.json", "megatron_prune_maxtext.json"])
+def test_the_model_of_a_checkpoint_decides_the_class(trained: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "tokenizer").mkdir()
     shutil.copy(trained / "bytes" / "tokenizer.json", tmp_path / "tokenizer" / "tokenizer.json")
-    (tmp_path / "megatron_prune.json").write_text(json.dumps({"model": {"family": "gpt2"}}))
+    (tmp_path / name).write_text(json.dumps({"model": {"family": "gpt2"}}))
     assert load_tokenizer(tmp_path / "tokenizer").eos_token == "<|endoftext|>"
 
 
@@ -356,6 +357,20 @@ def test_a_padding_token_beyond_the_model(padded: Path, tmp_path: Path) -> None:
         message = "it holds the id 300" if name == "preprocess" else "the text holds the token '<pad>', id 300"
         with pytest.raises(UserError, match=message):
             read()
+
+
+def test_tasks_refuse_a_token_beyond_the_model(padded: Path) -> None:
+    from megatron_prune.evaluation.harness import Harness
+
+    scorer: Any = None  # nothing is scored
+    harness = Harness(scorer, load_tokenizer(padded, 300))
+    assert harness.tok_encode("the cat")
+    with pytest.raises(UserError, match="the text holds the token '<pad>', id 300"):
+        harness.tok_encode("the <pad>")
+    beyond = load_tokenizer(padded, 300)
+    beyond.bos_token = "<pad>"
+    with pytest.raises(UserError, match="'<pad>', id 300"):
+        Harness(scorer, beyond)
 
 
 def test_tokens_cached_for_another_model_are_looked_at(padded: Path, tmp_path: Path) -> None:
