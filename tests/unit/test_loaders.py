@@ -31,18 +31,21 @@ MODULES = frozenset("pickle marshal shelve dill cloudpickle joblib runpy code im
 
 def uses(source: str) -> Iterator[tuple[str, str]]:
     """(function that it stands in, what is called) for each call or import that could run code."""
-    yield from _walk(ast.parse(source), "module")
+    tree = ast.parse(source)
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
+    yield from _walk(tree, "module", modules)
 
 
-def _walk(node: ast.AST, where: str) -> Iterator[tuple[str, str]]:
+def _walk(node: ast.AST, where: str, modules: set[str]) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         inner = where
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             inner = child.name if where == "module" else f"{where}.{child.name}"
-        found = _imported(child) or (_called(child) if isinstance(child, ast.Call) else None)
+        found = _imported(child) or (_called(child, modules) if isinstance(child, ast.Call) else None)
         if found:
             yield where, found
-        yield from _walk(child, inner)
+        yield from _walk(child, inner, modules)
 
 
 def _imported(node: ast.AST) -> str | None:
@@ -51,10 +54,13 @@ def _imported(node: ast.AST) -> str | None:
     return next((f"import {name}" for name in names if name.split(".")[0] in MODULES), None)
 
 
-def _called(call: ast.Call) -> str | None:
+def _called(call: ast.Call, modules: set[str]) -> str | None:
     function = call.func
+    if isinstance(function, ast.Call) and _looks_up(function):
+        return "getattr"
     if isinstance(function, ast.Name):
-        looked_up = function.id == "getattr" and len(call.args) > 1 and not isinstance(call.args[1], ast.Constant)
+        owner = ast.unparse(call.args[0]).split(".")[0] if call.args else ""
+        looked_up = _looks_up(call) and (owner in modules or isinstance(call.args[0], ast.Call))
         return function.id if function.id in NAMES | METHODS or looked_up else None
     if not isinstance(function, ast.Attribute):
         return None
@@ -62,6 +68,12 @@ def _called(call: ast.Call) -> str | None:
     loads = function.attr in ("load", "loads", "full_load", "unsafe_load", "load_all") and owner in LOADS
     starts = owner in STARTS and function.attr.startswith(("run", "call", "exec", "spawn", "fork", "posix_spawn"))
     return f"{owner}.{function.attr}" if loads or starts or function.attr in METHODS else None
+
+
+def _looks_up(call: ast.Call) -> bool:
+    """Whether this is getattr by a name that is not written there: it counts on a module, or where it is called."""
+    named = isinstance(call.func, ast.Name) and call.func.id == "getattr" and len(call.args) > 1
+    return named and not isinstance(call.args[1], ast.Constant)
 
 
 def _found() -> dict[str, set[str]]:
@@ -88,6 +100,7 @@ def test_every_place_that_could_run_code_is_listed_with_its_reason() -> None:
         *("pickle.load(f)", "torch.load(f)", "np.load(f)", "yaml.load(f, Loader=x)", "eval('1')", "exec(code)"),
         *("AutoModel.from_pretrained(x)", "AutoConfig.for_model(x)", "importlib.import_module(x)", "__import__(x)"),
         *("subprocess.run(x)", "os.system(x)", "os.execv(x, y)", "ctypes.CDLL(x)", "getattr(a, name)(1)"),
+        *("import torch; getattr(torch, name)", "getattr(importlib.reload(x), name)"),
         *("evaluate.load(x)", "datasets.load_dataset(x)", "load_dataset(x)", "jinja2.Environment()", "Environment()"),
         *("import pickle", "from pickle import loads", "import dill as d", "torch.jit.load(x)", "torch.hub.load(x)"),
         *("pickle.Unpickler(f).load()", "dist.all_gather_object(a, b)", "huggingface_hub.snapshot_download(x)"),
@@ -99,4 +112,7 @@ def test_what_could_run_code_is_seen(line: str) -> None:
 
 
 def test_what_is_harmless_is_not() -> None:
-    assert list(uses("json.loads(x)\ngetattr(a, 'b')\nself.load(x)\nre.compile(x)\nmodel.eval()\n")) == []
+    assert (
+        list(uses("json.loads(x)\ngetattr(a, 'b')\ngetattr(a, name)\nself.load(x)\nre.compile(x)\nmodel.eval()\n"))
+        == []
+    )
