@@ -201,7 +201,11 @@ def digest(path: Path) -> str:
     else:
         content = path.read_bytes()
         with contextlib.suppress(ValueError):  # what is damaged counts as it is
-            content = json.dumps(without_clock(json.loads(content))).encode() if path.suffix == ".json" else content
+            content = (
+                json.dumps(without_clock(json.loads(content)), sort_keys=True).encode()
+                if path.suffix == ".json"
+                else content
+            )
     return hashlib.sha256(content).hexdigest()
 
 
