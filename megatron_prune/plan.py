@@ -44,6 +44,7 @@ from megatron_prune.methods.target import NM, parse_target
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
 from megatron_prune.model.family import ModelConfig, WeightMap, dimensions, rotary_channels
+from megatron_prune.model.given import wrong
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of an element of a model; one in float16 is imported as bfloat16."""
@@ -97,6 +98,8 @@ def read_config(path: Path) -> ModelConfig:
     """The sizes of a Megatron checkpoint or of a Hugging Face directory, of which config.json is enough."""
     if is_checkpoint(path):
         return read_description(path).config
+    if not (path / "config.json").exists():
+        raise wrong(path, "model")
     found = read_json(path / "config.json", "a model")
     return family_of(found).from_hf(found)
 

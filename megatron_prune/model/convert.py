@@ -182,11 +182,6 @@ class HFReader:
         """Rows ``first`` to ``last``, that one not included, of the tensor ``name``; nothing else of it is read."""
         return self._read(name, lambda opened, stored: opened.get_slice(stored)[first:last])
 
-    @property
-    def renamed(self) -> bool:
-        """Whether weights are stored under other names than transformers' own."""
-        return any(name != entry.name for name, entry in self._entries.items())
-
     def left_behind(self) -> str | None:
         """One line about what of the directory does not come along to a checkpoint or an export."""
         known = {*self.names(), *get_family(self.model_config.family).tied_names(self.model_config)}

@@ -126,6 +126,15 @@ VERBS = {
     ),
     "inspect a directory": (["inspect", "--input", "hf"], "a Hugging Face directory and .* a mask .npz is needed"),
     "report of a folder": (["report", ".", "--output", "x"], "something else and run folders.* are needed"),
+    "plan of a run": (
+        "plan --input run --method maskllm --target 2:4 --processes 1".split(),
+        "a run folder and a Megatron checkpoint or a Hugging Face directory is needed: trim --input",
+    ),
+    "evaluate a run": (["evaluate", "--input", "./run", "--text", "t.txt"], "a run folder.*: trim --input"),
+    "train a text": (
+        ["train", "--input", "hf/config.json", "--output", "x", "--data", "t.txt"],
+        "config.json is a file and a Megatron checkpoint or a Hugging Face directory is needed",
+    ),
     "prune a run": (
         ["prune", "--input", "run", "--output", "x", "--method", "magnitude", "--target", "2:4"],
         "a run folder.*trim --input",

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_prune.__main__ import main
 from megatron_prune.errors import LONGEST, UserError
 from megatron_prune.export.huggingface import write_hf
+from megatron_prune.export.padding import in_transformers
 from megatron_prune.export.preflight import check_export
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import FAMILIES, family_of
@@ -296,6 +297,15 @@ def test_names_of_wrappers_are_read_through(tmp_path: Path, form: str, model_typ
     reader = HFReader(directory)
     assert sorted(reader.names()) == sorted(weights)
     assert all(torch.equal(reader.read(name), weight) for name, weight in weights.items())
+
+
+def test_transformers_gets_renamed_weights_where_it_evaluates(tmp_path: Path) -> None:
+    """By itself it would overlook them and make up others."""
+    directory = tiny_llama(tmp_path / "hf", tie_word_embeddings=True)
+    expected, file = transformers_logits(directory), directory / "model.safetensors"
+    save_file({"module._orig_mod." + name: weight for name, weight in load_file(file).items()}, file)
+    with torch.no_grad():
+        assert torch.equal(in_transformers(HFReader(directory), torch.float32)(TOKENS).logits, expected)
 
 
 def test_the_language_model_within_a_model() -> None:
