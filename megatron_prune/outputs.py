@@ -44,6 +44,9 @@ def held(config: Options) -> Iterator[None]:
                 stack.enter_context(files.claimed(path, flag(key), may_exist))
             elif not may_exist:
                 files.refuse_existing(path, flag(key))
+        for key, path in _filled(given).items():
+            if process() == 0:
+                stack.enter_context(files.claimed(path, flag(key), may_exist=True))
         yield
 
 
@@ -62,6 +65,14 @@ def _may_exist(config: Options, given: dict[str, Any]) -> bool:
     """Whether there may be something at the output: a run that goes on, or the verb itself looks."""
     goes_on = given.get("resume") or given.get("restartable") or restarted()
     return config.output_may_exist == "always" or (config.output_may_exist == "resumed" and bool(goes_on))
+
+
+def _filled(given: dict[str, Any]) -> dict[str, Path]:
+    """Folders that one run after another adds to, one at a time."""
+    options = given.get("method_options")
+    database = options.get("database") if isinstance(options, dict) else None
+    found = {"statistics": given.get("statistics"), "database": Path(str(database)) if database else None}
+    return {key: path for key, path in found.items() if isinstance(path, Path)}
 
 
 def _check_apart(paths: dict[str, Path], given: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,10 +156,7 @@ def _structured(
     model = source.load(layout)
     calibration = _calibration(config, source) if method.calibrated else None
     tokens = calibration.tokens if calibration else None
-    with new_folder(config.output) as folder:
-        store = None
-        if config.statistics and tokens is not None:
-            store = StatisticsStore(config.statistics, model, tokens)
+    with new_folder(config.output) as folder, _store(config, model, tokens) as store:
         with progress(f"{method.name} {target}", None, "layers passed") as advance:
             units = from_leader(method.choose(model.config, Passes(model, tokens, advance, store), target))
         with progress("compensation", model.config.num_layers, "layers") as advance:
@@ -169,6 +166,18 @@ def _structured(
         info = mask_info(method, target, model.config, **_origin(calibration))
         _save_units(config, folder, model.config, info, units)
     _say_units(config, model.config, units)
+
+
+@contextlib.contextmanager
+def _store(config: PruneConfig, model: PrunableModel, tokens: Tensor | None) -> Iterator[StatisticsStore | None]:
+    """The statistics that `--statistics` names, where a method measures some; no empty ones after a failure."""
+    store = StatisticsStore(config.statistics, model, tokens) if config.statistics and tokens is not None else None
+    try:
+        yield store
+    except Exception:
+        if store is not None:
+            store.forget()
+        raise
 
 
 def _searched(

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from pydantic import with_config
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -79,6 +80,11 @@ class StatisticsStore:
                     "calibration options"
                 )
         self.finished = set(found["complete"])
+
+    def forget(self) -> None:
+        """Remove a folder in which nothing is complete: a run that fails leaves no other."""
+        if backend.rank() == 0 and not self.finished:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _describe(self) -> None:
         write_json(self.folder / FILE, {**self.about, "complete": sorted(self.finished)})

@@ -215,6 +215,19 @@ def test_a_living_run_is_not_gone_on_with(
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "x").rglob("*")}
 
 
+def test_statistics_are_filled_by_one_run_at_a_time(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], disk: Callable[[int], Path]
+) -> None:
+    words = [*command("structured", root, tmp_path / "x"), "--statistics", str(tmp_path / "statistics")]
+    with locked_elsewhere(tmp_path / "statistics"):
+        assert "another process is writing" in refused(words, capsys)
+    place = disk(8)
+    full = [*words[:-1], str(place / "statistics")]
+    assert "No space left" in refused(full, capsys)
+    assert not left(place) and not (tmp_path / "x").exists()
+    assert main(words) == 0 and left(tmp_path) == {"x", "statistics", "disk"}
+
+
 def test_two_outputs_of_one_verb_are_two_places(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", "--input", str(root / "model"), "--tasks", "piqa", "--output", str(tmp_path / "x")]
     assert "give two places" in refused([*words, "--samples", str(tmp_path / "x")], capsys)

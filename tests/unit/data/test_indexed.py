@@ -147,6 +147,25 @@ def test_nothing_is_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         before.add(name)
 
 
+@pytest.mark.parametrize("engine", ["megatron", "fsdp"])
+def test_a_run_that_reads_a_wrong_id_first_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Of a file too large to be looked at before: the run folder is there when the id is read, and goes again."""
+    monkeypatch.setattr(indexed, "LOOKED_AT", 0)
+    byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=VOCAB, intermediate_size=64))
+    write(tmp_path / "x", [400], ids=np.full(400, 300, np.uint16))
+    words = ["train", "--engine", engine, "--input", str(tmp_path / "hf"), "--output", str(tmp_path / "run")]
+    words += ["--seq-length", "16", "--global-batch-size", "2", "--train-iters", "2", "--data", str(tmp_path / "x")]
+    words += ["--data-cache", str(tmp_path / "cache")]
+    capsys.readouterr()
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "holds the id 300" in line and not list(tmp_path.glob("*run*"))
+    write(tmp_path / "x", [400], ids=np.full(400, 3, np.uint16))
+    assert main(words) == 0
+
+
 def test_a_cache_of_objects_is_not_read(tmp_path: Path) -> None:
     """megatron-core reads its cache with pickle allowed: an array of objects would run what it says."""
 
