@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Also 0: a learning run that SIGTERM, SIGINT or its time limit made save and end.
     """
     try:
-        status = _told_to_launcher(_run)(list(sys.argv[1:] if argv is None else argv)) or 0
+        status = _told_to_launcher(_silent_when_lost(_run))(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -123,27 +123,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if disk_fault(error) or (isinstance(error, OSError) and error.filename is not None):
-            _report(one_line(f"{why(error)}: {ROOM}"))
-            return 2
         complaint = _refused(error)
-        if complaint is not None:
-            _report(one_line(complaint))
-            return 2
-        if another_told():  # the connection to a process that has failed is lost
-            return 2
-        raise
+        if complaint is None:
+            raise
+        _report(one_line(complaint))
+        return 2
 
 
 def _refused(error: Exception) -> str | None:
     """What to tell of an error that is the machine's answer to what was asked for; None for a defect of the program."""
     text = str(error)
+    if disk_fault(error) or (isinstance(error, OSError) and error.filename is not None):
+        return f"{why(error)}: {ROOM}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         asked = reason(error) or "no more is known"
         return f"more memory was asked for than there is ({asked}): give smaller batches or windows, or more processes"
     if text.startswith("Symlink loop from "):
         return f"{text}: links lead in a circle; give a path that ends at a file or folder"
     return None
+
+
+def _silent_when_lost(function: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """`function`, with status 2 for an error that follows from another process's: the connection to it is lost."""
+
+    def run(argv: list[str]) -> int:
+        try:
+            return function(argv)
+        except Exception as error:
+            if isinstance(error, UserError) or _refused(error) is not None or not another_told():
+                raise
+            return 2
+
+    return run
 
 
 def _told_to_launcher(function: Callable[[list[str]], int]) -> Callable[[list[str]], int | None]:

@@ -329,7 +329,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 def _undraw(tokenizer: PreTrainedTokenizerBase) -> None:
     """No merge is left out at random: every process and every run must see the same ids."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if getattr(model, "dropout", None):
+    if model is not None and getattr(model, "dropout", None):
         model.dropout = None
 
 
