@@ -7,7 +7,6 @@ elsewhere (log files, batch jobs) plain lines. Names of machines, users and fold
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from megatron_prune.console import PipedConsole
 from megatron_prune.files import write_json, write_text
 from megatron_prune.foreign import parse_json, read_regular
 from megatron_prune.schema import Count
@@ -77,15 +77,7 @@ def is_leader() -> bool:
 @cache
 def console() -> Console:
     """The one console of this process: standard output, silent on all processes but 0."""
-    return _Console(highlight=False, soft_wrap=True, quiet=not is_leader())
-
-
-class _Console(Console):
-    """rich's, which would end the program with status 1 where nobody reads on."""
-
-    def on_broken_pipe(self) -> None:
-        """Leave it to the command line."""
-        raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
+    return PipedConsole(highlight=False, soft_wrap=True, quiet=not is_leader())
 
 
 def say(message: str) -> None:

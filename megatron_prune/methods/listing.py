@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 
 from megatron_prune.config import MethodsConfig
+from megatron_prune.console import PipedConsole
 from megatron_prune.methods.base import MethodInfo, methods
 
 
 def run(config: MethodsConfig) -> None:
     """Prints the list on standard output."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = PipedConsole(highlight=False, soft_wrap=True)
     for info in methods():
         for line in describe(info):
             console.print(line)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -338,3 +342,15 @@ def test_a_message_of_a_user_error_is_short() -> None:
     with pytest.raises(UserError) as caught:
         raise UserError("x" * 10_000_000)
     assert len(str(caught.value)) < 500
+
+
+def test_output_that_nobody_reads_ends_quietly() -> None:
+    """As `methods | true` does in a shell: the status of SIGPIPE and not a word."""
+    command = [sys.executable, "-m", "megatron_prune", "methods"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
