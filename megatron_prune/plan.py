@@ -285,7 +285,8 @@ def _layers(job: Job, stage: int, maps: list[WeightMap]) -> list[list[tuple[int,
 
 def _kept(job: Job, stage: int, layers: list[list[tuple[int, int]]]) -> dict[str, int]:
     """What autograd keeps when it is most; `layers` as from `_layers`."""
-    microbatches = job.training.num_microbatches(job.replicas)
+    # After four rounds of all stages the same moments come again.
+    microbatches = min(job.training.num_microbatches(job.replicas), 4 * job.stages)
     moments = held(stage, job.stages, job.chunks, microbatches)
     return max((_at(job, stage, layers, moment) for moment in moments), key=lambda found: sum(found.values()))
 

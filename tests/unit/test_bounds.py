@@ -21,6 +21,7 @@ from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.methods.base import get_method, methods
 from megatron_prune.methods.target import NM, parse_any_target
 from megatron_prune.options import REQUIRED, Entry, Options, entries, flag
+from megatron_prune.plan import held
 from tests.hostile import complaint
 
 NUMBERS = (
@@ -354,3 +355,10 @@ def test_output_that_nobody_reads_ends_quietly() -> None:
     finally:
         os.close(writing)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_plan_of_a_step_of_any_size_ends() -> None:
+    """Four rounds of all stages show every moment that more of them have."""
+    for stages, chunks in ((1, 1), (3, 1), (2, 2), (4, 3)):
+        for stage in range(stages):
+            assert set(held(stage, stages, chunks, 4 * stages)) == set(held(stage, stages, chunks, 20 * stages))
