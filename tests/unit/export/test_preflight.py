@@ -98,3 +98,31 @@ def test_prune_refuses_before_weights_are_loaded(
     words = ["--method", "minitron", "--target", "hidden_size=24", "--calibration", str(tmp_path / "t.txt")]
     assert main(["prune", "--input", str(directory), "--output", str(tmp_path / "x"), *words]) == 2
     assert "could not be exported" in capsys.readouterr().err and not list(tmp_path.glob("x*"))
+
+
+PRUNE = ["prune", "--method", "magnitude", "--target", "2:4"]
+TRAIN = ["train", "--data", "t.txt", "--train-iters", "1"]
+
+
+@pytest.mark.parametrize("verb", [PRUNE, TRAIN], ids=["prune", "train"])
+def test_verbs_that_work_long_ask_first(
+    tmp_path: Path, verb: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257))
+    edit_config(directory, pad_token_id=257)
+    monkeypatch.setattr(prune.backend, "running", lambda *more: pytest.fail("work was begun"))
+    command = [*verb, "--input", str(directory), "--output", str(tmp_path / "x")]
+    assert main(command) == 2
+    assert "set pad_token_id to null" in capsys.readouterr().err
+    edit_config(directory, pad_token_id=None, dtype="float16")
+    if verb is PRUNE:
+        assert main(command) == 2
+        assert "weights of type float16 are not supported" in capsys.readouterr().err
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_prune_of_a_directory_tells_what_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257))
+    (directory / "README.md").write_text("about")
+    assert main([*PRUNE, "--input", str(directory), "--output", str(tmp_path / "x")]) == 0
+    assert capsys.readouterr().out.count(f"not carried along from {directory}: 'README.md'") == 1
