@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -12,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_prune.__main__ import main
+from megatron_prune.files import checksum
 from megatron_prune.model import checkpoint
 from megatron_prune.training.loop import StepResult, Trainer
 from tests.models import byte_tokenizer, tiny_llama, words
@@ -233,3 +237,40 @@ def test_torchrun_continues_only_its_own_run(
     assert_as_whole(root, run)
     assert main(learn(root, run.name)) == 0, "the process that ended late is not a failure"
     assert "was finished" in capsys.readouterr().out
+
+
+class Attack:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def saved(value: Any) -> bytes:
+    """As torch.save writes it."""
+    out = io.BytesIO()
+    torch.save(value, out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt", ".metadata"])
+def test_a_checkpoint_with_code_in_it_whose_sums_are_right_runs_nothing(
+    root: Path, capfd: pytest.CaptureFixture[str], file: str
+) -> None:
+    run, marker = reopened(root / "whole", root / f"hostile_{file}", STEPS), root / f"ran_{file}"
+    folder = run / "checkpoints" / f"step_{STEPS:07d}"
+    attack = {"a": Attack(marker)}
+    (folder / file).write_bytes(pickle.dumps(attack) if file == ".metadata" else saved(attack) * 200)
+    sums = {name: checksum(folder / name) for name in json.loads((folder / "checksums.json").read_text())}
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    checkpoint.write_manifest(folder)
+    sizes = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({k: v for k, v in sizes.items() if k != "manifest.json"}))
+    capfd.readouterr()
+    assert main(learn(root, run.name, "--resume")) == 2
+    told = capfd.readouterr().err.strip()
+    assert "\n" not in told and "megatron-prune: error: checkpoint" in told and len(told) < 500
+    assert not marker.exists()
