@@ -93,7 +93,7 @@ def count_zeros(weight: Tensor, target: Target | None) -> ZeroCount:
 def watched(weights: Iterator[tuple[str, Tensor]], found: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
     """The same weights; how many elements of each are NaN or infinite, where any is, is noted in `found`."""
     for name, weight in weights:
-        if weight.numel() and not torch.isfinite(torch.stack(torch.aminmax(weight.float()))).all():
+        if weight.numel() and not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
             found[name] = int((~torch.isfinite(weight)).sum())
         yield name, weight
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from megatron_prune.command_line import parse
-from megatron_prune.errors import UserError, brief
+from megatron_prune.errors import UserError, brief, one_line
 from megatron_prune.maxtext import options
 from megatron_prune.options import Options
 from megatron_prune.outputs import held
@@ -30,6 +30,12 @@ def main(argv: Sequence[str]) -> int:
         return _run(list(argv))
     except UserError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        told = one_line(f"{error}: give a place that can be read and written and has room")
+        print(f"{PROGRAM}: error: {told}", file=sys.stderr, flush=True)
         return 2
 
 

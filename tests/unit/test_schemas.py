@@ -36,7 +36,7 @@ from megatron_prune.search.levels import Levels
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.checkpoints import read_about
 from tests.hostile import assert_harmless, complaint
-from tests.models import TINY_SIZES
+from tests.models import TINY_SIZES, tiny_llama
 
 CONFIG = family_of({"model_type": "llama"}).from_hf({"model_type": "llama", **TINY_SIZES["llama"]})
 INFO = MaskInfo("wanda", "2:4", {"a": 1.5}, "llama", CONFIG.fingerprint(), 7, {"count": 2}, {"by": "test"})
@@ -400,11 +400,32 @@ def test_weights_that_the_files_cannot_hold_are_not_made(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_no_numbers_are_not_verified(value: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_are_not_verified(value: float, dtype: torch.dtype) -> None:
     """Wherever they are: one in an embedding is enough."""
-    weights = [("a", torch.zeros(4, 4)), ("b", torch.zeros(4))]
+    weights = [("a", torch.zeros(4, 4, dtype=dtype)), ("b", torch.zeros(4, dtype=dtype))]
     found: dict[str, int] = {}
     assert [name for name, _ in watched(iter(weights), found)] == ["a", "b"] and not found
     weights[1][1][2] = value
     list(watched(iter(weights), found))
     assert found == {"b": 1}
+
+
+def test_a_model_with_nan_is_not_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the verb, with what is wrong in its words and its result."""
+    folder = tiny_llama(tmp_path / "hf")
+    words = ["verify", "--input", str(folder), "--output", str(tmp_path / "v.json")]
+    assert main(words) == 0
+    (tmp_path / "v.json").unlink()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert main(words) == 1
+    told = capsys.readouterr().out
+    assert "NOT verified" in told and "model.norm.weight" in told
+    assert json.loads((tmp_path / "v.json").read_text())["finite"] == {
+        "not_finite": {"model.norm.weight": 1},
+        "holds": False,
+    }
+    assert main(["verify", "--input", str(folder), "--target", "3:7"]) == 2
+    assert "multiple of 7" in capsys.readouterr().err
