@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.errors import UserError
-from megatron_prune.imports import without_triton
+from megatron_prune.imports import keep_temporary_folder_clean, without_triton
 from megatron_prune.kernels.memory import keep_freed_memory
 
 SUPPORTED_CORE = ("0.16", "0.17")
@@ -113,6 +113,7 @@ def _look_alike_torch() -> _LookAlike:
 
 
 _look_alike = _look_alike_torch()
+keep_temporary_folder_clean()
 
 
 def _adapt(module: types.ModuleType) -> None:

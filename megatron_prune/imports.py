@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
-import re
 import sys
-import tempfile
 from collections.abc import Iterator
 
 import torch
+
+from megatron_prune.kernels.compiled import cache_directory
+
+TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where torch's compiler keeps what it makes; torch reads it from the environment."""
+
+
+def keep_temporary_folder_clean() -> None:
+    """Importing torch's compiler makes its cache, by default in the temporary folder: let it be beside our own."""
+    os.environ.setdefault(TORCH_CACHE, str(cache_directory() / "torch"))
 
 
 @contextlib.contextmanager
@@ -27,24 +34,3 @@ def without_triton() -> Iterator[None]:
         yield
     finally:
         del sys.modules["triton"]
-
-
-@contextlib.contextmanager
-def without_compiler_folder() -> Iterator[None]:
-    """PyTorch's compiler makes a folder for its cache as soon as it is imported; an empty one of now goes again."""
-    folder = _compiler_folder()
-    was_there = folder is None or os.path.lexists(folder)
-    try:
-        yield
-    finally:
-        if folder is not None and not was_there:
-            with contextlib.suppress(OSError):  # it is not there, or something is in it
-                os.rmdir(folder)
-
-
-def _compiler_folder() -> str | None:
-    try:
-        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, OSError):  # a user without a name
-        return None
-    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")

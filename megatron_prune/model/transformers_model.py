@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_prune.foreign import fenced
-from megatron_prune.imports import without_compiler_folder, without_triton
+from megatron_prune.imports import without_triton
 from megatron_prune.model.families import ModelConfig, get_family
 
 POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -45,7 +45,7 @@ def _rotary(value: Any) -> Any:
 
 def transformers_config(config: ModelConfig) -> Any:
     """transformers' configuration of a model whose layers are alike."""
-    with without_triton(), without_compiler_folder():
+    with without_triton():
         from transformers import AutoConfig
 
         name = get_family(config.family).model_types[0]
@@ -58,7 +58,7 @@ def transformers_config(config: ModelConfig) -> Any:
 def empty_model(config: ModelConfig, dtype: torch.dtype) -> Module:
     """transformers' model, without memory for parameters, in evaluation mode. Attention is PyTorch's own."""
     hf_config = transformers_config(config)
-    with without_triton(), without_compiler_folder():
+    with without_triton():
         from transformers import AutoModelForCausalLM
 
         with (

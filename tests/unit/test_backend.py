@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import megatron_prune.backend as backend  # isort: skip
 import pytest
@@ -90,6 +92,15 @@ def test_import_is_silent_about_missing_gpu_libraries_but_not_about_others() -> 
     assert "Apex" not in found.stderr and "Transformer Engine" not in found.stderr
     with pytest.warns(UserWarning, match="Apex is bad"):
         warnings.warn("Apex is bad", UserWarning, stacklevel=1)
+
+
+def test_importing_the_compiler_leaves_nothing_in_the_temporary_folder(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    outer = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
+    folders = {"TMPDIR": str(tmp_path / "tmp"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    program = "import megatron_prune.backend, torch._dynamo"
+    subprocess.run([sys.executable, "-c", program], check=True, env=outer | folders)
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_one_process_needs_no_launcher_and_layouts_may_follow_one_another() -> None:
