@@ -142,13 +142,13 @@ RUNS = (
     "preprocess --input w.jsonl --output tok --tokenizer hf",
     "preprocess --input w.txt --output tok2 --tokenizer hf",
     "prune --input ck --output run --method magnitude --target 2:4",
-    f"prune --input ck --output learn --method maskllm --target 2:4 --data tok {STEPS}",
+    f"prune --input ck --output learn --method maskllm --target 2:4 --data w.jsonl {STEPS}",
     f"prune --input ck --output narrow --method flap --target parameters=30000 {CALIBRATION} --statistics stats",
     f"prune --input ck --output searched --method darwinlm --target parameters=30000"
     f" {SEARCH} {CALIBRATION} --database levels",
     "trim --input run --output sparse",
     "trim --input narrow --output small",
-    f"train --input sparse --output trained --data tok {STEPS}",
+    f"train --input sparse --output trained --data w.jsonl {STEPS}",
     "export --input sparse --output exported",
     "export --input run --output m.npz --format mask-npz",
     "export --input ck --output fms --format fms",
@@ -307,8 +307,8 @@ BY_LATENCY = (
     f" {CALIBRATION}"
 )
 RESUMED = {
-    "learning": f"prune --input ck --method maskllm --target 2:4 --output learning --resume --data tok {STEPS}",
-    "training": f"train --input sparse --output training --resume --data tok {STEPS}",
+    "learning": f"prune --input ck --method maskllm --target 2:4 --output learning --resume --data w.jsonl {STEPS}",
+    "training": f"train --input sparse --output training --resume --data w.jsonl {STEPS}",
 }
 
 
@@ -940,7 +940,7 @@ def _any_file(box: Box, folder: Path) -> Made:
 @group("resumed training", 100)
 def _resumed(box: Box) -> Case:
     name = box.pick(["learning", "training"])
-    box.take(name, "ck", "sparse", "tok")
+    box.take(name, "ck", "sparse", "w.jsonl")
     folder = box.folder / name
     newest = folder / "checkpoints/step_0000002"
     kind = box.number // 2 % 5
@@ -1153,7 +1153,7 @@ def settings(box: Box, name: str) -> list[str]:
     return reading(box, (SETTINGS[name],))
 
 
-@group("nothing wrong", 80)
+@group("nothing wrong", 115)
 def _good(box: Box) -> Case:
     """Every command of every group as it is: what follows says something only where these succeed."""
     every = [
