@@ -238,8 +238,13 @@ def _in_child() -> None:
 os.register_at_fork(after_in_child=_in_child)
 
 
+def real(path: Path) -> Path:
+    """`path` without links, also where one leads to itself, which `Path.resolve` does not take."""
+    return Path(os.path.realpath(path))
+
+
 def _key(path: Path) -> Path:
-    return path.parent.resolve() / path.name
+    return real(path.parent) / path.name
 
 
 def _claim_around(path: Path) -> Claim | None:

@@ -89,7 +89,7 @@ def _check_apart(paths: dict[str, Path], given: dict[str, Any]) -> None:
             raise UserError(f"{flag(key)} {folder} is inside --output {paths['output']}: give a folder beside it")
     source = given.get("input")
     if isinstance(source, str | Path) and (Path(source) / "run.json").is_file() and _inside(output, Path(source)):
-        part = output.resolve().relative_to(Path(source).resolve()).parts[:1]
+        part = files.real(output).relative_to(files.real(Path(source))).parts[:1]
         if part and part[0] in PARTS:
             raise UserError(
                 f"--output {paths['output']} would change the run --input {source}, where {part[0]} has a meaning; "
@@ -98,4 +98,5 @@ def _check_apart(paths: dict[str, Path], given: dict[str, Any]) -> None:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    return folder.resolve() in (path.resolve(), *path.resolve().parents)
+    place = files.real(path)
+    return files.real(folder) in (place, *place.parents)

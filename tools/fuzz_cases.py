@@ -1395,6 +1395,7 @@ PLACES += (
     "input",
 )
 PLACES += ("inside the input", "device", "socket", "small disk", "read-only", "upwards", "partial fifo", "surrogate")
+PLACES += ("inside a loop",)
 TAKEN = (
     "file",
     "folder",
@@ -1409,6 +1410,8 @@ TAKEN = (
     "loop",
 )
 """Places where nothing may be written, whatever the verb."""
+FREE_PREFIXES = ("file", "folder", "full folder", "fifo", "loop", "input", "link to folder", "link to file")
+"""But a prefix is no file itself."""
 
 
 @group("output places", 290)
@@ -1420,17 +1423,9 @@ def _places(box: Box) -> Case:
     kind = box.pick(PLACES, 16)
     place, mounted = _place(box, kind, "place" + end, command)
     command[at] = place
-    refuse = kind in TAKEN and not (
-        name == "preprocess"
-        and kind in ("file", "folder", "full folder", "fifo", "loop", "input", "link to folder", "link to file")
-    )
-    return Case(
-        command,
-        f"{name}: {kind}",
-        refuse,
-        (place, *(place + each for each in (".bin", ".idx", ".json")), *_parents(place)),
-        mounted=mounted,
-    )
+    free = name == "preprocess" and kind in FREE_PREFIXES
+    outputs = (place, *(place + each for each in (".bin", ".idx", ".json")), *_parents(place))
+    return Case(command, f"{name}: {kind}", kind in TAKEN and not free, outputs=outputs, mounted=mounted)
 
 
 def _parents(place: str) -> tuple[str, ...]:
@@ -1457,6 +1452,9 @@ def _place(box: Box, kind: str, name: str, command: list[str]) -> tuple[str, str
         "upwards": f"hf/../{name}",
     }
     words |= {"surrogate": "\udcff" + path.suffix, "inside a file": f"mine/{name}"}
+    words["inside a loop"] = f"loop/{name}"
+    if kind == "inside a loop":
+        (box.folder / "loop").symlink_to("loop")
     if kind == "inside a file":
         (box.folder / "mine").write_text("mine")
     simple: dict[str, Callable[[], Any]] = {

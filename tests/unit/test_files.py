@@ -112,6 +112,7 @@ def test_an_output_in_the_way_is_refused_before_any_work(
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
     before = left(tmp_path)
     for there in sorted(before):
@@ -125,12 +126,14 @@ def test_an_output_without_a_place_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to("loop")
     places = {
         ".": "names no new folder",
         "/": "names no new folder",
         "..": "names no new folder",
         str(tmp_path / "file" / "x"): "is no folder",
         str(tmp_path / "dangling" / "x"): "is no folder",
+        str(tmp_path / "loop" / "x"): "is no folder",
         str(tmp_path / ("x" * 250)): "give a shorter one",
         str(tmp_path / "a\0b"): "is no name of a file",
         str(tmp_path / "a\udcffb"): "surrogates not allowed",
@@ -138,7 +141,7 @@ def test_an_output_without_a_place_is_refused_before_any_work(
     for place, message in places.items():
         words = [*command(name, root, Path("x"))[:-1], place]
         assert message in refused(words, capsys), place
-    assert left(tmp_path) == {"file", "dangling"}
+    assert left(tmp_path) == {"file", "dangling", "loop"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
