@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_prune.config import Training
 from megatron_prune.data.domains import DomainWindows
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import fenced
 from megatron_prune.log import MetricsLog, device_names, say
 from megatron_prune.model.checkpoint import ShardedSave, load_sharded
 from megatron_prune.model.families import ModelConfig
@@ -207,6 +208,8 @@ class TrainingSession:
             if found.get(key) != given:
                 raise UserError(f"--resume: {path} has {key} {found.get(key)} and {given} was given: give the same")
         done = self.load(trainer, path)
+        if done != found["step"]:
+            raise UserError(f"checkpoint {path} holds step {brief(done)}: it is damaged; use another checkpoint")
         self.check_state(f"in {path}")
         self.restored = path
         say(f"resumed from {path}")
@@ -215,7 +218,8 @@ class TrainingSession:
     def load(self, trainer: Steps, path: Path) -> int:
         """Take over a checkpoint; the number of steps it has done. Collective."""
         state = self.sharded_load(path, {**trainer.state(is_loading=True), **self._data_state(), "step": 0})
-        trainer.load_state(state)
-        if isinstance(self.data, DomainWindows):
-            self.data.load(state["domains"])
-        return int(state["step"])
+        with fenced(f"checkpoint {path} does not fit this run", "use another checkpoint"):
+            trainer.load_state(state)
+            if isinstance(self.data, DomainWindows):
+                self.data.load(state["domains"])
+            return int(state["step"])

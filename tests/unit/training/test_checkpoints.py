@@ -274,3 +274,22 @@ def test_a_checkpoint_with_code_in_it_whose_sums_are_right_runs_nothing(
     told = capfd.readouterr().err.strip()
     assert "\n" not in told and "megatron-prune: error: checkpoint" in told and len(told) < 500
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [{}, {"step": 3}, {"step": STEPS, "optimizer": {"step": "x"}, "scheduler": 5}])
+def test_a_checkpoint_of_something_else_is_one_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: dict[str, Any]
+) -> None:
+    """Whole by its checksums, but its plain values are not those of a run."""
+    run = reopened(root / "whole", tmp_path / "run", last=SAVED)
+    step = run / "checkpoints" / f"step_{SAVED:07d}"
+    torch.save(content, step / "common.pt")
+    sums = json.loads((step / "checksums.json").read_text())
+    (step / "checksums.json").write_text(json.dumps(sums | {"common.pt": checksum(step / "common.pt")}))
+    (step / "manifest.json").unlink()
+    checkpoint.write_manifest(step)
+    capsys.readouterr()
+    command = learn(root, "whole", "--resume")
+    assert main([str(run) if word == str(root / "whole") else word for word in command]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and str(step) in lines[0] and "use another checkpoint" in lines[0]
