@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
+from megatron_prune.config import Parallelism
 from megatron_prune.errors import UserError
 from megatron_prune.export.padding import in_transformers
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.convert import HFReader
 
 
-def open_alone(name: str | Path) -> HFReader:
-    """The directory of a model; UserError where several processes were started."""
+def open_alone(name: str | Path, layout: Parallelism) -> HFReader:
+    """The directory of a model; UserError where several processes were started, or a layout of several was given."""
     if backend.world_size() > 1:
         raise UserError(
             f"{name} is a Hugging Face model and {backend.world_size()} processes were started: use one process, or "
+            "import it and evaluate the Megatron checkpoint"
+        )
+    sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size)
+    if max(sizes) > 1:
+        raise UserError(
+            f"{name} is a Hugging Face model and a layout of {math.prod(sizes)} processes was given: leave it out, or "
             "import it and evaluate the Megatron checkpoint"
         )
     return HFReader(name)

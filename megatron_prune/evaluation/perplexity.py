@@ -101,7 +101,7 @@ def _maxtext(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
-    reader = hugging_face.open_alone(config.input)
+    reader = hugging_face.open_alone(config.input, config.parallelism)
     text = _text(config, reader.directory, reader.model_config.vocab_size)
     _check_length(config.window, reader.model_config.max_position_embeddings)
     dtype = config.dtype or reader.model_config.dtype

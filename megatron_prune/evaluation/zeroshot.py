@@ -111,7 +111,7 @@ def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalua
 def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> Evaluated:
     from megatron_prune.evaluation.harness import Harness, evaluate
 
-    reader = hugging_face.open_alone(name)
+    reader = hugging_face.open_alone(name, config.parallelism)
     about = reader.model_config
     tokenizer = load_tokenizer(reader.directory, about.vocab_size)
     dtype = config.dtype or about.dtype

@@ -61,6 +61,10 @@ CASES = {
     "not_a_checkpoint": (["export", "--input", "ROOT/hf", "--output", "ROOT/x"], "import makes one"),
     "missing_model": (["import", "--input", "ROOT/nowhere", "--output", "ROOT/x"], "does not exist"),
     "missing_text": (["evaluate", "--input", "ROOT/model", "--text", "ROOT/nowhere.txt"], "nowhere.txt"),
+    "layout_of_a_hugging_face_model": (
+        [*"evaluate --input ROOT/hf --text ROOT/words.jsonl --window 16 --tensor-model-parallel-size 2".split()],
+        "a layout of 2 processes was given",
+    ),
     "existing_output": (["import", "--input", "ROOT/hf", "--output", "ROOT/model"], "already exists"),
     "misspelt_flag": (["import", "--inptu", "ROOT/hf", "--output", "ROOT/x"], "input"),
     "misspelt_verb": (["improt"], "did you mean import"),
