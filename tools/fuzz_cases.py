@@ -1001,7 +1001,9 @@ def _runs(box: Box) -> Case:
     box.take(run)
     if name.startswith("decision") and box.draw.random() < 0.25:
         return _decision_file(box, run)
-    if not (box.folder / run / name).is_file():
+    if name == "decision/decision.json" and run in ("narrow", "searched"):
+        name = "decision/trim.json"
+    elif not (box.folder / run / name).is_file():
         name = "run.json"
     if name.endswith(".json"):
         note, refuse = box.spoil_json(f"{run}/{name}", len(RUN_FILES))
@@ -1010,7 +1012,11 @@ def _runs(box: Box) -> Case:
     else:
         note, refuse = box.spoil(f"{run}/{name}")
         refuse = False
-    return Case(reading(box, RUN_READERS, run), note, refuse and name in ("run.json", "decision/decision.json"))
+    return Case(
+        reading(box, RUN_READERS, run),
+        note,
+        refuse and name in ("run.json", "decision/decision.json", "decision/trim.json"),
+    )
 
 
 def _decision_file(box: Box, run: str) -> Case:
@@ -1020,7 +1026,7 @@ def _decision_file(box: Box, run: str) -> Case:
     path = box.draw.choice(files)
     made = hostile.hostile_safetensors(box.draw, path.read_bytes(), box.number // 6)
     path.write_bytes(made.data)
-    about = path.with_name("decision.json")
+    about = next(path.parent.glob("*.json"))
     content = json.loads(about.read_text())
     if isinstance(content.get("files"), dict) and path.name in content["files"] and box.draw.random() < 0.8:
         content["files"][path.name] = hashlib.sha256(made.data).hexdigest()
