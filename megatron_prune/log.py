@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -210,6 +211,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
+        threading.excepthook = _not_twice
         self._events = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first + 1)
         return self.path.open("a", encoding="utf-8")
 
@@ -232,6 +234,16 @@ class MetricsLog:
             return []
         left = (time.monotonic() - self._began) / steps * (self._total - self._done)
         return [f"left {left / 60:.0f} min" if left >= 90 else f"left {left:.0f} s"]
+
+
+_excepthook = threading.excepthook
+
+
+def _not_twice(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread would show a full or failing disk as a traceback; `flush` raises the same in ours."""
+    foreign = type(failure.thread).__module__.startswith("tensorboard.")
+    if not (foreign and issubclass(failure.exc_type, OSError)):
+        _excepthook(failure)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import platform
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,23 @@ def test_environment_names_no_machine(tmp_path: Path) -> None:
     content = json.loads(text)
     assert content["seed"] == 3 and content["packages"]["torch"] and content["devices"]
     assert platform.node() not in text and str(Path.home()) not in text
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_fails_tensorboard_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By whoever writes the metrics, not as a traceback of TensorBoard's thread."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back at the end
+    metrics = log.MetricsLog(tmp_path)
+    metrics.write({"step": 1, "loss": 1.0})
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(OSError, match="Input/output"):
+        for step in range(2, 50):
+            metrics.write({"step": step, "loss": 1.0})
+    assert "Traceback" not in capfd.readouterr().err
