@@ -90,7 +90,9 @@ def checked_config(values: Mapping[str, Any], file: Path) -> ModelConfig:
     """The model of a description, its numbers as they stand there; UserError for sizes that make no model."""
     try:
         config = ModelConfig.from_dict(values)
-        check_config(config, get_family(config.family))
+        family = get_family(config.family)
+        check_config(config, family)
+        family.check_origin(config)
     except UserError as error:
         raise UserError(f"{file}: key 'model': {error}") from None
     return config

@@ -34,6 +34,8 @@ Transform = Literal["copy", "qkv", "fused_qkv", "gated"]
 _DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4; where both are given, the first is read."""
+FIXED = ("tie_word_embeddings", "rotary_base", "rope_scaling", "rotary_percent", "sliding_window", "layernorm_epsilon")
+"""Fields of a ModelConfig that no pruning changes."""
 _FULL_ATTENTION = "full_attention"
 _ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
 """Start of the Megatron names of a layer's first half; the rest of the layer is the MLP."""
@@ -348,6 +350,14 @@ class Family:
             if isinstance(written.get(key), str):
                 written[key] = written[key].removeprefix("torch.")
         return written
+
+    def check_origin(self, config: ModelConfig) -> None:
+        """UserError where ``config`` contradicts the config.json that it came from in what never changes."""
+        original = self.from_hf(config.hf_config)
+        for name in FIXED:
+            here, there = getattr(config, name), getattr(original, name)
+            if here != there:
+                raise UserError(f"{name} is {brief(here)} and its config.json says {brief(there)}")
 
     def uniform(self, config: ModelConfig) -> ModelConfig:
         """The smallest model without ``blocks`` into which every layer of ``config`` fits and that transformers opens.
