@@ -86,6 +86,11 @@ def _check_present(directory: Path) -> None:
         raise UserError(NOTHING.format(directory))
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a folder holds pieces and their ids."""
+    return bool(_vocabularies(directory))
+
+
 def _vocabularies(directory: Path) -> list[Path]:
     """Files that hold pieces and their ids, in `directory` itself."""
     about = ("config", "template", "special_tokens_map", "added_tokens")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_prune.apply.decision import pack_mask, prunable_shapes, unpack_mask
 from megatron_prune.config import ImportConfig, Parallelism
+from megatron_prune.data.tokenizer import has_tokenizer
 from megatron_prune.export.mask_file import load_mask_npz
 from megatron_prune.export.preflight import check_export
 from megatron_prune.files import refuse_existing
@@ -78,6 +79,8 @@ def run(config: ImportConfig) -> None:
     compute_dtype(config.dtype or reader.model_config.dtype)
     if told := reader.left_behind():
         say(told)
+    if not has_tokenizer(reader.directory):
+        say(f"{reader.directory} has no tokenizer: none comes along, and what reads text will ask for one")
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = read_hf(reader, layout, config.dtype, config.mask)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megatron_prune.config import ImportConfig
 from megatron_prune.errors import UserError
-from megatron_prune.model.description import check_tokenizer_files, copy_tokenizer, tokenizer_files
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import (
+    DESCRIPTION,
+    Description,
+    check_tokenizer_files,
+    copy_tokenizer,
+    read_description,
+    tokenizer_files,
+)
+from megatron_prune.model.import_hf import run
+from tests.models import byte_tokenizer, tiny_llama
 
 CARRIED = {
     "tokenizer.json": b'{"model": {"vocab": {"\\u0000": 0, "a": 1, "a": 1}}}',
@@ -56,3 +68,30 @@ def test_a_pipe_is_passed_over(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "tokenizer.json")
     check_tokenizer_files(tmp_path)
     assert tokenizer_files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tie_word_embeddings", True), ("rotary_base", 1e6), ("layernorm_epsilon", 0.1)]
+)
+def test_a_description_that_contradicts_its_own_config_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    """A tied output layer, say, would be dropped without a word."""
+    config = HFReader(tiny_llama(tmp_path / "hf")).model_config
+    Description(config).write(tmp_path)
+    assert read_description(tmp_path).config == config
+    about = json.loads((tmp_path / DESCRIPTION).read_text())
+    about["model"][name] = value
+    (tmp_path / DESCRIPTION).write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"{name} is .* and its config.json says"):
+        read_description(tmp_path)
+    about["model"] |= {name: getattr(config, name), "hf_config": {}}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(about))
+    with pytest.raises(UserError, match="key 'model'"):
+        read_description(tmp_path)
+
+
+def test_import_says_that_no_tokenizer_comes_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tiny_llama(tmp_path / "hf", vocab_size=257)
+    run(ImportConfig(input=str(source), output=tmp_path / "bare"))
+    assert f"{source} has no tokenizer: none comes along" in capsys.readouterr().out
+    run(ImportConfig(input=str(byte_tokenizer(source)), output=tmp_path / "whole"))
+    assert "has no tokenizer" not in capsys.readouterr().out
