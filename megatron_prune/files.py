@@ -154,7 +154,7 @@ def check_place(path: Path, what: str = "output") -> None:
     except ValueError as error:
         raise UserError(f"{what} {str(path)!r} is no name of a file ({error}); give another") from None
     if path.name in ("", ".."):
-        raise UserError(f"{what} {path} names no new folder or file; give a name below it, such as {path / 'new'}")
+        raise UserError(f"{what} {path} names no new file or folder; give a name below it, such as {path / 'new'}")
     if length > LONGEST_NAME:
         raise UserError(f"{what} {path}: its name has {len(path.name)} characters; give a shorter one")
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))

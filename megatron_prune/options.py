@@ -66,8 +66,6 @@ class Options:
         for field in dataclasses.fields(self):
             if "help" in field.metadata:
                 check_value(field_key(field), getattr(self, field.name), field.metadata)
-                if field_key(field) == "output":
-                    _check_output(getattr(self, field.name))
 
 
 def check_value(key: str, value: Any, bounds: Any) -> None:
@@ -82,12 +80,6 @@ def check_value(key: str, value: Any, bounds: Any) -> None:
             raise UserError(f"{flag(key)}: {error}; allowed: text that can name a file") from None
     else:
         check_range(key, value, bounds)
-
-
-def _check_output(path: Any) -> None:
-    """An output gets a name of its own."""
-    if isinstance(path, Path) and path.name in ("", ".."):
-        raise UserError(f"--output: {path} given; allowed: the name of a new file or folder, such as {path / 'result'}")
 
 
 def check_range(key: str, value: Any, bounds: Any) -> None:

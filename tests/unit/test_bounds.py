@@ -98,9 +98,6 @@ def test_sizes_of_a_run(key: str, value: str) -> None:
         (("--calibration-samples", "1048576", "--calibration-seq-length", "1048576"), "tokens in all"),
         (("--distributed-timeout-minutes", "1e30"), "at most 1000000"),
         (("--time-limit", "1e30"), "at most"),
-        (("--output", "."), "a new file or folder"),
-        (("--output", "/"), "a new file or folder"),
-        (("--output", ".."), "a new file or folder"),
         (("--output", "a\ud800"), "--output"),
         (("--calibration-documents", "9" * 5000), "first K"),
         (("--calibration-documents", "１:２"), "first K"),
@@ -293,9 +290,10 @@ def test_an_output_that_is_no_name_ends_every_verb(capsys: pytest.CaptureFixture
         fields = {field.name: field for field in dataclasses.fields(verb.config)}
         if "output" in fields and name != "report":
             words = [word for word in arguments(verb.config) if word not in ("--output", "out")]
-            assert main([name, *words, "--output", "."]) == 2
-            (line,) = capsys.readouterr().err.strip().splitlines()
-            assert "new file or folder" in line, name
+            for place in (".", "/", ".."):
+                assert main([name, *words, "--output", place]) == 2
+                (line,) = capsys.readouterr().err.strip().splitlines()
+                assert "new file or folder" in line, name
 
 
 def test_more_memory_than_there_is_is_one_line(

@@ -128,14 +128,14 @@ def test_an_output_without_a_place_is_refused_before_any_work(
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     (tmp_path / "loop").symlink_to("loop")
     places = {
-        ".": "names no new folder",
-        "/": "names no new folder",
-        "..": "names no new folder",
+        ".": "names no new file or folder",
+        "/": "names no new file or folder",
+        "..": "names no new file or folder",
         str(tmp_path / "file" / "x"): "is no folder",
         str(tmp_path / "dangling" / "x"): "is no folder",
         str(tmp_path / "loop" / "x"): "is no folder",
         str(tmp_path / ("x" * 250)): "give a shorter one",
-        str(tmp_path / "a\0b"): "is no name of a file",
+        str(tmp_path / "a\0b"): "can name a file",
         str(tmp_path / "a\udcffb"): "surrogates not allowed",
     }
     for place, message in places.items():
