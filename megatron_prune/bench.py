@@ -8,6 +8,7 @@ processor has no 2:4 kernels, one line says so and only the dense figures are ta
 
 from __future__ import annotations
 
+import inspect
 import math
 import resource
 import time
@@ -186,17 +187,21 @@ def _figures(config: BenchConfig, model: Any, advance: Callable[[int], None]) ->
 @torch.inference_mode()
 def _time(config: BenchConfig, model: Any, batch_size: int) -> Figures:
     """The best of the repeats, after one that does not count."""
+    from transformers import DynamicCache
+
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     prompts = _prompts(config, model, batch_size)
     if backend.has_cuda():
         torch.cuda.reset_peak_memory_stats()
     prefill = decode = math.inf
     for repeat in range(config.repeats + 1):
+        cache = {name: DynamicCache(config=model.config)}
         began = _now()
-        output = model(prompts, use_cache=True, logits_to_keep=1)
+        output = model(prompts, **cache, use_cache=True, logits_to_keep=1)
         middle = _now()
         for _ in range(config.new_tokens):
             token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            output = model(token, **cache, use_cache=True, logits_to_keep=1)
         ended = _now()
         if repeat:
             prefill, decode = min(prefill, middle - began), min(decode, (ended - middle) / config.new_tokens)
