@@ -17,7 +17,7 @@ setup(
     package_data={
         "megatron_prune.evaluation": ["tasks/*.yaml"],
         "megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"],
-        "megatron_prune.report": ["*.j2"],
+        "megatron_prune.reporting": ["*.j2"],
     },
     install_requires=[
         "torch>=2.6",

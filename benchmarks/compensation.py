@@ -25,12 +25,12 @@ from torch import Tensor
 
 from megatron_prune.data.calibration import windows
 from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import Shape
+from megatron_prune.decision.units import Units
 from megatron_prune.methods.minitron import HEADS, Minitron
 from megatron_prune.methods.shape_search import SITES, Refit, refitted, settled
-from megatron_prune.methods.target import Shape
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import open_model
-from megatron_prune.model.units import Units
 from megatron_prune.statistics.passes import Passes
 
 LENGTH = 1024

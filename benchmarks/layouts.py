@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_prune.apply.decision import Masks
+from megatron_prune.decision.masks import Masks
 from tests.distributed.launch import DP2, ONE, PP2, TP3, Layout, launch, must_pass
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

@@ -12,9 +12,9 @@ from typing import Any
 
 from quality import write_result
 
+from megatron_prune.decision.units import BlockUnits, Units
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import family_of
-from megatron_prune.model.units import BlockUnits, Units
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
 LLAMA_2_7B = LLAMA | {

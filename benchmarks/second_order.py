@@ -36,8 +36,8 @@ from quality import C4_TRAINING, HERE, hardware, versions
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_prune.decision.target import NM, Unstructured
 from megatron_prune.methods.sparsegpt import SparseGPT
-from megatron_prune.methods.target import NM, Unstructured
 from megatron_prune.statistics.hessian import Hessian
 
 TARGETS = {"2:4": NM(2, 4), "0.5": Unstructured(0.5)}

@@ -33,11 +33,11 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
 from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.decision.source import open_model
 from megatron_prune.evaluation import harness
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
 from megatron_prune.evaluation.maxtext import MaxTextScorer
 from megatron_prune.evaluation.zeroshot import MAXTEXT_TOKENS
-from megatron_prune.model.source import open_model
 
 TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
 SCORES = ("acc,none", "acc_norm,none")

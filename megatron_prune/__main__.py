@@ -47,22 +47,27 @@ VERBS = {
     ),
     "import": Verb(
         config.ImportConfig,
-        "megatron_prune.model.import_hf:run",
+        "megatron_prune.verbs.import_hf:run",
         "Hugging Face checkpoint -> Megatron checkpoint",
     ),
     "prune": Verb(
-        config.PruneConfig, "megatron_prune.prune:run", "decide which weights stay, by a method from a paper"
+        config.PruneConfig, "megatron_prune.verbs.prune:run", "decide which weights stay, by a method from a paper"
     ),
     "plan": Verb(
-        config.PlanConfig, "megatron_prune.plan:run", "memory that learning masks will take on each GPU", alone=True
+        config.PlanConfig,
+        "megatron_prune.verbs.plan:run",
+        "memory that learning masks will take on each GPU",
+        alone=True,
     ),
     "train": Verb(
-        config.TrainConfig, "megatron_prune.train:run", "recover a pruned model: text, a teacher, LoRA; zeros stay"
+        config.TrainConfig,
+        "megatron_prune.verbs.train:run",
+        "recover a pruned model: text, a teacher, LoRA; zeros stay",
     ),
-    "trim": Verb(config.TrimConfig, "megatron_prune.apply.trim:run", "apply a decision: a checkpoint with true zeros"),
+    "trim": Verb(config.TrimConfig, "megatron_prune.verbs.trim:run", "apply a decision: a checkpoint with true zeros"),
     "export": Verb(
         config.ExportConfig,
-        "megatron_prune.export.export:run",
+        "megatron_prune.exporting.export:run",
         "Megatron checkpoint -> Hugging Face directory, MaxText or masks",
     ),
     "evaluate": Verb(
@@ -76,22 +81,25 @@ VERBS = {
         "prove pattern, zeros, density and equal logits",
     ),
     "bench": Verb(
-        config.BenchConfig, "megatron_prune.bench:run", "time an exported 2:4 model, dense against sparse", alone=True
+        config.BenchConfig,
+        "megatron_prune.verbs.bench:run",
+        "time an exported 2:4 model, dense against sparse",
+        alone=True,
     ),
     "latency": Verb(
         config.LatencyConfig,
-        "megatron_prune.model.latency:run",
+        "megatron_prune.search.latency:run",
         "time a layer's parts at several sizes, for budgets",
         alone=True,
     ),
     "inspect": Verb(
         config.InspectConfig,
-        "megatron_prune.inspect_run:run",
+        "megatron_prune.verbs.inspect:run",
         "show what a checkpoint, run or decision holds",
         alone=True,
     ),
     "report": Verb(
-        config.ReportConfig, "megatron_prune.report.report:run", "one HTML page of runs and results", alone=True
+        config.ReportConfig, "megatron_prune.reporting.report:run", "one HTML page of runs and results", alone=True
     ),
     "methods": Verb(
         config.MethodsConfig,

@@ -21,10 +21,10 @@ from annotated_types import Gt, Lt
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
+from megatron_prune.data.tokenizer_files import tokenizer_files
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import check_shape, fenced, parse_text_json, read_json, read_regular
 from megatron_prune.imports import without_triton
-from megatron_prune.model.description import tokenizer_files
 
 MARK = b"\xef\xbb\xbf"
 """Byte order mark of UTF-8, which text from Windows begins with."""

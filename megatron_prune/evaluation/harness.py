@@ -29,11 +29,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from megatron_prune.data.requests import Request, Scorer
 from megatron_prune.data.tokenizer import check_rows, model_rows, tokenize
 from megatron_prune.errors import UserError, brief
 from megatron_prune.evaluation import local_tasks
 from megatron_prune.evaluation.local_tasks import SCORED, kind_refusal
-from megatron_prune.evaluation.requests import Request, Scorer
 from megatron_prune.foreign import fenced
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron_prune.config import Parallelism
 from megatron_prune.errors import UserError
-from megatron_prune.export.padding import in_transformers
+from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.convert import HFReader
 

@@ -24,8 +24,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_prune.data.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.files import from_leader, together
 from megatron_prune.kernels.products import fast_products
 from megatron_prune.log import progress

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_prune.data.requests import Request, Scores
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.requests import Request, Scores
-from megatron_prune.export.maxtext import call, maxtext_python
+from megatron_prune.exporting.maxtext import call, maxtext_python
 from megatron_prune.maxtext.folder import TOKENIZER, Folder
 from megatron_prune.maxtext.score import read_answers, write_requests
 

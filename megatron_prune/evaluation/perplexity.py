@@ -25,7 +25,7 @@ from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.forward import window_losses
-from megatron_prune.model.import_hf import layout_of
+from megatron_prune.model.layout import layout_of
 
 LARGEST_LOSS = 700.0
 """In nats per token; a float cannot hold the perplexity of a larger one."""

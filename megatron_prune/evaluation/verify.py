@@ -16,26 +16,26 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
-from megatron_prune.apply import run_folder
-from megatron_prune.apply.decision import prunable_shapes
-from megatron_prune.apply.trim import load_pruned
-from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.config import VerifyConfig
+from megatron_prune.decision import run_folder
+from megatron_prune.decision.masks import prunable_shapes
+from megatron_prune.decision.pruned import load_pruned
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
+from megatron_prune.decision.trimming import Trim, is_trim
 from megatron_prune.errors import UserError
-from megatron_prune.export.padding import in_transformers
+from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.files import refuse_existing, write_result
 from megatron_prune.foreign import names
 from megatron_prune.log import say
 from megatron_prune.methods.fit import check_target
-from megatron_prune.methods.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import cost, parameters
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
-from megatron_prune.model.import_hf import layout_of
-from megatron_prune.model.source import open_model
+from megatron_prune.model.layout import layout_of
 
 
 @dataclass

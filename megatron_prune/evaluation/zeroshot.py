@@ -27,7 +27,7 @@ from megatron_prune.log import environment, say
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
-from megatron_prune.model.import_hf import layout_of
+from megatron_prune.model.layout import layout_of
 from megatron_prune.results import read_result
 
 MAXTEXT_TOKENS = 1024

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from megatron_prune.apply.decision import prunable_shapes
+from megatron_prune.decision.masks import prunable_shapes
 from megatron_prune.errors import UserError
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.convert import HFReader

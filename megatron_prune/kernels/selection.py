@@ -7,11 +7,12 @@ are irreproducible.
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import torch
 from torch import Tensor
-
-from megatron_prune.methods.target import pruned_count
 
 
 def select_nm(score: Tensor, n: int, m: int) -> Tensor:
@@ -62,3 +63,11 @@ def kth_smallest(score: Tensor, k: int) -> Tensor:
     if score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
         return torch.kthvalue(score, k + 1, dim=1, keepdim=True).values
     return torch.from_numpy(np.partition(score.detach().numpy(), k, axis=1)[:, k : k + 1].copy())
+
+
+def pruned_count(size: int, sparsity: float) -> int:
+    """Number of the ``size`` weights that ``sparsity`` removes, rounded down.
+
+    The sparsity is read as the decimal that was written: 0.29 of 100 is 29, though ``100 * 0.29 < 29``.
+    """
+    return math.floor(Fraction(repr(float(sparsity))) * size)

@@ -21,12 +21,13 @@ import yaml
 from pydantic import with_config
 from typing_extensions import TypedDict
 
+from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, write_json, write_text
 from megatron_prune.foreign import read_format, strict
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.masks import PackedMasks
-from megatron_prune.model.description import checked_config, copy_tokenizer
+from megatron_prune.model.description import checked_config
 from megatron_prune.model.families import ModelConfig
 
 FORMAT = 1

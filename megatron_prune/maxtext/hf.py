@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from typing_extensions import TypedDict
 
+from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, write_json
 from megatron_prune.foreign import fenced, read_json
-from megatron_prune.model.description import copy_tokenizer
 from megatron_prune.model.families import ModelConfig, family_of, get_family
 from megatron_prune.schema import RelativeName, Word
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prune.apply.mask_npz import write_masks
+from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.errors import UserError
 from megatron_prune.files import claimed
 from megatron_prune.kernels import definition

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prune.apply.mask_npz import PATTERN, SHAPE, write_masks
+from megatron_prune.decision.mask_npz import PATTERN, SHAPE, write_masks
 from megatron_prune.errors import UserError, brief
 from megatron_prune.maxtext.layout import LEAVES, Leaf, kernel, weight_shape
 from megatron_prune.model.families import ModelConfig

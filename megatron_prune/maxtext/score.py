@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.data.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.errors import UserError
-from megatron_prune.evaluation.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.maxtext.folder import Folder
 from megatron_prune.maxtext.model import load
 from megatron_prune.maxtext.options import ScoreConfig

@@ -12,15 +12,16 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.masks import Kept
+from megatron_prune.decision.target import NM, StructuredTarget, Target
 from megatron_prune.errors import UserError, brief
 from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
-from megatron_prune.methods.target import NM, StructuredTarget, Target
 from megatron_prune.options import check_value
 
 __all__ = [
@@ -81,15 +82,6 @@ class Linear(Protocol):
 
     def keep(self, mask: Tensor, weight: Tensor | None = None) -> None:
         """Apply mask [rows_here, in] (True = kept), after replacing the weights when ``weight`` is given."""
-
-
-class Kept(NamedTuple):
-    """Outcome of a method in two numbers."""
-
-    kept: int
-    """Weights that stay."""
-    size: int
-    """Weights that were decided about."""
 
 
 class Runner(Protocol):

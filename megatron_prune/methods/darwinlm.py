@@ -18,21 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from megatron_prune.decision.target import LATENCY, MEASURES, Budget
 from megatron_prune.errors import UserError, brief
 from megatron_prune.files import write_json
 from megatron_prune.foreign import read_json
 from megatron_prune.log import read_metrics
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import StructuredMethod
-from megatron_prune.methods.target import LATENCY, MEASURES, Budget
 from megatron_prune.schema import Number, Word
+from megatron_prune.search.candidates import draw_windows, put
 
 if TYPE_CHECKING:
+    from megatron_prune.decision.units import Units
     from megatron_prune.model.prunable import PrunableModel
-    from megatron_prune.model.units import Units
     from megatron_prune.search.evolution import Stage
     from megatron_prune.search.fitness import Genome
     from megatron_prune.statistics.passes import Passes
@@ -252,30 +250,6 @@ class DarwinLM(StructuredMethod):
         return from_leader(best_sum(space, single_replacements(space, judged, known, keep)))
 
 
-def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
-    """Give the model's linears the weights of these levels, zero where inputs are gone. Collective."""
-    from megatron_prune.search.levels import KINDS
-
-    for layer in range(model.config.num_layers):
-        for gene, (kind, path) in enumerate(KINDS.items()):
-            map = model.by_name.get(f"decoder.layers.{layer}.{path}.weight")
-            level = genome[2 * layer + gene]
-            if map is not None and level:
-                model.assign(map, levels.weight(kind, layer, level, model.whole(map)))
-    silence(model, levels, genome)
-
-
-def silence(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
-    """Zero the biases behind halves of layers that these levels leave out."""
-    from megatron_prune.search.levels import KINDS
-
-    for gene, level in enumerate(genome):
-        layer, (kind, path) = gene // len(KINDS), list(KINDS.items())[gene % len(KINDS)]
-        bias = model.by_name.get(f"decoder.layers.{layer}.{path}.bias")
-        if bias is not None and levels.gone(kind, layer, level):
-            model.assign(bias, torch.zeros(bias.shape))
-
-
 def _parent(folder: Path, record: Mapping[str, Any], last: Sequence[int]) -> Genome:
     """The genome that a search was left with; UserError when it is none of this model's."""
     found = record.get("parent")
@@ -284,12 +258,6 @@ def _parent(folder: Path, record: Mapping[str, Any], last: Sequence[int]) -> Gen
             f"{folder / 'metrics.jsonl'}: key 'parent': {brief(found)} is no model of this search: restore it"
         )
     return tuple(found)
-
-
-def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> list[int]:
-    """Numbers, rising, of random windows of `[windows, length]`: of about `count` tokens in all, at least one."""
-    number = min(max(1, round(count / tokens.shape[1])), len(tokens))
-    return sorted(rng.sample(range(len(tokens)), number))
 
 
 def _numbers(name: str, given: str) -> list[int]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_prune.decision.cost import budgeted
+from megatron_prune.decision.target import NM, Budget, Shape, StructuredTarget, Target
 from megatron_prune.errors import UserError
-from megatron_prune.methods.target import NM, Budget, Shape, StructuredTarget, Target
-from megatron_prune.model.cost import budgeted
 from megatron_prune.model.families import get_family
 from megatron_prune.model.family import ModelConfig
 

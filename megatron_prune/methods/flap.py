@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import MEASURES, Budget, StructuredTarget
+from megatron_prune.decision.units import BlockUnits, Units, heads_of
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import register
-from megatron_prune.methods.structured import FC2, PROJECTION, StructuredMethod
-from megatron_prune.methods.target import MEASURES, Budget, StructuredTarget
+from megatron_prune.methods.structured import StructuredMethod
 from megatron_prune.model.cost import cost
-from megatron_prune.model.units import BlockUnits, Units, heads_of
+from megatron_prune.model.prunable import FC2, PROJECTION
 from megatron_prune.statistics.channels import ChannelActivations
 
 if TYPE_CHECKING:

@@ -23,13 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import Shape, StructuredTarget
+from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import (
-    FC1,
-    FC2,
-    PROJECTION,
-    QKV,
     StructuredMethod,
     allowed_sizes,
     keep_best,
@@ -38,8 +36,7 @@ from megatron_prune.methods.structured import (
     lowest,
     removed_layers,
 )
-from megatron_prune.methods.target import Shape, StructuredTarget
-from megatron_prune.model.units import Units
+from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Gradient, Passes

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megatron_prune.methods.base import Kept, PruningMethod, Runner, finite, register, select_blocks, select_nm
-from megatron_prune.methods.target import NM, Target, Unstructured, pruned_count
+from megatron_prune.decision.masks import Kept
+from megatron_prune.decision.target import NM, Target, Unstructured
+from megatron_prune.kernels.selection import pruned_count
+from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_blocks, select_nm
 
 
 def magnitude_score(weight: Tensor) -> Tensor:

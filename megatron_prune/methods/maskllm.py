@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.masks import Kept
+from megatron_prune.decision.target import NM, Target
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import SCHEDULES, linear_schedule
 from megatron_prune.kernels.gumbel import decode, patterns
-from megatron_prune.methods.base import Kept, PruningMethod, hyperparameter, register
-from megatron_prune.methods.target import NM, Target
+from megatron_prune.methods.base import PruningMethod, hyperparameter, register
 
 if TYPE_CHECKING:
     from megatron_prune.model.masked_linear import MaskDraw

@@ -23,24 +23,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import MEASURES, Budget, Shape, StructuredTarget
+from megatron_prune.decision.units import BlockUnits, Units, all_of_block, heads_of
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import CRITERIA, layers_to_remove
-from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 from megatron_prune.methods.shape_search import SITES, Refit, best_shape, settled
-from megatron_prune.methods.structured import (
-    FC1,
-    FC2,
-    PROJECTION,
-    QKV,
-    StructuredMethod,
-    allowed_sizes,
-    keep_best,
-    removed_layers,
-)
-from megatron_prune.methods.target import MEASURES, Budget, Shape, StructuredTarget
-from megatron_prune.model.units import BlockUnits, Units, all_of_block, heads_of
+from megatron_prune.methods.structured import StructuredMethod, allowed_sizes, keep_best, removed_layers
+from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
 from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations, ChannelMoments
+from megatron_prune.statistics.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes

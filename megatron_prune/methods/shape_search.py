@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import Budget, Shape
+from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.log import say
-from megatron_prune.methods.structured import FC1, FC2, PROJECTION, QKV, lowest
-from megatron_prune.methods.target import Budget, Shape
+from megatron_prune.methods.structured import lowest
 from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.model.units import Units
+from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
 from megatron_prune.statistics.channels import RESIDUAL, BlockInfluence, ChannelActivations, ChannelMoments
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Refit:
 
 def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Units, refit: Refit) -> Change:
     """Corrections of the layers for what `units` leave out, from second moments of the whole model's inputs."""
-    from megatron_prune.apply.compensation import least_squares
+    from megatron_prune.statistics.compensation import least_squares
     from megatron_prune.statistics.walk import FINAL_NORM
 
     kept_channels = torch.tensor(units.hidden)

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron_prune.decision.target import Shape
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import StructuredMethod
-from megatron_prune.methods.target import Shape
 
 if TYPE_CHECKING:
-    from megatron_prune.model.units import Units
+    from megatron_prune.decision.units import Units
     from megatron_prune.training.shearing import ShearingRunner
 
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from megatron_prune.decision.target import Shape, StructuredTarget
+from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import layers_to_remove
 from megatron_prune.methods.structured import StructuredMethod, allowed_sizes, removed_layers
-from megatron_prune.methods.target import Shape, StructuredTarget
-from megatron_prune.model.units import Units
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from megatron_prune.decision.masks import Kept
+from megatron_prune.decision.target import NM, Target, Unstructured
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.second_order import (
     Factor,
@@ -22,18 +24,8 @@ from megatron_prune.kernels.second_order import (
     solve_nm,
     solve_unstructured,
 )
-from megatron_prune.methods.base import (
-    Kept,
-    Linear,
-    PruningMethod,
-    Runner,
-    finite,
-    hyperparameter,
-    register,
-    select_blocks,
-)
+from megatron_prune.methods.base import Linear, PruningMethod, Runner, finite, hyperparameter, register, select_blocks
 from megatron_prune.methods.magnitude import kept_of
-from megatron_prune.methods.target import NM, Target, Unstructured
 from megatron_prune.statistics.hessian import Hessian
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import MEASURES, Budget, Shape, StructuredTarget, Target
+from megatron_prune.decision.units import Units, heads_of
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import PruningMethod, hyperparameter
-from megatron_prune.methods.target import MEASURES, Budget, Shape, StructuredTarget, Target
-from megatron_prune.model.units import Units, heads_of
 
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from megatron_prune.training.shearing import ShearingRunner
     from megatron_prune.training.stopping import StopRequest
 
-QKV, PROJECTION = "self_attention.linear_qkv", "self_attention.linear_proj"
-FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
-"""The linears of a layer, as `Passes.observe` names its sites."""
 REFITS = ("none", "mean", "local", "propagated")
 
 
@@ -65,7 +62,7 @@ class StructuredMethod(PruningMethod):
         self, model: PrunableModel, units: Units, tokens: Tensor | None, progress: Callable[[int], None]
     ) -> bool:
         """Correct what stays for what goes, in place; whether anything changed. Collective."""
-        from megatron_prune.apply.compensation import Compensation
+        from megatron_prune.statistics.compensation import Compensation
 
         if self.refit == "mean" and not model.config.linear_bias:
             raise UserError(

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from megatron_prune.methods.base import Kept, PruningMethod, Runner, finite, register, select_nm, select_rows
-from megatron_prune.methods.target import NM, Target, Unstructured
+from megatron_prune.decision.masks import Kept
+from megatron_prune.decision.target import NM, Target, Unstructured
+from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_nm, select_rows
 from megatron_prune.statistics.activations import InputNorm
 
 

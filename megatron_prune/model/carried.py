@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.data.tokenizer_files import tokenizer_files
 from megatron_prune.errors import one_line, shown
 from megatron_prune.foreign import names
 from megatron_prune.model.blocks import KEY
-from megatron_prune.model.description import tokenizer_files
 from megatron_prune.model.family import NOT_CARRIED
 from megatron_prune.model.stored import weight_files
 

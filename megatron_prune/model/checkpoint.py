@@ -31,12 +31,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.files import by_leader, checksum, new_folder, write_json, writing
 from megatron_prune.foreign import quiet, read_json, reason
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.cost import parameters
-from megatron_prune.model.description import Description, copy_tokenizer, read_description
+from megatron_prune.model.description import Description, read_description
 from megatron_prune.model.family import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.untrusted import CommonStrategy, TableStrategy, causes, check_format, read_table

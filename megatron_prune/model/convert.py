@@ -21,10 +21,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_prune.data.tokenizer_files import TOKENIZER_FILES
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced, read_json, reason
 from megatron_prune.model import carried, given
-from megatron_prune.model.description import TOKENIZER_FILES
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
 from megatron_prune.model.published import (
     ADAPTER,

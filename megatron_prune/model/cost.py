@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from megatron_prune.model.families import ModelConfig, dimensions, get_family
-
-if TYPE_CHECKING:
-    from megatron_prune.methods.target import Budget
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -39,11 +35,6 @@ def cost(config: ModelConfig, measure: str) -> int:
     if measure == "forward_flops":
         return forward_flops(config, min(CONTEXT, config.max_position_embeddings))
     return {"parameters": parameters, "kv_cache_bytes": kv_cache_bytes}[measure](config)
-
-
-def budgeted(config: ModelConfig, budget: Budget) -> int:
-    """What a budget limits, of a model; a budget of latency has its table by now."""
-    return cost(config, budget.measure) if budget.table is None else budget.table.of(config)
 
 
 def _over_layers(config: ModelConfig, symbol: str) -> int:

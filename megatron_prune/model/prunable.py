@@ -190,3 +190,10 @@ class PrunableModel:
         for map in self.maps:
             tensor = self.whole(map)
             yield from zip(map.hf, convert.split(map, tensor, self.config), strict=True)
+
+
+QKV, PROJECTION = "self_attention.linear_qkv", "self_attention.linear_proj"
+
+
+FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+"""The linears of a layer, as `Passes.observe` names its sites."""

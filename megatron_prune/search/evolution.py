@@ -13,12 +13,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_prune.decision.cost import budgeted
+from megatron_prune.decision.target import Budget
+from megatron_prune.decision.units import BlockUnits, Units
 from megatron_prune.errors import UserError
-from megatron_prune.methods.target import Budget
 from megatron_prune.model.blocks import Block, widest
-from megatron_prune.model.cost import budgeted
 from megatron_prune.model.families import ModelConfig
-from megatron_prune.model.units import BlockUnits, Units
 from megatron_prune.search.fitness import Genome
 from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels
 

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.methods.structured import FC2, PROJECTION
-from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.prunable import FC2, PROJECTION, PrunableModel
 from megatron_prune.search.levels import ATTENTION, MLP, Levels
 from megatron_prune.statistics.walk import Head, LayerWalk, WholeWeights
 from megatron_prune.training.losses import divergence

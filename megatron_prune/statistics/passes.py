@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_prune.decision.units import Units
 from megatron_prune.model.families import ModelConfig, dimensions
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.units import Units
 from megatron_prune.statistics.channels import RESIDUAL
 from megatron_prune.statistics.store import Statistic, StatisticsStore
 from megatron_prune.statistics.walk import Change, CutWeights, Head, LayerWalk, WholeWeights, sum_over_ranks, unchanged

@@ -15,8 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_prune.apply.decision import MaskWriter
-from megatron_prune.methods.base import Kept
+from megatron_prune.decision.masks import Kept, MaskWriter
 from megatron_prune.model import convert
 from megatron_prune.model.families import WeightMap
 from megatron_prune.model.prunable import LINEARS, PrunableModel

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_prune.decision.units import Units
 from megatron_prune.model.build import rotary, whole_layer, whole_norm
 from megatron_prune.model.families import Block, ModelConfig, get_family
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.units import Units
 
 UNIT_TOKENS = 2048
 """Calibration windows are run and accumulated in units of about so many tokens, the same units in every layout."""

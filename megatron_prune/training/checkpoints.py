@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 import megatron_prune.backend as backend
-from megatron_prune.apply.run_folder import Step
+from megatron_prune.decision.run_folder import Step
 from megatron_prune.errors import UserError
 from megatron_prune.files import abandon_folder, begin_folder, by_leader, from_leader, publish_folder, write_json
 from megatron_prune.foreign import read_json

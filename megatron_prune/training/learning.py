@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.apply.decision import MaskWriter
-from megatron_prune.apply.run_folder import read_run
+from megatron_prune.decision.masks import Kept, MaskWriter
+from megatron_prune.decision.run_folder import read_run
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import definition, gumbel
 from megatron_prune.kernels.philox import gumbel_noise
-from megatron_prune.methods.base import Kept
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw

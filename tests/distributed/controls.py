@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.apply.gates import Gates
+from megatron_prune.decision.target import NM, Shape, StructuredTarget, Target
+from megatron_prune.decision.units import Units
 from megatron_prune.kernels.gumbel import Position
 from megatron_prune.methods.base import PruningMethod, register, select_nm
 from megatron_prune.methods.structured import StructuredMethod, keep_neurons
-from megatron_prune.methods.target import NM, Shape, StructuredTarget, Target
 from megatron_prune.model.prunable import LocalLinear, PrunableModel
-from megatron_prune.model.units import Units
+from megatron_prune.training.gates import Gates
 
 
 @register("layout_dependent")

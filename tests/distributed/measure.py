@@ -20,11 +20,11 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from megatron_prune.config import Parallelism, Training
-from megatron_prune.model.import_hf import layout_of
+from megatron_prune.decision.source import open_model
+from megatron_prune.model.layout import layout_of
 from megatron_prune.model.masked_linear import MaskDraw
-from megatron_prune.model.source import open_model
-from megatron_prune.prune import RECOMPUTE
 from megatron_prune.training.loop import Trainer
+from megatron_prune.verbs.prune import RECOMPUTE
 
 
 class Words:

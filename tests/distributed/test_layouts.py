@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_prune.apply.decision import Masks
-from megatron_prune.apply.trimming import Trim
-from megatron_prune.model.units import Units
+from megatron_prune.decision.masks import Masks
+from megatron_prune.decision.trimming import Trim
+from megatron_prune.decision.units import Units
 from tests.distributed.launch import (
     DP2,
     ONE,

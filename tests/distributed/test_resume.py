@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.apply.decision import Masks
+from megatron_prune.decision.masks import Masks
 from megatron_prune.log import read_metrics
 from tests.distributed.launch import DP2, ONE, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words

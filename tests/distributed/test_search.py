@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.apply.trimming import Trim
+from megatron_prune.decision.trimming import Trim
 from megatron_prune.log import read_metrics
 from tests.distributed.launch import ONE, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words

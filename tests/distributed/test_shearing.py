@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_prune.apply.trimming import Trim
+from megatron_prune.decision.trimming import Trim
 from tests.distributed.launch import DP2, ONE, PP2, TP2, TP2_PP2_SP, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.runs import curve, reopened

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.apply.decision import Masks
+from megatron_prune.decision.masks import Masks
 from tests.distributed.launch import ONE, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.runs import curve

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.errors import UserError
-from megatron_prune.export.maxtext import maxtext_python
+from megatron_prune.exporting.maxtext import maxtext_python
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")

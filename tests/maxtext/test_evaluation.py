@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_prune.__main__ import main
+from megatron_prune.data.requests import Request
 from megatron_prune.evaluation.likelihood import TransformersScorer
-from megatron_prune.evaluation.requests import Request
-from megatron_prune.export.padding import in_transformers
+from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.maxtext.score import write_requests
 from megatron_prune.model.convert import HFReader
 from tests.maxtext import environment

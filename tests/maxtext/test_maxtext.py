@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply.decision import Masks, prunable_shapes
-from megatron_prune.export.padding import in_transformers
+from megatron_prune.decision.masks import Masks, prunable_shapes
+from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.kernels.gumbel import Draw, Position, masked_weight
 from megatron_prune.maxtext.layout import LLAMA3
 from megatron_prune.maxtext.masks import PackedMasks

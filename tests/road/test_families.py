@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply.decision import prunable_shapes
+from megatron_prune.decision.masks import prunable_shapes
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import FAMILIES
 from tests.models import byte_tokenizer, tiny_model, words

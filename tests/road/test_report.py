@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_prune.__main__ import main
-from megatron_prune.report.collect import collect
+from megatron_prune.reporting.collect import collect
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.tasks import write_tasks
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply.decision import Masks
+from megatron_prune.decision.masks import Masks
 from megatron_prune.log import read_metrics
 from tests.models import stories260k
 

@@ -22,21 +22,21 @@ from hypothesis import strategies as st
 
 from megatron_prune import config as verbs
 from megatron_prune.__main__ import VERBS, main
-from megatron_prune.apply.decision import Masks
-from megatron_prune.apply.run_folder import read_run
 from megatron_prune.command_line import parse
 from megatron_prune.data.indexed import open_indexed
 from megatron_prune.data.text import parse_line
 from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.decision.latency import LatencyTable
+from megatron_prune.decision.mask_file import load_mask_npz, mask_npz_pattern
+from megatron_prune.decision.masks import Masks
+from megatron_prune.decision.run_folder import read_run
+from megatron_prune.decision.target import parse_any_target
 from megatron_prune.errors import LONGEST, UserError
-from megatron_prune.export.mask_file import load_mask_npz, mask_npz_pattern
 from megatron_prune.foreign import parse_json, read_yaml
 from megatron_prune.log import read_metrics
-from megatron_prune.methods.target import parse_any_target
 from megatron_prune.model.checkpoint import check_manifest
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import read_description
-from megatron_prune.model.latency import LatencyTable
 from megatron_prune.model.untrusted import check_format, read_table
 from megatron_prune.options import entries, flag
 from megatron_prune.results import read_result

@@ -14,27 +14,27 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply import run_folder
-from megatron_prune.apply.decision import MaskInfo, Masks
-from megatron_prune.apply.trimming import Trim, is_trim
 from megatron_prune.config import InspectConfig, ReportConfig
 from megatron_prune.data.about import read_about as read_text_about
 from megatron_prune.data.about import read_report
+from megatron_prune.decision import run_folder
+from megatron_prune.decision.latency import SAME, LatencyTable
+from megatron_prune.decision.masks import MaskInfo, Masks
+from megatron_prune.decision.trimming import Trim, is_trim
+from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.verify import watched
-from megatron_prune.inspect_run import run as inspect
 from megatron_prune.log import read_metrics
 from megatron_prune.model.checkpoint import _check_size, check_manifest, damage_of
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import Description, read_description
 from megatron_prune.model.families import family_of
 from megatron_prune.model.fms import FmsReader
-from megatron_prune.model.latency import SAME, LatencyTable
-from megatron_prune.model.units import Units
-from megatron_prune.report.report import run as report
+from megatron_prune.reporting.report import run as report
 from megatron_prune.search.levels import Levels
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.checkpoints import read_about
+from megatron_prune.verbs.inspect import run as inspect
 from tests.hostile import assert_harmless, complaint
 from tests.models import TINY_SIZES, tiny_llama
 

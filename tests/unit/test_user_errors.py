@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_prune.__main__ import main
+from megatron_prune.decision.target import parse_target
 from megatron_prune.errors import UserError
 from megatron_prune.log import read_metrics
-from megatron_prune.methods.target import parse_target
 from megatron_prune.model.families import get_family
 from tests.models import byte_tokenizer, edit_config, tiny_llama, words
 from tests.runs import set_state

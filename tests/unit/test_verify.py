@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_prune.decision.target import parse_target
 from megatron_prune.evaluation.verify import _kept_too_many, count_zeros
 from megatron_prune.kernels.selection import select_rows
-from megatron_prune.methods.target import parse_target
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_prune.apply.decision import (
+from megatron_prune.decision.masks import (
     MaskInfo,
     Masks,
     MaskWriter,
@@ -23,9 +23,9 @@ from megatron_prune.apply.decision import (
     prunable_shapes,
     unpack_mask,
 )
+from megatron_prune.decision.target import NM, Unstructured
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.selection import select_matrix, select_nm, select_rows
-from megatron_prune.methods.target import NM, Unstructured
 from megatron_prune.model.families import FAMILIES, ModelConfig
 
 CONFIG: ModelConfig = FAMILIES["llama"].from_hf({

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.apply.run_folder import RunDescription, read_run, write_run
+from megatron_prune.decision.run_folder import RunDescription, read_run, write_run
 
 
 @pytest.mark.parametrize("state", ["learning", "searching", "training", "decided", "trained"])

@@ -21,8 +21,8 @@ from megatron_prune.data.dataset import TokenWindows, evaluation_windows
 from megatron_prune.data.encoder import load_encoder
 from megatron_prune.data.indexed import open_indexed
 from megatron_prune.data.tokenizer import load_tokenizer, tokenize
+from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.model.description import copy_tokenizer
 
 WORDS = "the cat sat on a mat and then it ran off to see what the dog had done with all of its old bones".split()
 TEXTS = ["the cat ran off", " what  the dog\nhad é 日 😀\t", "<|end|> of it </s>", "", "a\u0000b", "x" * 300]

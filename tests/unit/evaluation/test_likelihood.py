@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megatron_prune.data.requests import Request, plan
+from megatron_prune.decision.source import open_model
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import likelihood
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer, log_probabilities
-from megatron_prune.evaluation.requests import Request, plan
-from megatron_prune.export.padding import in_transformers
+from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.model.convert import HFReader
-from megatron_prune.model.source import open_model
 from tests.models import LLAMA3_ROPE, TINY_SIZES, tiny_blocks, tiny_model
 
 LONGEST = 24

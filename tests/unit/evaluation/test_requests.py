@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prune.evaluation.requests import Batch, Request, collect, plan
+from megatron_prune.data.requests import Batch, Request, collect, plan
 
 LONGEST = 7
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=9)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.export.forms import CLASSES, costs, form_of
-from megatron_prune.export.huggingface import write_hf
-from megatron_prune.export.padding import in_transformers, padded
+from megatron_prune.exporting.forms import CLASSES, costs, form_of
+from megatron_prune.exporting.huggingface import write_hf
+from megatron_prune.exporting.padding import in_transformers, padded
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import kv_cache_bytes, parameters
 from megatron_prune.model.families import Block, get_family

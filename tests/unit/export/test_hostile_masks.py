@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_prune.apply.mask_npz import PATTERN, SHAPE
-from megatron_prune.export.mask_file import load_mask_npz, mask_npz_pattern
+from megatron_prune.decision.mask_file import load_mask_npz, mask_npz_pattern
+from megatron_prune.decision.mask_npz import PATTERN, SHAPE
 from megatron_prune.maxtext.masks import PackedMasks
 from megatron_prune.maxtext.score import read_answers, read_requests
 from megatron_prune.model.families import family_of
@@ -38,7 +38,7 @@ def header(text: str, version: tuple[int, int] = (1, 0)) -> bytes:
 
 def honest() -> dict[str, bytes]:
     """Entries of a file with the mask of every prunable weight."""
-    from megatron_prune.apply.decision import prunable_shapes
+    from megatron_prune.decision.masks import prunable_shapes
 
     entries = {PATTERN: npy(np.array("2:4"))}
     for name, shape in prunable_shapes(CONFIG).items():

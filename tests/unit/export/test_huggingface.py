@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_prune.errors import UserError
-from megatron_prune.export.huggingface import positive_zeros, write_hf
+from megatron_prune.exporting.huggingface import positive_zeros, write_hf
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import get_family
 from tests.models import STORIES_TEXT, stories260k, tiny_llama

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_prune.apply.decision import MaskInfo, Masks, prunable_shapes
+from megatron_prune.decision.mask_file import load_mask_npz, mask_npz_pattern, save_mask_npz
+from megatron_prune.decision.masks import MaskInfo, Masks, prunable_shapes
 from megatron_prune.errors import UserError
-from megatron_prune.export.mask_file import load_mask_npz, mask_npz_pattern, save_mask_npz
 from megatron_prune.kernels.selection import select_nm
 from megatron_prune.model.families import FAMILIES, ModelConfig
 

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
-from megatron_prune.methods.target import pruned_count
+from megatron_prune.kernels.selection import keep_largest, pruned_count, select_matrix, select_nm, select_rows
 
 
 def by_sorting(score: Tensor, kept: int) -> Tensor:

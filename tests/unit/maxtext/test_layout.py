@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply.mask_npz import write_masks
+from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.errors import UserError
-from megatron_prune.export import maxtext as exporter
+from megatron_prune.exporting import maxtext as exporter
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.hf import HFDirectory, write_directory
 from megatron_prune.maxtext.masks import PackedMasks, prunable_shapes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prune.evaluation.requests import Request
+from megatron_prune.data.requests import Request
 from megatron_prune.maxtext.score import _among_equals, _up, read_requests, write_requests
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import parse_target
 from megatron_prune.methods.base import PruningMethod
-from megatron_prune.methods.target import parse_target
 
 
 @dataclass

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_prune.decision.target import Unstructured
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import finite, get_method, methods, select_blocks
 from megatron_prune.methods.maskllm import MaskLLM
 from megatron_prune.methods.sparsegpt import SparseGPT
-from megatron_prune.methods.target import Unstructured
 
 
 def test_listing_describes_every_method() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_prune.decision.target import Unstructured
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.gumbel import decode, patterns
 from megatron_prune.kernels.selection import select_nm
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.maskllm import MaskLLM, prior_logits
-from megatron_prune.methods.target import Unstructured
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (2, 8)])

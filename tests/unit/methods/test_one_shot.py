@@ -10,10 +10,10 @@ from torch import Tensor
 
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import second_order
+from megatron_prune.kernels.selection import pruned_count
 from megatron_prune.methods.base import PruningMethod
 from megatron_prune.methods.magnitude import Magnitude
 from megatron_prune.methods.sparsegpt import SparseGPT
-from megatron_prune.methods.target import pruned_count
 from megatron_prune.methods.wanda import Wanda, wanda_score
 from tests.unit.methods.cluster import Cluster
 

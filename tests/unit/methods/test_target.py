@@ -6,17 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_prune.decision.target import MAX_M, NM, Budget, Shape, Unstructured, parse_any_target, parse_target
 from megatron_prune.errors import UserError
-from megatron_prune.methods.target import (
-    MAX_M,
-    NM,
-    Budget,
-    Shape,
-    Unstructured,
-    parse_any_target,
-    parse_target,
-    pruned_count,
-)
+from megatron_prune.kernels.selection import pruned_count
 
 
 @pytest.mark.parametrize(

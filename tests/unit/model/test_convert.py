@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_prune.data.tokenizer_files import tokenizer_files
 from megatron_prune.errors import UserError
 from megatron_prune.model import convert
 from megatron_prune.model.convert import HFReader
-from megatron_prune.model.description import tokenizer_files
 from megatron_prune.model.families import FAMILIES, ModelConfig, WeightMap
 from tests.models import STORIES_TEXT, edit_config, hf_loss, stories260k, tiny_llama
 

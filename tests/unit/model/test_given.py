@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply import run_folder
-from megatron_prune.apply.trimming import FILE as TRIM
+from megatron_prune.decision import run_folder
+from megatron_prune.decision.trimming import FILE as TRIM
 from megatron_prune.maxtext import folder as maxtext
 from megatron_prune.model import description, fms
 from megatron_prune.model.given import KINDS, Wanted, wrong

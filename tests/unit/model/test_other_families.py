@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_prune.apply.decision import MaskInfo, MaskWriter
+from megatron_prune.decision.masks import MaskInfo, MaskWriter
 from megatron_prune.errors import UserError
 from megatron_prune.model import convert
 from megatron_prune.model.convert import HFReader

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor
 
 from megatron_prune.__main__ import main
+from megatron_prune.decision.source import read_hf
 from megatron_prune.errors import LONGEST, UserError
-from megatron_prune.export.huggingface import write_hf
-from megatron_prune.export.padding import in_transformers
-from megatron_prune.export.preflight import check_export
+from megatron_prune.exporting.huggingface import write_hf
+from megatron_prune.exporting.padding import in_transformers
+from megatron_prune.exporting.preflight import check_export
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import FAMILIES, family_of
 from megatron_prune.model.forward import logits
-from megatron_prune.model.import_hf import read_hf
 from megatron_prune.model.published import unwrapped
 from tests.models import byte_tokenizer, edit_config, tiny_llama, tiny_model
 

@@ -11,13 +11,13 @@ import pytest
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
-from megatron_prune import prune
 from megatron_prune.config import Calibration
+from megatron_prune.decision.source import open_model
 from megatron_prune.model.prunable import LINEARS
-from megatron_prune.model.source import open_model
 from megatron_prune.statistics import walk
 from megatron_prune.statistics.activations import InputNorm
 from megatron_prune.statistics.runner import Runner
+from megatron_prune.verbs import prune
 from tests.models import byte_tokenizer, tiny_llama
 
 

@@ -11,13 +11,13 @@ import pytest
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
-from megatron_prune.apply.compensation import Compensation, least_squares, missing_mean
-from megatron_prune.apply.trim import cut
+from megatron_prune.decision.pruned import cut
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.units import BlockUnits, Units
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import open_model
-from megatron_prune.model.units import BlockUnits, Units
 from megatron_prune.statistics.channels import NormRatio, Regression
+from megatron_prune.statistics.compensation import Compensation, least_squares, missing_mean
 from tests.models import tiny_model
 
 

@@ -15,18 +15,19 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
-from megatron_prune.apply.trim import cut
+from megatron_prune.decision.pruned import cut
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import Budget
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
-from megatron_prune.methods.darwinlm import DarwinLM, put
-from megatron_prune.methods.target import Budget
+from megatron_prune.methods.darwinlm import DarwinLM
 from megatron_prune.model.cost import cost, parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import open_model
 from megatron_prune.search import evolution as evolution_module
 from megatron_prune.search import integer as integer_module
 from megatron_prune.search import levels as levels_module
+from megatron_prune.search.candidates import put
 from megatron_prune.search.evolution import Generation, Space, Stage, next_generation
 from megatron_prune.search.fitness import Genome, divergences
 from megatron_prune.search.integer import best_sum

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.__main__ import main
+from megatron_prune.decision.latency import SAME, LatencyTable
+from megatron_prune.decision.target import LATENCY, Budget
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
-from megatron_prune.methods.target import LATENCY, Budget
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.families import ModelConfig, family_of
-from megatron_prune.model.latency import SAME, LatencyTable
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 
 CALIBRATION = "--calibration-samples 6 --calibration-seq-length 16".split()
@@ -88,7 +88,7 @@ def test_a_search_spends_its_budget_where_it_saves_time(root: Path, search: str)
     given = ["prune", "--input", str(root / "hf"), "--output", str(run), "--method", "darwinlm", *CALIBRATION, *SEARCH]
     given += ["--calibration", str(root / "words.jsonl"), "--search", search]
     assert main([*given, "--target", f"{LATENCY}={limit}", "--latency-table", str(root / "table.json")]) == 0
-    from megatron_prune.apply.trimming import Trim
+    from megatron_prune.decision.trimming import Trim
 
     whole = config(root)
     smaller = Trim.load(run / "decision").units.config(whole)

@@ -13,6 +13,9 @@ import pytest
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import Budget, parse_any_target
+from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.fit import check_target
@@ -21,12 +24,9 @@ from megatron_prune.methods.llm_pruner import salience
 from megatron_prune.methods.minitron import head_scores
 from megatron_prune.methods.shape_search import candidates
 from megatron_prune.methods.structured import StructuredMethod, keep_best, lowest
-from megatron_prune.methods.target import Budget, parse_any_target
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import open_model
-from megatron_prune.model.units import Units
 from megatron_prune.statistics.passes import Gradient, Passes
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.statistics.walk import LayerWalk

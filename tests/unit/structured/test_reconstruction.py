@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_prune.methods import reconstruction
-from megatron_prune.methods.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
+from megatron_prune.statistics import reconstruction
+from megatron_prune.statistics.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 
 WIDTH, GROUPS, EACH = 4, 3, 3
 

@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 from megatron_prune.__main__ import main
-from megatron_prune.apply.gates import Gates, fold
-from megatron_prune.apply.trim import cut
 from megatron_prune.command_line import parse
 from megatron_prune.config import PruneConfig, TrainConfig, Training
 from megatron_prune.data.training import first_windows, held_out_windows
+from megatron_prune.decision.pruned import cut
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import Shape, parse_any_target
 from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog, read_metrics
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.fit import check_target
-from megatron_prune.methods.target import Shape, parse_any_target
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import family_of
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import open_model
 from megatron_prune.training import hard_concrete
+from megatron_prune.training.gates import Gates, fold
 from megatron_prune.training.loop import Trainer
 from megatron_prune.training.shearing import ShearingRunner
 from megatron_prune.training.stopping import Stopped, StopRequest

@@ -11,17 +11,17 @@ import pytest
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
-from megatron_prune.apply.decision import MaskInfo
-from megatron_prune.apply.masking import mask_units
-from megatron_prune.apply.trim import cut
-from megatron_prune.apply.trimming import Trim
+from megatron_prune.decision.masks import MaskInfo
+from megatron_prune.decision.pruned import cut
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.trimming import Trim
+from megatron_prune.decision.units import BlockUnits, Units
 from megatron_prune.errors import UserError
 from megatron_prune.model.cost import forward_flops, kv_cache_bytes, parameters
 from megatron_prune.model.families import family_of
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.model.source import open_model
-from megatron_prune.model.units import BlockUnits, Units
+from megatron_prune.training.masking import mask_units
 from tests.models import tiny_model
 
 FAMILIES = ("llama", "qwen3", "gpt2")

@@ -1,0 +1,90 @@
+"""The `trim` verb: a run's decision applied to its weights; a checkpoint without training state comes out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+
+from megatron_prune.decision import run_folder
+from megatron_prune.decision.masks import Masks
+from megatron_prune.decision.run_folder import TRAINED, decision_of, read_run, weights_of
+from megatron_prune.decision.source import ModelSource, open_model
+from megatron_prune.decision.trimming import Trim, is_trim
+from megatron_prune.decision.units import Units
+from megatron_prune.errors import UserError
+from megatron_prune.model import convert
+from megatron_prune.model.build import build_model
+from megatron_prune.model.prunable import PrunableModel
+
+
+@torch.no_grad()
+def apply_masks(model: PrunableModel, masks: Masks) -> None:
+    """Set every removed weight of this rank to +0.0."""
+    for linear in model.linears():
+        whole = convert.merge(linear.map, [masks.get(name) for name in linear.map.hf], model.config)
+        weight = linear.module.weight
+        weight.masked_fill_(~model.shard(linear.map, whole).to(weight.device), 0.0)
+
+
+@torch.no_grad()
+def cut(model: PrunableModel, units: Units) -> PrunableModel:
+    """The smaller model in the same layout and types. Collective; UserError when the layout does not fit it."""
+    config = units.config(model.config)
+    dtype = next(iter(model.parameters.values())).dtype
+    smaller = PrunableModel(config, model.layout, build_model(config, model.layout, dtype))
+    for map in smaller.maps:
+        name = map.megatron
+        if map.layer is not None:
+            name = name.replace(f"layers.{map.layer}.", f"layers.{units.layers[map.layer]}.", 1)
+        source = model.by_name[name]
+        smaller.assign(map, units.cut(model.config, source, model.whole(source), map))
+    return smaller
+
+
+def open_trained(run: Path) -> ModelSource:
+    """The weights of a finished `train` run; a Hugging Face directory has no record of its pattern, the run does."""
+    weights = open_model(weights_of(run))
+    return replace(weights, history={"target": read_run(run).target, **weights.history})
+
+
+def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> tuple[PrunableModel, ModelSource]:
+    """The model of a run with its decision applied, or trained, and where its weights come from. Collective."""
+    if read_run(run).method == "train":
+        weights = open_trained(run)
+        return weights.load(layout, dtype), weights
+    decision = decision_of(run)
+    weights = open_model(weights_of(run))
+    model = weights.load(layout, dtype)
+    if is_trim(decision):
+        trim = Trim.load(decision)
+        trim.check_model(model.config)
+        return cut(model, trim.units), weights
+    apply_masks(model, Masks.load(decision))
+    return model, weights
+
+
+def open_source(path: Path) -> ModelSource:
+    """The model of a checkpoint, a Hugging Face directory or a run (with its masks applied); UserError otherwise."""
+    if not (path / run_folder.DESCRIPTION).is_file():
+        return open_model(path)
+    about = read_run(path)
+    if about.state == TRAINED:
+        return open_trained(path)
+    weights = open_model(weights_of(path))
+    decision = decision_of(path)
+    if is_trim(decision):
+        raise UserError(f"{path} has decided on a smaller model: give the checkpoint that trim writes from it")
+    masks = Masks.load(decision)
+    masks.check_model(weights.config)
+
+    def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
+        model = weights.load(layout, dtype, **extra)
+        apply_masks(model, masks)
+        return model
+
+    history = {**weights.history, "method": about.method, "target": about.target}
+    return replace(weights, load=load, masks=masks.get, history=history)

@@ -1,0 +1,224 @@
+"""What to prune to: N:M patterns and unstructured sparsity of weights, or the shape or size of a smaller model.
+
+Written ``2:4``, ``0.5``, ``num_layers=24,ffn_hidden_size=1152`` or ``parameters=100M`` on the command line, a mapping
+(``{n: 2, m: 4}``, ``{sparsity: 0.5}``, ``{num_layers: 24}``) in a file.
+**N:M means N kept of every M consecutive inputs of an output row**; several other tools count N removed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from megatron_prune.errors import UserError, brief
+
+if TYPE_CHECKING:
+    from megatron_prune.decision.latency import LatencyTable
+
+MAX_M = 16
+LARGEST = 2**63 - 1
+"""Of sizes and budgets."""
+MEASURES = ("parameters", "forward_flops", "kv_cache_bytes")
+"""What a budget may limit: weights of the model; of a token, FLOPs with 2048 before it and bytes of key-value cache."""
+LATENCY = "latency_us"
+"""Another measure: microseconds by a table that was measured; see `model/latency.py`."""
+_ALLOWED = (
+    "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), sizes such as "
+    "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M, kv_cache_bytes=10K "
+    "or latency_us=800K"
+)
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep ``n`` of every ``m`` consecutive inputs of each output row, groups starting at its first input."""
+
+    n: int
+    """Weights kept in a group."""
+    m: int
+    """Weights in a group."""
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.n, self.m))
+        if not whole or not 0 < self.n < self.m <= MAX_M:
+            raise UserError(
+                f"pattern {brief(self.n)}:{brief(self.m)} is not possible; N:M keeps N of every M inputs, "
+                f"with whole numbers 0 < N < M <= {MAX_M}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are kept."""
+        return self.n / self.m
+
+    def check(self, in_features: int, name: str = "a linear layer") -> None:
+        """Raise UserError when rows of ``in_features`` inputs do not divide into groups."""
+        if in_features % self.m:
+            raise UserError(
+                f"{self} does not fit {name}: its {in_features} inputs are not a multiple of {self.m}; "
+                "choose an M that divides them"
+            )
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Remove a share of the weights, anywhere; the method says whether it counts per matrix or per row."""
+
+    sparsity: float
+    """Share of the weights removed, between 0 and 1, both excluded."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1:
+            raise UserError(
+                f"sparsity {brief(self.sparsity)} is not possible; it is the share of weights removed, "
+                "between 0 and 1 (both excluded)"
+            )
+
+    def __str__(self) -> str:
+        return repr(float(self.sparsity))
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are kept."""
+        return 1.0 - self.sparsity
+
+    def check(self, in_features: int, name: str = "a linear layer") -> None:
+        """Every width fits; here so that callers need not tell the targets apart."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a smaller model, in Megatron's names; what is left out stays as it is.
+
+    With fewer query groups and no number of heads the groups keep their heads.
+    """
+
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        given = self.given()
+        wrong = [f"{key}={brief(value)}" for key, value in given.items() if type(value) is not int or value < 1]
+        wrong += [f"{key}={brief(value)}" for key, value in given.items() if type(value) is int and value > LARGEST]
+        if wrong or not given:
+            raise UserError(
+                f"target {', '.join(wrong) or 'without a size'} is not possible; give sizes of 1 or more, allowed: "
+                f"{', '.join(field.name for field in fields(self))}"
+            )
+
+    def given(self) -> dict[str, int]:
+        """The sizes that were asked for."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    def __str__(self) -> str:
+        return ",".join(f"{key}={value}" for key, value in self.given().items())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the smaller model may cost at most; the method looks for its shape."""
+
+    limit: int
+    measure: str = "parameters"
+    """One of `MEASURES`, see `model/cost.py`, or `LATENCY`."""
+    table: LatencyTable | None = field(default=None, compare=False, repr=False)
+    """What a budget of latency is counted by."""
+
+    def __post_init__(self) -> None:
+        if self.measure not in (*MEASURES, LATENCY):
+            allowed = ", ".join((*MEASURES, LATENCY))
+            raise UserError(f"a budget of {brief(self.measure)} is not possible; allowed: {allowed}")
+        if type(self.limit) is not int or not 1 <= self.limit <= LARGEST:
+            raise UserError(
+                f"target {self.measure}={brief(self.limit)} is not possible; give a whole number such as 100M, at most "
+                f"{LARGEST}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.measure}={self.limit}"
+
+
+Target = NM | Unstructured
+"""Of methods that decide about single weights."""
+StructuredTarget = Shape | Budget
+"""Of methods that remove whole units."""
+
+
+def parse_target(given: object) -> Target:
+    """As `parse_any_target`, where only single weights can be meant."""
+    found = parse_any_target(given)
+    if isinstance(found, (Shape, Budget)):
+        raise UserError(f"target {found} is the size of a model; a pattern of weights is needed, such as 2:4 or 0.5")
+    return found
+
+
+def parse_any_target(given: object) -> Target | StructuredTarget:
+    """The target meant by a string, a number, a mapping or a target; UserError says what is allowed."""
+    if isinstance(given, (NM, Unstructured, Shape, Budget)):
+        return given
+    if isinstance(given, Mapping):
+        return _from_mapping(given)
+    if isinstance(given, str):
+        return _from_string(given)
+    if isinstance(given, float):
+        return Unstructured(given)
+    hint = "; in a YAML file put quotes around the pattern ('2:4')" if isinstance(given, int) else ""
+    raise UserError(f"target {brief(given)} is not understood; give {_ALLOWED}{hint}")
+
+
+def _from_string(text: str) -> Target | StructuredTarget:
+    pattern = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text)
+    if pattern:
+        return NM(int(pattern[1]), int(pattern[2]))
+    if "=" in text:
+        return _from_mapping(dict(_pair(text, part) for part in text.split(",")))
+    if re.fullmatch(r"\s*[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?|nan|inf)\s*", text):
+        return Unstructured(float(text))
+    raise UserError(f"target {brief(text)} is not understood; give {_ALLOWED}")
+
+
+def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
+    if set(given) == {"n", "m"}:
+        return NM(given["n"], given["m"])  # type: ignore[arg-type]  # NM checks
+    if set(given) == {"sparsity"}:
+        return Unstructured(given["sparsity"])  # type: ignore[arg-type]  # Unstructured checks
+    if len(given) == 1 and set(given) <= {*MEASURES, LATENCY}:
+        ((measure, limit),) = given.items()
+        return Budget(_count(limit), str(measure))
+    names = [field.name for field in fields(Shape)]
+    unknown = [str(key) for key in given if key not in names]
+    if given and not unknown:
+        return Shape(**{str(key): _count(value) for key, value in given.items()})
+    near = difflib.get_close_matches(unknown[0][:100], [*names, *MEASURES, LATENCY], n=1) if unknown else []
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    shown = ", ".join(f"{brief(str(key), 30)}: {brief(value, 30)}" for key, value in list(given.items())[:3])
+    raise UserError(f"target {{{shown}}} is not understood{hint}; give {_ALLOWED}")
+
+
+def _pair(text: str, part: str) -> tuple[str, str]:
+    key, equals, value = part.partition("=")
+    if not equals:
+        raise UserError(f"target {brief(text)} is not understood: {brief(part)} has no '='; give {_ALLOWED}")
+    return key.strip().replace("-", "_"), value.strip()
+
+
+def _count(given: object) -> int:
+    """A whole number; K, M and B (or G) stand for thousand, million and billion."""
+    text = str(given).strip() if isinstance(given, str | float) or type(given) is int and given < 10**40 else ""
+    number = re.fullmatch(r"([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*([KMGB]?)", text, re.IGNORECASE)
+    if not number:
+        raise UserError(f"{brief(given)} is not a number of units; give a whole number such as 1152 or 1.1B")
+    value = Fraction(number[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}[number[2].upper()]
+    if value.denominator != 1:
+        raise UserError(f"{brief(given)} is not a whole number of units; give one such as 1152 or 1.1B")
+    return int(value)

@@ -1,0 +1,168 @@
+"""A structured decision on disk: which units of a model stay.
+
+    DIR/trim.json           what decided (method, target, seed, calibration), sizes before and after, checksum
+    DIR/units.safetensors   int32: layers, hidden, and for each layer that stays its heads, groups and ffn
+                            ("layers.00017.heads", numbered as in the whole model)
+
+The folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load, save_file
+
+from megatron_prune.decision.masks import MaskInfo
+from megatron_prune.decision.target import parse_any_target
+from megatron_prune.decision.units import BlockUnits, Units
+from megatron_prune.errors import UserError, brief
+from megatron_prune.files import new_folder, refuse_existing, write_json
+from megatron_prune.foreign import fenced, names, read_format, read_regular, strict
+from megatron_prune.model.cost import parameters
+from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.family import LARGEST
+from megatron_prune.schema import Above0, Sha256
+
+FILE = "trim.json"
+UNITS = "units.safetensors"
+_FORMAT = 1
+MOST_UNITS = 2**28
+"""Neurons of all layers together."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that structured pruning changes."""
+
+    __pydantic_config__ = strict()
+
+    num_layers: Above0
+    hidden_size: Above0
+    ffn_hidden_size: Above0
+    num_attention_heads: Above0
+    num_query_groups: Above0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value > LARGEST[name]:
+                raise ValueError(f"{name} is {brief(value)}; allowed: at most {LARGEST[name]}")
+        if self.num_layers * self.ffn_hidden_size > MOST_UNITS:
+            raise ValueError(f"{self.num_layers} layers of {self.ffn_hidden_size} neurons; a report draws {MOST_UNITS}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record(MaskInfo):
+    """What is in trim.json."""
+
+    format: Literal[1]
+    before: Sizes
+    after: Sizes
+    parameters: Above0
+    """Of what stays."""
+    sha256: Sha256
+
+
+def read_record(folder: Path) -> Record:
+    """What a structured decision says about itself; UserError when `folder` is none."""
+    found: Record = read_format(folder / FILE, "a structured decision", _FORMAT, Record)
+    parse_any_target(found.target)
+    return found
+
+
+@dataclass(frozen=True)
+class Trim:
+    """A structured decision."""
+
+    info: MaskInfo
+    units: Units
+
+    def save(self, folder: Path, whole: ModelConfig) -> None:
+        """Write `folder`, which must not exist and appears whole. One process writes."""
+        refuse_existing(folder, "decision")
+        with new_folder(folder, alone=True) as partial:
+            self._write(partial, whole)
+
+    def _write(self, folder: Path, whole: ModelConfig) -> None:
+        save_file(_tensors(self.units), folder / UNITS)
+        content = {
+            "format": _FORMAT,
+            **asdict(self.info),
+            "before": asdict(sizes(whole)),
+            "after": asdict(sizes(self.units.config(whole))),
+            "parameters": parameters(self.units.config(whole)),
+            "sha256": hashlib.sha256((folder / UNITS).read_bytes()).hexdigest(),
+        }
+        write_json(folder / FILE, content)
+
+    @classmethod
+    def load(cls, folder: Path) -> Trim:
+        """The decision in `folder`; UserError when it is none or damaged."""
+        about = read_record(folder)
+        data = read_regular(folder / UNITS, "a structured decision")
+        if hashlib.sha256(data).hexdigest() != about.sha256:
+            raise UserError(f"{folder / UNITS} is not what was written: the decision is damaged, prune again")
+        with fenced(f"{folder / UNITS} is damaged", "prune again or restore it"):
+            units = _units(data)
+            check_units(units, about.before, about.after)
+        return cls(MaskInfo(**{key: getattr(about, key) for key in MaskInfo.__dataclass_fields__}), units)
+
+    def check_model(self, config: ModelConfig) -> None:
+        """UserError when the decision is about another model."""
+        if self.info.model_hash != config.fingerprint():
+            raise UserError(
+                f"the decision was made for another {self.info.family} model than this one: use the checkpoint that "
+                "was pruned"
+            )
+
+
+def is_trim(folder: Path) -> bool:
+    """Whether a decision folder holds a structured decision (and not masks)."""
+    return (folder / FILE).is_file()
+
+
+def sizes(config: ModelConfig) -> Sizes:
+    """The sizes of a model that structured pruning changes."""
+    return Sizes(**{name: getattr(config, name) for name in Sizes.__dataclass_fields__})
+
+
+def _tensors(units: Units) -> dict[str, torch.Tensor]:
+    tensors = {"layers": units.layers, "hidden": units.hidden}
+    for layer, block in zip(units.layers, units.blocks, strict=True):
+        for name, numbers in asdict(block).items():
+            tensors[f"layers.{layer:05d}.{name}"] = numbers
+    return {name: torch.tensor(numbers, dtype=torch.int32) for name, numbers in tensors.items()}
+
+
+def _units(data: bytes) -> Units:
+    found = {name: _numbers(name, tensor) for name, tensor in load(data).items()}
+    blocks = [
+        BlockUnits(**{name: found.pop(f"layers.{layer:05d}.{name}") for name in BlockUnits.__dataclass_fields__})
+        for layer in found["layers"]
+    ]
+    if set(found) != {"layers", "hidden"}:
+        raise ValueError(f"unknown {names(sorted(set(found) - {'layers', 'hidden'}))}")
+    return Units(found["layers"], found["hidden"], tuple(blocks))
+
+
+def _numbers(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    if tensor.dtype != torch.int32 or tensor.dim() != 1:
+        raise ValueError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}; int32 in a row are allowed")
+    return tuple(tensor.tolist())
+
+
+def check_units(units: Units, before: Sizes, after: Sizes) -> None:
+    """ValueError unless the units are rising numbers below the sizes before, and make the sizes after."""
+    rows = [("layers", units.layers, before.num_layers), ("hidden", units.hidden, before.hidden_size)]
+    for block in units.blocks:
+        rows += [("heads", block.heads, before.num_attention_heads), ("ffn", block.ffn, before.ffn_hidden_size)]
+        rows += [("groups", block.groups, before.num_query_groups)]
+    for what, numbers, count in rows:
+        if list(numbers) != sorted(set(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < count):
+            raise ValueError(f"{what} are not rising numbers below {count}")
+    if (len(units.layers), len(units.hidden)) != (after.num_layers, after.hidden_size):
+        raise ValueError(f"{len(units.layers)} layers and {len(units.hidden)} channels stay; {FILE} has other sizes")

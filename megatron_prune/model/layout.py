@@ -1,0 +1,18 @@
+"""The layout that the parallel flags ask for."""
+
+from __future__ import annotations
+
+from megatron_prune.config import Parallelism
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+
+
+def layout_of(parallelism: Parallelism) -> backend.Layout:
+    """The layout that the parallel flags ask for."""
+    return backend.Layout(
+        tensor=parallelism.tensor_model_parallel_size,
+        pipeline=parallelism.pipeline_model_parallel_size,
+        context=parallelism.context_parallel_size,
+        sequence_parallel=parallelism.sequence_parallel,
+        virtual_pipeline=parallelism.virtual_pipeline_model_parallel_size,
+    )

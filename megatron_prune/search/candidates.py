@@ -1,0 +1,43 @@
+"""Candidates of a search: their weights put into the model, and the windows that judge them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from megatron_prune.model.prunable import PrunableModel
+
+
+def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
+    """Give the model's linears the weights of these levels, zero where inputs are gone. Collective."""
+    from megatron_prune.search.levels import KINDS
+
+    for layer in range(model.config.num_layers):
+        for gene, (kind, path) in enumerate(KINDS.items()):
+            map = model.by_name.get(f"decoder.layers.{layer}.{path}.weight")
+            level = genome[2 * layer + gene]
+            if map is not None and level:
+                model.assign(map, levels.weight(kind, layer, level, model.whole(map)))
+    silence(model, levels, genome)
+
+
+def silence(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
+    """Zero the biases behind halves of layers that these levels leave out."""
+    from megatron_prune.search.levels import KINDS
+
+    for gene, level in enumerate(genome):
+        layer, (kind, path) = gene // len(KINDS), list(KINDS.items())[gene % len(KINDS)]
+        bias = model.by_name.get(f"decoder.layers.{layer}.{path}.bias")
+        if bias is not None and levels.gone(kind, layer, level):
+            model.assign(bias, torch.zeros(bias.shape))
+
+
+def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> list[int]:
+    """Numbers, rising, of random windows of `[windows, length]`: of about `count` tokens in all, at least one."""
+    number = min(max(1, round(count / tokens.shape[1])), len(tokens))
+    return sorted(rng.sample(range(len(tokens)), number))
