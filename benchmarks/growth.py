@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -96,7 +97,8 @@ def one_shot(model: PrunableModel, method: str, target: str, _folder: Path) -> f
     """CPU seconds to prune the whole model."""
     tokens = torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
-    get_method(method).prune(model, Runner(model, tokens, None), parse_target(target))
+    runner = Runner(model, tokens, None)
+    get_method(method).decide(SimpleNamespace(linears=runner.layerwise, masks=runner.masks), parse_target(target))  # type: ignore[arg-type]
     return time.process_time() - began
 
 

@@ -110,8 +110,7 @@ def run_ours(model: Path, logits: str, shared: bool, recompute: bool, **_of_laun
     from megatron_prune.config import Training
     from megatron_prune.decision.source import open_model
     from megatron_prune.model.masked_linear import MaskDraw
-    from megatron_prune.training.loop import Trainer
-    from megatron_prune.verbs.prune import RECOMPUTE
+    from megatron_prune.training.loop import RECOMPUTE, Trainer
 
     class Tokens:
         def sample(self, index: int) -> torch.Tensor:

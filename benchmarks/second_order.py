@@ -117,7 +117,7 @@ class OneLinear:
 def solve_ours(weight: Tensor, hessian: Tensor, target: NM | Unstructured, checkout: Path) -> tuple[Tensor, Tensor]:
     """(mask, new weight) by the method as `prune` runs it."""
     linear = OneLinear(weight, hessian)
-    SparseGPT().prune(None, SimpleNamespace(layerwise=lambda *_, **__: [linear], masks=lambda: None), target)
+    SparseGPT().decide(SimpleNamespace(linears=lambda *_, **__: [linear], masks=lambda: None), target)
     assert linear.solved is not None
     return linear.mask, linear.solved
 

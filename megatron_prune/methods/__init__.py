@@ -1,0 +1,1 @@
+"""Seam 1: pruning methods, one file a paper."""

@@ -1,7 +1,7 @@
-"""What every pruning method is: a frozen dataclass of hyper-parameters with one ``prune``, found by its name.
+"""What every pruning method is: a frozen dataclass of hyper-parameters with one ``decide``, found by its name.
 
-A method sees the model through a runner (this file's protocols) and returns what the runner collected. Its
-scores and solvers are pure functions of tensors, to be tested, and read, without a model or a process group.
+A method pulls what it needs from a workbench (this file's protocols) and answers one question: what stays. Its scores
+and solvers are pure functions of tensors, to be tested, and read, without a model or a process group.
 """
 
 from __future__ import annotations
@@ -12,25 +12,39 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_prune.decision.masks import Kept
-from megatron_prune.decision.target import NM, StructuredTarget, Target
+from megatron_prune.decision.target import MEASURES, NM, Budget, StructuredTarget, Target, Unstructured
 from megatron_prune.errors import UserError, brief
 from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
 from megatron_prune.options import check_value
 
+if TYPE_CHECKING:
+    from megatron_prune.decision.masks import Kept
+    from megatron_prune.decision.units import Units
+    from megatron_prune.model.families import ModelConfig
+    from megatron_prune.model.prunable import PrunableModel
+    from megatron_prune.statistics.passes import Passes
+    from megatron_prune.training.learning import LearningRunner
+    from megatron_prune.training.shearing import ShearingRunner
+    from megatron_prune.training.stopping import StopRequest
+
 __all__ = [
+    "CALIBRATION",
+    "DATA",
+    "PRIOR",
+    "STATISTICS",
     "HyperParameter",
     "Linear",
     "MethodInfo",
     "PruningMethod",
-    "Runner",
     "Statistic",
+    "Workbench",
     "finite",
     "get_method",
     "hyperparameter",
@@ -84,17 +98,52 @@ class Linear(Protocol):
         """Apply mask [rows_here, in] (True = kept), after replacing the weights when ``weight`` is given."""
 
 
-class Runner(Protocol):
-    """Passes over the model, whatever its layout."""
+class Workbench(Protocol):
+    """What a method may pull; each thing is made when it is pulled, and is the same in every layout.
 
-    def layerwise(self, statistic: Callable[..., Any] | None, sequential: bool = False) -> Iterator[Any]:
-        """Prunable linears in model order; the statistics of later layers see the earlier ones pruned.
+    `megatron_prune.workbench` has the real one. What a method pulls of the user's it declares in `needs`.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """Sizes of the whole model."""
+
+    @property
+    def model(self) -> PrunableModel:
+        """The model itself, for methods that change its weights by themselves."""
+
+    @property
+    def passes(self) -> Passes:
+        """Passes over the calibration text: activations, losses without layers or of smaller models, gradients."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, where a method that takes hours keeps what it has found."""
+
+    @property
+    def stop(self) -> StopRequest:
+        """Whether the run is asked to end; it may then raise `Stopped`."""
+
+    def linears(self, statistic: Callable[..., Any] | None, sequential: bool = False) -> Iterator[Any]:
+        """Prunable linears (`Linear`) in model order; the statistics of later layers see the earlier ones pruned.
 
         With ``sequential`` those of later linears of the same layer do, too.
         """
 
     def masks(self) -> Kept:
-        """How much was kept so far; the masks themselves are with the run."""
+        """The answer of a method that went through the linears: what it kept. The masks are in the run."""
+
+    def compensate(self, units: Units, refit: str, damping: float, norm_gain: bool) -> None:
+        """Correct the weights of what stays for what goes. Collective."""
+
+    def learn(self) -> LearningRunner:
+        """A training session for mask logits."""
+
+    def shear(self) -> ShearingRunner:
+        """A training session for masks of units and weights together."""
+
+
+CALIBRATION, DATA, PRIOR, STATISTICS = "calibration", "data", "prior", "statistics"
 
 
 @dataclass(frozen=True)
@@ -106,44 +155,48 @@ class PruningMethod:
     """Authors, year and arXiv number."""
     targets: ClassVar[Mapping[type, str]]
     """Supported target type -> how this method counts it, in a few words."""
-    calibrated: ClassVar[bool] = True
-    """Whether it looks at calibration text (or, when it learns, at training text)."""
-    learned: ClassVar[bool] = False
-    """Whether it trains; its runner is then `training.learning.LearningRunner`."""
-    structured: ClassVar[bool] = False
-    """Whether it removes whole units; it is then a `methods.structured.StructuredMethod`."""
+    measures: ClassVar[tuple[str, ...]] = MEASURES
+    """What its budgets may limit."""
+    needs: ClassVar[tuple[str, ...]] = (CALIBRATION,)
+    """What the user must give: `CALIBRATION` text or training `DATA`; read before any weight."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """What the user may give besides: a `PRIOR` to start from, a folder of `STATISTICS` for several targets."""
+    resumable: ClassVar[bool] = False
+    """Whether it takes hours: it works in the run folder, stops when asked to, and goes on after a kill."""
     mask_only: ClassVar[Mapping[str, Any]] = {}
     """Hyper-parameters under which it leaves the kept weights alone, as a prior of mask learning."""
-
-    @property
-    def makes_masks(self) -> bool:
-        """Whether it gives a mask in one shot, which mask learning may start from."""
-        return not (self.learned or self.structured)
 
     def options(self) -> dict[str, Any]:
         """This method's hyper-parameters, for the record."""
         return {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
-    def prune(self, model: Any, runner: Any, target: Target) -> Kept:
-        """Decide every prunable weight of ``model``; UserError when target or data do not allow it.
+    def decide(self, work: Workbench, target: Any) -> Kept | Units:
+        """Which weights, or which units, stay. Collective; UserError when target or data do not allow it.
 
-        ``runner`` is a `Runner`, or a `LearningRunner` for methods that learn.
+        Weights that the method corrects are changed in the model. ``target`` is of a type in ``targets``.
         """
         raise NotImplementedError
+
+    def check(self, config: ModelConfig, target: Any) -> None:
+        """UserError for a model and target that the method cannot take; asked before any weight is read."""
 
     def accept(self, target: Target | StructuredTarget) -> None:
         """Raise UserError when this method cannot produce ``target``."""
         if type(target) not in self.targets:
             allowed = "; ".join(self.targets.values())
             raise UserError(f"method {self.name} cannot prune to {target}; it supports {allowed}")
-        if self.learned and isinstance(target, NM):
+        if isinstance(target, Budget) and target.measure not in self.measures:
+            raise UserError(
+                f"method {self.name} cannot prune to {target}; its budgets may limit {', '.join(self.measures)}"
+            )
+        if self.resumable and isinstance(target, NM):
             check_learnable(target)
 
 
 def check_learnable(target: NM) -> None:
     """UserError for a pattern with more choices than logits are kept of: of 16 inputs 8 can stay in 12,870 ways."""
     if target.m > MAX_M:
-        able = [name for name, kind in sorted(_discovered().items()) if NM in kind.targets and not kind.learned]
+        able = [name for name in mask_methods() if NM in _discovered()[name].targets]
         raise UserError(
             f"pattern {target} has {math.comb(target.m, target.n)} choices in each group, and a learned mask a logit "
             f"for each; allowed: M up to {MAX_M}, or a method in one shot: {', '.join(able)}"
@@ -189,6 +242,12 @@ def register(name: str) -> Callable[[_Method], _Method]:
 def hyperparameter(default: Any, help: str, at_most: int | None = None) -> Any:
     """A dataclass field with the one-line help that listings show; `at_most` where a list or a loop is made of it."""
     return field(default=default, metadata={"help": help, "at_most": at_most})
+
+
+def mask_methods() -> list[str]:
+    """Names of the methods that give a mask in one shot, which mask learning may start from."""
+    kinds = (NM, Unstructured)
+    return [n for n, cls in sorted(_discovered().items()) if not cls.resumable and any(k in cls.targets for k in kinds)]
 
 
 def get_method(name: str, **hyperparameters: Any) -> PruningMethod:

@@ -11,30 +11,25 @@ integer program (`search/integer.py`) instead of a uniform model.
 from __future__ import annotations
 
 import functools
-import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from megatron_prune.decision.target import LATENCY, MEASURES, Budget
 from megatron_prune.errors import UserError, brief
-from megatron_prune.files import write_json
-from megatron_prune.foreign import read_json
-from megatron_prune.log import read_metrics
 from megatron_prune.methods.base import hyperparameter, register
-from megatron_prune.methods.structured import StructuredMethod
-from megatron_prune.schema import Number, Word
-from megatron_prune.search.candidates import draw_windows, put
+from megatron_prune.methods.structured import Refitted
 
 if TYPE_CHECKING:
     from megatron_prune.decision.units import Units
+    from megatron_prune.methods.base import Workbench
     from megatron_prune.model.prunable import PrunableModel
-    from megatron_prune.search.evolution import Stage
+    from megatron_prune.search.evolution import Generation, Space, Stage
     from megatron_prune.search.fitness import Genome
+    from megatron_prune.search.session import Search
     from megatron_prune.statistics.passes import Passes
-    from megatron_prune.training.stopping import StopRequest
 
 SEARCHES = ("evolution", "integer")
 STARTS = ("uniform", "integer")
@@ -42,14 +37,14 @@ STARTS = ("uniform", "integer")
 
 @register("darwinlm")
 @dataclass(frozen=True)
-class DarwinLM(StructuredMethod):
+class DarwinLM(Refitted):
     """Search for the sizes of every layer by evolution over refitted levels of it; layers come out unequal."""
 
     paper: ClassVar[str] = "Tang et al. 2025, arXiv:2502.07780"
     targets: ClassVar[Mapping[type, str]] = {Budget: f"a budget: {', '.join(MEASURES)}, {LATENCY} with --latency-table"}
     measures: ClassVar[tuple[str, ...]] = (*MEASURES, LATENCY)
-    keeps_statistics: ClassVar[bool] = False
-    searches: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ()
+    resumable: ClassVar[bool] = True
 
     levels: int = hyperparameter(10, "steps from a whole attention or MLP to none", 10000)
     free_groups: bool = hyperparameter(False, "levels give up whole query groups too: finer steps, unequal groups")
@@ -104,53 +99,41 @@ class DarwinLM(StructuredMethod):
             )
         return [Stage(*numbers) for numbers in zip(survivors, fitness, training, strict=True)]
 
-    def run(self, model: PrunableModel, passes: Passes, target: Budget, folder: Path, stop: StopRequest) -> Units:
-        """Make the database, search, and put the answer's refitted weights into the model. Raises Stopped.
-
-        What is in `folder` already is used: the database, and the generations in metrics.jsonl. Collective.
-        """
-        from megatron_prune.files import by_leader
-        from megatron_prune.log import progress
+    def decide(self, work: Workbench, target: Budget) -> Units:
+        """Make the database, search, and put the answer's refitted weights into the model."""
+        from megatron_prune.search.candidates import put
         from megatron_prune.search.evolution import Space
         from megatron_prune.search.levels import Levels
-        from megatron_prune.training.stopping import REASONS, Stopped, largest
+        from megatron_prune.search.session import Search
 
-        self._check_training(model, passes)
-        by_leader(functools.partial(self._note, folder, target))
-        database = Path(self.database) if self.database else folder / "database"
-        levels = Levels(database, passes, self.levels, self.refit_damping, self.free_groups)
-        space = Space(model.config, levels, target)
-
-        def ask() -> None:
-            (reason,) = largest(stop.code())
-            if reason:
-                raise Stopped(f"{REASONS[reason]}: what is in {database} is kept")
-
-        with stop:
-            with progress("database", model.config.num_layers, "layers") as advance:
-                levels.build(passes, advance, ask)
-            if self.search == "integer":
-                genome = self._integer(model, passes, space, folder, ask)
-            else:
-                genome = self._evolve(model, passes, space, folder, stop, ask)
-        put(model, levels, genome)
+        self._check_training(work.model, work.passes)
+        with Search(work, {"target": str(target), **self.options()}, may_grow="generations") as search:
+            folder = Path(self.database) if self.database else work.folder / "database"
+            levels = Levels(folder, work.passes, self.levels, self.refit_damping, self.free_groups)
+            space = Space(work.config, levels, target)
+            search.build(levels)
+            genome = self._searched(work, search, space)
+        put(work.model, levels, genome)
         return space.units(genome)
 
-    def _note(self, folder: Path, target: Budget) -> None:
-        """Write down what is searched, or refuse to go on with something else; only `generations` may grow."""
-        asked = {"target": str(target), **self.options()}
-        generations = asked.pop("generations")
-        file = folder / "search.json"
-        if not file.exists():
-            write_json(file, asked)
-        for key, value in read_json(file, "the options of a search", dict[Word, Any]).items():
-            if asked.get(key) != value:
-                raise UserError(
-                    f"--resume: {file} has {key} {brief(value)} and {brief(asked.get(key))} was given: give the same"
-                )
-        done = len(read_metrics(folder))
-        if done > generations:
-            raise UserError(f"--resume: {done} generations are done and {generations} were given: give that or more")
+    def _searched(self, work: Workbench, search: Search, space: Space) -> Genome:
+        """The answer of the search that was asked for."""
+        from megatron_prune.search import evolution
+        from megatron_prune.search.offspring import Judge
+
+        stages = self.stages()
+        solve = functools.partial(search.solve, space, stages[0].fitness_tokens, self.search_seed)
+        if self.search == "integer":
+            return solve()
+        judge = Judge(work.model, space.levels, work.passes.tokens, self.training_lr, self.training_batch)
+
+        def step(parent: Genome, number: int) -> Generation:
+            switches, trade = self.mutations, self.trade
+            return evolution.next_generation(
+                space, parent, number, self.search_seed, stages, self.offspring, switches, trade, judge.score
+            )
+
+        return search.evolve(space, self.generations, solve if self.start == "integer" else space.start, step)
 
     def _check_training(self, model: PrunableModel, passes: Passes) -> None:
         """A step is the same in every layout, so its windows must divide among what shares them."""
@@ -174,90 +157,6 @@ class DarwinLM(StructuredMethod):
                 f"darwinlm: training_batch {self.training_batch} was given; with this layout it must be a multiple of "
                 f"{parts} (data-parallel replicas, times pipeline stages where they are interleaved)"
             )
-
-    def _evolve(
-        self,
-        model: PrunableModel,
-        passes: Passes,
-        space: Any,
-        folder: Path,
-        stop: StopRequest,
-        between: Callable[[], None],
-    ) -> Genome:
-        from megatron_prune.files import from_leader
-        from megatron_prune.log import MetricsLog, say
-        from megatron_prune.search.evolution import next_generation
-        from megatron_prune.search.offspring import Judge
-        from megatron_prune.training.stopping import REASONS, Stopped, largest
-
-        stages, target = self.stages(), space.budget
-        shown = ("fitness", target.measure)
-        judge = Judge(model, space.levels, passes.tokens, self.training_lr, self.training_batch)
-        history = from_leader(read_metrics(folder))
-        parent: Genome = _parent(folder, history[-1], space.last) if history else ()
-        if not parent:
-            parent = self._integer(model, passes, space, folder, between) if self.start == "integer" else space.start()
-        with MetricsLog(folder, "generation") as log:
-            log.resume_at(len(history))
-            if history:
-                say(f"resumed after generation {len(history)}")
-            with log.steps(self.generations):
-                for number in range(len(history), self.generations):
-                    found = next_generation(
-                        space,
-                        parent,
-                        number,
-                        self.search_seed,
-                        stages,
-                        self.offspring,
-                        self.mutations,
-                        self.trade,
-                        judge.score,
-                    )
-                    parent = found.parent
-                    record = {"fitness": found.fitness, target.measure: space.cost(parent), "replaced": found.replaced}
-                    log.write({"step": number + 1, **record, "tried": found.tried, "parent": list(parent)}, shown)
-                    log.sync()
-                    (reason,) = largest(stop.code())
-                    if reason and number + 1 < self.generations:
-                        raise Stopped(f"{REASONS[reason]}: saved after generation {number + 1} of {self.generations}")
-        return parent
-
-    def _integer(
-        self, model: PrunableModel, passes: Passes, space: Any, folder: Path, between: Callable[[], None]
-    ) -> Genome:
-        """The answer of the integer program; what single replacements cost is kept in replacements.json."""
-        from megatron_prune.files import by_leader, from_leader
-        from megatron_prune.log import say
-        from megatron_prune.search.fitness import divergences
-        from megatron_prune.search.integer import best_sum, single_replacements
-
-        assert passes.tokens is not None
-        chosen = draw_windows(passes.tokens, self.stages()[0].fitness_tokens, random.Random(self.search_seed))
-        judged = functools.partial(divergences, model, space.levels, tokens=passes.tokens[chosen])
-        file = folder / "replacements.json"
-        known: list[float] = from_leader(
-            read_json(file, "divergences of single replacements", list[Number]) if file.exists() else []
-        )
-
-        def keep(found: list[float], count: int) -> None:
-            say(f"single replacements: {len(found)}/{count}")
-            by_leader(functools.partial(write_json, file, found))
-            between()
-
-        if len(known) > sum(space.last):
-            raise UserError(f"{file} has {len(known)} divergences, this search {sum(space.last)}: remove it")
-        return from_leader(best_sum(space, single_replacements(space, judged, known, keep)))
-
-
-def _parent(folder: Path, record: Mapping[str, Any], last: Sequence[int]) -> Genome:
-    """The genome that a search was left with; UserError when it is none of this model's."""
-    found = record.get("parent")
-    if not isinstance(found, list) or len(found) != len(last) or any(a > b for a, b in zip(found, last, strict=True)):
-        raise UserError(
-            f"{folder / 'metrics.jsonl'}: key 'parent': {brief(found)} is no model of this search: restore it"
-        )
-    return tuple(found)
 
 
 def _numbers(name: str, given: str) -> list[int]:

@@ -42,7 +42,7 @@ def _check_widths(config: ModelConfig, target: Target) -> None:
             target.check(map.shape[1], map.megatron)
 
 
-def check_shards(config: ModelConfig, target: Target, tensor: int) -> None:
+def check_shards(config: ModelConfig, target: Target | StructuredTarget, tensor: int) -> None:
     """UserError when a group of M inputs would lie across `tensor` tensor-parallel ranks, where none could learn it."""
     for map in get_family(config.family).weights(config):
         if map.prunable and map.shard_dim == 1 and isinstance(target, NM):

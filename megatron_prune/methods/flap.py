@@ -19,7 +19,7 @@ from megatron_prune.decision.target import MEASURES, Budget, StructuredTarget
 from megatron_prune.decision.units import BlockUnits, Units, heads_of
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import register
-from megatron_prune.methods.structured import StructuredMethod
+from megatron_prune.methods.structured import Refitted
 from megatron_prune.model.cost import cost
 from megatron_prune.model.prunable import FC2, PROJECTION
 from megatron_prune.statistics.channels import ChannelActivations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @register("flap")
 @dataclass(frozen=True)
-class Flap(StructuredMethod):
+class Flap(Refitted):
     """Remove the query groups and neurons of lowest fluctuation, wherever they are; layers come out unequal."""
 
     paper: ClassVar[str] = "An et al. 2023, arXiv:2312.11983"

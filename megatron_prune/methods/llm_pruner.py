@@ -28,7 +28,7 @@ from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import (
-    StructuredMethod,
+    Refitted,
     allowed_sizes,
     keep_best,
     keep_groups,
@@ -47,12 +47,12 @@ SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_query_groups")
 
 @register("llm_pruner")
 @dataclass(frozen=True)
-class LLMPruner(StructuredMethod):
+class LLMPruner(Refitted):
     """Taylor importance of coupled structures, from the gradients of a few calibration windows."""
 
     paper: ClassVar[str] = "Ma et al. 2023, arXiv:2305.11627"
     targets: ClassVar[Mapping[type, str]] = {Shape: f"sizes of the layers that are pruned: {', '.join(SIZES)}"}
-    keeps_statistics: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
 
     taylor: str = hyperparameter("element1", f"the expansion: {', '.join(TAYLOR)}")
     protected_first: int = hyperparameter(4, "layers at the start that are left as they are", 10000)

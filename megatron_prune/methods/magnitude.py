@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from megatron_prune.decision.masks import Kept
 from megatron_prune.decision.target import NM, Target, Unstructured
 from megatron_prune.kernels.selection import pruned_count
-from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_blocks, select_nm
+from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_blocks, select_nm
 
 
 def magnitude_score(weight: Tensor) -> Tensor:
@@ -34,12 +34,11 @@ class Magnitude(PruningMethod):
         NM: "N:M",
         Unstructured: "unstructured sparsity, counted in each matrix",
     }
-    calibrated: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
-    def prune(self, model: Any, runner: Runner, target: Target) -> Kept:
+    def decide(self, work: Workbench, target: Target) -> Kept:
         """Decide every prunable weight."""
-        self.accept(target)
-        for linear in runner.layerwise(None):
+        for linear in work.linears(None):
             score = magnitude_score(finite(linear.name, linear.weight(), "weights"))
             if isinstance(target, NM):
                 mask = select_nm(score, target.n, target.m)
@@ -47,4 +46,4 @@ class Magnitude(PruningMethod):
                 whole = select_blocks(linear.gather(score), linear.blocks, kept_of(score.shape[1], target.sparsity))
                 mask = linear.local(whole)
             linear.keep(mask)
-        return runner.masks()
+        return work.masks()

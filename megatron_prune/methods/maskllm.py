@@ -22,21 +22,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from megatron_prune.decision.masks import Kept
-from megatron_prune.decision.target import NM, Target
+from megatron_prune.decision.target import NM
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import SCHEDULES, linear_schedule
 from megatron_prune.kernels.gumbel import decode, patterns
-from megatron_prune.methods.base import PruningMethod, hyperparameter, register
+from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod, Workbench, hyperparameter, register
 
 if TYPE_CHECKING:
     from megatron_prune.model.masked_linear import MaskDraw
-    from megatron_prune.training.learning import LearningRunner
 
 
 DRAWS = ("microbatch", "step")
@@ -61,7 +60,9 @@ class MaskLLM(PruningMethod):
 
     paper: ClassVar[str] = "Fang et al. 2024, arXiv:2409.17481"
     targets: ClassVar[Mapping[type, str]] = {NM: "N:M: one logit per pattern of each group"}
-    learned: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = (DATA,)
+    takes: ClassVar[tuple[str, ...]] = (PRIOR, CALIBRATION)
+    resumable: ClassVar[bool] = True
 
     scale_start: float = hyperparameter(1e2, "factor of the logits against the Gumbel noise, first step")
     scale_end: float = hyperparameter(5e2, "the same, last step")
@@ -95,10 +96,9 @@ class MaskLLM(PruningMethod):
                 f"maskllm: weight_regularization {self.weight_regularization} was given; allowed: 0 or more"
             )
 
-    def prune(self, model: Any, runner: LearningRunner, target: Target) -> Kept:
+    def decide(self, work: Workbench, target: NM) -> Kept:
         """Learn the mask logits of every prunable linear and keep each group's best pattern."""
-        self.accept(target)
-        assert isinstance(target, NM)
+        runner = work.learn()
         draw = runner.learn_masks(
             target.n,
             target.m,

@@ -29,7 +29,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import CRITERIA, layers_to_remove
 from megatron_prune.methods.shape_search import SITES, Refit, best_shape, settled
-from megatron_prune.methods.structured import StructuredMethod, allowed_sizes, keep_best, removed_layers
+from megatron_prune.methods.structured import Refitted, allowed_sizes, keep_best, removed_layers
 from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
 from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations, ChannelMoments
 from megatron_prune.statistics.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
@@ -46,7 +46,7 @@ AUTO = "auto"
 
 @register("minitron")
 @dataclass(frozen=True)
-class Minitron(StructuredMethod):
+class Minitron(Refitted):
     """Keep the layers, heads, groups, neurons and channels of largest importance, as many as the target says."""
 
     paper: ClassVar[str] = "Muralidharan et al. 2024, arXiv:2407.14679"

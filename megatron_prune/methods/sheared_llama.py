@@ -19,23 +19,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_prune.decision.target import Shape
 from megatron_prune.errors import UserError
-from megatron_prune.methods.base import hyperparameter, register
-from megatron_prune.methods.structured import StructuredMethod
+from megatron_prune.methods.base import DATA, hyperparameter, register
+from megatron_prune.methods.structured import Refitted
 
 if TYPE_CHECKING:
     from megatron_prune.decision.units import Units
-    from megatron_prune.training.shearing import ShearingRunner
+    from megatron_prune.methods.base import Workbench
 
 
 @register("sheared_llama")
 @dataclass(frozen=True)
-class ShearedLLaMA(StructuredMethod):
+class ShearedLLaMA(Refitted):
     """Learn which units stay while the weights train; defaults are the paper's (appendix A) for 3,200 steps."""
 
     paper: ClassVar[str] = "Xia et al. 2023, arXiv:2310.06694"
     targets: ClassVar[Mapping[type, str]] = {Shape: "sizes: any of them, together; every layer comes out equal"}
-    keeps_statistics: ClassVar[bool] = False
-    learned: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = (DATA,)
+    takes: ClassVar[tuple[str, ...]] = ()
+    resumable: ClassVar[bool] = True
 
     mask_start: float = hyperparameter(5.0, "log_alpha of all masks before the first step; 5: nearly all are open")
     mask_lr: float = hyperparameter(1.0, "learning rate of masks and multipliers, with the schedule of --lr")
@@ -58,6 +59,6 @@ class ShearedLLaMA(StructuredMethod):
 
         axes(config, target)
 
-    def train(self, runner: ShearingRunner, target: Any) -> Units:
-        """The units that stay, whose weights are then in the runner's model. Collective; raises Stopped."""
-        return runner.shear(target, self.mask_start, self.mask_lr, self.target_warmup)
+    def decide(self, work: Workbench, target: Shape) -> Units:
+        """The units that stay, whose weights are then in the model."""
+        return work.shear().shear(target, self.mask_start, self.mask_lr, self.target_warmup)

@@ -11,7 +11,7 @@ from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import layers_to_remove
-from megatron_prune.methods.structured import StructuredMethod, allowed_sizes, removed_layers
+from megatron_prune.methods.structured import Refitted, allowed_sizes, removed_layers
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @register("shortened_llama")
 @dataclass(frozen=True)
-class ShortenedLlama(StructuredMethod):
+class ShortenedLlama(Refitted):
     """Rank layers by the calibration loss without each; the first and last ones are never removed ("PPL+")."""
 
     paper: ClassVar[str] = "Kim et al. 2024, arXiv:2402.02834"
     targets: ClassVar[Mapping[type, str]] = {Shape: "fewer layers: num_layers=N"}
-    keeps_statistics: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
 
     protected_first: int = hyperparameter(4, "layers at the start that always stay", 10000)
     protected_last: int = hyperparameter(2, "layers at the end that always stay", 10000)

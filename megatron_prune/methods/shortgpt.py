@@ -10,7 +10,7 @@ from megatron_prune.decision.target import Shape, StructuredTarget
 from megatron_prune.decision.units import Units
 from megatron_prune.methods.base import register
 from megatron_prune.methods.depth import layers_to_remove
-from megatron_prune.methods.structured import StructuredMethod, allowed_sizes, removed_layers
+from megatron_prune.methods.structured import Refitted, allowed_sizes, removed_layers
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @register("shortgpt")
 @dataclass(frozen=True)
-class ShortGPT(StructuredMethod):
+class ShortGPT(Refitted):
     """Remove the layers of lowest block influence, in one shot; they need not be neighbours."""
 
     paper: ClassVar[str] = "Men et al. 2024, arXiv:2403.03853"

@@ -24,7 +24,15 @@ from megatron_prune.kernels.second_order import (
     solve_nm,
     solve_unstructured,
 )
-from megatron_prune.methods.base import Linear, PruningMethod, Runner, finite, hyperparameter, register, select_blocks
+from megatron_prune.methods.base import (
+    Linear,
+    PruningMethod,
+    Workbench,
+    finite,
+    hyperparameter,
+    register,
+    select_blocks,
+)
 from megatron_prune.methods.magnitude import kept_of
 from megatron_prune.statistics.hessian import Hessian
 
@@ -52,14 +60,13 @@ class SparseGPT(PruningMethod):
         if self.block_size < 1:
             raise UserError(f"sparsegpt: block_size {self.block_size} was given; allowed: 1 or more")
 
-    def prune(self, model: Any, runner: Runner, target: Target) -> Kept:
+    def decide(self, work: Workbench, target: Target) -> Kept:
         """Decide every prunable weight, layer by layer; later layers see the pruned ones."""
-        self.accept(target)
-        for linear in runner.layerwise(Hessian, sequential=self.true_sequential):
+        for linear in work.linears(Hessian, sequential=self.true_sequential):
             weight = finite(linear.name, linear.weight(), "weights")
             mask, compensated = self._solve(weight, self._factor(linear), linear, target)
             linear.keep(mask, compensated if self.update_weights else None)
-        return runner.masks()
+        return work.masks()
 
     def _factor(self, linear: Linear) -> Factor:
         hessian = finite(linear.name, linear.statistic.value(), "inputs")

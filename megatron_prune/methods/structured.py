@@ -1,44 +1,36 @@
-"""What structured methods share: they choose units, and the same compensation may follow each of them.
+"""What structured methods share: they choose units by passes over the model, and the same fit may follow each of them.
 
-A method sees the model through `Passes` and answers with the units that stay; cutting, compensation and the record
-are the same for all (`apply/`). Helpers here are pure functions of scores.
+Cutting and the record are the same for all (`decision/`). Helpers here are pure functions of scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_prune.decision.target import MEASURES, Budget, Shape, StructuredTarget, Target
+from megatron_prune.decision.target import Budget, Shape, StructuredTarget
 from megatron_prune.decision.units import Units, heads_of
 from megatron_prune.errors import UserError
-from megatron_prune.methods.base import PruningMethod, hyperparameter
+from megatron_prune.files import from_leader
+from megatron_prune.methods.base import STATISTICS, PruningMethod, hyperparameter
 
 if TYPE_CHECKING:
-    from megatron_prune.model.prunable import PrunableModel
+    from megatron_prune.methods.base import Workbench
+    from megatron_prune.model.families import ModelConfig
     from megatron_prune.statistics.passes import Passes
-    from megatron_prune.training.shearing import ShearingRunner
-    from megatron_prune.training.stopping import StopRequest
 
 REFITS = ("none", "mean", "local", "propagated")
 
 
 @dataclass(frozen=True)
-class StructuredMethod(PruningMethod):
-    """Base of methods that remove whole units; subclass as a frozen dataclass, as other methods are."""
+class Refitted(PruningMethod):
+    """A method that removes whole units and corrects what stays by a fit; subclasses choose the units."""
 
-    structured: ClassVar[bool] = True
-    measures: ClassVar[tuple[str, ...]] = MEASURES
-    """What its budgets may limit."""
-    keeps_statistics: ClassVar[bool] = True
-    """Whether what it measures can be kept and serve another target."""
-    searches: ClassVar[bool] = False
-    """Whether it takes long and goes on after a kill: `run` (`train` where `learned`) instead of `choose`."""
+    takes: ClassVar[tuple[str, ...]] = (STATISTICS,)
 
     refit: str = hyperparameter("local", f"fit linears that lost inputs to their old outputs: {', '.join(REFITS)}")
     refit_damping: float = hyperparameter(0.001, "damping of the fit, as a share of the mean diagonal")
@@ -50,49 +42,26 @@ class StructuredMethod(PruningMethod):
         if not 0 < self.refit_damping < float("inf"):
             raise UserError(f"{self.name}: refit_damping {self.refit_damping} was given; allowed: above 0")
 
-    def accept(self, target: Target | StructuredTarget) -> None:
-        """As the base class; of budgets, only those that limit what the method knows."""
-        super().accept(target)
-        if isinstance(target, Budget) and target.measure not in self.measures:
-            raise UserError(
-                f"method {self.name} cannot prune to {target}; its budgets may limit {', '.join(self.measures)}"
-            )
-
-    def compensate(
-        self, model: PrunableModel, units: Units, tokens: Tensor | None, progress: Callable[[int], None]
-    ) -> bool:
-        """Correct what stays for what goes, in place; whether anything changed. Collective."""
-        from megatron_prune.statistics.compensation import Compensation
-
-        if self.refit == "mean" and not model.config.linear_bias:
-            raise UserError(
-                f"{self.name}: refit mean was given and a {model.config.family} model has no biases to take the mean; "
-                "allowed: none, local, propagated"
-            )
-        if tokens is None or not units.thins(model.config):
-            return False
-        return Compensation(model, units, tokens, self.refit, self.refit_damping, self.norm_gain).run(progress)
+    def decide(self, work: Workbench, target: Any) -> Units:
+        """The units that `choose` keeps, corrected for those that go."""
+        units = from_leader(self.choose(work.config, work.passes, target))
+        work.compensate(units, self.refit, self.refit_damping, self.norm_gain)
+        return units
 
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
-        """The units that stay. Collective, and the same on every rank; UserError when target or data do not allow it.
+        """The units that stay. Collective; UserError when target or data do not allow it.
 
         `config` is the `ModelConfig` of the whole model.
         """
         raise NotImplementedError
 
-    def run(self, model: PrunableModel, passes: Passes, target: Any, folder: Path, stop: StopRequest) -> Units:
-        """The units that stay, whose weights are then in the model. Collective; raises Stopped when asked to end.
-
-        What an earlier process left in the run's `folder` is used.
-        """
-        raise NotImplementedError
-
-    def check(self, config: Any, target: StructuredTarget) -> None:
-        """UserError for a model or target that the method cannot take; called before a method that trains begins."""
-
-    def train(self, runner: ShearingRunner, target: Any) -> Units:
-        """As `run`, by the steps of a training session. Collective; raises Stopped when asked to end."""
-        raise NotImplementedError
+    def check(self, config: ModelConfig, target: StructuredTarget) -> None:
+        """The mean can only be taken by biases."""
+        if self.refit == "mean" and not config.linear_bias:
+            raise UserError(
+                f"{self.name}: refit mean was given and a {config.family} model has no biases to take the mean; "
+                "allowed: none, local, propagated"
+            )
 
 
 def allowed_sizes(target: StructuredTarget, sizes: Sequence[str], method: str) -> Shape:

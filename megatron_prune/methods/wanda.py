@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from megatron_prune.decision.masks import Kept
 from megatron_prune.decision.target import NM, Target, Unstructured
-from megatron_prune.methods.base import PruningMethod, Runner, finite, register, select_nm, select_rows
+from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_nm, select_rows
 from megatron_prune.statistics.activations import InputNorm
 
 
@@ -30,14 +30,13 @@ class Wanda(PruningMethod):
         Unstructured: "unstructured sparsity, counted in each output row",
     }
 
-    def prune(self, model: Any, runner: Runner, target: Target) -> Kept:
+    def decide(self, work: Workbench, target: Target) -> Kept:
         """Decide every prunable weight, layer by layer; the weights that stay are not changed."""
-        self.accept(target)
-        for linear in runner.layerwise(InputNorm):
+        for linear in work.linears(InputNorm):
             norm = finite(linear.name, linear.statistic.value(), "inputs")
             score = wanda_score(finite(linear.name, linear.weight(), "weights"), norm)
             if isinstance(target, NM):
                 linear.keep(select_nm(score, target.n, target.m))
             else:
                 linear.keep(select_rows(score, target.sparsity))
-        return runner.masks()
+        return work.masks()

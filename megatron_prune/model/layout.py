@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_prune.config import Parallelism
-
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.config import Parallelism
 
 
 def layout_of(parallelism: Parallelism) -> backend.Layout:

@@ -25,6 +25,8 @@ from megatron_prune.model.masked_linear import MaskDraw, MaskedLinear
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 """The prunable linears of a decoder layer, in the order in which data passes through them."""
+QKV, PROJECTION, FC1, FC2 = LINEARS
+"""Each of them, as `Passes.observe` names its sites."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,3 @@ class PrunableModel:
         for map in self.maps:
             tensor = self.whole(map)
             yield from zip(map.hf, convert.split(map, tensor, self.config), strict=True)
-
-
-QKV, PROJECTION = "self_attention.linear_qkv", "self_attention.linear_proj"
-
-
-FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
-"""The linears of a layer, as `Passes.observe` names its sites."""

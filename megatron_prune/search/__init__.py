@@ -1,0 +1,1 @@
+"""What searching methods pull: levels of a layer, evolution, the integer program."""

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_prune.search.levels import KINDS
+
 if TYPE_CHECKING:
     from megatron_prune.model.prunable import PrunableModel
 
 
 def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
     """Give the model's linears the weights of these levels, zero where inputs are gone. Collective."""
-    from megatron_prune.search.levels import KINDS
-
     for layer in range(model.config.num_layers):
         for gene, (kind, path) in enumerate(KINDS.items()):
             map = model.by_name.get(f"decoder.layers.{layer}.{path}.weight")
@@ -28,8 +28,6 @@ def put(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
 
 def silence(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
     """Zero the biases behind halves of layers that these levels leave out."""
-    from megatron_prune.search.levels import KINDS
-
     for gene, level in enumerate(genome):
         layer, (kind, path) = gene // len(KINDS), list(KINDS.items())[gene % len(KINDS)]
         bias = model.by_name.get(f"decoder.layers.{layer}.{path}.bias")

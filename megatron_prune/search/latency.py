@@ -1,4 +1,4 @@
-"""The `latency` verb, and budgets by what it has measured: the time of a layer's attention and MLP at several sizes.
+"""The time of a layer's attention and MLP at several sizes, measured for budgets (`decision/latency.py`).
 
 A model's time is that of its layers' halves, each by its own size, and of what is around them. Every half is timed on
 this device by itself, unsharded, on a batch of prompts; between two measured sizes time is interpolated. What ties
@@ -20,27 +20,10 @@ import torch.nn.functional as F
 
 from megatron_prune.config import LatencyConfig
 from megatron_prune.decision.latency import SAME, LatencyTable
-from megatron_prune.decision.source import open_model
-from megatron_prune.errors import UserError
-from megatron_prune.files import refuse_existing
-from megatron_prune.log import environment, progress, say
+from megatron_prune.log import environment, progress
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.build import DTYPES, rotary, whole_layer, whole_norm
 from megatron_prune.model.families import ModelConfig
-
-
-def run(config: LatencyConfig) -> None:
-    """Measure and write the table."""
-    refuse_existing(config.output)
-    if backend.world_size() > 1:
-        raise UserError(f"{backend.world_size()} processes were started; latency takes one process and one device")
-    model = open_model(config.input).config
-    model.check_length(config.prompt_length)
-    with backend.running(backend.Layout()):
-        table = measure(model, config)
-    table.save(config.output)
-    whole = table.of(replace(model, dtype=config.dtype or model.dtype))
-    say(f"{config.output}: the whole model takes {whole} us for {config.batch_size} x {config.prompt_length} tokens")
 
 
 def measure(model: ModelConfig, config: LatencyConfig) -> LatencyTable:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.decision.target import NM, Shape, StructuredTarget, Target
+from megatron_prune.decision.target import NM, Shape, StructuredTarget
 from megatron_prune.decision.units import Units
 from megatron_prune.kernels.gumbel import Position
 from megatron_prune.methods.base import PruningMethod, register, select_nm
-from megatron_prune.methods.structured import StructuredMethod, keep_neurons
+from megatron_prune.methods.structured import Refitted, keep_neurons
 from megatron_prune.model.prunable import LocalLinear, PrunableModel
 from megatron_prune.training.gates import Gates
 
@@ -26,21 +26,21 @@ class LayoutDependent(PruningMethod):
 
     paper: ClassVar[str] = "none: a negative control"
     targets: ClassVar[Mapping[type, str]] = {NM: "N:M"}
-    calibrated: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
-    def prune(self, model: Any, runner: Any, target: Target) -> Any:
+    def decide(self, work: Any, target: Any) -> Any:
         """Random masks."""
         assert isinstance(target, NM)
         generator = torch.Generator().manual_seed(dist.get_rank())
-        for linear in runner.layerwise(None):
+        for linear in work.linears(None):
             score = torch.rand(linear.weight().shape, generator=generator)
             linear.keep(select_nm(score, target.n, target.m))
-        return runner.masks()
+        return work.masks()
 
 
 @register("layout_dependent_units")
 @dataclass(frozen=True)
-class LayoutDependentUnits(StructuredMethod):
+class LayoutDependentUnits(Refitted):
     """Keeps MLP neurons that depend on the number of processes."""
 
     paper: ClassVar[str] = "none: a negative control"

@@ -23,8 +23,7 @@ from megatron_prune.config import Parallelism, Training
 from megatron_prune.decision.source import open_model
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.masked_linear import MaskDraw
-from megatron_prune.training.loop import Trainer
-from megatron_prune.verbs.prune import RECOMPUTE
+from megatron_prune.training.loop import RECOMPUTE, Trainer
 
 
 class Words:

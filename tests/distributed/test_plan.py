@@ -218,8 +218,8 @@ def test_the_verb_prints_and_writes(root: Path, tmp_path: Path, capsys: pytest.C
     recipe = tmp_path / "learn.yaml"
     recipe.write_text("method: maskllm\ntarget: 2:4\nscale_start: 100\nseq_length: 64\nglobal_batch_size: 8\n")
     output = tmp_path / "plan.json"
-    command = ["plan", "--config", str(recipe), "--input", str(tmp_path), "--processes", "2", "--output", str(output)]
-    assert main([*command, "--pipeline-model-parallel-size", "2"]) == 0
+    command = ["plan", "--config", str(recipe), "--input", str(tmp_path), "--processes", "2"]
+    assert main([*command, "--pipeline-model-parallel-size", "2", "--output", str(output)]) == 0
     assert len(json.loads(output.read_text())["stages"]) == 2
     assert "total" in capsys.readouterr().out
     assert main([*command, "--pipeline-model-parallel-size", "3"]) == 2

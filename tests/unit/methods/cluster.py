@@ -42,7 +42,7 @@ class Cluster:
 
     def _rank(self, method: PruningMethod, target: Any, rank: int) -> None:
         try:
-            method.prune(None, RankRunner(self, rank), target)
+            method.decide(RankRunner(self, rank), target)  # type: ignore[arg-type]
         except BaseException:
             self.barrier.abort()
             raise
@@ -61,7 +61,7 @@ class RankRunner:
     cluster: Cluster
     rank: int
 
-    def layerwise(self, statistic: Callable[[int], Any] | None, sequential: bool = False) -> Iterator[RankLinear]:
+    def linears(self, statistic: Callable[[int], Any] | None, sequential: bool = False) -> Iterator[RankLinear]:
         windows = self.cluster.windows
         for name, weight in self.cluster.weights.items():
             linear = RankLinear(self, name, weight, statistic and collect(statistic, windows))

@@ -13,11 +13,13 @@ import torch
 
 from megatron_prune.config import Calibration
 from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import NM
+from megatron_prune.methods.base import get_method
 from megatron_prune.model.prunable import LINEARS
 from megatron_prune.statistics import walk
 from megatron_prune.statistics.activations import InputNorm
 from megatron_prune.statistics.runner import Runner
-from megatron_prune.verbs import prune
+from megatron_prune.workbench import Workbench
 from tests.models import byte_tokenizer, tiny_llama
 
 
@@ -63,6 +65,7 @@ def test_windows_are_no_longer_than_the_model_was_made_for(tmp_path: Path) -> No
     text.write_text("a" * 3 * longest)
     for given, used in ((longest - 1, longest - 1), (longest + 1, longest)):
         calibration = Calibration(text=(text,), samples=2, seq_length=given)
-        drawn = prune._calibration(SimpleNamespace(method="sparsegpt", calibration=calibration), source)
+        settings = SimpleNamespace(calibration=calibration, output=tmp_path)
+        drawn = Workbench(settings, source, backend.Layout(), get_method("sparsegpt"), NM(2, 4)).calibration  # type: ignore[arg-type]
         assert drawn.tokens.shape == (2, used)
         assert drawn.info()["length"] == used

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,7 +217,10 @@ def searched(path: Path, folder: Path, tokens: Tensor, stop: StopRequest | None 
     method = get_method("darwinlm", **{**SMALL, "training_tokens": "0", **options})
     assert isinstance(method, DarwinLM)
     folder.mkdir(exist_ok=True)
-    return method.run(model, Passes(model, tokens), budget(model, 0.8), folder, stop or StopRequest())
+    work = SimpleNamespace(
+        model=model, config=model.config, passes=Passes(model, tokens), folder=folder, stop=stop or StopRequest()
+    )
+    return method.decide(work, budget(model, 0.8))  # type: ignore[arg-type]
 
 
 def test_a_search_that_was_stopped_goes_on(tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from megatron_prune.methods.flap import standardised
 from megatron_prune.methods.llm_pruner import salience
 from megatron_prune.methods.minitron import head_scores
 from megatron_prune.methods.shape_search import candidates
-from megatron_prune.methods.structured import StructuredMethod, keep_best, lowest
+from megatron_prune.methods.structured import Refitted, keep_best, lowest
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
@@ -72,7 +72,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PrunableModel:
 
 def chosen(model: PrunableModel, name: str, target: str, **options: Any) -> Units:
     method = get_method(name, **options)
-    assert isinstance(method, StructuredMethod)
+    assert isinstance(method, Refitted)
     tokens = own_text(model)
     asked = parse_any_target(target)
     check_target(model.config, asked)
@@ -159,7 +159,7 @@ def test_kept_statistics_serve_another_target_without_a_pass(
     model: PrunableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens, method = own_text(model), get_method("minitron")
-    assert isinstance(method, StructuredMethod)
+    assert isinstance(method, Refitted)
     first, other = parse_any_target("ffn_hidden_size=40"), parse_any_target("num_query_groups=1,hidden_size=24")
 
     def choose(target: Any, store: StatisticsStore | None) -> Units:

@@ -1,0 +1,43 @@
+"""Masks that learning starts from, as a user names them: a run, a decision folder or a mask .npz."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_prune.decision.masks import Masks, check_mask, prunable_shapes
+from megatron_prune.decision.run_folder import decision_of
+from megatron_prune.decision.source import packed_masks
+from megatron_prune.decision.target import Target
+from megatron_prune.errors import UserError
+from megatron_prune.log import say
+from megatron_prune.model.families import ModelConfig, get_family
+
+MaskSource = Callable[[str], Tensor]
+"""Hugging Face weight name -> bool mask `[out, in]`."""
+
+
+def given_prior(named: str, model: ModelConfig, target: Target, methods: Sequence[str]) -> MaskSource:
+    """The masks at `named`; any will do, one off the target is told. UserError for what holds none.
+
+    `methods`: what else could have been named.
+    """
+    path = Path(named)
+    if path.suffix == ".npz":
+        masks: MaskSource = packed_masks(path, model)
+    elif path.is_dir():
+        found = Masks.load(decision_of(path))
+        found.check_model(model)
+        masks = found.get
+    else:
+        raise UserError(
+            f"--prior {named} is neither a run, a decision folder, a mask .npz nor a method ({', '.join(methods)})"
+        )
+    name = next(iter(prunable_shapes(model)))
+    try:
+        check_mask(get_family(model.family).as_rows(masks(name)), target, name)
+    except UserError as error:
+        say(f"--prior {named} is no {target} mask: {error}; each group starts from the pattern closest to it")
+    return masks

@@ -1,0 +1,153 @@
+"""A search in its run folder: what it was asked, what it has found so far, when it has to stop.
+
+A search that goes on takes over the database of levels, the divergences of single replacements and the generations that
+are in the folder already; the answer is that of a search left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from megatron_prune.errors import UserError, brief
+from megatron_prune.files import by_leader, from_leader, write_json
+from megatron_prune.foreign import read_json
+from megatron_prune.log import MetricsLog, progress, read_metrics, say
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.schema import Number, Word
+from megatron_prune.search.candidates import draw_windows
+from megatron_prune.search.evolution import Generation, Space
+from megatron_prune.search.fitness import Genome, divergences
+from megatron_prune.search.integer import best_sum, single_replacements
+from megatron_prune.search.levels import Levels
+from megatron_prune.statistics.passes import Passes
+from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, largest
+
+OPTIONS, REPLACEMENTS = "search.json", "replacements.json"
+
+
+class Searching(Protocol):
+    """What a search pulls from the workbench."""
+
+    @property
+    def model(self) -> PrunableModel:
+        """The whole model."""
+
+    @property
+    def passes(self) -> Passes:
+        """Over the calibration text."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+
+    @property
+    def stop(self) -> StopRequest:
+        """Whether the run is asked to end."""
+
+
+class Search:
+    """While it is entered, signals end it at the next point from which it can go on. Collective."""
+
+    def __init__(self, work: Searching, options: Mapping[str, Any], may_grow: str) -> None:
+        """`options`: all that decides the answer; only `may_grow` may be larger when a search goes on."""
+        self.work = work
+        self.folder = work.folder
+        by_leader(functools.partial(self._note, dict(options), may_grow))
+
+    def __enter__(self) -> Search:
+        self.work.stop.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.work.stop.__exit__(kind, error, trace)
+
+    def _note(self, asked: dict[str, Any], may_grow: str) -> None:
+        """Write down what is searched, or refuse to go on with something else."""
+        steps = asked.pop(may_grow)
+        file = self.folder / OPTIONS
+        if not file.exists():
+            write_json(file, asked)
+        for key, value in read_json(file, "the options of a search", dict[Word, Any]).items():
+            if asked.get(key) != value:
+                raise UserError(
+                    f"--resume: {file} has {key} {brief(value)} and {brief(asked.get(key))} was given: give the same"
+                )
+        done = len(read_metrics(self.folder))
+        if done > steps:
+            raise UserError(f"--resume: {done} {may_grow} are done and {steps} were given: give that or more")
+
+    def _ask(self, kept: str) -> None:
+        """Raise Stopped when some rank was asked to end. Collective."""
+        (reason,) = largest(self.work.stop.code())
+        if reason:
+            raise Stopped(f"{REASONS[reason]}: {kept}")
+
+    def build(self, levels: Levels) -> None:
+        """Make what is missing of a database."""
+        kept = f"what is in {levels.folder} is kept"
+        with progress("database", self.work.model.config.num_layers, "layers") as advance:
+            levels.build(self.work.passes, advance, functools.partial(self._ask, kept))
+
+    def solve(self, space: Space, tokens: int, seed: int) -> Genome:
+        """The answer of the integer program; what single replacements cost on so many tokens is kept in the folder."""
+        text = self.work.passes.tokens
+        assert text is not None
+        chosen = draw_windows(text, tokens, random.Random(seed))
+        judged = functools.partial(divergences, self.work.model, space.levels, tokens=text[chosen])
+        file = self.folder / REPLACEMENTS
+        known: list[float] = from_leader(
+            read_json(file, "divergences of single replacements", list[Number]) if file.exists() else []
+        )
+
+        def keep(found: list[float], count: int) -> None:
+            say(f"single replacements: {len(found)}/{count}")
+            by_leader(functools.partial(write_json, file, found))
+            self._ask(f"what is in {space.levels.folder} is kept")
+
+        if len(known) > sum(space.last):
+            raise UserError(f"{file} has {len(known)} divergences, this search {sum(space.last)}: remove it")
+        return from_leader(best_sum(space, single_replacements(space, judged, known, keep)))
+
+    def evolve(
+        self,
+        space: Space,
+        generations: int,
+        start: Callable[[], Genome],
+        step: Callable[[Genome, int], Generation],
+    ) -> Genome:
+        """The parent after so many generations, those in metrics.jsonl among them."""
+        measure = space.budget.measure
+        history = from_leader(read_metrics(self.folder))
+        parent: Genome = _parent(self.folder, history[-1], space.last) if history else start()
+        with MetricsLog(self.folder, "generation") as log:
+            log.resume_at(len(history))
+            if history:
+                say(f"resumed after generation {len(history)}")
+            with log.steps(generations):
+                for number in range(len(history), generations):
+                    found = step(parent, number)
+                    parent = found.parent
+                    record = {"fitness": found.fitness, measure: space.cost(parent), "replaced": found.replaced}
+                    told = {"step": number + 1, **record, "tried": found.tried, "parent": list(parent)}
+                    log.write(told, ("fitness", measure))
+                    log.sync()
+                    if number + 1 < generations:
+                        self._ask(f"saved after generation {number + 1} of {generations}")
+        return parent
+
+
+def _parent(folder: Path, record: Mapping[str, Any], last: Sequence[int]) -> Genome:
+    """The genome that a search was left with; UserError when it is none of this model's."""
+    found = record.get("parent")
+    if not isinstance(found, list) or len(found) != len(last) or any(a > b for a, b in zip(found, last, strict=True)):
+        raise UserError(
+            f"{folder / 'metrics.jsonl'}: key 'parent': {brief(found)} is no model of this search: restore it"
+        )
+    return tuple(found)

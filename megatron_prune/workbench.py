@@ -1,0 +1,275 @@
+"""What a pruning method may pull (`methods.base.Workbench`), made when it is pulled; what its answer becomes on disk.
+
+What is missing is refused before weights are loaded: `prepare` reads what the method needs, then the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prune.config import PruneConfig
+from megatron_prune.data.calibration import CalibrationSet, windows
+from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
+from megatron_prune.decision.masks import Kept, MaskInfo, Masks, MaskWriter
+from megatron_prune.decision.prior import MaskSource, given_prior
+from megatron_prune.decision.source import ModelSource
+from megatron_prune.decision.target import NM, StructuredTarget, Target, Unstructured
+from megatron_prune.decision.trimming import Trim
+from megatron_prune.decision.units import Units
+from megatron_prune.errors import UserError
+from megatron_prune.log import MetricsLog, progress
+from megatron_prune.methods.base import CALIBRATION, DATA, PruningMethod, get_method, mask_methods
+from megatron_prune.model.checkpoint import save_model
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.statistics.compensation import Compensation
+from megatron_prune.statistics.passes import Passes
+from megatron_prune.statistics.runner import Runner, WholeLinear
+from megatron_prune.statistics.store import StatisticsStore
+from megatron_prune.training.learning import LearningRunner
+from megatron_prune.training.loop import RECOMPUTE, check_learning
+from megatron_prune.training.shearing import ShearingRunner
+from megatron_prune.training.stopping import StopRequest
+
+DECISION, WEIGHTS, MADE_PRIOR = "decision", "weights", "prior"
+"""Folders in a run."""
+
+
+class TrainingInputs(NamedTuple):
+    """What a method that learns reads."""
+
+    data: Windows
+    held_out: Tensor | None
+
+
+class Workbench:
+    """Of one method, one target and one model, in a layout. Made and used by all ranks."""
+
+    def __init__(
+        self,
+        settings: PruneConfig,
+        source: ModelSource,
+        layout: backend.Layout,
+        method: PruningMethod,
+        target: Target | StructuredTarget,
+        stop: StopRequest | None = None,
+    ) -> None:
+        self.settings = settings
+        self.source = source
+        self.layout = layout
+        self.method = method
+        self.target = target
+        self.stop = stop or StopRequest()
+        self.folder = settings.output
+        """Where the run is; of one that appears when it is whole, the place until then."""
+        self.config = source.config
+        self._runner: Runner | None = None
+        self._learner: LearningRunner | None = None
+        self._store: StatisticsStore | None = None
+        """Of this method's measurements; an empty one does not outlive a failure."""
+        self._decision: Path | None = None
+        self._changed = False
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._open.close()
+        if self._store is not None and kind is not None and issubclass(kind, Exception):
+            self._store.forget()
+
+    # --- what the user gave ---
+
+    def prepare(self) -> None:
+        """Read what the method needs, then the model; UserError for what was not given."""
+        given_to = {CALIBRATION: lambda: self.calibration, DATA: lambda: self.inputs}
+        for need in self.method.needs:
+            given_to[need]()
+        if self.settings.prior is not None:
+            _ = self._given_prior
+        _ = self.model
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """Windows of the calibration text."""
+        c = self.settings.calibration
+        if not c.text:
+            raise UserError(
+                f"method {self.method.name} needs calibration text and none was given: --calibration FILE.jsonl "
+                "(or .txt)"
+            )
+        length = min(c.seq_length, self.config.max_position_embeddings)
+        tokenizer = load_tokenizer(self.source.tokenizer, self.config.vocab_size)
+        return windows(c.text, tokenizer, c.samples, length, c.seed, c.document_range)
+
+    @cached_property
+    def inputs(self) -> TrainingInputs:
+        """Training windows and held-out ones `[n, seq_length]`; UserError when the model or layout cannot."""
+        t, vocab_size = self.settings.training, self.config.vocab_size
+        if not t.data:
+            raise UserError(
+                f"method {self.method.name} learns from text and none was given: --data FILE.jsonl (or .txt)"
+            )
+        check_learning(t, self.layout)
+        self.config.check_length(t.seq_length)
+        tokenizer = load_tokenizer(self.source.tokenizer, vocab_size)
+        held_out = held_out_windows(t, tokenizer, vocab_size)
+        return TrainingInputs(training_windows(t, tokenizer, vocab_size), first_windows(held_out, t.eval_windows))
+
+    @cached_property
+    def _given_prior(self) -> MaskSource | None:
+        """The mask that learning starts from; None without one, and when a method is named, which makes it later."""
+        named = self.settings.prior
+        if named is None or named in mask_methods():
+            return None
+        assert isinstance(self.target, NM | Unstructured)
+        return given_prior(named, self.config, self.target, mask_methods())
+
+    # --- what a method pulls ---
+
+    @cached_property
+    def model(self) -> PrunableModel:
+        """The model, whole, its weights as they are in the source until a method changes them."""
+        training = DATA in self.method.needs and self.settings.training.recompute
+        return self.source.load(self.layout, **(RECOMPUTE if training else {}))
+
+    @cached_property
+    def passes(self) -> Passes:
+        """Passes over the calibration text, with a bar where the method has none of its own."""
+        tokens = self._tokens
+        if self.method.resumable:
+            return Passes(self.model, tokens)
+        if self.settings.statistics and tokens is not None:
+            self._store = StatisticsStore(self.settings.statistics, self.model, tokens)
+        advance = self._open.enter_context(progress(self._title, None, "layers passed"))
+        return Passes(self.model, tokens, advance, self._store)
+
+    def linears(self, statistic: Callable[..., Any] | None, sequential: bool = False) -> Iterator[WholeLinear]:
+        """Prunable linears in model order; each must be decided before the next is taken."""
+        found = self._each_linear(statistic, sequential)
+        self._open.callback(found.close)  # of a method that fails: its masks go at once
+        return found
+
+    def _each_linear(
+        self, statistic: Callable[..., Any] | None, sequential: bool
+    ) -> Generator[WholeLinear, None, None]:
+        writer = self._writer()
+        with (
+            writer or contextlib.nullcontext(),
+            progress(self._title, self.config.num_layers, "layers") as advance,
+        ):
+            self._runner = Runner(self.model, self._tokens, writer, advance)
+            yield from self._runner.layerwise(statistic, sequential)
+
+    def masks(self) -> Kept:
+        """What the pass over the linears has kept."""
+        assert self._runner is not None, "no linear was decided"
+        self._changed |= self._runner.weights_changed
+        return self._runner.masks()
+
+    def compensate(self, units: Units, refit: str, damping: float, norm_gain: bool) -> None:
+        """Correct the weights of what stays for what goes. Collective."""
+        tokens = self._tokens
+        self._open.close()  # the bar of the passes
+        with progress("compensation", self.config.num_layers, "layers") as advance:
+            if tokens is not None and units.thins(self.config):
+                work = Compensation(self.model, units, tokens, refit, damping, norm_gain)
+                self._changed |= work.run(advance)
+
+    def learn(self) -> LearningRunner:
+        """A training session for mask logits, which writes the masks that it decides on."""
+        identity = {"data": self.inputs.data.info(), "method_options": self.method.options()}
+        prior = self._given_prior or self._made_prior()
+        self._learner = LearningRunner(
+            *self._session(),
+            **self._session_options(identity),
+            writer=self._writer,
+            prior=prior,
+            initial_logits=self.settings.initial_logits,
+        )
+        return self._learner
+
+    def shear(self) -> ShearingRunner:
+        """A training session for masks of units and weights together."""
+        options = {"method_options": self.method.options(), "target": str(self.target)}
+        return ShearingRunner(*self._session(), **self._session_options({"data": self.inputs.data.info(), **options}))
+
+    def _session(self) -> tuple[Any, ...]:
+        return self.model, self.settings.training, self.inputs.data, self.folder
+
+    def _session_options(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "log": MetricsLog(self.folder),
+            "eval_windows": self.inputs.held_out,
+            "resume": self.settings.resume,
+            "stop": self.stop,
+            "identity": identity,
+        }
+
+    def _made_prior(self) -> MaskSource | None:
+        """The mask of the one-shot method that `--prior` names, made in the run unless it is there. Collective."""
+        if self.settings.prior is None:
+            return None
+        path = self.folder / MADE_PRIOR
+        if not path.exists():
+            method = get_method(self.settings.prior)
+            method = get_method(self.settings.prior, **method.mask_only)
+            method.accept(self.target)
+            with self._aside(method, path) as aside:
+                method.decide(aside, self.target)
+        dist.barrier()  # the folder is complete when rank 0 arrives
+        return Masks.load(path).get
+
+    def _aside(self, method: PruningMethod, decision: Path) -> Workbench:
+        """A workbench of another method on the same model, which writes its masks to `decision`."""
+        made = Workbench(self.settings, self.source, self.layout, method, self.target)
+        made.model, made._decision = self.model, decision
+        return made
+
+    # --- what becomes of the answer ---
+
+    @property
+    def decision(self) -> Path:
+        """The folder of masks or units."""
+        return self._decision or self.folder / DECISION
+
+    def save(self, decision: Kept | Units) -> None:
+        """Write the units, and the weights where they were changed; masks are written already. Collective."""
+        self._open.close()
+        learned = self._learner is not None and self._learner.weights_trained
+        searched = self.method.resumable and isinstance(decision, Units)
+        if self._changed or learned or searched:
+            history = {**self.source.history, "weights": self.method.name}
+            save_model(self.folder / WEIGHTS, self.model, history, self.source.tokenizer)
+        if isinstance(decision, Units) and backend.rank() == 0:
+            Trim(self._info(), decision).save(self.decision, self.config)
+
+    def _writer(self) -> MaskWriter | None:
+        return MaskWriter(self.decision, self._info()) if backend.rank() == 0 else None
+
+    @property
+    def _tokens(self) -> Tensor | None:
+        return self.calibration.tokens if CALIBRATION in self.method.needs else None
+
+    @property
+    def _title(self) -> str:
+        return f"{self.method.name} {self.target}"
+
+    def _info(self) -> MaskInfo:
+        """What a decision says about where it comes from."""
+        method, config = self.method, self.config
+        about: dict[str, Any] = {}
+        if DATA in method.needs:
+            about = {"seed": self.settings.training.seed, "notes": {"data": self.inputs.data.info()}}
+        elif CALIBRATION in method.needs:
+            about = {"seed": self.calibration.seed, "calibration": self.calibration.info()}
+        return MaskInfo(method.name, str(self.target), method.options(), config.family, config.fingerprint(), **about)
