@@ -1,0 +1,47 @@
+"""Prune large language models at Megatron scale: Hugging Face in, Hugging Face out.
+
+The verbs of the command line are functions here (`megatron_prune.prune(...)`), see `megatron_prune.api`; `prune_model`
+prunes a transformers model in memory. Nothing heavy is imported until one of them is called.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_prune.errors import UserError
+
+__all__ = [
+    "UserError",
+    "bench",
+    "evaluate",
+    "export",
+    "import_",
+    "inspect",
+    "latency",
+    "methods",
+    "plan",
+    "preprocess",
+    "prune",
+    "prune_model",
+    "report",
+    "train",
+    "trim",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A verb's function, made when it is first asked for."""
+    if name == "prune_model":
+        from megatron_prune.in_memory import prune_model
+
+        return prune_model
+    if name in __all__:
+        from megatron_prune.api import function
+
+        return function(name)
+    raise AttributeError(f"module 'megatron_prune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -266,7 +266,7 @@ def _one_line(message: str, kinds: Mapping[str, Any]) -> str:
         return message
     name = (key[1] or key[2]).replace("-", "_")
     given = f"{one_line(value[1], 100)} given" if value else one_line(message.split(": ", 1)[-1], 100)
-    return f"{flag(name)}: {given}; allowed: {_allowed(kinds.get(name))}"
+    return f"{flag(name.removeprefix(METHOD_OPTIONS + '.'))}: {given}; allowed: {_allowed(kinds.get(name))}"
 
 
 def _allowed(kind: Any) -> str:

@@ -123,6 +123,12 @@ class Entry:
     def required(self) -> bool:
         return self.field.default is REQUIRED and self.field.default_factory is REQUIRED
 
+    @property
+    def default(self) -> Any:
+        """Its value when it is not given; `REQUIRED` when it must be."""
+        made = self.field.default_factory
+        return self.field.default if made is REQUIRED else made()  # type: ignore[misc]
+
 
 def entries(config: type[Options], path: tuple[str, ...] = ()) -> Iterator[Entry]:
     """All options of a configuration class, groups flattened, in the order of declaration."""

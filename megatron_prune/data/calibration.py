@@ -59,10 +59,24 @@ def windows(
 
     The files are text, or prefixes of preprocessed text, whose documents end as they were made to end.
     """
-    count, read = _documents(paths, tokenizer, documents)
+    names = tuple(Path(path).name for path in paths)
+    return _drawn(*_documents(paths, tokenizer, documents), names, samples, seq_length, seed)
+
+
+def windows_of(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, seq_length: int, seed: int
+) -> CalibrationSet:
+    """As `windows`, from documents in memory."""
+
+    def read(index: int) -> list[int]:
+        return tokenize(tokenizer, [texts[index]])[0]
+
+    return _drawn(len(texts), read, (), samples, seq_length, seed)
+
+
+def _drawn(count: int, read: Read, names: tuple[str, ...], samples: int, seq_length: int, seed: int) -> CalibrationSet:
     draw = _Draw(count, read, seq_length, random.Random(seed))
     tokens = torch.tensor([draw.window() for _ in range(samples)], dtype=torch.int64)
-    names = tuple(Path(path).name for path in paths)
     return CalibrationSet(tokens, names, count, seed, samples, seq_length, hash_tokens(tokens))
 
 

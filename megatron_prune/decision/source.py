@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from torch import Tensor
@@ -21,6 +21,17 @@ from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig, WeightMap
 from megatron_prune.model.prunable import PrunableModel
+
+
+class WeightReader(Protocol):
+    """What a model is loaded from: a `HFReader`, or anything that has the weights by the same names."""
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Sizes and type of the model."""
+
+    def read(self, name: str) -> Tensor:
+        """The weight of this Hugging Face name."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def open_model(path: Path) -> ModelSource:
 
 
 def read_hf(
-    reader: HFReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None, **extra: Any
+    reader: WeightReader, layout: backend.Layout, dtype: str | None = None, mask: Path | None = None, **extra: Any
 ) -> PrunableModel:
     """The model of a Hugging Face checkpoint in `layout`, weights in `dtype` (None: as stored), masked on request.
 

@@ -1,0 +1,154 @@
+"""Pruning a transformers model that is in memory: one process, a CPU or a GPU, no checkpoint on disk."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_prune.config import Calibration, PruneConfig
+from megatron_prune.data.calibration import CalibrationSet, windows_of
+from megatron_prune.data.tokenizer import check_tokenizer
+from megatron_prune.decision.masks import Kept, Masks
+from megatron_prune.decision.pruned import apply_masks, cut
+from megatron_prune.decision.source import ModelSource, read_hf
+from megatron_prune.decision.target import parse_any_target
+from megatron_prune.errors import UserError
+from megatron_prune.methods.base import CALIBRATION, PruningMethod, get_method
+from megatron_prune.methods.fit import check_target
+from megatron_prune.model.families import ModelConfig, family_of, get_family
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.workbench import DECISION, Workbench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prune_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    method: str,
+    target: str | Mapping[str, int],
+    texts: Sequence[str] = (),
+    calibration_samples: int = 128,
+    calibration_seq_length: int = 2048,
+    calibration_seed: int = 0,
+    in_place: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """A transformers model pruned by a one-shot method: the same model with zeros, or a smaller one.
+
+    ``target`` is written as on the command line (``"2:4"``, ``"0.5"``, ``"num_layers=24"``) or a mapping of sizes;
+    ``texts`` are the calibration documents of methods that look at text, drawn from as `prune` draws from files;
+    ``options`` are the method's own hyper-parameters. ``in_place`` changes ``model`` itself where its shape stays, else
+    a copy is pruned; a smaller model is always a new one. Weights keep their type and device. Logits are those of the
+    model that `prune`, `trim` and `export` make of the same texts, as one document each.
+
+    UserError for a method that takes hours (use `prune`), for a family or shape that is not supported, for missing
+    text, and where several processes are joined.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError("prune_model works in one process and several are joined; use `prune` under torchrun")
+    chosen = get_method(method, **options)
+    if chosen.resumable:
+        raise UserError(f"prune_model: method {method} takes hours and works in a run folder; use `prune` for it")
+    asked = parse_any_target(target if isinstance(target, str) else ",".join(f"{k}={v}" for k, v in target.items()))
+    chosen.accept(asked)
+    config = _config(model)
+    check_target(config, asked)
+    chosen.check(config, asked)
+    reader = _Parameters(model, config)
+
+    def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
+        return read_hf(reader, layout, dtype, **extra)
+
+    source = ModelSource(config, {}, Path(), load)
+    drawn = _calibration(
+        chosen, config, tokenizer, texts, calibration_samples, calibration_seq_length, calibration_seed
+    )
+    with tempfile.TemporaryDirectory() as folder, backend.running(backend.Layout()):
+        settings = PruneConfig(input=Path(), output=Path(folder), method=method, target=str(asked))
+        work = Workbench(settings, source, backend.Layout(), chosen, asked)
+        if drawn is not None:
+            work.calibration = drawn
+        with work:
+            decision = chosen.decide(work, asked)
+        if isinstance(decision, Kept):
+            apply_masks(work.model, Masks.load(work.folder / DECISION))
+            return _written(work.model, model if in_place else copy.deepcopy(model))
+        return _written(smaller := cut(work.model, decision), _empty_like(model, smaller.config))
+
+
+class _Parameters:
+    """A model's parameters by their names in a checkpoint, as `HFReader` gives those of a file."""
+
+    def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
+        self.model_config = config
+        self._state = model.state_dict()
+
+    def read(self, name: str) -> Tensor:
+        """The parameter ``name``, on the CPU."""
+        return self._state[name].detach().cpu()
+
+
+def _config(model: PreTrainedModel) -> ModelConfig:
+    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if len(kinds) != 1:
+        raise UserError(f"prune_model: parameters of types {', '.join(sorted(kinds))} were given; allowed: one type")
+    about = {**model.config.to_dict(), "dtype": kinds.pop()}
+    about.pop("torch_dtype", None)
+    return family_of(about).from_hf(about)
+
+
+def _calibration(
+    method: PruningMethod,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    texts: Sequence[str],
+    samples: int,
+    seq_length: int,
+    seed: int,
+) -> CalibrationSet | None:
+    if CALIBRATION not in method.needs:
+        return None
+    if not texts or tokenizer is None:
+        raise UserError(f"prune_model: method {method.name} looks at text; give tokenizer= and texts=[...]")
+    wanted = Calibration(samples=samples, seq_length=seq_length, seed=seed)
+    check_tokenizer(tokenizer, config.vocab_size)
+    length = min(wanted.seq_length, config.max_position_embeddings)
+    return windows_of(texts, tokenizer, wanted.samples, length, wanted.seed)
+
+
+def _empty_like(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """A model of the same class, type and device in a smaller shape."""
+    if config.blocks is not None:
+        raise UserError(
+            "prune_model: the layers of the answer differ in size, which transformers has no class for; use `prune`, "
+            "`trim` and `export --layers padded` (or custom)"
+        )
+    written = get_family(config.family).to_hf(config)
+    made = type(model)(type(model.config).from_dict(written))
+    if model.generation_config is not None:
+        made.generation_config = copy.deepcopy(model.generation_config)
+    parameter = next(model.parameters())
+    made.to(parameter.device, parameter.dtype)  # type: ignore[arg-type]
+    return made.train(model.training)
+
+
+@torch.no_grad()
+def _written(pruned: PrunableModel, model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with the weights of `pruned`, zeros as +0.0."""
+    state = model.state_dict()
+    tied = get_family(pruned.config.family).tied_names(pruned.config)
+    for name, tensor in pruned.hf_weights():
+        if name not in tied:
+            state[name].copy_(tensor.masked_fill(tensor == 0, 0.0))
+    return model

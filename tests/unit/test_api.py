@@ -1,0 +1,142 @@
+"""The Python API: the verbs as functions, and a transformers model in memory pruned as the commands prune it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import megatron_prune as mp
+from megatron_prune.api import NAMES, function
+from megatron_prune.verbs import VERBS
+from tests.models import TINY_SIZES, byte_tokenizer, tiny_model, words
+
+ROOT = Path(__file__).parents[2]
+LENGTH, SAMPLES = 24, 4
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    program = (
+        "import megatron_prune, sys; print(sorted({'torch', 'transformers', 'megatron', 'yaml'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout == "[]\n"
+
+
+def test_every_verb_is_a_function_with_its_options_and_defaults() -> None:
+    assert set(NAMES.values()) == set(VERBS) and set(NAMES) < set(mp.__all__) and set(mp.__all__) <= set(dir(mp))
+    signature = inspect.signature(mp.prune)
+    assert list(signature.parameters)[:4] == ["input", "output", "method", "target"]
+    assert signature.parameters["calibration_samples"].default == 128
+    assert "sparsity" in (mp.prune.__doc__ or "") and function("prune") is function("prune")
+
+
+def test_the_stub_is_up_to_date() -> None:
+    """Also for type checkers: written by the tool from the same options."""
+    subprocess.run([sys.executable, str(ROOT / "tools" / "api_stub.py"), "--check"], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        (("a", "b", "wanda"), {}, "missing: --target"),
+        (("a", "b", "wanda", "2:4"), {"calibrtion": "x"}, "did you mean --calibration"),
+        (("a", "b", "wanda", "2:4"), {"calibration_samples": 0}, "at least 1"),
+        (("a", "b", "wanda", "2:4"), {"target": "1:4"}, "target was given twice"),
+        (("a", "b", "wanda", "2:4", "c"), {}, "5 values without a name"),
+        (("a", "b", "sparsegpt", "2:4"), {"percdamp": "much"}, "--percdamp"),
+    ],
+)
+def test_mistakes_are_user_errors(args: tuple[str, ...], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(mp.UserError, match=message):
+        mp.prune(*args, **options)
+
+
+def test_the_road_in_python(tmp_path: Path) -> None:
+    """import, prune, trim, export, evaluate and verify, their results on disk."""
+    hf = byte_tokenizer(tiny_model(tmp_path / "hf", "llama", vocab_size=260))
+    text = words(tmp_path / "text.jsonl")
+    mp.import_(str(hf), tmp_path / "ck")
+    mp.prune(
+        tmp_path / "ck",
+        tmp_path / "run",
+        method="sparsegpt",
+        target="2:4",
+        calibration=[text],
+        calibration_samples=SAMPLES,
+        calibration_seq_length=LENGTH,
+        percdamp=0.02,
+    )
+    decision = json.loads((tmp_path / "run" / "decision" / "decision.json").read_text())
+    assert decision["hyperparameters"]["percdamp"] == 0.02
+    mp.trim(tmp_path / "run", tmp_path / "small")
+    mp.export(tmp_path / "small", tmp_path / "out")
+    mp.evaluate(str(tmp_path / "out"), text=text, window=LENGTH, windows=4, output=tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["perplexity"] > 1
+    assert not mp.verify(tmp_path / "out", target="2:4")
+    with pytest.raises(mp.UserError, match="already exists"):
+        mp.trim(tmp_path / "run", tmp_path / "small")
+
+
+MASKS = [("magnitude", "0.5"), ("wanda", "2:4"), ("sparsegpt", "2:4")]
+UNITS = [("minitron", {"ffn_hidden_size": 40}), ("shortgpt", "num_layers=1")]
+
+
+@pytest.mark.parametrize("family", list(TINY_SIZES))
+@pytest.mark.parametrize(("method", "target"), [*MASKS, *UNITS])
+def test_a_model_in_memory_is_pruned_as_by_the_commands(
+    tmp_path: Path, family: str, method: str, target: str | dict[str, int]
+) -> None:
+    """The same text, the same logits; types, device and mode stay; the given model is not touched."""
+    hf = byte_tokenizer(tiny_model(tmp_path / "hf", family, vocab_size=260))
+    text = words(tmp_path / "text.jsonl")
+    calibrated: dict[str, Any] = {"calibration_samples": SAMPLES, "calibration_seq_length": LENGTH}
+    given = {} if method == "magnitude" else {"calibration": [text]}
+    mp.prune(hf, tmp_path / "run", method=method, target=target, **given, **calibrated)
+    mp.trim(tmp_path / "run", tmp_path / "small")
+    mp.export(tmp_path / "small", tmp_path / "out")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    documents = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    pruned = mp.prune_model(
+        model, AutoTokenizer.from_pretrained(hf), method=method, target=target, texts=documents, **calibrated
+    )
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert type(pruned) is type(model) and pruned.training == model.training
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % 257
+    with torch.no_grad():
+        assert pruned(ids).logits.equal(expected(ids).logits)
+        assert not pruned(ids).logits.equal(model(ids).logits)
+
+
+def test_in_place_changes_the_model_itself(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "hf", "llama"), dtype=torch.float32)
+    assert mp.prune_model(model, method="magnitude", target="2:4", in_place=True) is model
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    assert (weight.unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
+    assert not torch.signbit(weight[weight == 0]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "maskllm", "target": "2:4"}, "takes hours"),
+        ({"method": "wanda", "target": "2:4"}, "give tokenizer= and texts="),
+        ({"method": "wanda", "target": "num_layers=1"}, "cannot prune to"),
+        ({"method": "magnitude", "target": "2:3"}, "not a multiple of 3|multiple"),
+        ({"method": "magnitude", "target": "2:4", "percdamp": 1}, "has no hyper-parameter"),
+    ],
+)
+def test_what_cannot_be_done_in_memory_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "hf", "llama"), dtype=torch.float32)
+    with pytest.raises(mp.UserError, match=message):
+        mp.prune_model(model, **options)
