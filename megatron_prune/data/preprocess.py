@@ -1,4 +1,4 @@
-"""The `preprocess` verb: text -> Megatron's `PREFIX.bin` and `PREFIX.idx`, by several processes.
+"""Text -> Megatron's `PREFIX.bin` and `PREFIX.idx`, by several processes.
 
 The input is cut into parts that do not depend on the number of processes. A worker turns one part into a small indexed
 data set with megatron-core's own builder; a finished part appears in the work folder `PREFIX.partial` whole or not at
@@ -39,8 +39,8 @@ BATCH_CHARACTERS = 2**20
 BATCH_DOCUMENTS = 512
 LISTED = 100
 """Bad lines of one piece that are listed; all are counted."""
-SHOWN = 10
-"""Bad lines shown on the console."""
+
+
 SUFFIXES = (".bin", ".json", ".idx")
 """Files of the output in the order in which they appear: readers need the last."""
 JOINED = "joined"
@@ -94,8 +94,8 @@ class Job:
         return self.work / JOINED
 
 
-def run(config: PreprocessConfig) -> None:
-    """Tokenise `config.input` into `config.output`, going on where a killed run stopped."""
+def preprocess(config: PreprocessConfig) -> Report:
+    """Tokenise `config.input` into `config.output`, going on where a killed run stopped; what was made."""
     with claimed(config.output, may_exist=True) as claim:
         _refuse_finished(claim)
         encoder = load_encoder(config.tokenizer)
@@ -114,7 +114,7 @@ def run(config: PreprocessConfig) -> None:
                 shutil.rmtree(job.work, ignore_errors=True)
                 raise
             raise Interrupted(f"{error}; finished parts stay in {job.work}: go on with the same command") from error
-    _tell(config.output, read_report(job.output(".json")))
+    return read_report(job.output(".json"))
 
 
 def _finished_parts(job: Job) -> bool:
@@ -352,11 +352,3 @@ def _publish(job: Job) -> None:
         raise
     shutil.rmtree(job.work / "parts", ignore_errors=True)
     shutil.rmtree(job.work)
-
-
-def _tell(prefix: Path, report: Report) -> None:
-    say(f"{report['documents']} documents, {report['tokens']} tokens ({report['dtype']}) in {prefix}.bin and .idx")
-    if report["bad_lines"]:
-        say(f"{report['bad_lines']} bad lines left out; {prefix}.json lists them:")
-        for line in report["listed_bad_lines"][:SHOWN]:
-            say(f"  {line}")

@@ -7,9 +7,6 @@ from typing import Any
 
 from megatron_prune.foreign import parse_text_json, read_regular
 
-DESCRIPTION = "megatron_prune.json"
-
-
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,3 +58,6 @@ def copy_tokenizer(directory: Path, target: Path) -> None:
         copy = target / file.relative_to(directory)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(read_regular(file, "a model's directory"))
+
+
+DESCRIPTION = "megatron_prune.json"

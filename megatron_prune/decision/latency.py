@@ -21,6 +21,37 @@ from megatron_prune.schema import Count, Word
 SAME = ("family", "hidden_size", "kv_channels", "vocab_size")
 """What a table's model and a model that it is used for must have in common."""
 
+_OPEN: ConfigDict = {**strict(), "extra": "ignore"}
+_Microseconds = Annotated[float, Field(gt=0, le=1e15)]
+_Size = Annotated[int, Field(ge=1, le=LARGEST["ffn_hidden_size"])]
+
+
+@with_config(_OPEN)
+class _Measured(TypedDict):
+    """The model that a table is of: `SAME`."""
+
+    family: Word
+    hidden_size: _Size
+    kv_channels: _Size
+    vocab_size: Count
+
+
+@with_config(_OPEN)
+class _About(TypedDict):
+    """What is read of the conditions; the rest is shown."""
+
+    model: _Measured
+
+
+@with_config(strict())
+class _File(TypedDict):
+    """What is in a table's file."""
+
+    about: _About
+    attention_us: Annotated[list[tuple[_Size, _Size, _Microseconds]], Field(min_length=1)]
+    mlp_us: Annotated[list[tuple[_Size, _Microseconds]], Field(min_length=1)]
+    rest_us: Annotated[float, Field(ge=0, le=1e15)]
+
 
 @dataclass(frozen=True)
 class LatencyTable:
@@ -75,42 +106,6 @@ class LatencyTable:
         attention = {(heads, groups): time for heads, groups, time in content["attention_us"]}
         about = read_json(path, what)["about"]
         return cls(about, attention, dict(content["mlp_us"]), content["rest_us"])
-
-
-_OPEN: ConfigDict = {**strict(), "extra": "ignore"}
-
-
-_Microseconds = Annotated[float, Field(gt=0, le=1e15)]
-
-
-_Size = Annotated[int, Field(ge=1, le=LARGEST["ffn_hidden_size"])]
-
-
-@with_config(_OPEN)
-class _Measured(TypedDict):
-    """The model that a table is of: `SAME`."""
-
-    family: Word
-    hidden_size: _Size
-    kv_channels: _Size
-    vocab_size: Count
-
-
-@with_config(_OPEN)
-class _About(TypedDict):
-    """What is read of the conditions; the rest is shown."""
-
-    model: _Measured
-
-
-@with_config(strict())
-class _File(TypedDict):
-    """What is in a table's file."""
-
-    about: _About
-    attention_us: Annotated[list[tuple[_Size, _Size, _Microseconds]], Field(min_length=1)]
-    mlp_us: Annotated[list[tuple[_Size, _Microseconds]], Field(min_length=1)]
-    rest_us: Annotated[float, Field(ge=0, le=1e15)]
 
 
 def _between(known: dict[int, float], size: int) -> float:

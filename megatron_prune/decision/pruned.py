@@ -1,4 +1,4 @@
-"""The `trim` verb: a run's decision applied to its weights; a checkpoint without training state comes out."""
+"""A run's decision applied to its weights: zeros where a mask is closed, or a smaller model."""
 
 from __future__ import annotations
 

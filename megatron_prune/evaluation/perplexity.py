@@ -1,4 +1,4 @@
-"""The `evaluate` verb: perplexity of a Megatron checkpoint in any layout, or of a Hugging Face directory.
+"""Perplexity of a Megatron checkpoint in any layout, or of a Hugging Face directory.
 
 Both are measured by the same protocol: the whole text tokenised without special tokens, non-overlapping windows,
 exp(mean negative log-likelihood over every predicted token), losses in float32 and their sum in float64.
@@ -20,7 +20,6 @@ from megatron_prune.data.dataset import EvaluationText, evaluation_windows
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
-from megatron_prune.files import refuse_existing, write_result
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
@@ -31,22 +30,11 @@ LARGEST_LOSS = 700.0
 """In nats per token; a float cannot hold the perplexity of a larger one."""
 
 
-def run(config: EvaluateConfig) -> None:
-    """Evaluate `config.input`, print the result and write it where asked."""
-    if config.tasks.names:
-        from megatron_prune.evaluation import zeroshot
-
-        return zeroshot.run(config)
-    if config.output is not None:
-        refuse_existing(config.output)
+def perplexity(config: EvaluateConfig) -> dict[str, Any]:
+    """Perplexity of `config.input`, whatever form it has, and how it was measured. Collective."""
     path = Path(config.input)
     kind = _megatron if is_checkpoint(path) else _maxtext if is_folder(path) else _hugging_face
-    result = kind(config)
-    if backend.rank() == 0:
-        print(f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})")
-        if config.output is not None:
-            write_result(config.output, result)
-    return None
+    return kind(config)
 
 
 def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> EvaluationText:

@@ -1,4 +1,4 @@
-"""The `verify` verb: proof of what a pruned model is, read from its weights alone.
+"""Proof of what a pruned model is, read from its weights alone.
 
 Five checks, each with its figures: the pattern holds in every group, every zero is +0.0, every number is finite, the
 density of each layer, and the logits equal those of another form of the same model (`--against`). Exit status 1 when
@@ -25,9 +25,6 @@ from megatron_prune.decision.target import LATENCY, NM, Budget, Shape, Structure
 from megatron_prune.decision.trimming import Trim, is_trim
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.padding import in_transformers
-from megatron_prune.files import refuse_existing, write_result
-from megatron_prune.foreign import names
-from megatron_prune.log import say
 from megatron_prune.methods.fit import check_target
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
@@ -129,10 +126,8 @@ def _logits(source: Source, layout: backend.Layout, tokens: Tensor) -> Tensor:
         return model(tokens).logits.float()
 
 
-def run(config: VerifyConfig) -> int:
-    """Check `config.input`, print and write the result; 0 when every check holds."""
-    if config.output is not None:
-        refuse_existing(config.output)
+def verify(config: VerifyConfig) -> dict[str, Any]:
+    """Every check of `config.input` and whether all hold. Collective."""
     source = open_source(config.input)
     recorded = config.target or source.target
     asked = parse_any_target(recorded) if recorded else None
@@ -152,11 +147,7 @@ def run(config: VerifyConfig) -> int:
         if config.against is not None:
             result["logits"] = _compare(source, open_source(config.against), layout, config)
     result["holds"] = all(check["holds"] for check in result.values() if isinstance(check, dict) and "holds" in check)
-    if backend.rank() == 0:
-        _print(result)
-        if config.output is not None:
-            write_result(config.output, result)
-    return 0 if result["holds"] else 1
+    return result
 
 
 def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCount]) -> dict[str, Any]:
@@ -221,29 +212,3 @@ def _compare(source: Source, other: Source, layout: backend.Layout, config: Veri
         "tolerance": config.tolerance,
         "holds": difference <= config.tolerance,
     }
-
-
-def _print(result: dict[str, Any]) -> None:
-    pattern, zeros, density = result.get("pattern"), result["zeros"], result["density"]
-    if pattern:
-        broken, dense = sum(pattern["broken_groups"].values()), len(pattern["too_dense"])
-        failure = f"BROKEN in {broken} groups, {dense} weights are too dense"
-        say(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else failure}")
-    elif "shape" not in result:
-        say("pattern: none recorded and no --target given, not checked")
-    if "shape" in result:
-        shape = result["shape"]
-        say(f"shape {shape['target']}: {'holds' if shape['holds'] else 'BROKEN'}, {shape['parameters']} parameters")
-    strange = result["finite"]["not_finite"]
-    if strange:
-        told = f"{sum(strange.values())} numbers of {names(list(strange))} are NaN or infinite"
-        say(f"finite: NOT, {told}: the model is damaged or its training overflowed")
-    say(f"zeros: {zeros['zeros']} of {density['weights']}, {zeros['negative_zeros']} of them stored as -0.0")
-    say(f"density: {density['density']:.6f} over {len(density['per_weight'])} weights")
-    if "logits" in result:
-        x = result["logits"]
-        say(
-            f"logits against {x['against']}: largest difference {x['max_absolute_difference']:.3g} (largest logit "
-            f"{x['largest_logit']:.3g}), same argmax {x['same_argmax']:.4f}: {'equal' if x['holds'] else 'DIFFERENT'}"
-        )
-    say("verified" if result["holds"] else "NOT verified")

@@ -1,0 +1,1 @@
+"""What other software opens: Hugging Face directories, ibm-fms, MaxText."""

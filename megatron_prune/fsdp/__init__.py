@@ -1,0 +1,1 @@
+"""The other training engine: transformers' model sharded by PyTorch's FSDP2."""

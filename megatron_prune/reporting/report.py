@@ -1,4 +1,4 @@
-"""The `report` verb: one self-contained HTML page of runs, models and results; it asks nothing of the network."""
+"""One self-contained HTML page of runs, models and results; it asks nothing of the network."""
 
 from __future__ import annotations
 
@@ -6,26 +6,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from megatron_prune.config import ReportConfig
 from megatron_prune.decision.masks import MaskRow
-from megatron_prune.errors import UserError
-from megatron_prune.files import new_file, refuse_existing
-from megatron_prune.log import say
 from megatron_prune.reporting import pictures
-from megatron_prune.reporting.collect import Collected, Result, collect
+from megatron_prune.reporting.collect import Collected, Result
 
 TEMPLATE = "page.html.j2"
-
-
-def run(config: ReportConfig) -> None:
-    """Collect, draw, and write the page; it appears whole or not at all."""
-    refuse_existing(config.output, "page")
-    if not config.inputs:
-        raise UserError("report: no run given; allowed: report RUN... --output PAGE.html")
-    page = render(collect(config.inputs), config.title)
-    with new_file(config.output, "page") as partial:
-        partial.write_text(page, encoding="utf-8")
-    say(f"{config.output}: {len(page.encode()) / 2**20:.1f} MiB")
 
 
 def render(found: Collected, title: str) -> str:

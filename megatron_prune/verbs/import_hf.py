@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_prune.config import ImportConfig
-from megatron_prune.model.convert import HFReader
-from megatron_prune.model.fms import FmsReader
-
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.config import ImportConfig
 from megatron_prune.data.tokenizer import has_tokenizer
 from megatron_prune.data.tokenizer_files import check_tokenizer_files
 from megatron_prune.decision.source import read_hf
@@ -16,7 +13,8 @@ from megatron_prune.exporting.preflight import check_export
 from megatron_prune.files import refuse_existing
 from megatron_prune.log import say
 from megatron_prune.model.checkpoint import compute_dtype, save_model
-from megatron_prune.model.fms import is_fms
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.fms import FmsReader, is_fms
 from megatron_prune.model.layout import layout_of
 
 

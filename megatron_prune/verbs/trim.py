@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_prune.config import TrimConfig
-
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.config import TrimConfig
 from megatron_prune.decision.pruned import load_pruned
 from megatron_prune.decision.run_folder import read_run
 from megatron_prune.files import refuse_existing

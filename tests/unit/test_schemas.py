@@ -30,11 +30,11 @@ from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import Description, read_description
 from megatron_prune.model.families import family_of
 from megatron_prune.model.fms import FmsReader
-from megatron_prune.reporting.report import run as report
 from megatron_prune.search.levels import Levels
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.checkpoints import read_about
 from megatron_prune.verbs.inspect import run as inspect
+from megatron_prune.verbs.report import run as report
 from tests.hostile import assert_harmless, complaint
 from tests.models import TINY_SIZES, tiny_llama
 

@@ -108,7 +108,9 @@ def test_preprocessed_documents_give_the_same_draw(
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     prefix = tmp_path / "numbers"
-    preprocess.run(PreprocessConfig(input=(str(text),), output=prefix, tokenizer=tmp_path / "tokenizer", workers=1))
+    preprocess.preprocess(
+        PreprocessConfig(input=(str(text),), output=prefix, tokenizer=tmp_path / "tokenizer", workers=1)
+    )
     one, other = (windows([source], tokenizer, 25, 32, 5, slice(30)) for source in (text, prefix))
     assert torch.equal(one.tokens, other.tokens) and other.source == ("numbers",) and other.documents == 30
     with pytest.raises(UserError, match="no document found"):

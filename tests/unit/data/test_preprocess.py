@@ -28,6 +28,7 @@ from megatron_prune.data.encoder import load_encoder
 from megatron_prune.data.text import read_documents
 from megatron_prune.data.tokenizer import load_tokenizer, tokenize
 from megatron_prune.errors import UserError
+from megatron_prune.verbs.preprocess import run
 from tests.models import byte_tokenizer, words
 
 END = 256
@@ -79,7 +80,7 @@ def mixed_input(root: Path) -> list[Path]:
 @pytest.mark.parametrize(("workers", "append_eod"), [(1, False), (3, True)])
 def test_bytes_of_the_serial_builder(tmp_path: Path, tokenizer: Path, workers: int, append_eod: bool) -> None:
     files = mixed_input(tmp_path)
-    preprocess.run(config(tmp_path, files, tokenizer, workers=workers, append_eod=append_eod))
+    preprocess.preprocess(config(tmp_path, files, tokenizer, workers=workers, append_eod=append_eod))
     ids = tokenize(load_tokenizer(tokenizer), [text for text in read_documents(files) if text])
     expected = [[*document, END] if append_eod else document for document in ids]
     assert outputs(tmp_path / "out")[:2] == serial(tmp_path / "serial", expected, 257)
@@ -116,7 +117,7 @@ def test_the_type_of_the_ids_is_megatrons(tmp_path: Path) -> None:
         PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / str(size))
         (tmp_path / "a.txt").write_text(f"w1 w{size - 1}")
         output = tmp_path / f"out{size}"
-        preprocess.run(config(tmp_path, [tmp_path / "a.txt"], tmp_path / str(size), output=output))
+        preprocess.preprocess(config(tmp_path, [tmp_path / "a.txt"], tmp_path / str(size), output=output))
         data = IndexedDataset(str(output))
         assert data.index.dtype == dtype and np.array(data[0]).tolist() == [1, size - 1]
 
@@ -138,7 +139,7 @@ def finished_parts(root: Path) -> set[Path]:
 def test_killed_at_random_moments_and_resumed(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [words(tmp_path / f"{number}.jsonl", 60, seed=number) for number in range(3)]
     whole = config(tmp_path, files, tokenizer, output=tmp_path / "whole", append_eod=True)
-    preprocess.run(whole)
+    preprocess.preprocess(whole)
     total = len(pieces.gather([p for file in files for p in pieces.cut(str(file), 6000)], 6000))
     make = preprocess._make_part
 
@@ -151,7 +152,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path: Path, tokenizer: Path, m
     kept: dict[Path, int] = {}
     kills = 0
     while kills < 100:
-        process = in_child(lambda: preprocess.run(config(tmp_path, files, tokenizer, append_eod=True)))
+        process = in_child(lambda: preprocess.preprocess(config(tmp_path, files, tokenizer, append_eod=True)))
         enough = len(finished_parts(tmp_path)) + moments.randrange(4)
         while process.is_alive() and len(finished_parts(tmp_path)) < enough:
             time.sleep(0.001)
@@ -174,7 +175,7 @@ def test_killed_while_the_output_appears(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     file = words(tmp_path / "a.jsonl", 60)
-    preprocess.run(config(tmp_path, [file], tokenizer, output=tmp_path / "whole"))
+    preprocess.preprocess(config(tmp_path, [file], tokenizer, output=tmp_path / "whole"))
 
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -203,14 +204,14 @@ def test_killed_while_the_output_appears(
                 "rmtree",
                 lambda path, **_: (remove(path), die()) if is_parts(path) else None,
             )
-        preprocess.run(config(tmp_path, [file], tokenizer))
+        preprocess.preprocess(config(tmp_path, [file], tokenizer))
 
     process = in_child(kill_in_the_middle)
     process.join()
     assert process.exitcode == -signal.SIGKILL and (tmp_path / "out.partial").exists()
     if moment in ("joining", "named_bin"):
         assert not (tmp_path / "out.idx").exists()
-    preprocess.run(config(tmp_path, [file], tokenizer))
+    preprocess.preprocess(config(tmp_path, [file], tokenizer))
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 
@@ -219,7 +220,7 @@ def test_a_killed_worker_ends_the_run_and_nothing_is_lost(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = words(tmp_path / "a.jsonl", 60)
-    preprocess.run(config(tmp_path, [file], tokenizer, output=tmp_path / "whole"))
+    preprocess.preprocess(config(tmp_path, [file], tokenizer, output=tmp_path / "whole"))
     make = preprocess._make_part
 
     def die_in_the_third(job: Any, number: int, count: Any) -> None:
@@ -230,9 +231,9 @@ def test_a_killed_worker_ends_the_run_and_nothing_is_lost(
     with monkeypatch.context() as patched:
         patched.setattr(preprocess, "_make_part", die_in_the_third)
         with pytest.raises(UserError, match="ended by SIGKILL"):
-            preprocess.run(config(tmp_path, [file], tokenizer, workers=1))
+            preprocess.preprocess(config(tmp_path, [file], tokenizer, workers=1))
     assert len(finished_parts(tmp_path)) == 2
-    preprocess.run(config(tmp_path, [file], tokenizer))
+    preprocess.preprocess(config(tmp_path, [file], tokenizer))
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
@@ -244,7 +245,7 @@ def test_workers_die_with_their_parent(tmp_path: Path, tokenizer: Path, monkeypa
         time.sleep(600)
 
     monkeypatch.setattr(preprocess, "_make_part", note_and_wait)
-    process = in_child(lambda: preprocess.run(config(tmp_path, [file], tokenizer)))
+    process = in_child(lambda: preprocess.preprocess(config(tmp_path, [file], tokenizer)))
     while len(list(tmp_path.glob("*.worker"))) < 2:
         assert process.is_alive()
         time.sleep(0.01)
@@ -280,7 +281,7 @@ def test_bad_lines_are_counted_with_their_places(
     file.write_bytes(b"".join(bad.get(number, line) for number, line in enumerate(lines, start=1)))
     (tmp_path / "b.txt").write_bytes(b"\xff")
     (tmp_path / "c.txt").write_bytes(b"good")
-    preprocess.run(config(tmp_path, [file, tmp_path / "b.txt", tmp_path / "c.txt"], tokenizer))
+    run(config(tmp_path, [file, tmp_path / "b.txt", tmp_path / "c.txt"], tokenizer))
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["documents"] == 24 and report["bad_lines"] == 8
     places = [line.split(": ")[0] for line in report["listed_bad_lines"]]
@@ -297,9 +298,9 @@ def test_strict_stops_at_a_bad_line_and_goes_on_once_allowed(tmp_path: Path, tok
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([*lines[:20], b"oops\n", *lines[20:]]))
     with pytest.raises(UserError, match="a.jsonl:21: not JSON"):
-        preprocess.run(config(tmp_path, [file], tokenizer, strict=True))
+        preprocess.preprocess(config(tmp_path, [file], tokenizer, strict=True))
     assert not list(tmp_path.glob("*out*")), "a refusal is no kill"
-    preprocess.run(config(tmp_path, [file], tokenizer))
+    preprocess.preprocess(config(tmp_path, [file], tokenizer))
     assert json.loads((tmp_path / "out.json").read_text())["documents"] == 30
 
 
@@ -308,7 +309,7 @@ def test_a_truncated_gzip_file_is_one_bad_line(tmp_path: Path, tokenizer: Path) 
     packed = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     (tmp_path / "a.json.gz").write_bytes(packed[: len(packed) // 2])
     good = words(tmp_path / "b.jsonl", 3)
-    preprocess.run(config(tmp_path, [tmp_path / "a.json.gz", good], tokenizer))
+    preprocess.preprocess(config(tmp_path, [tmp_path / "a.json.gz", good], tokenizer))
     report = json.loads((tmp_path / "out.json").read_text())
     (line,) = report["listed_bad_lines"]
     kept = report["documents"] - 3
@@ -330,7 +331,7 @@ def test_sentencepiece(tmp_path: Path) -> None:
         sentence_iterator=iter(texts), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2
     )
     model = tmp_path / "tokenizer.model"
-    preprocess.run(config(tmp_path, [file], model, append_eod=True))
+    preprocess.preprocess(config(tmp_path, [file], model, append_eod=True))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     expected = [[*processor.encode(text), processor.eos_id()] for text in texts]
     assert outputs(tmp_path / "out")[:2] == serial(tmp_path / "serial", expected, 40)
@@ -351,7 +352,7 @@ def test_special_tokens_are_the_tokenizers_own(tmp_path: Path) -> None:
     encoder = load_encoder(tmp_path / "tokenizer")
     assert encoder.encode(["a a a a a", ""]) == [[1, 3, 3, 3, 3, 3, 2], [1, 2]]
     (tmp_path / "a.txt").write_text("a a a a a")
-    preprocess.run(config(tmp_path, [tmp_path / "a.txt"], tmp_path / "tokenizer", append_eod=True))
+    preprocess.preprocess(config(tmp_path, [tmp_path / "a.txt"], tmp_path / "tokenizer", append_eod=True))
     assert np.fromfile(tmp_path / "out.bin", dtype=np.uint16).tolist() == [1, 3, 3, 3, 3, 3, 2]
 
 
@@ -365,7 +366,7 @@ def test_a_data_set_is_streamed(tmp_path: Path, tokenizer: Path) -> None:
     files = [words(folder / f"train-{number}.jsonl", 5, seed=number) for number in range(3)]
     lines = files[1].read_text().splitlines()
     files[1].write_text("\n".join([*lines[:2], '{"text": null}', *lines[2:]]))
-    preprocess.run(config(tmp_path, [f"hub:{folder}"], tokenizer))
+    preprocess.preprocess(config(tmp_path, [f"hub:{folder}"], tokenizer))
     texts = [text for file in (files[0], files[2]) for text in read_documents([file])]
     texts[5:5] = [json.loads(line)["text"] for line in lines]
     ids = tokenize(load_tokenizer(tokenizer), texts)
@@ -430,13 +431,13 @@ def test_an_unfinished_run_of_something_else_is_refused(
     file = words(tmp_path / "a.jsonl", 30)
     with monkeypatch.context() as patched:
         patched.setattr(preprocess, "_join", lambda job: os._exit(9))
-        in_child(lambda: preprocess.run(config(tmp_path, [file], tokenizer))).join()
+        in_child(lambda: preprocess.preprocess(config(tmp_path, [file], tokenizer))).join()
     assert finished_parts(tmp_path)
     with pytest.raises(UserError, match="other append_eod; give what that run was given"):
-        preprocess.run(config(tmp_path, [file], tokenizer, append_eod=True))
+        preprocess.preprocess(config(tmp_path, [file], tokenizer, append_eod=True))
     file.write_bytes(file.read_bytes() + b"\n")
     with pytest.raises(UserError, match="other input and parts"):
-        preprocess.run(config(tmp_path, [file], tokenizer))
+        preprocess.preprocess(config(tmp_path, [file], tokenizer))
     assert finished_parts(tmp_path), "what a killed run has done is not a refused one's to remove"
 
 

@@ -139,7 +139,7 @@ def test_files_that_are_no_text(
         lambda: hash_files([name]),
         lambda: evaluation_windows(name, loaded, 8),
         lambda: TokenWindows([name], loaded, 8, 0, cache=tmp_path),
-        lambda: preprocess.run(config),
+        lambda: preprocess.preprocess(config),
         lambda: windows([name], loaded, 1, 8, 0),
     ]
     for read in readers:
@@ -160,7 +160,7 @@ def test_every_verb_reads_a_file_from_windows(tmp_path: Path, tokenizer: Path) -
         file.parent.mkdir()
         file.write_bytes(content)
         prefix = tmp_path / name / "a"
-        preprocess.run(PreprocessConfig(input=(str(file),), output=prefix, tokenizer=tokenizer, workers=1))
+        preprocess.preprocess(PreprocessConfig(input=(str(file),), output=prefix, tokenizer=tokenizer, workers=1))
         results.append(
             (
                 prefix.with_suffix(".bin").read_bytes(),

@@ -206,7 +206,7 @@ def test_ids_are_those_of_transformers_wherever_text_is_read(form: Path, tmp_pat
     (tmp_path / "a.txt").write_text(" ".join(sentences(3)))
     text = (tmp_path / "a.txt").read_text()
     prefix = tmp_path / "a"
-    preprocess.run(PreprocessConfig(input=(str(tmp_path / "a.txt"),), output=prefix, tokenizer=form, workers=1))
+    preprocess.preprocess(PreprocessConfig(input=(str(tmp_path / "a.txt"),), output=prefix, tokenizer=form, workers=1))
     assert first_document(prefix) == theirs(text).input_ids
     plain = theirs(text, add_special_tokens=False).input_ids
     assert evaluation_windows(tmp_path / "a.txt", ours, 8, 2).tokens.flatten().tolist() == plain[:16]
@@ -233,7 +233,7 @@ def test_a_sentencepiece_file_by_itself(trained: Path, tmp_path: Path, kind: str
 
     model = SentencePieceProcessor(model_file=str(trained / f"{kind}.model"))
     (tmp_path / "a.txt").write_text("the cat é 日")
-    preprocess.run(
+    preprocess.preprocess(
         PreprocessConfig(
             input=(str(tmp_path / "a.txt"),),
             output=tmp_path / "a",
@@ -331,7 +331,7 @@ def readers(padded: Path, text: Path, cache: Path) -> dict[str, Callable[[], Any
 
     def preprocessed() -> Any:
         prefix = text.with_name("prefix")
-        preprocess.run(PreprocessConfig(input=(str(text),), output=prefix, tokenizer=padded, workers=1))
+        preprocess.preprocess(PreprocessConfig(input=(str(text),), output=prefix, tokenizer=padded, workers=1))
         return open_indexed(prefix, 300)
 
     def tokenizer() -> Any:
@@ -627,7 +627,7 @@ def test_damage_is_one_line(damaged: Path, tmp_path: Path, case: str) -> None:
     output = tmp_path / "out"
     (tmp_path / "a.txt").write_text("the cat")
     with pytest.raises(UserError):
-        preprocess.run(PreprocessConfig(input=(str(tmp_path / "a.txt"),), output=output, tokenizer=damaged))
+        preprocess.preprocess(PreprocessConfig(input=(str(tmp_path / "a.txt"),), output=output, tokenizer=damaged))
     assert not list(tmp_path.glob("out*"))
 
 

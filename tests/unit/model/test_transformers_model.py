@@ -108,7 +108,8 @@ def test_no_folder_of_the_compiler_stays(tmp_path: Path) -> None:
     """In a process of its own: a library is imported once."""
     path = tiny_model(tmp_path / "hf", "llama")
     (tmp_path / "tmp").mkdir()
-    code = "import sys, torch; from pathlib import Path; from megatron_prune.exporting.padding import in_transformers as f; "
+    code = "import sys, torch; from pathlib import Path; "
+    code += "from megatron_prune.exporting.padding import in_transformers as f; "
     code += "from megatron_prune.model.convert import HFReader as R; f(R(Path(sys.argv[1])), torch.float32); "
     code += "assert 'torch._dynamo.package' in sys.modules"
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(Path(__file__).parents[3])}
