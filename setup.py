@@ -56,6 +56,7 @@ setup(
             "hypothesis>=6.100",
             "ibm-fms>=1.13,<2; python_version < '3.13'",  # reads what `export --format fms` writes
             "ruff>=0.14",
+            "import-linter>=2.17",
             "mypy>=1.18",
             "types-PyYAML>=6.0",
             "pre-commit>=4.0",

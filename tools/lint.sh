@@ -15,6 +15,7 @@ mapfile -t scripts < <(find .ci/run tools tests examples docker -name '*.sh' -o 
 check ruff check .
 check ruff format --check .
 check mypy
+check lint-imports
 check shellcheck "${scripts[@]}"
 check yamllint .
 check hadolint docker/Dockerfile docker/Dockerfile.cpu docker/Dockerfile.tpu
