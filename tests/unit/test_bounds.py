@@ -305,7 +305,7 @@ def test_more_memory_than_there_is_is_one_line(
         torch.empty(2**55)
         return 0
 
-    monkeypatch.setattr("megatron_prune.methods.listing.run", ask)
+    monkeypatch.setattr("megatron_prune.verbs.methods.run", ask)
     assert main(["methods"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "more memory" in line
@@ -315,7 +315,7 @@ def test_a_defect_of_the_program_shows_where_it_is(monkeypatch: pytest.MonkeyPat
     def fail(_: object) -> int:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("megatron_prune.methods.listing.run", fail)
+    monkeypatch.setattr("megatron_prune.verbs.methods.run", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         main(["methods"])
 

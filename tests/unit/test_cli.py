@@ -93,6 +93,6 @@ def test_other_processes_speak_later_and_say_who_they_are(
 
 def test_a_verb_gets_its_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("megatron_prune.methods.listing.run", lambda config: seen.append(config))
+    monkeypatch.setattr("megatron_prune.verbs.methods.run", lambda config: seen.append(config))
     assert program.main(["methods"]) == 0
     assert isinstance(seen[0], program.VERBS["methods"].config)

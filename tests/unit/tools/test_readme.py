@@ -33,6 +33,13 @@ def test_tables_are_what_the_result_files_say() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_picture_of_the_layers_is_the_contracts() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/architecture.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_newest_file_counts(tmp_path: Path) -> None:
     text = "a\n<!-- table: results/x_*.json -->\nold\n<!-- end of table -->\nb\n"
     assert readme_table.NOTHING in readme_table.fill(text, tmp_path)
