@@ -27,7 +27,7 @@ from megatron_prune.decision.trimming import Trim
 from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog, progress
-from megatron_prune.methods.base import CALIBRATION, DATA, PruningMethod, get_method, mask_methods
+from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod, get_method, mask_methods
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.statistics.compensation import Compensation
@@ -94,9 +94,18 @@ class Workbench:
         given_to = {CALIBRATION: lambda: self.calibration, DATA: lambda: self.inputs}
         for need in self.method.needs:
             given_to[need]()
-        if self.settings.prior is not None:
+        if PRIOR in self.method.takes:
+            self._check_prior()
             _ = self._given_prior
         _ = self.model
+
+    def _check_prior(self) -> None:
+        """UserError for a method that is to make the prior and looks at text, without one."""
+        named, text = self.settings.prior, self.settings.calibration.text
+        if named in mask_methods() and not (text or self.settings.resume) and CALIBRATION in get_method(named).needs:
+            raise UserError(
+                f"--prior {named} needs calibration text and none was given: --calibration FILE.jsonl (or .txt)"
+            )
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -173,7 +182,6 @@ class Workbench:
     def masks(self) -> Kept:
         """What the pass over the linears has kept."""
         assert self._runner is not None, "no linear was decided"
-        self._changed |= self._runner.weights_changed
         return self._runner.masks()
 
     def compensate(self, units: Units, refit: str, damping: float, norm_gain: bool) -> None:
@@ -247,7 +255,8 @@ class Workbench:
         self._open.close()
         learned = self._learner is not None and self._learner.weights_trained
         searched = self.method.resumable and isinstance(decision, Units)
-        if self._changed or learned or searched:
+        changed = self._changed or (self._runner is not None and self._runner.weights_changed)
+        if changed or learned or searched:
             history = {**self.source.history, "weights": self.method.name}
             save_model(self.folder / WEIGHTS, self.model, history, self.source.tokenizer)
         if isinstance(decision, Units) and backend.rank() == 0:

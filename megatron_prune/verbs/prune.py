@@ -62,15 +62,16 @@ def run(config: PruneConfig) -> None:
             say(f"{config.output} was finished when a process was lost")
             return
         work = Workbench(config, source, layout, method, target, stop)
-        try:
-            with _run_folder(config, work), work:
-                decision = method.decide(work, target)
-                work.save(decision)
-                if backend.rank() == 0:
-                    describe(work.folder, config, _about(config, "decided"))
-        except Stopped as stopped:
-            say(f"{stopped}; go on with --resume")
-            return
+        with _run_folder(config, work):
+            try:
+                with work:
+                    decision = method.decide(work, target)
+                    work.save(decision)
+            except Stopped as stopped:  # no failure: what there is of the run stays
+                say(f"{stopped}; go on with --resume")
+                return
+            if backend.rank() == 0:
+                describe(work.folder, config, _about(config, "decided"))
         _tell(config, source, decision)
 
 
@@ -113,12 +114,6 @@ def _refuse_unused(config: PruneConfig, method: PruningMethod) -> None:
         raise UserError(
             f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"
         )
-    inside = config.statistics and config.output.resolve() in (
-        config.statistics.resolve(),
-        *config.statistics.resolve().parents,
-    )
-    if inside:
-        raise UserError(f"--statistics {config.statistics} is inside --output {config.output}: give a folder beside it")
     if not method.resumable:
         return
     given = [] if DATA in used else _training_options(config)

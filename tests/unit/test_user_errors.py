@@ -13,6 +13,7 @@ from megatron_prune.__main__ import main
 from megatron_prune.decision.target import parse_target
 from megatron_prune.errors import UserError
 from megatron_prune.log import read_metrics
+from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import get_family
 from tests.models import byte_tokenizer, edit_config, tiny_llama, words
 from tests.runs import set_state
@@ -265,3 +266,19 @@ def test_a_place_that_cannot_be_written(root: Path, capsys: pytest.CaptureFixtur
     (root / "file").write_text("")
     message = refused(["export", "--input", str(root / "model"), "--output", str(root / "file" / "x")], capsys)
     assert "file" in message
+
+
+@pytest.mark.parametrize("calibrated", ["wanda", "sparsegpt"])
+def test_a_prior_that_looks_at_text_asks_for_it_before_weights_are_read(
+    tmp_path: Path, calibrated: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=260))
+    text = words(tmp_path / "text.jsonl")
+    monkeypatch.setattr(HFReader, "read", lambda *_: pytest.fail("weights were read"))
+    command = ["prune", "--input", str(hf), "--output", str(tmp_path / "run"), "--method", "maskllm", "--target", "2:4"]
+    assert main([*command, "--data", str(text), "--seq-length", "16", "--prior", calibrated]) == 2
+    assert f"--prior {calibrated} needs calibration text" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    command[command.index("maskllm")] = "wanda"
+    assert main(command) == 2
+    assert "needs calibration text" in capsys.readouterr().err

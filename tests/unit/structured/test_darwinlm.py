@@ -16,6 +16,7 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
+from megatron_prune.__main__ import main
 from megatron_prune.decision.pruned import cut
 from megatron_prune.decision.source import open_model
 from megatron_prune.decision.target import Budget
@@ -36,7 +37,7 @@ from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attentio
 from megatron_prune.search.offspring import Judge
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.training.stopping import Stopped, StopRequest
-from tests.models import tiny_model
+from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 
 LAYERS, USELESS = 4, 2
 SMALL = {"levels": 4, "generations": 3, "offspring": 6, "survivors": "2,1", "fitness_tokens": "48,96"}
@@ -295,3 +296,19 @@ def test_single_replacements_are_not_measured_again(
 def test_bad_requests(options: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         get_method("darwinlm", **options)
+
+
+def test_a_run_that_was_stopped_stays_also_with_its_database_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There is nothing in it yet but what it is; the next one goes on with what the database has."""
+    hf = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=260))
+    words(tmp_path / "text.jsonl")
+    given = f"--method darwinlm --target parameters=30000 --database {tmp_path / 'kept'} --search integer --levels 2"
+    given += f" --calibration {tmp_path / 'text.jsonl'} --calibration-samples 4 --calibration-seq-length 24"
+    command = ["prune", "--input", str(hf), "--output", str(tmp_path / "run"), *given.split()]
+    assert main([*command, "--time-limit", "1e-9"]) == 0
+    assert "is kept; go on with --resume" in capsys.readouterr().out
+    assert (tmp_path / "run" / "run.json").is_file()
+    assert main([*command, "--resume"]) == 0
+    assert (tmp_path / "run" / "decision").is_dir()
