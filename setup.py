@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
     package_data={
+        "megatron_prune": ["py.typed", "*.pyi"],
         "megatron_prune.evaluation": ["tasks/*.yaml"],
         "megatron_prune.kernels": ["csrc/*.c", "csrc/*.h"],
         "megatron_prune.reporting": ["*.j2"],

@@ -18,7 +18,7 @@ __all__ = [
     "import_",
     "inspect",
     "latency",
-    "methods",
+    "methods_",
     "plan",
     "preprocess",
     "prune",

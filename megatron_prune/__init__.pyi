@@ -293,7 +293,7 @@ def report(
     inputs: Sequence[str | Path] = (),
     title: str = "megatron_prune report",
 ) -> Any: ...
-def methods() -> Any: ...
+def methods_() -> Any: ...
 
 __all__ = [
     "UserError",
@@ -303,7 +303,7 @@ __all__ = [
     "import_",
     "inspect",
     "latency",
-    "methods",
+    "methods_",
     "plan",
     "preprocess",
     "prune",

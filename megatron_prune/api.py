@@ -6,23 +6,28 @@
 
 What is required may be given by position, in the order of the command's help; everything else by name, with
 underscores. A mistake is a `UserError` that says what was given, what is allowed and what to do. `import` is a word of
-Python: the verb is `import_`.
+Python and `methods` a package here: those verbs are `import_` and `methods_`. What takes hours notices signals, which
+Python allows in the main thread only.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import PurePath
 from typing import Any
 
 from megatron_prune.command_line import METHOD_OPTIONS, parse
-from megatron_prune.errors import UserError
+from megatron_prune.decision.target import parse_any_target
+from megatron_prune.errors import UserError, brief
 from megatron_prune.options import entries, flag
+from megatron_prune.outputs import held
+from megatron_prune.telling import processes
 from megatron_prune.verbs import VERBS, Verb
 
-NAMES = {f"{name}_" if name == "import" else name: name for name in VERBS}
+NAMES = {f"{name}_" if name in ("import", "methods") else name: name for name in VERBS}
 """Name of a function -> its verb."""
 
 
@@ -39,9 +44,12 @@ def function(name: str) -> Callable[..., Any]:
         twice = sorted(set(options) & set(required[: len(args)]))
         if twice:
             raise UserError(f"{name}: {', '.join(twice)} was given twice, by position and by name")
+        if verb.alone and processes() > 1:
+            raise UserError(f"{processes()} processes were started; {name} takes one")
         settings = parse(verb.config, _words({**dict(zip(required, args, strict=False)), **options}), prog=name)
         module, _, run = verb.function.partition(":")
-        return getattr(importlib.import_module(module), run)(settings)
+        with held(settings):
+            return getattr(importlib.import_module(module), run)(settings)
 
     call.__name__ = call.__qualname__ = name
     call.__module__ = "megatron_prune"
@@ -72,9 +80,17 @@ def _words(options: Mapping[str, Any]) -> list[str]:
         if value is None:
             continue
         if isinstance(value, list | tuple):
-            words += [flag(key), *map(str, value)]
-        elif isinstance(value, Mapping):
-            words.append(f"{flag(key)}={','.join(f'{name}={size}' for name, size in value.items())}")
+            words += [flag(key), *_items(key, value)]
         else:
-            words.append(f"{flag(key)}={str(value).lower() if isinstance(value, bool) else value}")
+            plain = parse_any_target(value) if isinstance(value, Mapping) else value
+            words.append(f"{flag(key)}={str(plain).lower() if isinstance(plain, bool) else plain}")
     return words
+
+
+def _items(key: str, values: Sequence[Any]) -> list[str]:
+    """Of a list: `[(0.7, "a"), (0.3, "b")]` are weights before what they weigh, as in YAML."""
+    flat = [part for value in values for part in (value if isinstance(value, list | tuple) else (value,))]
+    for part in flat:
+        if not isinstance(part, str | int | float | PurePath) or str(part).startswith("--") or str(part) == "-h":
+            raise UserError(f"{key}: {brief(part)} given in a list; allowed: text, numbers and paths")
+    return [str(part) for part in flat]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import numpy as np
 import torch
-import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_prune.config import Calibration, PruneConfig
@@ -19,10 +22,12 @@ from megatron_prune.data.tokenizer import check_tokenizer
 from megatron_prune.decision.masks import Kept, Masks
 from megatron_prune.decision.pruned import apply_masks, cut
 from megatron_prune.decision.source import ModelSource, read_hf
-from megatron_prune.decision.target import parse_any_target
+from megatron_prune.decision.target import Shape, parse_any_target
 from megatron_prune.errors import UserError
+from megatron_prune.exporting.preflight import check_result
 from megatron_prune.methods.base import CALIBRATION, PruningMethod, get_method
 from megatron_prune.methods.fit import check_target
+from megatron_prune.model.build import DTYPES
 from megatron_prune.model.families import ModelConfig, family_of, get_family
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.workbench import DECISION, Workbench
@@ -36,7 +41,7 @@ def prune_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     method: str,
-    target: str | Mapping[str, int],
+    target: str | float | Mapping[str, Any],
     texts: Sequence[str] = (),
     calibration_samples: int = 128,
     calibration_seq_length: int = 2048,
@@ -46,7 +51,7 @@ def prune_model(
 ) -> PreTrainedModel:
     """A transformers model pruned by a one-shot method: the same model with zeros, or a smaller one.
 
-    ``target`` is written as on the command line (``"2:4"``, ``"0.5"``, ``"num_layers=24"``) or a mapping of sizes;
+    ``target`` is written as on the command line (``"2:4"``, ``"0.5"``, ``"num_layers=24"``), as a number or a mapping;
     ``texts`` are the calibration documents of methods that look at text, drawn from as `prune` draws from files;
     ``options`` are the method's own hyper-parameters. ``in_place`` changes ``model`` itself where its shape stays, else
     a copy is pruned; a smaller model is always a new one. Weights keep their type and device. Logits are those of the
@@ -55,28 +60,26 @@ def prune_model(
     UserError for a method that takes hours (use `prune`), for a family or shape that is not supported, for missing
     text, and where several processes are joined.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        raise UserError("prune_model works in one process and several are joined; use `prune` under torchrun")
+    if backend.world_size() > 1:
+        raise UserError("prune_model works in one process and several were started; use `prune` under torchrun")
+    if parallel_state.model_parallel_is_initialized():
+        raise UserError("prune_model sets up megatron-core by itself and it is set up already; use `prune` for it")
     chosen = get_method(method, **options)
     if chosen.resumable:
         raise UserError(f"prune_model: method {method} takes hours and works in a run folder; use `prune` for it")
-    asked = parse_any_target(target if isinstance(target, str) else ",".join(f"{k}={v}" for k, v in target.items()))
+    asked = parse_any_target(target)
     chosen.accept(asked)
     config = _config(model)
     check_target(config, asked)
     chosen.check(config, asked)
-    reader = _Parameters(model, config)
-
-    def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
-        return read_hf(reader, layout, dtype, **extra)
-
-    source = ModelSource(config, {}, Path(), load)
+    if isinstance(asked, Shape):
+        check_result(config, asked)
     drawn = _calibration(
         chosen, config, tokenizer, texts, calibration_samples, calibration_seq_length, calibration_seed
     )
-    with tempfile.TemporaryDirectory() as folder, backend.running(backend.Layout()):
+    with tempfile.TemporaryDirectory() as folder, _state_kept(), backend.running(backend.Layout()):
         settings = PruneConfig(input=Path(), output=Path(folder), method=method, target=str(asked))
-        work = Workbench(settings, source, backend.Layout(), chosen, asked)
+        work = Workbench(settings, _source(model, config), backend.Layout(), chosen, asked)
         if drawn is not None:
             work.calibration = drawn
         with work:
@@ -85,6 +88,21 @@ def prune_model(
             apply_masks(work.model, Masks.load(work.folder / DECISION))
             return _written(work.model, model if in_place else copy.deepcopy(model))
         return _written(smaller := cut(work.model, decision), _empty_like(model, smaller.config))
+
+
+@contextlib.contextmanager
+def _state_kept() -> Iterator[None]:
+    """The caller's random generators and current device are what they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (the caller's, whatever it is)
+    device = torch.cuda.current_device() if backend.has_cuda() else None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        if device is not None:
+            torch.cuda.set_device(device)
 
 
 class _Parameters:
@@ -96,14 +114,35 @@ class _Parameters:
 
     def read(self, name: str) -> Tensor:
         """The parameter ``name``, on the CPU."""
+        if name not in self._state:
+            raise UserError(
+                f"prune_model: the model has no {name}; give a language model of transformers (...ForCausalLM)"
+            )
         return self._state[name].detach().cpu()
 
 
+def _source(model: PreTrainedModel, config: ModelConfig) -> ModelSource:
+    reader = _Parameters(model, config)
+    for map in get_family(config.family).weights(config):
+        for name in map.hf:
+            reader.read(name)
+
+    def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
+        return read_hf(reader, layout, dtype, **extra)
+
+    return ModelSource(config, {}, Path(), load)
+
+
 def _config(model: PreTrainedModel) -> ModelConfig:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("prune_model: parameters without memory were given; load the model whole, without offloading")
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     if len(kinds) != 1:
         raise UserError(f"prune_model: parameters of types {', '.join(sorted(kinds))} were given; allowed: one type")
-    about = {**model.config.to_dict(), "dtype": kinds.pop()}
+    (kind,) = kinds
+    if kind not in DTYPES:
+        raise UserError(f"prune_model: weights of type {kind} were given; allowed: {', '.join(DTYPES)}: model.to(...)")
+    about = {**model.config.to_dict(), "dtype": kind}
     about.pop("torch_dtype", None)
     return family_of(about).from_hf(about)
 
@@ -119,8 +158,9 @@ def _calibration(
 ) -> CalibrationSet | None:
     if CALIBRATION not in method.needs:
         return None
-    if not texts or tokenizer is None:
+    if isinstance(texts, str) or len(texts) == 0 or tokenizer is None:
         raise UserError(f"prune_model: method {method.name} looks at text; give tokenizer= and texts=[...]")
+    tokenizer = copy.deepcopy(tokenizer)  # what is set for one model is not the caller's
     wanted = Calibration(samples=samples, seq_length=seq_length, seed=seed)
     check_tokenizer(tokenizer, config.vocab_size)
     length = min(wanted.seq_length, config.max_position_embeddings)
@@ -134,12 +174,14 @@ def _empty_like(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
             "prune_model: the layers of the answer differ in size, which transformers has no class for; use `prune`, "
             "`trim` and `export --layers padded` (or custom)"
         )
-    written = get_family(config.family).to_hf(config)
-    made = type(model)(type(model.config).from_dict(written))
+    parameter = next(model.parameters())
+    written = type(model.config).from_dict(get_family(config.family).to_hf(config))
+    # buffers such as rotary frequencies stay in float32, as in a model that is opened
+    attention = model.config._attn_implementation
+    made = type(model)._from_config(written, dtype=parameter.dtype, attn_implementation=attention)
     if model.generation_config is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
-    parameter = next(model.parameters())
-    made.to(parameter.device, parameter.dtype)  # type: ignore[arg-type]
+    made.to(parameter.device)  # type: ignore[arg-type]
     return made.train(model.training)
 
 

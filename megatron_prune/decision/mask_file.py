@@ -1,4 +1,4 @@
-"""Masks of a decision as one portable .npz (`apply.mask_npz` says what is in it), and such files read.
+"""Masks of a decision as one portable .npz (`decision.mask_npz` says what is in it), and such files read.
 
 Reading also takes plain bool or 0/1 arrays in the weight's shape, and packed bits whose shape entry is left out.
 """

@@ -25,7 +25,7 @@ LARGEST = 2**63 - 1
 MEASURES = ("parameters", "forward_flops", "kv_cache_bytes")
 """What a budget may limit: weights of the model; of a token, FLOPs with 2048 before it and bytes of key-value cache."""
 LATENCY = "latency_us"
-"""Another measure: microseconds by a table that was measured; see `model/latency.py`."""
+"""Another measure: microseconds by a table that was measured; see `decision/latency.py`."""
 _ALLOWED = (
     "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), sizes such as "
     "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M, kv_cache_bytes=10K "

@@ -1,7 +1,7 @@
 """Masks for models in MaxText: read from a mask .npz, and what they say of a tree of parameters.
 
-The format is that of `export --format mask-npz` (`apply.mask_npz`). A file beside a MaxText model has the mask of every
-prunable weight, and padding counts as removed.
+The format is that of `export --format mask-npz` (`decision.mask_npz`). A file beside a MaxText model has the mask of
+every prunable weight, and padding counts as removed.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Linear(Protocol):
 
     name: str
     statistic: Any
-    """What ``layerwise`` was asked for, already summed over all ranks; None without calibration."""
+    """What ``linears`` was asked for, already summed over all ranks; None without calibration."""
     blocks: Mapping[str, Tensor]
     """Hugging Face matrix name -> its rows in the unsharded layer, in that matrix's order (LongTensor)."""
 

@@ -9,7 +9,7 @@ windows; the same number of units stays in every layer:
     residual channel  what the two norms of every layer give out, summed over layers
 
 Heads and groups may instead be chosen by what a least-squares refit of the output projection cannot make up for
-(`methods/reconstruction.py`), which is ours. For a number of parameters instead of a shape, shapes are searched
+(`statistics/reconstruction.py`), which is ours. For a number of parameters instead of a shape, shapes are searched
 (`methods/shape_search.py`).
 """
 

@@ -99,7 +99,7 @@ class RMSNorm(torch.nn.Module):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
     kept: Tensor | None = None
-    """Numbers of the channels that count, where the others are masked: see `apply/masking.py`."""
+    """Numbers of the channels that count, where the others are masked: see `training/masking.py`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden]` in and out."""

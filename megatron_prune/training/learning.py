@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.decision.masks import Kept, MaskWriter
+from megatron_prune.decision.prior import MaskSource
 from megatron_prune.decision.run_folder import read_run
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import definition, gumbel
@@ -28,9 +29,6 @@ from megatron_prune.training.checkpoints import find_newest
 from megatron_prune.training.loop import Steps, Trainer
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
-
-MaskSource = Callable[[str], Tensor]
-"""Hugging Face weight name -> bool mask `[out, in]`."""
 
 
 class LearningRunner(TrainingSession):

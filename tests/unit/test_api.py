@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
 import json
 import subprocess
@@ -14,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatron_prune as mp
-from megatron_prune.api import NAMES, function
+from megatron_prune.api import NAMES, _words, function
 from megatron_prune.verbs import VERBS
 from tests.models import TINY_SIZES, byte_tokenizer, tiny_model, words
 
@@ -36,6 +38,38 @@ def test_every_verb_is_a_function_with_its_options_and_defaults() -> None:
     assert list(signature.parameters)[:4] == ["input", "output", "method", "target"]
     assert signature.parameters["calibration_samples"].default == 128
     assert "sparsity" in (mp.prune.__doc__ or "") and function("prune") is function("prune")
+
+
+def test_functions_are_not_hidden_by_packages_of_their_names() -> None:
+    """A subpackage that is imported becomes an attribute of the package, in place of a function called alike."""
+    packages = {path.name.removesuffix(".py") for path in (ROOT / "megatron_prune").iterdir()}
+    assert not packages & set(mp.__all__)
+    importlib.import_module("megatron_prune.methods")
+    for name in NAMES:
+        assert callable(getattr(mp, name)) and getattr(mp, name) is function(name)
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [({"n": 1, "m": 4}, "1:4"), ({"sparsity": 0.5}, "0.5"), (0.25, "0.25"), ({"num_layers": 3}, "num_layers=3")],
+)
+def test_targets_are_mappings_too(target: Any, text: str) -> None:
+    assert _words({"target": target}) == [f"--target={text}"]
+
+
+def test_lists_are_values_and_never_flags() -> None:
+    assert _words({"data": [(0.7, "a"), (0.3, Path("b"))], "resume": True}) == [
+        *("--data", "0.7", "a", "0.3", "b"),
+        "--resume=true",
+    ]
+    for wrong in ("--resume", "-h", None, {"a": 1}):
+        with pytest.raises(mp.UserError, match="data: .* given in a list"):
+            _words({"data": [wrong]})
+
+
+def test_outputs_are_held_as_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(mp.UserError, match="names no new file or folder"):
+        mp.trim(tmp_path, "/")
 
 
 def test_the_stub_is_up_to_date() -> None:
@@ -85,6 +119,16 @@ def test_the_road_in_python(tmp_path: Path) -> None:
         mp.trim(tmp_path / "run", tmp_path / "small")
 
 
+LAYERS = {"protected_first": 0, "protected_last": 0}
+
+
+def calibration(folder: Path, hf: Path) -> dict[str, Any]:
+    """Text for `prune`, and a tokenizer for the model."""
+    byte_tokenizer(hf)
+    text = words(folder / "text.jsonl")
+    return {"calibration": [text], "calibration_samples": SAMPLES, "calibration_seq_length": LENGTH}
+
+
 MASKS = [("magnitude", "0.5"), ("wanda", "2:4"), ("sparsegpt", "2:4")]
 UNITS = [("minitron", {"ffn_hidden_size": 40}), ("shortgpt", "num_layers=1")]
 
@@ -118,12 +162,53 @@ def test_a_model_in_memory_is_pruned_as_by_the_commands(
         assert not pruned(ids).logits.equal(model(ids).logits)
 
 
+def test_a_smaller_bfloat16_model_is_the_one_that_the_commands_make(tmp_path: Path) -> None:
+    """Its rotary frequencies stay in float32, whatever the weights are; so do the caller's random numbers."""
+    hf = tiny_model(tmp_path / "hf", "llama", dtype=torch.bfloat16, vocab_size=260)
+    mp.prune(hf, tmp_path / "run", method="llm_pruner", target={"num_layers": 1}, **LAYERS, **calibration(tmp_path, hf))
+    mp.trim(tmp_path / "run", tmp_path / "small")
+    mp.export(tmp_path / "small", tmp_path / "out")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="eager")
+    torch.manual_seed(7)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    documents = [json.loads(line)["text"] for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    pruned = mp.prune_model(
+        model,
+        AutoTokenizer.from_pretrained(hf),
+        method="llm_pruner",
+        target="num_layers=1",
+        texts=documents,
+        calibration_samples=SAMPLES,
+        calibration_seq_length=LENGTH,
+        **LAYERS,
+    )
+    assert torch.rand(3).equal(drawn)
+    ids = torch.arange(400)[None] % 128
+    with torch.no_grad():
+        assert pruned(ids).logits.equal(expected(ids).logits)
+    assert pruned.config._attn_implementation == "eager" and pruned.dtype == torch.bfloat16
+
+
 def test_in_place_changes_the_model_itself(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "hf", "llama"), dtype=torch.float32)
     assert mp.prune_model(model, method="magnitude", target="2:4", in_place=True) is model
     weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
     assert (weight.unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
     assert not torch.signbit(weight[weight == 0]).any()
+
+
+def test_models_that_cannot_be_pruned_are_refused(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "hf", "llama"), dtype=torch.float32)
+    given = {
+        "has no model.embed_tokens.weight": model.model,
+        "of type float64": copy.deepcopy(model).double(),
+        "without memory": copy.deepcopy(model).to("meta"),
+    }
+    for message, wrong in given.items():
+        with pytest.raises(mp.UserError, match=message):
+            mp.prune_model(wrong, method="magnitude", target="2:4")
 
 
 @pytest.mark.parametrize(
