@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_prune.config import Calibration, PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows_of
-from megatron_prune.data.tokenizer import check_tokenizer
+from megatron_prune.data.tokenizer import check_tokenizer, undraw
 from megatron_prune.decision.masks import Kept, Masks
 from megatron_prune.decision.pruned import apply_masks, cut
 from megatron_prune.decision.source import ModelSource, read_hf
@@ -161,6 +161,7 @@ def _calibration(
     if isinstance(texts, str) or len(texts) == 0 or tokenizer is None:
         raise UserError(f"prune_model: method {method.name} looks at text; give tokenizer= and texts=[...]")
     tokenizer = copy.deepcopy(tokenizer)  # what is set for one model is not the caller's
+    undraw(tokenizer)
     wanted = Calibration(samples=samples, seq_length=seq_length, seed=seed)
     check_tokenizer(tokenizer, config.vocab_size)
     length = min(wanted.seq_length, config.max_position_embeddings)

@@ -66,7 +66,7 @@ def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreT
         _fill(directory, Path(clean))
         tokenizer = _load(directory, Path(clean))
     tokenizer.name_or_path = str(directory)
-    _undraw(tokenizer)
+    undraw(tokenizer)
     _check_ids(tokenizer, str(directory))
     if vocab_size is not None:
         check_tokenizer(tokenizer, vocab_size, str(directory))
@@ -331,7 +331,7 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise UserError(f"{name}: the tokenizer adds {added} tokens to each text; allowed: {MOST_SPECIAL}; {AGAIN}")
 
 
-def _undraw(tokenizer: PreTrainedTokenizerBase) -> None:
+def undraw(tokenizer: PreTrainedTokenizerBase) -> None:
     """No merge is left out at random: every process and every run must see the same ids."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     if model is not None and getattr(model, "dropout", None):

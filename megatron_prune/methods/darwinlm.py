@@ -107,7 +107,8 @@ class DarwinLM(Refitted):
         from megatron_prune.search.session import Search
 
         self._check_training(work.model, work.passes)
-        with Search(work, {"target": str(target), **self.options()}, may_grow="generations") as search:
+        asked = {"target": str(target), **self.options()}
+        with Search(work.passes, work.folder, work.stop, asked, may_grow="generations") as search:
             folder = Path(self.database) if self.database else work.folder / "database"
             levels = Levels(folder, work.passes, self.levels, self.refit_damping, self.free_groups)
             space = Space(work.config, levels, target)

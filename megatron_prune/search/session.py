@@ -11,13 +11,12 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_prune.errors import UserError, brief
 from megatron_prune.files import by_leader, from_leader, write_json
 from megatron_prune.foreign import read_json
 from megatron_prune.log import MetricsLog, progress, read_metrics, say
-from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.schema import Number, Word
 from megatron_prune.search.candidates import draw_windows
 from megatron_prune.search.evolution import Generation, Space
@@ -30,43 +29,24 @@ from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, larg
 OPTIONS, REPLACEMENTS = "search.json", "replacements.json"
 
 
-class Searching(Protocol):
-    """What a search pulls from the workbench."""
-
-    @property
-    def model(self) -> PrunableModel:
-        """The whole model."""
-
-    @property
-    def passes(self) -> Passes:
-        """Over the calibration text."""
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-
-    @property
-    def stop(self) -> StopRequest:
-        """Whether the run is asked to end."""
-
-
 class Search:
     """While it is entered, signals end it at the next point from which it can go on. Collective."""
 
-    def __init__(self, work: Searching, options: Mapping[str, Any], may_grow: str) -> None:
+    def __init__(
+        self, passes: Passes, folder: Path, stop: StopRequest, options: Mapping[str, Any], may_grow: str
+    ) -> None:
         """`options`: all that decides the answer; only `may_grow` may be larger when a search goes on."""
-        self.work = work
-        self.folder = work.folder
+        self.passes, self.folder, self.stop = passes, folder, stop
         by_leader(functools.partial(self._note, dict(options), may_grow))
 
     def __enter__(self) -> Search:
-        self.work.stop.__enter__()
+        self.stop.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.work.stop.__exit__(kind, error, trace)
+        self.stop.__exit__(kind, error, trace)
 
     def _note(self, asked: dict[str, Any], may_grow: str) -> None:
         """Write down what is searched, or refuse to go on with something else."""
@@ -85,22 +65,22 @@ class Search:
 
     def _ask(self, kept: str) -> None:
         """Raise Stopped when some rank was asked to end. Collective."""
-        (reason,) = largest(self.work.stop.code())
+        (reason,) = largest(self.stop.code())
         if reason:
             raise Stopped(f"{REASONS[reason]}: {kept}")
 
     def build(self, levels: Levels) -> None:
         """Make what is missing of a database."""
         kept = f"what is in {levels.folder} is kept"
-        with progress("database", self.work.model.config.num_layers, "layers") as advance:
-            levels.build(self.work.passes, advance, functools.partial(self._ask, kept))
+        with progress("database", self.passes.model.config.num_layers, "layers") as advance:
+            levels.build(self.passes, advance, functools.partial(self._ask, kept))
 
     def solve(self, space: Space, tokens: int, seed: int) -> Genome:
         """The answer of the integer program; what single replacements cost on so many tokens is kept in the folder."""
-        text = self.work.passes.tokens
+        text = self.passes.tokens
         assert text is not None
         chosen = draw_windows(text, tokens, random.Random(seed))
-        judged = functools.partial(divergences, self.work.model, space.levels, tokens=text[chosen])
+        judged = functools.partial(divergences, self.passes.model, space.levels, tokens=text[chosen])
         file = self.folder / REPLACEMENTS
         known: list[float] = from_leader(
             read_json(file, "divergences of single replacements", list[Number]) if file.exists() else []
