@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         status = _told_to_launcher(_silent_when_lost(_run))(list(sys.argv[1:] if argv is None else argv)) or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: closed by who started this
+            sys.stdout.flush()
         return status
     except UserError as error:
         _report(str(error))

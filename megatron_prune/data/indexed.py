@@ -71,6 +71,10 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedDataset:
 
 
 def _files(prefix: Path) -> tuple[Path, Path, Path]:
+    if not prefix.name:
+        raise UserError(
+            f"{prefix}: no name of a text; give text in {', '.join(SUFFIXES)}, or a prefix from `preprocess`"
+        )
     binary, index, about = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json"))
     return binary, index, about
 

@@ -303,6 +303,14 @@ class Masks:
         for name in self.names():
             check_mask(get_family(self.info.family).as_rows(self.get(name)), target, name)
 
+    def check_origin(self, config: ModelConfig) -> None:
+        """UserError when the masks were decided for another model, be it of the same shapes."""
+        if (self.info.model_hash, self.info.family) != (config.fingerprint(), config.family):
+            raise UserError(
+                f"{self.directory} was made for another {self.info.family} model than this {config.family} one: use "
+                "the checkpoint that was pruned"
+            )
+
     def check_model(self, config: ModelConfig) -> None:
         """UserError unless there is a mask of the right shape for every prunable weight of the model, and no
         other.

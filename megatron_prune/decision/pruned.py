@@ -63,7 +63,10 @@ def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> 
         trim = Trim.load(decision)
         trim.check_model(model.config)
         return cut(model, trim.units), weights
-    apply_masks(model, Masks.load(decision))
+    masks = Masks.load(decision)
+    masks.check_model(model.config)
+    masks.check_origin(model.config)
+    apply_masks(model, masks)
     return model, weights
 
 
@@ -80,6 +83,7 @@ def open_source(path: Path) -> ModelSource:
         raise UserError(f"{path} has decided on a smaller model: give the checkpoint that trim writes from it")
     masks = Masks.load(decision)
     masks.check_model(weights.config)
+    masks.check_origin(weights.config)
 
     def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
         model = weights.load(layout, dtype, **extra)

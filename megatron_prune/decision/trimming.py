@@ -118,6 +118,10 @@ class Trim:
                 f"the decision was made for another {self.info.family} model than this one: use the checkpoint that "
                 "was pruned"
             )
+        try:
+            self.units.config(config)
+        except ValueError as error:
+            raise UserError(f"the decision's units make no model ({error}); restore the run, or prune again") from None
 
 
 def is_trim(folder: Path) -> bool:

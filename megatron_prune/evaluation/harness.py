@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import random
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from megatron_prune.data.tokenizer import check_rows, model_rows, tokenize
 from megatron_prune.errors import UserError, brief
 from megatron_prune.evaluation import local_tasks
 from megatron_prune.evaluation.local_tasks import SCORED, kind_refusal
-from megatron_prune.foreign import fenced
+from megatron_prune.foreign import fenced, reason
 
 
 class Harness(TemplateLM):
@@ -217,11 +218,31 @@ def evaluate(
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     model.truncated = 0
-    found: Any = evaluator.evaluate(model, tasks, limit=limit)
+    found = _evaluated(model, tasks, limit)
     about = {name: _about_task(found, name, task) for name, task in tasks["tasks"].items()}
     groups = {name: _metrics(scores) for name, scores in found.get("groups", {}).items()}
     scores = {"tasks": about, "truncated_requests": model.truncated} | ({"groups": groups} if groups else {})
     return scores, [_answers(name, sample) for name in tasks["tasks"] for sample in _samples(found, name)]
+
+
+def _evaluated(model: Harness, tasks: dict[str, Any], limit: float | None) -> Any:
+    """lm-eval's own answer; what it, or a template, makes of a definition that fits no rows is a UserError."""
+    try:
+        return evaluator.evaluate(model, tasks, limit=limit)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UserError) or _raised_here(error):
+            raise
+        names = ", ".join(tasks["tasks"])
+        raise UserError(
+            f"--tasks {names}: rows, metrics or examples do not fit each other ({type(error).__name__}: "
+            f"{reason(error)}); correct the task's definition or its rows"
+        ) from error
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether an exception comes out of this package, below lm-eval: then it is ours."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return str(Path(__file__).parents[1]) in str(Path(frames[-1]).parents[1])
 
 
 def _samples(found: Any, name: str) -> list[dict[str, Any]]:

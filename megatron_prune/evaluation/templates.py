@@ -6,6 +6,7 @@ files, only filters and methods of the tables below, and limits: a loop ends, an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,6 +24,10 @@ MOST_TEXT = 10_000_000
 """Characters of any text, and members of any list, that a template makes."""
 MOST_COMPILED = 100
 """Templates that are kept."""
+MOST_DIGITS = 40
+"""Of a text that is to be a number."""
+WORK = 50
+"""Characters or members that a filter or method works on in the time of a round."""
 MOST_SECONDS = 1.0
 """For one regular expression."""
 REFUSED = (
@@ -35,7 +40,7 @@ FILTER_NAMES = (
 )
 """jinja's filters that make nothing larger than they are given."""
 METHODS = frozenset(
-    "capitalize casefold count decode encode endswith find get index isalnum isalpha isdecimal isdigit islower "
+    "capitalize casefold count endswith find get index isalnum isalpha isdecimal isdigit islower "
     "isnumeric isspace istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind "
     "rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper values".split()
 )
@@ -50,20 +55,37 @@ def environment() -> Sandbox:
 class Sandbox(ImmutableSandboxedEnvironment):
     """jinja's sandbox with tables of what there is, and limits."""
 
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "-", "*", "**", "/", "//", "%"))
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        own = {"join": _join_filter, "replace": _replace, "regex_replace": _regex_replace}
-        self.filters = (
-            {name: FILTERS[name] for name in FILTER_NAMES.split()}
-            | own
-            | {**{_ROUNDS: _rounds, _JOINED: _joined, _BOUNDED: _bounded}}
-        )
+        own = {"join": _join_filter, "replace": _replace, "regex_replace": _regex_replace, "int": _int, "sum": _sum}
+        named = {name: FILTERS[name] for name in FILTER_NAMES.split()} | own
+        self.filters = {
+            **{name: self._charged(function) for name, function in named.items()},
+            **{_ROUNDS: _rounds, _JOINED: _joined, _BOUNDED: _bounded},
+        }
         self.globals = {"range": _range, "dict": dict}
         self.concat = _concat  # type: ignore[method-assign,assignment]
         self.left = 0
         self.compiled: dict[str, Any] = {}
+
+    def _charge(self, value: Any) -> None:
+        """Work on a whole text or list counts as rounds of a loop do."""
+        if isinstance(value, str | bytes | list | tuple | dict):
+            self.left -= len(value) // WORK
+            if self.left < 0:
+                raise SecurityError(f"more work than {MOST_ROUNDS} rounds of loops is not allowed in a template")
+
+    def _charged(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        first = int(hasattr(function, "jinja_pass_arg"))  # before the value stands the environment or the like
+
+        @functools.wraps(function)
+        def call(*args: Any, **more: Any) -> Any:
+            self._charge(args[first] if len(args) > first else None)
+            return function(*args, **more)
+
+        return call
 
     def _parse(self, source: str, name: Any, filename: Any) -> nodes.Template:
         if len(source) > MOST_TEMPLATE:
@@ -89,6 +111,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str | bytes):
             raise SecurityError("% of a text is not allowed in a template")
         sizes = [len(value) if isinstance(value, str | bytes | list | tuple) else None for value in (left, right)]
+        if operator in ("-", "/", "//"):
+            _check_digits(left, right)
         if operator == "+" and None not in sizes:
             _check_size(sum(size or 0 for size in sizes))
         if operator == "*":
@@ -103,6 +127,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Any, function: Any, *args: Any, **more: Any) -> Any:  # type: ignore[override]
         """As the base class, of a method in the table or a global."""
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        self._charge(owner)
         if function in (_range, dict) or (type(owner) in _LIMITED and (type(owner), name) not in _OWN):
             if owner is not None and name not in METHODS:
                 raise SecurityError(f"{name}() is not allowed in a template")
@@ -110,7 +135,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         own = _OWN.get((type(owner), name))
         if own is None:
             raise SecurityError(f"a call of {name or type(function).__name__} is not allowed in a template")
-        return own(owner, *args, **more)
+        loops = ("_loop_vars", "_block_vars")  # jinja's own, for functions that ask for its context
+        return own(owner, *args, **{key: value for key, value in more.items() if key not in loops})
 
 
 def _limited(template: nodes.Template) -> nodes.Template:
@@ -210,6 +236,21 @@ def _replace(text: Any, old: str, new: str, count: int | None = None) -> str:
     text, old, new = str(text), str(old), str(new)
     _check_size(len(text) + (text.count(old) * len(new)))
     return text.replace(old, new, -1 if count is None else count)
+
+
+def _int(value: Any, default: int = 0, base: int = 10) -> int:
+    """jinja's filter for numbers that a row may hold: of a long text Python makes a number for minutes."""
+    if base != 10 or (isinstance(value, str) and len(value) > MOST_DIGITS):
+        raise SecurityError(f"int of more than {MOST_DIGITS} digits, or to a base, is not allowed in a template")
+    return int(FILTERS["int"](value, default))
+
+
+def _sum(values: Iterable[Any]) -> Any:
+    """jinja's filter, of numbers only: a sum of lists copies the first ones again and again."""
+    found = list(values)
+    if not all(isinstance(value, int | float) for value in found):
+        raise SecurityError("sum of anything but numbers is not allowed in a template")
+    return sum(found)
 
 
 def _regex_replace(text: Any, pattern: str, repl: str, count: int = 0) -> str:

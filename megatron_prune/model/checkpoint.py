@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,6 +43,8 @@ from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.untrusted import CommonStrategy, TableStrategy, causes, check_format, read_table
 from megatron_prune.schema import Bytes, Crc32, RelativeName
 
+MOST_PADDING = 4096
+"""Rows that two layouts may differ by where rows are the vocabulary: each pads it to a multiple of its own size."""
 MANIFEST = "manifest.json"
 CHECKSUMS = "checksums.json"
 READERS = 4
@@ -165,6 +167,14 @@ def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
     Nothing in the folder is executed.
     """
+    return load_model_state(folder, state, vocab_size=0)
+
+
+def load_model_state(folder: Path, state: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """As `load_sharded`, of a model: what is padded has at least `vocab_size` rows.
+
+    Nothing in the folder is executed.
+    """
 
     for item in nested_values(state):
         if isinstance(item, ShardedTensorFactory) and item.merge_fn.__module__ == GATED:
@@ -172,9 +182,30 @@ def load_sharded(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
 
     def read(table: Metadata) -> dict[str, Any]:
         check_format(folder)
+        _check_vocabulary_rows(folder, table, state, vocab_size)
         return dist_checkpointing.load(state, str(folder), TableStrategy(table), CommonStrategy())
 
     return read_safely(folder, read)
+
+
+def _check_vocabulary_rows(folder: Path, table: Metadata, state: dict[str, Any], vocab_size: int) -> None:
+    """UserError when a tensor whose rows are the vocabulary is stored in a shape that no padding explains.
+
+    megatron-core reads such a tensor whatever its shape, since padding differs from layout to layout, and leaves the
+    rows that are not there as they were. All other shapes it compares itself.
+    """
+    for item in nested_values(state):
+        if not isinstance(item, ShardedTensor) or not item.allow_shape_mismatch:
+            continue
+        stored = table.state_dict_metadata.get(item.key)
+        size = tuple(getattr(stored, "size", ()))
+        rows, *rest = item.global_shape
+        fits = bool(size) and size[1:] == tuple(rest) and vocab_size <= size[0] and abs(size[0] - rows) <= MOST_PADDING
+        if not fits:
+            raise UserError(
+                f"checkpoint {folder}: {item.key} is stored as {list(size)} and the model needs {[rows, *rest]}, "
+                "padding apart; it is damaged or belongs to another model: use another checkpoint"
+            )
 
 
 def _merged(merge: Callable[[list[Tensor]], Tensor], halves: list[Tensor]) -> Tensor:
@@ -336,7 +367,7 @@ def load_model(path: Path, layout: backend.Layout, dtype: str | None = None, **e
     config = description.config
     _check_size(path, config)
     prunable = PrunableModel(config, layout, build_model(config, layout, compute_dtype(dtype or config.dtype), **extra))
-    state = load_sharded(path / "weights", _weights_only(prunable))
+    state = load_model_state(path / "weights", _weights_only(prunable), config.vocab_size)
     for number, chunk in enumerate(prunable.chunks):
         missing = chunk.load_state_dict(state[f"chunk{number}"], strict=False)
         absent = [key for key in missing.missing_keys if "_extra_state" not in key and "mask_logits" not in key]

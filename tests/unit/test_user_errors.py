@@ -282,3 +282,14 @@ def test_a_prior_that_looks_at_text_asks_for_it_before_weights_are_read(
     command[command.index("maskllm")] = "wanda"
     assert main(command) == 2
     assert "needs calibration text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [".", "/"])
+def test_text_that_has_no_name_is_one_line(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=260))
+    command = ["prune", "--input", str(hf), "--output", str(tmp_path / "run"), "--target", "2:4"]
+    for given in (["--method", "wanda", "--calibration", place], ["--method", "maskllm", "--data", place]):
+        assert main([*command, *given, "--seq-length", "16", "--calibration-seq-length", "16"]) == 2
+        told = capsys.readouterr().err
+        assert told.count("megatron-prune: error:") == 1 and "give text in" in told and "Traceback" not in told, told
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,12 @@ def test_decision_for_another_model_is_refused(saved: Masks, tmp_path: Path) -> 
         saved.check_model(replace(CONFIG, num_layers=4))
     with pytest.raises(UserError, match="does not have model.layers.2"):
         saved.check_model(replace(CONFIG, num_layers=2))
+
+
+def test_masks_belong_to_the_model_that_they_were_decided_for(saved: Masks) -> None:
+    """Not to another of the same shapes."""
+    saved.check_origin(CONFIG)
+    other = replace(CONFIG, rotary_base=1e6)
+    saved.check_model(other)  # as a start of learning they will do
+    with pytest.raises(UserError, match="another llama model"):
+        saved.check_origin(other)

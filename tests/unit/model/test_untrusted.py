@@ -536,5 +536,24 @@ def test_an_object_where_a_tensor_is_expected(checkpoint: Path, tmp_path: Path) 
     assert main(["export", "--input", str(copy), "--output", str(tmp_path / "out")]) == 2
 
 
+@pytest.mark.parametrize("rows", [0, 128, 256, 10_000])
+def test_a_vocabulary_with_other_rows_than_padding_explains_is_refused(
+    rows: int, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """megatron-core would leave the rows that are not there as they were made."""
+    table = pickle.loads((checkpoint / "weights" / TABLE).read_bytes())
+    name = next(name for name in table.state_dict_metadata if name.endswith("word_embeddings.weight"))
+    entry = table.state_dict_metadata[name]
+    width = entry.size[1]
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    entry.size = torch.Size([rows, width])
+    entry.chunks = [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([rows, width]))]
+    copy = _poison(checkpoint, tmp_path / "copy", TABLE, pickle.dumps(table))
+    assert main(["export", "--input", str(copy), "--output", str(tmp_path / "out")]) == 2
+    assert "padding apart" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_format_is_what_we_write(checkpoint: Path) -> None:
     assert json.loads((checkpoint / "weights" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"

@@ -155,3 +155,14 @@ def test_parameters_of_published_shapes() -> None:
     assert parameters(replace(whole, blocks=blocks).config(config)) == 6_612_586_496
     assert kv_cache_bytes(config) == 2 * 32 * 8 * 128 * 2
     assert forward_flops(config, 0) == 2 * (parameters(config) - 128256 * 4096 - 65 * 4096)
+
+
+def test_a_decision_whose_units_make_no_model_is_refused(tmp_path: Path) -> None:
+    """Query groups that keep different numbers of heads, say: a damaged or hostile run."""
+    model = load(tmp_path / "model", "llama")
+    info = MaskInfo("minitron", "num_attention_heads=3", {}, "llama", model.config.fingerprint())
+    for heads in ((0,), (0, 1), (0, 1, 2)):
+        blocks = tuple(replace(block, heads=heads) for block in Units.all(model.config).blocks)
+        with pytest.raises(UserError, match="units make no model"):
+            Trim(info, replace(Units.all(model.config), blocks=blocks)).check_model(model.config)
+    Trim(info, thin(model)).check_model(model.config)
