@@ -140,7 +140,7 @@ RUNS = (
     "import --input hf --output ck",
     *(f"import --input hf_{family} --output ck_{family}" for family in FAMILIES[1:]),
     "preprocess --input w.jsonl --output tok --tokenizer hf",
-    "preprocess --input w.txt --output tok2 --tokenizer hf",
+    "preprocess --input w.jsonl --output tok2 --tokenizer hf",
     "prune --input ck --output run --method magnitude --target 2:4",
     f"prune --input ck --output learn --method maskllm --target 2:4 --data w.jsonl {STEPS}",
     f"prune --input ck --output narrow --method flap --target parameters=30000 {CALIBRATION} --statistics stats",
@@ -1432,7 +1432,9 @@ def _places(box: Box) -> Case:
     place, mounted = _place(box, kind, "place" + end, command)
     command[at] = place
     free = name == "preprocess" and kind in FREE_PREFIXES
-    outputs = (place, *(place + each for each in (".bin", ".idx", ".json")), *_parents(place))
+    made = place.rstrip("/")  # a folder may be named with a slash
+    beside = [command[command.index("--samples") + 1]] if "--samples" in command else []
+    outputs = (made, *(made + each for each in (".bin", ".idx", ".json")), *_parents(made), *beside)
     return Case(command, f"{name}: {kind}", kind in TAKEN and not free, outputs=outputs, mounted=mounted)
 
 
