@@ -240,9 +240,10 @@ def _evaluated(model: Harness, tasks: dict[str, Any], limit: float | None) -> An
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether an exception comes out of this package, below lm-eval: then it is ours."""
-    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return str(Path(__file__).parents[1]) in str(Path(frames[-1]).parents[1])
+    """Whether an exception comes from below the scorer that lm-eval was given: then it is a fault of ours."""
+    _first, *below = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [file.name for file in below if file.is_relative_to(Path(__file__).parents[1])]
+    return bool(set(own) - {"templates.py", "local_tasks.py"})
 
 
 def _samples(found: Any, name: str) -> list[dict[str, Any]]:

@@ -296,6 +296,14 @@ def test_an_output_that_is_no_name_ends_every_verb(capsys: pytest.CaptureFixture
                 assert "new file or folder" in line, name
 
 
+def test_a_closed_output_is_no_failure() -> None:
+    """As `methods >&-` does in a shell."""
+    command = [sys.executable, "-c", "import os, sys; os.close(1); os.execv(sys.executable, sys.argv[1:])"]
+    words = [sys.executable, "-m", "megatron_prune", "methods"]
+    ended = subprocess.run([*command, *words], stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_more_memory_than_there_is_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -261,6 +261,8 @@ ROWS = {
     "surrogate": ('{"question": "\\ud800"}', "does not fit its rows"),
     "a_large_number": ('{"right": ' + "9" * 40 + "}", "does not fit its rows"),
     "another_type": ('{"question": {"a": 1}, "answers": 5, "right": []}', "does not fit its rows"),
+    "no_right_answer": ('{"question": "a", "answers": ["b", "c"], "right": null}', "do not fit each other"),
+    "half_an_answer": ('{"question": "a", "answers": ["b", "c"], "right": 0.5}', "do not fit each other"),
     "missing_answers": ('{"question": "a", "right": 0}', "row 13"),
     "empty_answer": ('{"question": "a", "answers": ["b", ""], "right": 0}', "row 13"),
 }
@@ -276,7 +278,19 @@ def test_hostile_rows_are_one_line(name: str, root: Path, tmp_path: Path, capsys
     assert message in refused(command, capsys)
 
 
+def test_a_fault_of_the_scorer_is_no_mistake_of_the_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise TypeError("ours")
+
+    from megatron_prune.evaluation import harness
+
+    monkeypatch.setattr(harness.Harness, "_encode", broken)
+    with pytest.raises(TypeError, match="ours"):
+        main(evaluate(root, "model", tasks=("choices",)))
+
+
 CASES = {
+    "more_examples_than_rows": (["--num-fewshot", "1000"], "do not fit each other"),
     "both": (["--text", "a.txt"], "both were given"),
     "unknown": (["--tasks", "chioces"], "did you mean choices?"),
     "no_folder": (["--tasks-folder", "ROOT/nowhere"], "no such folder"),
