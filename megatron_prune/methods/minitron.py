@@ -28,7 +28,7 @@ from megatron_prune.decision.units import BlockUnits, Units, all_of_block, heads
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import CRITERIA, layers_to_remove
-from megatron_prune.methods.shape_search import SITES, Refit, best_shape, settled
+from megatron_prune.methods.shape_search import Refit, best_shape, settled, sites
 from megatron_prune.methods.structured import Refitted, allowed_sizes, keep_best, removed_layers
 from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
 from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations, ChannelMoments
@@ -85,7 +85,7 @@ class Minitron(Refitted):
     def _sites(self, passes: Passes, target: Shape) -> dict[str, Statistic]:
         """What to look at; where it is kept, all that another target could ask for."""
         if passes.store is not None:
-            return SITES
+            return sites(passes.model.config)
         attention = target.num_attention_heads or target.num_query_groups
         moments: dict[str, Statistic] = {PROJECTION: ChannelMoments} if attention and self._reconstructs else {}
         return {**dict.fromkeys((QKV, PROJECTION, FC1, FC2), ChannelActivations), **moments}

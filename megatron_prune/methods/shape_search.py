@@ -26,7 +26,13 @@ from megatron_prune.methods.structured import lowest
 from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
-from megatron_prune.statistics.channels import RESIDUAL, BlockInfluence, ChannelActivations, ChannelMoments
+from megatron_prune.statistics.channels import (
+    RESIDUAL,
+    BlockInfluence,
+    ChannelActivations,
+    ChannelMoments,
+    size_ratio,
+)
 
 if TYPE_CHECKING:
     from megatron_prune.statistics.passes import Passes
@@ -34,14 +40,7 @@ if TYPE_CHECKING:
     from megatron_prune.statistics.walk import Change
 
 NORM_OF = {QKV: "input_layernorm", FC1: "pre_mlp_layernorm"}
-SITES: dict[str, Statistic] = {
-    QKV: ChannelActivations,
-    FC1: ChannelActivations,
-    PROJECTION: ChannelMoments,
-    FC2: ChannelMoments,
-    **dict.fromkeys(NORM_OF.values(), ChannelActivations),
-    RESIDUAL: BlockInfluence,
-}
+
 FEWEST = 0.5
 """Of layers, groups and heads at least this share stays, of the MLP and the residual stream a quarter more or less."""
 FIRST_WINDOWS, FINAL_WINDOWS, FINALISTS = 4, 16, 5
@@ -56,7 +55,7 @@ def best_shape(
     width: Callable[[Iterable[Mapping[str, Any]], Shape], Units],
     refit: Refit,
 ) -> tuple[Shape, list[dict[str, Any]]]:
-    """The shape of lowest loss, and what was seen at `SITES`. Collective.
+    """The shape of lowest loss, and what was seen at `sites`. Collective.
 
     `width(found, shape)` gives the units of all layers at a shape's width, and `refit` says how they are corrected.
     """
@@ -66,7 +65,7 @@ def best_shape(
             f"target {budget}: no shape with at least {FEWEST:.0%} of the layers and heads costs so little; give "
             "more, or a shape such as num_layers=12,hidden_size=384"
         )
-    found = [settled(layer) for layer in passes.observe_each(SITES)]
+    found = [settled(layer) for layer in passes.observe_each(sites(config))]
     influence = [layer[RESIDUAL].value() for layer in found]
 
     def loss(shape: Shape, windows: int) -> float:
@@ -81,6 +80,19 @@ def best_shape(
     best = min(finalists, key=losses.__getitem__)
     say(f"{budget}: {len(shapes)} shapes tried; best " + "; ".join(f"{s} loss {losses[s]:.3f}" for s in finalists))
     return best, found
+
+
+def sites(config: ModelConfig) -> dict[str, Statistic]:
+    """What the search looks at. How channels of the stream vary together matters to norms that take off their mean."""
+    norms: Statistic = ChannelMoments if config.centred_norm else ChannelActivations
+    return {
+        QKV: ChannelActivations,
+        FC1: ChannelActivations,
+        PROJECTION: ChannelMoments,
+        FC2: ChannelMoments,
+        **dict.fromkeys(NORM_OF.values(), norms),
+        RESIDUAL: BlockInfluence,
+    }
 
 
 def settled(layer: dict[str, Any]) -> dict[str, Any]:
@@ -148,8 +160,9 @@ def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Uni
     def gain(site: str, layer: Mapping[str, Any]) -> float:
         if not refit.norm_gain or len(kept_channels) == config.hidden_size or site not in layer:
             return 1.0
-        squares = layer[NORM_OF[site]].sums[1]
-        return float((squares[kept_channels.to(squares.device)].mean() / squares.mean()).sqrt())
+        seen = layer[NORM_OF[site]]
+        moments = seen.settled if config.centred_norm else seen.sums[1]
+        return size_ratio(moments, kept_channels, config.centred_norm)
 
     def scaled(tensor: Tensor, ratio: float) -> Tensor:
         return (tensor + config.gain_offset) * ratio - config.gain_offset

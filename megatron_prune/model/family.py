@@ -136,6 +136,11 @@ class ModelConfig:
         """What a norm adds to its stored gain before use."""
         return 1.0 if self.normalization == "LayerNorm1P" else 0.0
 
+    @property
+    def centred_norm(self) -> bool:
+        """Whether norms take off the mean of their channels, and divide by the standard deviation."""
+        return self.normalization != "RMSNorm"
+
     def block(self, layer: int | None) -> Block:
         """Sizes of a layer; of the widest without a number."""
         return self._layer_sizes() if self.blocks is None or layer is None else self.blocks[layer]

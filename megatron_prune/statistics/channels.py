@@ -15,13 +15,13 @@ from megatron_prune.statistics.hessian import Hessian
 RESIDUAL = "layer"
 """The site whose statistic sees the residual stream before and after a layer; all others are submodules' inputs."""
 AGGREGATIONS = ("mean", "l2", "var")
-"""Of absolute values over the tokens of a window, or of windows: mean(|x|), sqrt(sum x^2), variance."""
+"""Over the tokens of a window, and of those numbers over windows: mean(|x|), sqrt(sum x^2), mean (x - mean x)^2."""
 
 
 class ChannelActivations:
     """Size of each channel, aggregated over the tokens of every window and then over windows.
 
-    Minitron (Muralidharan et al. 2024, arXiv:2407.14679, section 2.2): importance agg_batch(agg_seq(|x|)).
+    Minitron (Muralidharan et al. 2024, arXiv:2407.14679, section 2.2): importance agg_batch(agg_seq(x)).
     """
 
     def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
@@ -40,10 +40,10 @@ class ChannelActivations:
         x = x.float()
         self.windows += x.shape[1]
         self.token_count += x.shape[0] * x.shape[1]
-        means, absolute, squares = x.mean(0).double(), x.abs().mean(0).double(), x.square().mean(0).double()
+        means, squares = x.mean(0).double(), x.square().mean(0).double()
         self.sums += x.shape[0] * torch.stack([means.sum(0), squares.sum(0)])
-        variances = (squares - absolute.square()).clamp(min=0)
-        seen = {"mean": absolute, "l2": (x.shape[0] * squares).sqrt(), "var": variances}
+        variances = x.var(0, unbiased=False).double()
+        seen = {"mean": x.abs().mean(0).double(), "l2": (x.shape[0] * squares).sqrt(), "var": variances}
         for name, value in seen.items():
             self.aggregated[name] += torch.stack([value.sum(0), value.square().sum(0)])
 
@@ -150,17 +150,25 @@ class ChannelMoments(ChannelActivations):
 
 
 class NormRatio:
-    """Mean over tokens of rms(kept channels) / rms(all channels) of a norm's input."""
+    """Mean over tokens of what a norm divides by with the kept channels, over what it divides by with all of them.
 
-    def __init__(self, kept: Tensor, device: torch.device | str | None = None) -> None:
+    RMSNorm divides by the root mean square; LayerNorm, which is `centred`, by the standard deviation, that is after the
+    mean of the channels it sees has been taken off.
+    """
+
+    def __init__(self, kept: Tensor, device: torch.device | str | None = None, centred: bool = False) -> None:
         self.kept = kept.to(device)
+        self.centred = centred
         self.total = torch.zeros(2, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor) -> None:
         """Add tokens `[..., hidden]`."""
-        squares = x.float().square()
-        ratio = (squares.index_select(-1, self.kept).mean(-1) / squares.mean(-1)).sqrt().double()
+        x = x.float()
+        ratio = (self._size(x.index_select(-1, self.kept)) / self._size(x)).sqrt().double()
         self.total += torch.stack([ratio.sum(), self.total.new_tensor(float(ratio.numel()))])
+
+    def _size(self, x: Tensor) -> Tensor:
+        return x.var(-1, unbiased=False) if self.centred else x.square().mean(-1)
 
     def tensors(self) -> list[Tensor]:
         """The accumulators."""
@@ -169,3 +177,18 @@ class NormRatio:
     def value(self) -> float:
         """1 where nothing was removed."""
         return float(self.total[0] / self.total[1])
+
+
+def size_ratio(moments: Tensor, kept: Tensor, centred: bool) -> float:
+    """`NormRatio`, but as the ratio of what the two are on average: from second moments `[channels, channels]`, up to a
+    factor, or where the norm is not `centred` from their diagonal `[channels]` alone.
+    """
+
+    def size(x: Tensor) -> Tensor:
+        squares = (x.diagonal() if x.dim() == 2 else x).mean()
+        return squares - x.mean() if centred else squares
+
+    moments = moments.double()
+    kept = kept.to(moments.device)
+    part = moments.index_select(0, kept)
+    return float((size(part if moments.dim() == 1 else part.index_select(1, kept)) / size(moments)).sqrt())

@@ -7,7 +7,8 @@ refit      each linear whose inputs were thinned is fitted anew, by least square
 mean       only the bias, where the linear has one, takes over the mean of what is missing (FLAP, An et al. 2023,
            arXiv:2312.11983); a refit does that as well
 norm gain  a norm over fewer channels divides by another size: its gain is multiplied by the mean over tokens of
-           rms(channels that stay) / rms(all channels)
+           size(channels that stay) / size(all channels), the size what the norm divides by: the root mean square of
+           RMSNorm, the standard deviation of LayerNorm
 """
 
 from __future__ import annotations
@@ -108,9 +109,11 @@ class Compensation:
         kept = self._kept_inputs(number, path)
         return kept is not None and len(kept) < map.shape[1]
 
+    def _ratio(self) -> NormRatio:
+        return NormRatio(torch.tensor(self.units.hidden), self.dense.device, self.model.config.centred_norm)
+
     def _gains(self, tensors: dict[str, Tensor]) -> None:
-        kept = torch.tensor(self.units.hidden)
-        ratios = {path: NormRatio(kept, self.dense.device) for path in NORMS if f"{path}.weight" in tensors}
+        ratios = {path: self._ratio() for path in NORMS if f"{path}.weight" in tensors}
         for hidden in self.dense.hidden:
             seen, _ = self.dense.watch(list(ratios), hidden)
             for path, ratio in ratios.items():
@@ -152,7 +155,7 @@ class Compensation:
     def _final_gain(self) -> bool:
         if not self.norm_gain:
             return False
-        ratio = NormRatio(torch.tensor(self.units.hidden), self.dense.device)
+        ratio = self._ratio()
         for hidden in self.dense.hidden:
             ratio.update(hidden)
         sum_over_ranks(ratio.tensors())

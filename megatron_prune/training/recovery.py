@@ -119,10 +119,11 @@ def _straight_gradient(_module: Any, _inputs: Any, output: tuple[Tensor, Any]) -
     """Lay the logits' gradient out as the logits are, which are turned to `[b, s, vocab]` for the losses.
 
     With a turned one the backward pass of a frozen output layer multiplies token by token, each with a copy of the
-    weight: 29 GB for 512 tokens of SmolLM2-135M.
+    weight: 29 GB for 512 tokens of SmolLM2-135M. A gradient of one window passes for contiguous whatever the stride of
+    its only window is, and the product looks at that stride: only a copy is sure to be laid out anew.
     """
     if output[0].requires_grad:
-        output[0].register_hook(Tensor.contiguous)
+        output[0].register_hook(partial(torch.clone, memory_format=torch.contiguous_format))
 
 
 class RecoveryLoss(NextToken):

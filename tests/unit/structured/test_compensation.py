@@ -14,11 +14,14 @@ import torch
 from megatron_prune.decision.pruned import cut
 from megatron_prune.decision.source import open_model
 from megatron_prune.decision.units import BlockUnits, Units
+from megatron_prune.methods.shape_search import Refit, refitted, settled, sites
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.statistics.channels import NormRatio, Regression
+from megatron_prune.statistics.channels import NormRatio, Regression, size_ratio
 from megatron_prune.statistics.compensation import Compensation, least_squares, missing_mean
+from megatron_prune.statistics.passes import Passes
 from tests.models import tiny_model
+from tests.reference import Reference
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +56,94 @@ def test_the_norm_ratio_is_a_mean_over_tokens() -> None:
     ratio = NormRatio(torch.tensor([0, 1]))
     ratio.update(x)
     assert ratio.value() == pytest.approx((2**0.5 + 1.0) / 2)
+
+
+def test_the_ratio_of_a_layer_norm_is_of_deviations() -> None:
+    """Where the stream has a mean: the least-squares gain of the cut norm, which the root mean squares miss."""
+    x = 3 + torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0] * 4 + [0.2] * 4)
+    kept = torch.arange(4)
+    whole = torch.nn.functional.layer_norm(x, (8,))[:, kept]
+    thin = torch.nn.functional.layer_norm(x[:, kept], (4,))
+    centred = whole - whole.mean(-1, keepdim=True)  # a bias, not a gain, makes up for the mean
+    least = float((thin * centred).sum() / thin.square().sum())
+    ratio, mean_square = NormRatio(kept, centred=True), NormRatio(kept)
+    for each in (ratio, mean_square):
+        each.update(x)
+    assert ratio.value() == pytest.approx(least, rel=0.01)
+    assert abs(mean_square.value() - least) > 0.2
+    # on average over tokens, from second moments
+    deviation = [float(part.var(-1, unbiased=False).mean()) for part in (x[:, kept], x)]
+    assert size_ratio(2 * x.t() @ x, kept, centred=True) == pytest.approx(
+        (deviation[0] / deviation[1]) ** 0.5, rel=1e-4
+    )
+    squares = [float(part.square().mean()) for part in (x[:, kept], x)]
+    for moments in (x.square().sum(0), x.t() @ x):
+        assert size_ratio(moments, kept, centred=False) == pytest.approx((squares[0] / squares[1]) ** 0.5, rel=1e-4)
+
+
+NORM_PATHS = {
+    "llama": ("model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm", "model.norm"),
+    "nemotron": ("model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm", "model.norm"),
+    "gpt2": ("transformer.h.{}.ln_1", "transformer.h.{}.ln_2", "transformer.ln_f"),
+}
+"""In transformers' model: before the attention, before the MLP, after all layers."""
+NORM_NAMES = (
+    "decoder.layers.{}.input_layernorm.weight",
+    "decoder.layers.{}.pre_mlp_layernorm.weight",
+    "decoder.final_layernorm.weight",
+)
+TEXT = torch.randint(128, (6, 20), generator=torch.Generator().manual_seed(5))
+
+
+def with_a_mean(path: Path, family: str) -> Reference:
+    """A random model, written to `path`, whose residual stream has a mean."""
+    reference = Reference(tiny_model(path, family), TEXT)
+    with torch.no_grad():
+        reference.model.get_input_embeddings().weight.add_(1.5)
+    reference.model.save_pretrained(path)
+    return reference
+
+
+def sizes(family: str, x: torch.Tensor) -> torch.Tensor:
+    """What the family's norms divide by, squared, of tokens `[n, s, channels]`."""
+    return x.square().mean(-1) if family == "llama" else x.var(-1, unbiased=False)
+
+
+@pytest.mark.parametrize("family", NORM_PATHS)
+def test_every_norm_is_corrected_for_what_its_family_divides_by(tmp_path: Path, family: str) -> None:
+    reference = with_a_mean(tmp_path, family)
+    model = open_model(tmp_path).load(backend.Layout())
+    kept = [n for n in range(32) if n % 3 and n < 28]
+    places = [(layer, kind) for layer in range(2) for kind in range(2)] + [(0, 2)]
+    found = {}
+    for layer, kind in places:
+        module = reference.model.get_submodule(NORM_PATHS[family][kind].format(layer))
+        seen = reference.seen(module)
+        ratio = float((sizes(family, seen[..., kept]) / sizes(family, seen)).sqrt().mean())
+        offset = float(family == "nemotron")  # its norms store the gain minus one
+        found[layer, kind] = (module.weight.detach() + offset) * ratio - offset
+    units = replace(Units.all(model.config), hidden=tuple(kept))
+    assert Compensation(model, units, TEXT, "none", 0.01, norm_gain=True).run(lambda layers: None)
+    for layer, kind in places:
+        gain = model.whole(model.by_name[NORM_NAMES[kind].format(layer)])
+        torch.testing.assert_close(gain, found[layer, kind], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", NORM_PATHS)
+def test_candidates_of_a_search_are_corrected_likewise(tmp_path: Path, family: str) -> None:
+    reference = with_a_mean(tmp_path, family)
+    model = open_model(tmp_path).load(backend.Layout())
+    kept = tuple(n for n in range(32) if n % 3 and n < 28)
+    found = [settled(layer) for layer in Passes(model, TEXT).observe_each(sites(model.config))]
+    change = refitted(model.config, found, replace(Units.all(model.config), hidden=kept), Refit(None))
+    for layer, kind in [(layer, kind) for layer in range(2) for kind in range(2)]:
+        seen = reference.seen(reference.model.get_submodule(NORM_PATHS[family][kind].format(layer)))
+        ratio = float((sizes(family, seen[..., list(kept)]).mean() / sizes(family, seen).mean()).sqrt())
+        name = NORM_NAMES[kind].split(".", 3)[3]
+        gain = model.whole(model.by_name[NORM_NAMES[kind].format(layer)])
+        offset = float(family == "nemotron")
+        changed = change(layer, {name: gain})[name]
+        torch.testing.assert_close(changed, (gain + offset) * ratio - offset, rtol=1e-4, atol=1e-5)
 
 
 def compensated(path: Path, family: str, refit: str, hidden: bool = False) -> tuple[float, PrunableModel]:

@@ -59,6 +59,27 @@ def weights(path: Path) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in load_model(path, backend.Layout()).hf_weights()}
 
 
+@pytest.mark.parametrize("windows", [1, 2])
+def test_a_frozen_output_layer_multiplies_all_tokens_at_once(root: Path, windows: int) -> None:
+    """However a loss lays out the gradient `[b, s, vocab]` of its logits; token by token each product would have a copy
+    of the weight. Of one window the turned gradient passes for contiguous, and is not taken for that by the product.
+    """
+    from megatron_prune.training.recovery import RecoveryLoss, Weighting
+
+    tokens = torch.randint(257, (windows, 33), generator=torch.Generator().manual_seed(0))
+    with backend.running(backend.Layout()):
+        student, teacher = (load_model(root / "model_float32", backend.Layout()) for _ in range(2))
+        (chunk,) = student.chunks
+        chunk.output_layer.requires_grad_(False)
+        objective = RecoveryLoss(student, Weighting(lm=1.0, distillation=1.0), teacher, 1)
+        logits, _ = objective.forward(chunk, tokens)
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            logits.backward(torch.randn(logits.shape))
+    products = [event for event in profiler.events() if event.name in ("aten::mm", "aten::bmm")]
+    with_vocabulary = [event for event in products if any(257 in shape for shape in event.input_shapes)]
+    assert with_vocabulary and {event.name for event in with_vocabulary} == {"aten::mm"}
+
+
 def pruned_weights(root: Path, name: str) -> dict[str, Tensor]:
     """The weights that a run of RUNS began with."""
     source = "bf16_pruned" if "bf16" in name else "pruned"
