@@ -5,7 +5,8 @@ Nothing of the package's statistics, walks or tables is used here. Formulas are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ class Reference:
                 assert parameter.grad is not None, name
                 found.setdefault(name, []).append(parameter.grad.double())
         return {name: torch.stack(each) for name, each in found.items()}
+
+    @contextlib.contextmanager
+    def only(self, layers: Sequence[Any]) -> Iterator[Any]:
+        """The model with these layers alone, without gradients."""
+        whole = self.model.model.layers
+        self.model.model.layers = torch.nn.ModuleList(layers)
+        self.model.config.num_hidden_layers = len(layers)
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.model.layers = whole
+            self.model.config.num_hidden_layers = len(whole)
 
     def weight(self, name: str) -> Tensor:
         """A parameter, float64."""

@@ -18,8 +18,9 @@ from megatron_prune.decision.units import Units
 from megatron_prune.model.families import ModelConfig, dimensions
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.statistics.channels import RESIDUAL
+from megatron_prune.statistics.gradients import Gradients, gradients
 from megatron_prune.statistics.store import Statistic, StatisticsStore
-from megatron_prune.statistics.walk import Change, CutWeights, Head, LayerWalk, WholeWeights, sum_over_ranks, unchanged
+from megatron_prune.statistics.walk import Change, CutWeights, LayerWalk, WholeWeights, sum_over_ranks, unchanged
 
 NORMS = ("input_layernorm", "pre_mlp_layernorm")
 
@@ -145,81 +146,15 @@ class Passes:
         sum_over_ranks([total])
         return float(total[0] / total[1])
 
-    def gradients(self) -> Iterator[tuple[int, dict[str, Gradient]]]:
-        """Layer number and the gradients of its weights by name inside the layer, from the last layer to the first.
+    def gradients(
+        self, outer: bool = False, windows: int | None = None, length: int | None = None
+    ) -> Iterator[tuple[int | None, Gradients]]:
+        """Gradients of every layer, the last first; with `outer` of the rest too. See `statistics/gradients.py`.
 
-        Each window is a sample whose loss is its mean next-token loss. Computed in float32; this rank's windows'
-        states before every layer are held.
+        Of the first `windows` windows, and their first `length` tokens.
         """
-        weights = _Float32(self.model)
-        walk = LayerWalk(weights, self.tokens, unit_windows=1)
-        states = [list(walk.hidden)]
-        for number in range(self.model.config.num_layers):
-            walk.load(number, weights.layer(number))
-            walk.advance()
-            states.append(list(walk.hidden))
-        flowing = self._at_the_head(Head(weights), walk, states.pop())
-        for number in reversed(range(self.model.config.num_layers)):
-            walk.load(number, weights.layer(number))
-            sums = {name: Gradient(parameter.detach()) for name, parameter in walk.module.named_parameters()}
-            for i, before in enumerate(states.pop()):
-                flowing[i] = _backward(walk, before, flowing[i], sums)
-            for gradient in sums.values():
-                sum_over_ranks([gradient.total, gradient.squares, gradient.samples])
-            yield number, sums
-            self.progress(1)
-
-    def _at_the_head(self, head: Head, walk: LayerWalk, last: list[Tensor]) -> list[Tensor]:
-        """Gradients of the windows' losses by the hidden states after the last layer."""
-        flowing = []
-        for hidden, tokens in zip(last, walk.tokens, strict=True):
-            leaf = hidden.detach().requires_grad_()
-            count = (tokens.shape[0] - 1) * tokens.shape[1]
-            with torch.enable_grad():
-                for loss in head.pieces(leaf, tokens):
-                    (loss.sum() / count).backward(inputs=[leaf])
-            assert leaf.grad is not None
-            flowing.append(leaf.grad)
-        return flowing
-
-
-class Gradient:
-    """A weight and the gradient of its windows' losses."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight
-        self.total = torch.zeros_like(weight, dtype=torch.float64)
-        """Sum over samples."""
-        self.squares = torch.zeros_like(weight, dtype=torch.float64)
-        """Sum over samples of the squared gradient."""
-        self.samples = torch.zeros(1, dtype=torch.float64, device=weight.device)
-
-    def add(self, gradient: Tensor) -> None:
-        """One sample's."""
-        self.total += gradient
-        self.squares += gradient.square()
-        self.samples += 1
-
-
-class _Float32(WholeWeights):
-    """The model's weights in float32, whatever their own type."""
-
-    def __init__(self, model: PrunableModel) -> None:
-        super().__init__(model)
-        self.dtype = torch.float32
-
-
-def _backward(walk: LayerWalk, before: Tensor, flowing: Tensor, sums: dict[str, Gradient]) -> Tensor:
-    """One sample through the loaded layer backward; adds to `sums` and returns the gradient of the layer's input."""
-    names, parameters = zip(*walk.module.named_parameters(), strict=True)
-    leaf = before.detach().requires_grad_()
-    with torch.enable_grad():
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        found = torch.autograd.grad(walk.run(leaf), [leaf, *parameters], flowing)
-    for name, gradient in zip(names, found[1:], strict=True):
-        sums[name].add(gradient)
-    return found[0]
+        tokens = None if self.tokens is None else self.tokens[:windows, :length]
+        return gradients(self.model, tokens, self.progress, outer)
 
 
 def channels_of(config: ModelConfig, layer: int) -> dict[str, int]:

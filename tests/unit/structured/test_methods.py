@@ -20,14 +20,15 @@ from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.fit import check_target
 from megatron_prune.methods.flap import standardised
-from megatron_prune.methods.llm_pruner import salience
 from megatron_prune.methods.minitron import head_scores
 from megatron_prune.methods.shape_search import candidates
 from megatron_prune.methods.structured import Refitted, keep_best, lowest
+from megatron_prune.methods.taylor import salience
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.statistics.passes import Gradient, Passes
+from megatron_prune.statistics.gradients import Gradient
+from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.statistics.walk import LayerWalk
 from tests.models import tiny_model
@@ -118,7 +119,9 @@ def test_a_channel_that_does_nothing_goes(model: PrunableModel, name: str, optio
     ("name", "options"),
     [
         ("shortgpt", {}),
-        ("shortened_llama", {"protected_first": 1, "protected_last": 1}),
+        ("shortened_llama", {}),
+        ("shortened_llama", {"criterion": "taylor"}),
+        ("shortened_llama", {"criterion": "taylor", "protected_first": 1, "protected_last": 1}),
         ("llm_pruner", ENDS),
         *(("minitron", {"depth": depth}) for depth in ("block_influence", "contiguous", "single", "combined")),
     ],
@@ -231,11 +234,17 @@ def test_scores_of_single_tensors() -> None:
     gradient = Gradient(torch.tensor([[1.0, 2.0], [3.0, -1.0]]))
     gradient.add(torch.tensor([[1.0, -1.0], [0.0, 2.0]]))
     gradient.add(torch.tensor([[1.0, 0.0], [2.0, 0.0]]))
-    expected = {"vector": [0.0, 4.0], "element1": [4.0, 8.0], "element2": [3.0, 20.0]}
+    parts = (gradient.weight, gradient.total, gradient.squares)
+    expected = {"vector": [0.0, 4.0], "element1": [4.0, 8.0], "element2": [6.0, 40.0]}
     for taylor, rows in expected.items():
-        assert torch.allclose(salience(gradient, taylor, 0).float(), torch.tensor(rows))
-    first, second = torch.tensor([[2.0, -2.0], [6.0, -2.0]]), torch.tensor([[1.0, 2.0], [18.0, 2.0]])
-    assert torch.allclose(salience(gradient, "mix", 1).float(), (first - second / 2).abs().sum(0))
+        assert torch.allclose(salience(*parts, taylor, 0).float(), torch.tensor(rows))
+    first, second = torch.tensor([[2.0, -2.0], [6.0, -2.0]]), torch.tensor([[2.0, 4.0], [36.0, 4.0]])
+    assert torch.allclose(salience(*parts, "mix", 1).float(), (first - second / 2).abs().sum(0))
+    by_rows = Gradient(gradient.weight)
+    by_rows.add(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    by_rows.add_rows(torch.tensor([0]), torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 0.0]]))
+    assert torch.equal(by_rows.total, torch.tensor([[4.0, -1.0], [0.0, 2.0]]).double())
+    assert torch.equal(by_rows.squares, torch.tensor([[16.0, 1.0], [0.0, 4.0]]).double())
 
 
 @pytest.mark.parametrize(
@@ -247,7 +256,12 @@ def test_scores_of_single_tensors() -> None:
         ("minitron", "parameters=1B", {}, "give less"),
         ("flap", "num_layers=3", {}, "a budget"),
         ("flap", "parameters=20", {}, "too many"),
-        ("shortened_llama", "num_layers=3", {}, "are protected"),
+        ("shortened_llama", "num_layers=3", {"criterion": "taylor+"}, "4 are protected"),
+        ("shortened_llama", "num_layers=3", {"protected_first": 3, "protected_last": 1}, "4 are protected"),
+        ("shortened_llama", "num_layers=3", {"criterion": "size"}, "allowed: ppl, taylor, taylor"),
+        ("shortened_llama", "num_layers=3", {"protected_last": -1}, "0 or more"),
+        ("llm_pruner", "num_layers=3", {"protected_last": -1}, "0 or more"),
+        ("llm_pruner", "num_layers=3", {"gradient_length": 1}, "at least 2 tokens"),
         ("llm_pruner", "num_query_groups=1", {}, "leave 0 to prune"),
         ("minitron", "num_layers=3", {"depth": "deep"}, "allowed: block_influence"),
         ("minitron", "num_layers=3", {"refit": "all"}, "allowed: none, mean"),
