@@ -18,10 +18,10 @@ from typing import Any
 
 from quality import HERE
 
-from megatron_prune.config import Parallelism, Training
 from megatron_prune.decision.target import NM
 from megatron_prune.model.families import family_of, get_family
-from megatron_prune.model.family import ModelConfig
+from megatron_prune.model.sizes import ModelConfig
+from megatron_prune.option_groups import Parallelism, Training
 from megatron_prune.training.throughput import PEAK_TFLOPS, TERA, flops_per_token
 from megatron_prune.verbs.plan import GIB, Job, plan
 

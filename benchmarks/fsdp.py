@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from quality import Bench, write_result
 
-from megatron_prune.config import Training
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.data.training import training_windows
 from megatron_prune.decision.source import read_hf
@@ -34,6 +33,7 @@ from megatron_prune.fsdp.model import ShardedModel, ShardedZeros
 from megatron_prune.fsdp.trainer import FsdpTrainer, Objective
 from megatron_prune.log import read_metrics
 from megatron_prune.model.convert import HFReader
+from megatron_prune.option_groups import Training
 from megatron_prune.training.loop import Samples, Steps, Trainer
 from megatron_prune.training.recovery import RecoveryLoss, Weighting
 from megatron_prune.training.throughput import GIB, peak_memory

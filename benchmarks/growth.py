@@ -35,12 +35,12 @@ import torch
 from quality import HERE, write_result
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.decision.source import open_model
 from megatron_prune.decision.target import parse_target
 from megatron_prune.log import MetricsLog
 from megatron_prune.methods.base import get_method
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
 from megatron_prune.statistics.runner import Runner
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import Trainer

@@ -107,9 +107,9 @@ def run_ours(model: Path, logits: str, shared: bool, recompute: bool, **_of_laun
     import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
     import torch.distributed as dist
 
-    from megatron_prune.config import Training
     from megatron_prune.decision.source import open_model
     from megatron_prune.model.masked_linear import MaskDraw
+    from megatron_prune.option_groups import Training
     from megatron_prune.training.loop import RECOMPUTE, Trainer
 
     class Tokens:

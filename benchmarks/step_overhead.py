@@ -34,10 +34,10 @@ import torch
 from quality import HERE, hardware, versions
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.decision.source import open_model
 from megatron_prune.log import MetricsLog
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import Trainer
 

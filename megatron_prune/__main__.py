@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from megatron_prune.command_line import parse
 from megatron_prune.errors import UserError, brief, one_line
-from megatron_prune.files import ROOM, disk_fault, why
 from megatron_prune.foreign import reason
 from megatron_prune.outputs import held
+from megatron_prune.ranks import ROOM, disk_fault, why
 from megatron_prune.telling import another_told, first_to_tell, process, processes
 from megatron_prune.verbs import VERBS
 

@@ -16,7 +16,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_prune.config import Calibration, PruneConfig
+from megatron_prune.config import PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows_of
 from megatron_prune.data.tokenizer import check_tokenizer, undraw
 from megatron_prune.decision.masks import Kept, Masks
@@ -30,6 +30,7 @@ from megatron_prune.methods.fit import check_target
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.families import ModelConfig, family_of, get_family
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Calibration
 from megatron_prune.workbench import DECISION, Workbench
 
 if TYPE_CHECKING:

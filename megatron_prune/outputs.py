@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_prune import files
+from megatron_prune import claims
 from megatron_prune.errors import UserError
 from megatron_prune.options import Options, entries, flag
 from megatron_prune.telling import process
@@ -36,17 +36,17 @@ def held(config: Options) -> Iterator[None]:
     paths = {key: path for key in WRITTEN if isinstance(path := given.get(key), Path)}
     may_exist = _may_exist(config, given)
     for key, path in paths.items():
-        files.check_place(path, flag(key))
+        claims.check_place(path, flag(key))
     _check_apart(paths, given)
     with contextlib.ExitStack() as stack:
         for key, path in paths.items():
             if process() == 0:
-                stack.enter_context(files.claimed(path, flag(key), may_exist))
+                stack.enter_context(claims.claimed(path, flag(key), may_exist))
             elif not may_exist:
-                files.refuse_existing(path, flag(key))
+                claims.refuse_existing(path, flag(key))
         for key, path in _filled(given).items():
             if process() == 0:
-                stack.enter_context(files.claimed(path, flag(key), may_exist=True))
+                stack.enter_context(claims.claimed(path, flag(key), may_exist=True))
         yield
 
 
@@ -89,7 +89,7 @@ def _check_apart(paths: dict[str, Path], given: dict[str, Any]) -> None:
             raise UserError(f"{flag(key)} {folder} is inside --output {paths['output']}: give a folder beside it")
     source = given.get("input")
     if isinstance(source, str | Path) and (Path(source) / "run.json").is_file() and _inside(output, Path(source)):
-        part = files.real(output).relative_to(files.real(Path(source))).parts[:1]
+        part = claims.real(output).relative_to(claims.real(Path(source))).parts[:1]
         if part and part[0] in PARTS:
             raise UserError(
                 f"--output {paths['output']} would change the run --input {source}, where {part[0]} has a meaning; "
@@ -98,5 +98,5 @@ def _check_apart(paths: dict[str, Path], given: dict[str, Any]) -> None:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    place = files.real(path)
-    return files.real(folder) in (place, *place.parents)
+    place = claims.real(path)
+    return claims.real(folder) in (place, *place.parents)

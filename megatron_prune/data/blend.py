@@ -27,9 +27,10 @@ from torch import Tensor
 from megatron_prune.data.indexed import check_ids, check_tokens, open_indexed
 from megatron_prune.data.text import SUFFIXES
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, cached_folder, from_leader
+from megatron_prune.files import cached_folder
 from megatron_prune.foreign import reason
 from megatron_prune.options import flag
+from megatron_prune.ranks import by_leader, from_leader
 
 TRAIN, HELD_OUT = 0, 1
 """Positions in a split and in what megatron-core builds from it."""

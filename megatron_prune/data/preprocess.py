@@ -21,6 +21,7 @@ import megatron_prune.backend  # noqa: F401  # isort: skip  (before megatron.cor
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder, _IndexWriter
 
+from megatron_prune.claims import PARTIAL, Claim, claimed, refuse_existing
 from megatron_prune.config import PreprocessConfig
 from megatron_prune.data.about import Report, read_report
 from megatron_prune.data.encoder import Encoder, load_encoder
@@ -29,7 +30,7 @@ from megatron_prune.data.pieces import HUB, Piece, cut, gather, lines_before, re
 from megatron_prune.data.text import BadDocument
 from megatron_prune.data.workers import Count, run_forked
 from megatron_prune.errors import Interrupted, UserError
-from megatron_prune.files import PARTIAL, Claim, checksum, claimed, give_name, new_folder, refuse_existing, write_json
+from megatron_prune.files import checksum, give_name, new_folder, write_json
 from megatron_prune.foreign import read_json, strict
 from megatron_prune.log import progress, say
 

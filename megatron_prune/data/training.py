@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.config import Training
 from megatron_prune.data.blend import HELD_OUT, TRAIN, Blend, BlendWindows, parse_blend
 from megatron_prune.data.dataset import TokenWindows, cache_folder
 from megatron_prune.data.domains import Domain, DomainWindows
 from megatron_prune.errors import UserError
+from megatron_prune.option_groups import Training
 
 
 class Windows(Protocol):

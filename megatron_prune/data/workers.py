@@ -16,7 +16,7 @@ from multiprocessing import connection, get_context
 from typing import Any, NamedTuple
 
 from megatron_prune.errors import Interrupted, UserError
-from megatron_prune.files import ROOM, disk_fault
+from megatron_prune.ranks import ROOM, disk_fault
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that the process gets when its parent dies."""

@@ -14,8 +14,8 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import write_result
 from megatron_prune.foreign import read_json, strict
 from megatron_prune.model.blocks import Block
+from megatron_prune.model.config_json import LARGEST
 from megatron_prune.model.families import ModelConfig
-from megatron_prune.model.family import LARGEST
 from megatron_prune.schema import Count, Word
 
 SAME = ("family", "hidden_size", "kv_channels", "vocab_size")

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.decision.mask_npz import PATTERN, SHAPE, write_masks
 from megatron_prune.decision.masks import Masks, check_mask, prunable_shapes, unpack_mask
 from megatron_prune.decision.target import Target, parse_target
 from megatron_prune.errors import UserError, brief
-from megatron_prune.files import refuse_existing
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.npz import Npz
 

@@ -28,9 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.decision.target import NM, Target, parse_target
 from megatron_prune.errors import UserError, brief
-from megatron_prune.files import abandon_folder, begin_folder, publish_folder, refuse_existing, write_json, writing
+from megatron_prune.files import abandon_folder, begin_folder, publish_folder, write_json, writing
 from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.schema import Above0, Count, Layer, Sha256, Word

@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import psutil
 
 import megatron_prune.backend as backend
+from megatron_prune.claims import refuse_existing
 from megatron_prune.decision.run_folder import FINISHED, RunDescription, read_run, write_run
 from megatron_prune.errors import UserError
-from megatron_prune.files import disk_fault, from_leader, new_folder, refuse_existing
+from megatron_prune.files import new_folder
 from megatron_prune.log import read_metrics, write_environment
 from megatron_prune.options import Options, save_yaml
+from megatron_prune.ranks import disk_fault, from_leader
 
 
 class Resumable(Protocol):

@@ -17,15 +17,16 @@ from typing import Literal
 import torch
 from safetensors.torch import load, save_file
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.decision.masks import MaskInfo
 from megatron_prune.decision.target import parse_any_target
 from megatron_prune.decision.units import BlockUnits, Units
 from megatron_prune.errors import UserError, brief
-from megatron_prune.files import new_folder, refuse_existing, write_json
+from megatron_prune.files import new_folder, write_json
 from megatron_prune.foreign import fenced, names, read_format, read_regular, strict
+from megatron_prune.model.config_json import LARGEST
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import ModelConfig
-from megatron_prune.model.family import LARGEST
 from megatron_prune.schema import Above0, Sha256
 
 FILE = "trim.json"

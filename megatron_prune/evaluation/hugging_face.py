@@ -9,11 +9,11 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
-from megatron_prune.config import Parallelism
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.convert import HFReader
+from megatron_prune.option_groups import Parallelism
 
 
 def open_alone(name: str | Path, layout: Parallelism) -> HFReader:

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from megatron_prune.data.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.errors import UserError
-from megatron_prune.files import from_leader, together
 from megatron_prune.kernels.products import fast_products
 from megatron_prune.log import progress
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.forward import sequence_parts
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.ranks import from_leader, together
 
 LOGITS = 1 << 24
 """Logits that are in memory at once, 64 MiB of them in float32."""

@@ -17,12 +17,13 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
-from megatron_prune.files import new_file, refuse_existing, write_result
+from megatron_prune.files import new_file, write_result
 from megatron_prune.log import environment, say
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model

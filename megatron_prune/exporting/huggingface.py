@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import auto_map, code_file
-from megatron_prune.files import new_folder, refuse_existing
+from megatron_prune.files import new_folder
 from megatron_prune.model.families import ModelConfig, get_family
 
 _MAX_SHARD_BYTES = 5_000_000_000

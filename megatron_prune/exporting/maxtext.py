@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.decision.masks import Masks, pack_mask, prunable_shapes, unpack_mask
@@ -29,7 +30,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import form_of
 from megatron_prune.exporting.huggingface import write_hf
 from megatron_prune.exporting.padding import padded
-from megatron_prune.files import new_folder, refuse_existing
+from megatron_prune.files import new_folder
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.folder import write_settings
 from megatron_prune.model.families import ModelConfig, check_exportable, get_family

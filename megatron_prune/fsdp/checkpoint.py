@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from megatron_prune.files import checksum, from_leader
+from megatron_prune.files import checksum
 from megatron_prune.model.checkpoint import ShardedSave, read_safely, refusal
 from megatron_prune.model.untrusted import TableReader, ValuePlanner
+from megatron_prune.ranks import from_leader
 
 
 class FsdpSave(ShardedSave):

@@ -15,10 +15,10 @@ from megatron_prune.config import TrainConfig
 from megatron_prune.decision.source import ModelSource
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.huggingface import write_hf
-from megatron_prune.files import together
 from megatron_prune.fsdp.checkpoint import FsdpSave, load_fsdp
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros, check_model
 from megatron_prune.fsdp.trainer import FsdpTrainer, Objective
+from megatron_prune.ranks import together
 from megatron_prune.training.recovery import Weighting
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.throughput import forward_flops

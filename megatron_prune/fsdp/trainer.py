@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
-from megatron_prune.config import Training
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros, local
+from megatron_prune.option_groups import Training
 from megatron_prune.training.loop import Samples, StepResult, check_loss, check_norm, make_scheduler, micro_batches
 from megatron_prune.training.losses import divergence, hidden_distance, next_token
 from megatron_prune.training.recovery import Weighting, teacher_layer

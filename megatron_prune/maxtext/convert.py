@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.errors import UserError
-from megatron_prune.files import refuse_existing
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.folder import TOKENIZER, Folder, read_weights, write_folder
 from megatron_prune.maxtext.hf import HFDirectory, write_directory

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_prune.claims import claimed
 from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.errors import UserError
-from megatron_prune.files import claimed
 from megatron_prune.kernels import definition
 from megatron_prune.kernels.definition import linear_schedule, pattern_table
 from megatron_prune.maxtext import layout

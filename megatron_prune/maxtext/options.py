@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from megatron_prune.config import Training, check_schedule
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import MAX_M
+from megatron_prune.option_groups import Training, check_schedule
 from megatron_prune.options import REQUIRED, MayExist, Options, option, same_as
 
 

@@ -6,7 +6,7 @@ from megatron_prune.decision.cost import budgeted
 from megatron_prune.decision.target import NM, Budget, Shape, StructuredTarget, Target
 from megatron_prune.errors import UserError
 from megatron_prune.model.families import get_family
-from megatron_prune.model.family import ModelConfig
+from megatron_prune.model.sizes import ModelConfig
 
 
 def check_target(config: ModelConfig, target: Target | StructuredTarget) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_prune.decision.target import Budget, Shape, StructuredTarget
 from megatron_prune.decision.units import Units, heads_of
 from megatron_prune.errors import UserError
-from megatron_prune.files import from_leader
 from megatron_prune.methods.base import STATISTICS, PruningMethod, hyperparameter
+from megatron_prune.ranks import from_leader
 
 if TYPE_CHECKING:
     from megatron_prune.methods.base import Workbench

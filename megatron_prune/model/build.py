@@ -44,12 +44,12 @@ from megatron_prune.errors import UserError
 from megatron_prune.model import blocks as block_list
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.blocks import Block
-from megatron_prune.model.family import ModelConfig, rotary_channels
 from megatron_prune.model.masked_linear import (
     MaskedColumnParallelLinear,
     MaskedGatedLinear,
     MaskedRowParallelLinear,
 )
+from megatron_prune.model.sizes import ModelConfig, rotary_channels
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Compute and parameter types a model may have here."""

@@ -33,14 +33,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, checksum, new_folder, write_json, writing
+from megatron_prune.files import checksum, new_folder, write_json, writing
 from megatron_prune.foreign import quiet, read_json, reason
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import Description, read_description
-from megatron_prune.model.family import ModelConfig
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.model.untrusted import CommonStrategy, TableStrategy, causes, check_format, read_table
+from megatron_prune.ranks import by_leader
 from megatron_prune.schema import Bytes, Crc32, RelativeName
 
 MOST_PADDING = 4096

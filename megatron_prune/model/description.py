@@ -16,7 +16,8 @@ from megatron_prune.files import write_json
 from megatron_prune.foreign import read_format, strict
 from megatron_prune.model import given
 from megatron_prune.model.families import get_family
-from megatron_prune.model.family import ModelConfig, check_config
+from megatron_prune.model.family import check_config
+from megatron_prune.model.sizes import ModelConfig
 
 FORMAT = 1
 

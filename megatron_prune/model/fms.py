@@ -27,9 +27,9 @@ from typing_extensions import TypedDict
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import read_json
 from megatron_prune.model import carried
+from megatron_prune.model.config_json import LARGEST, LARGEST_NUMBER
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.model.family import LARGEST, LARGEST_NUMBER
 from megatron_prune.model.stored import read_entries
 
 CONFIG = "fms_config.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
-from megatron_prune.config import Parallelism
+from megatron_prune.option_groups import Parallelism
 
 
 def layout_of(parallelism: Parallelism) -> backend.Layout:

@@ -16,7 +16,8 @@ from typing import Any
 from megatron_prune.errors import UserError, brief, shown
 from megatron_prune.foreign import read_json
 from megatron_prune.model import quantised
-from megatron_prune.model.family import Family, ModelConfig
+from megatron_prune.model.family import Family
+from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.model.stored import Entry
 
 ADAPTER = "adapter_config.json"

@@ -28,10 +28,11 @@ from torch import Tensor
 
 from megatron_prune.decision.units import BlockUnits, all_of_block, channels_of, heads_of
 from megatron_prune.errors import UserError
-from megatron_prune.files import by_leader, from_leader, own_file, together, write_json
+from megatron_prune.files import own_file, write_json
 from megatron_prune.foreign import fenced, read_json
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.prunable import FC2, PROJECTION
+from megatron_prune.ranks import by_leader, from_leader, together
 from megatron_prune.statistics.channels import Gram
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.reconstruction import Reconstruction, groups_to_keep, heads_to_keep

@@ -15,11 +15,11 @@ import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before m
 import torch
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.log import say
 from megatron_prune.model.forward import sequence_parts
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
 from megatron_prune.search.candidates import draw_windows, put, silence
 from megatron_prune.search.evolution import Stage
 from megatron_prune.search.fitness import Genome, divergence_sums, divergences

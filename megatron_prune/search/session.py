@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from megatron_prune.errors import UserError, brief
-from megatron_prune.files import by_leader, from_leader, write_json
+from megatron_prune.files import write_json
 from megatron_prune.foreign import read_json
 from megatron_prune.log import MetricsLog, progress, read_metrics, say
+from megatron_prune.ranks import by_leader, from_leader
 from megatron_prune.schema import Number, Word
 from megatron_prune.search.candidates import draw_windows
 from megatron_prune.search.evolution import Generation, Space

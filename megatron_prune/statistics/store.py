@@ -20,10 +20,12 @@ from pydantic import with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from megatron_prune.claims import PARTIAL
 from megatron_prune.errors import UserError
-from megatron_prune.files import PARTIAL, by_leader, from_leader, own_file, write_json
+from megatron_prune.files import own_file, write_json
 from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.ranks import by_leader, from_leader
 from megatron_prune.schema import Count, Word
 from megatron_prune.tensor_files import read_tensors, write_tensors
 

@@ -24,10 +24,11 @@ import torch.distributed as dist
 import megatron_prune.backend as backend
 from megatron_prune.decision.run_folder import Step
 from megatron_prune.errors import UserError
-from megatron_prune.files import abandon_folder, begin_folder, by_leader, from_leader, publish_folder, write_json
+from megatron_prune.files import abandon_folder, begin_folder, publish_folder, write_json
 from megatron_prune.foreign import read_json
 from megatron_prune.log import METRICS, say
 from megatron_prune.model.checkpoint import ShardedSave, damage_of, write_manifest
+from megatron_prune.ranks import by_leader, from_leader
 
 LATEST = "latest.json"
 DESCRIPTION = "checkpoint.json"

@@ -34,11 +34,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.model import context
 from megatron_prune.model.forward import sequence_parts, window_losses
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
 from megatron_prune.training.state import load_training_state, training_state, use_fused_kernel
 
 

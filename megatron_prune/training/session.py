@@ -16,13 +16,13 @@ import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before m
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.data.domains import DomainWindows
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced
 from megatron_prune.log import MetricsLog, device_names, say
 from megatron_prune.model.checkpoint import ShardedSave, load_sharded
 from megatron_prune.model.families import ModelConfig
+from megatron_prune.option_groups import Training
 from megatron_prune.training.checkpoints import Checkpoints, read_about
 from megatron_prune.training.loop import Samples, StepResult, Steps
 from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, largest

@@ -13,11 +13,11 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.decision.target import Shape
 from megatron_prune.decision.units import Units
-from megatron_prune.files import from_leader
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
+from megatron_prune.ranks import from_leader
 from megatron_prune.training import hard_concrete
 from megatron_prune.training.gates import Gates, fold
 from megatron_prune.training.loop import Samples, StepResult, Steps, Trainer

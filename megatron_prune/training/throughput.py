@@ -24,7 +24,7 @@ import resource
 import torch
 
 from megatron_prune.model.families import get_family
-from megatron_prune.model.family import ModelConfig, dimensions
+from megatron_prune.model.sizes import ModelConfig, dimensions
 
 TERA = 10**12
 GIB = 2**30

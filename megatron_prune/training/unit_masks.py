@@ -22,7 +22,7 @@ from megatron_prune.decision.target import Shape
 from megatron_prune.decision.units import BlockUnits, Units, all_of_block
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.selection import keep_largest
-from megatron_prune.model.family import ModelConfig
+from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.training import hard_concrete
 
 KINDS = ("layer", "hidden", "group", "head", "ffn")

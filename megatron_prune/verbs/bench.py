@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import BenchConfig
 from megatron_prune.decision.masks import prunable_shapes
 from megatron_prune.decision.target import NM
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.verify import projections
 from megatron_prune.exporting.padding import in_transformers
-from megatron_prune.files import refuse_existing, write_result
+from megatron_prune.files import write_result
 from megatron_prune.log import device_names, environment, progress, say
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.convert import HFReader

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.evaluation.perplexity import perplexity
-from megatron_prune.files import refuse_existing, write_result
+from megatron_prune.files import write_result
 
 
 def run(config: EvaluateConfig) -> None:

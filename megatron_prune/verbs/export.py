@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_file import save_mask_npz
 from megatron_prune.decision.masks import Masks
@@ -11,13 +12,13 @@ from megatron_prune.decision.run_folder import decision_of
 from megatron_prune.exporting.forms import costs, form_of
 from megatron_prune.exporting.huggingface import write_directory, write_hf
 from megatron_prune.exporting.padding import padded
-from megatron_prune.files import by_leader, refuse_existing
 from megatron_prune.log import say
 from megatron_prune.model import fms
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import read_description
 from megatron_prune.model.families import check_exportable, get_family
 from megatron_prune.model.layout import layout_of
+from megatron_prune.ranks import by_leader
 
 
 def run(config: ExportConfig) -> None:

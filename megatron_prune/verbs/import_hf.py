@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import ImportConfig
 from megatron_prune.data.tokenizer import has_tokenizer
 from megatron_prune.data.tokenizer_files import check_tokenizer_files
 from megatron_prune.decision.source import read_hf
 from megatron_prune.exporting.preflight import check_export
-from megatron_prune.files import refuse_existing
 from megatron_prune.log import say
 from megatron_prune.model.checkpoint import compute_dtype, save_model
 from megatron_prune.model.convert import HFReader

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import LatencyConfig
 from megatron_prune.decision.source import open_model
 from megatron_prune.errors import UserError
-from megatron_prune.files import refuse_existing
 from megatron_prune.log import say
 from megatron_prune.search.latency import measure
 

@@ -33,7 +33,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from megatron_prune.config import Parallelism, PlanConfig, Training
+from megatron_prune.config import PlanConfig
 from megatron_prune.decision.target import NM, parse_target
 from megatron_prune.errors import UserError
 from megatron_prune.files import write_result
@@ -43,8 +43,10 @@ from megatron_prune.methods.base import check_learnable
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
-from megatron_prune.model.family import ModelConfig, WeightMap, dimensions, rotary_channels
+from megatron_prune.model.family import WeightMap
 from megatron_prune.model.given import wrong
+from megatron_prune.model.sizes import ModelConfig, dimensions, rotary_channels
+from megatron_prune.option_groups import Parallelism, Training
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of an element of a model; one in float16 is imported as bfloat16."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch.distributed as dist
 
-from megatron_prune.config import PruneConfig, Training
+from megatron_prune.config import PruneConfig
 from megatron_prune.decision.masks import Kept
 from megatron_prune.decision.resume import (
     begun,
@@ -34,6 +34,7 @@ from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.layout import layout_of
+from megatron_prune.option_groups import Training
 from megatron_prune.options import flag, flatten
 from megatron_prune.training.stopping import Stopped, StopRequest
 from megatron_prune.workbench import DECISION, WEIGHTS, Workbench

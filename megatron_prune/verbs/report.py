@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import ReportConfig
 from megatron_prune.errors import UserError
-from megatron_prune.files import new_file, refuse_existing
+from megatron_prune.files import new_file
 from megatron_prune.log import say
 from megatron_prune.reporting.collect import collect
 from megatron_prune.reporting.report import render

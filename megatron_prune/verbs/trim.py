@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import TrimConfig
 from megatron_prune.decision.pruned import load_pruned
 from megatron_prune.decision.run_folder import read_run
-from megatron_prune.files import refuse_existing
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.layout import layout_of
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+from megatron_prune.claims import refuse_existing
 from megatron_prune.config import VerifyConfig
 from megatron_prune.evaluation.verify import verify
-from megatron_prune.files import refuse_existing, write_result
+from megatron_prune.files import write_result
 from megatron_prune.foreign import names
 from megatron_prune.log import say
 

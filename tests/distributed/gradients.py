@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
 from megatron_prune.training.loop import Trainer
 from megatron_prune.training.recovery import RecoveryLoss, Weighting
 

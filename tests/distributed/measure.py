@@ -19,10 +19,10 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from megatron_prune.config import Parallelism, Training
 from megatron_prune.decision.source import open_model
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.masked_linear import MaskDraw
+from megatron_prune.option_groups import Parallelism, Training
 from megatron_prune.training.loop import RECOMPUTE, Trainer
 
 

@@ -172,10 +172,10 @@ def test_masked_linears_do_not_use_fused_weight_gradients() -> None:
 
 def test_mask_logits_are_a_parameter_group_of_their_own() -> None:
     """megatron-core tells groups apart by weight-decay and learning-rate multipliers when it loads a checkpoint."""
-    from megatron_prune.config import Training
     from megatron_prune.model.build import build_model
     from megatron_prune.model.masked_linear import MaskDraw
     from megatron_prune.model.prunable import PrunableModel
+    from megatron_prune.option_groups import Training
     from megatron_prune.training.loop import Trainer
 
     with backend.running(backend.Layout()):

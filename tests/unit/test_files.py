@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from megatron_prune import files
+from megatron_prune import claims, files
 from megatron_prune.__main__ import VERBS, main
+from megatron_prune.claims import LOCK, claimed
 from megatron_prune.errors import DiskFault, UserError
-from megatron_prune.files import LOCK, cached_folder, claimed, new_file, new_folder, own_file, write_json, write_result
+from megatron_prune.files import cached_folder, new_file, new_folder, own_file, write_json, write_result
 from tests.models import byte_tokenizer, tiny_llama, words
 
 
@@ -296,7 +297,7 @@ def test_the_lock_beside_a_whole_output_goes_when_that_is_refused(tmp_path: Path
     """Of a run that was killed behind giving its output its name; that of a living one stays."""
 
     def finish() -> None:
-        files.claim(tmp_path / "x")
+        claims.claim(tmp_path / "x")
         (tmp_path / "x").mkdir()
 
     die_in(finish)

@@ -64,7 +64,7 @@ def test_a_mistake_that_both_see_is_told_once(root: Path, late: str, late_s: flo
 
 def test_a_mistake_of_one_is_told_and_the_lost_connection_is_not(root: Path) -> None:
     """Process 0 alone sees that another run has the output; process 1 waits for it in vain."""
-    from megatron_prune.files import claimed
+    from megatron_prune.claims import claimed
 
     with claimed(root / "x"):
         words = ["--input", str(root / "hf"), "--output", str(root / "x")]

@@ -202,7 +202,7 @@ def test_resuming_something_else(root: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_an_uneven_batch(root: Path) -> None:
-    from megatron_prune.config import Training
+    from megatron_prune.option_groups import Training
 
     with pytest.raises(UserError, match="multiple of micro batch 2 x 4"):
         Training(global_batch_size=12, micro_batch_size=2).num_microbatches(4)

@@ -18,11 +18,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_prune.__main__ import main
 from megatron_prune.command_line import parse
-from megatron_prune.config import PruneConfig, Training
+from megatron_prune.config import PruneConfig
 from megatron_prune.data import indexed
 from megatron_prune.data.blend import HELD_OUT, TRAIN, Blend, BlendWindows, parse_blend
 from megatron_prune.data.training import held_out_windows, training_windows
 from megatron_prune.errors import UserError
+from megatron_prune.option_groups import Training
 from tests.models import byte_tokenizer, tiny_llama
 
 SEQ, VOCAB = 7, 1000

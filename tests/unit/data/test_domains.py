@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_prune.config import Training
 from megatron_prune.data.domains import SMOOTHING, Domain, DomainWindows, reweighed
 from megatron_prune.data.training import training_windows
 from megatron_prune.errors import UserError
+from megatron_prune.option_groups import Training
 from tests.models import byte_tokenizer, tiny_llama, words
 
 TARGETS = {"code": 1.0, "books": 2.0, "web": 3.0}

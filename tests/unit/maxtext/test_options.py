@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.command_line import parse
-from megatron_prune.config import Training
 from megatron_prune.errors import UserError
 from megatron_prune.maxtext.__main__ import VERBS, main
 from megatron_prune.maxtext.folder import DESCRIPTION, Folder, newest_step
@@ -18,6 +17,7 @@ from megatron_prune.maxtext.learn import KEPT
 from megatron_prune.maxtext.options import LearnConfig, TrainConfig
 from megatron_prune.maxtext.train import data_settings, last_of_each, users_settings
 from megatron_prune.methods.maskllm import MaskLLM
+from megatron_prune.option_groups import Training
 from megatron_prune.options import entries, flag
 from tests.unit.maxtext.test_layout import config
 

@@ -11,11 +11,11 @@ import pytest
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
-from megatron_prune.config import Calibration
 from megatron_prune.decision.source import open_model
 from megatron_prune.decision.target import NM
 from megatron_prune.methods.base import get_method
 from megatron_prune.model.prunable import LINEARS
+from megatron_prune.option_groups import Calibration
 from megatron_prune.statistics import walk
 from megatron_prune.statistics.activations import InputNorm
 from megatron_prune.statistics.runner import Runner

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_prune.__main__ import main
 from megatron_prune.command_line import parse
-from megatron_prune.config import PruneConfig, TrainConfig, Training
+from megatron_prune.config import PruneConfig, TrainConfig
 from megatron_prune.data.training import first_windows, held_out_windows
 from megatron_prune.decision.pruned import cut
 from megatron_prune.decision.source import open_model
@@ -30,6 +30,7 @@ from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import family_of
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
 from megatron_prune.training import hard_concrete
 from megatron_prune.training.gates import Gates, fold
 from megatron_prune.training.loop import Trainer

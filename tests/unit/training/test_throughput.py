@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import megatron_prune.backend as backend
 from megatron_prune.__main__ import main
-from megatron_prune.config import Training
 from megatron_prune.decision.source import open_model
 from megatron_prune.log import read_metrics
 from megatron_prune.model.masked_linear import MaskDraw
+from megatron_prune.option_groups import Training
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import Trainer
 from megatron_prune.training.throughput import GIB, flops_per_token, known_peak_tflops, peak_memory, speed

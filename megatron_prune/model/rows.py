@@ -1,0 +1,118 @@
+"""Rows that the tables of several families share, and keys that config.json files of LLaMA's kind share."""
+
+from __future__ import annotations
+
+from megatron_prune.model.family import WeightPattern
+
+HF = "model.layers.{layer}."
+MEGATRON = "decoder.layers.{layer}."
+EMBEDDING = WeightPattern(
+    "embedding.word_embeddings.weight",
+    {"model.embed_tokens.weight": ("vocab", "hidden")},
+    shard_dim=0,
+    pad_rows=True,
+)
+INPUT_NORM = WeightPattern(
+    MEGATRON + "input_layernorm.weight",
+    {HF + "input_layernorm.weight": ("hidden",)},
+)
+QKV = WeightPattern(
+    MEGATRON + "self_attention.linear_qkv.weight",
+    {
+        HF + "self_attn.q_proj.weight": ("query", "hidden"),
+        HF + "self_attn.k_proj.weight": ("key_value", "hidden"),
+        HF + "self_attn.v_proj.weight": ("key_value", "hidden"),
+    },
+    transform="qkv",
+    shard_dim=0,
+    shard_unit="group_rows",
+    prunable=True,
+)
+QKV_BIAS = WeightPattern(
+    MEGATRON + "self_attention.linear_qkv.bias",
+    {
+        HF + "self_attn.q_proj.bias": ("query",),
+        HF + "self_attn.k_proj.bias": ("key_value",),
+        HF + "self_attn.v_proj.bias": ("key_value",),
+    },
+    transform="qkv",
+    shard_dim=0,
+    shard_unit="group_rows",
+)
+QUERY_NORM = WeightPattern(
+    MEGATRON + "self_attention.q_layernorm.weight",
+    {HF + "self_attn.q_norm.weight": ("head",)},
+)
+KEY_NORM = WeightPattern(
+    MEGATRON + "self_attention.k_layernorm.weight",
+    {HF + "self_attn.k_norm.weight": ("head",)},
+)
+PROJECTION = WeightPattern(
+    MEGATRON + "self_attention.linear_proj.weight",
+    {HF + "self_attn.o_proj.weight": ("hidden", "query")},
+    shard_dim=1,
+    shard_unit="group_inputs",
+    prunable=True,
+)
+MLP_NORM = WeightPattern(
+    MEGATRON + "pre_mlp_layernorm.weight",
+    {HF + "post_attention_layernorm.weight": ("hidden",)},
+)
+GATE_UP = WeightPattern(
+    MEGATRON + "mlp.linear_fc1.weight",
+    {
+        HF + "mlp.gate_proj.weight": ("ffn", "hidden"),
+        HF + "mlp.up_proj.weight": ("ffn", "hidden"),
+    },
+    transform="gated",
+    shard_dim=0,
+    prunable=True,
+)
+UP = WeightPattern(
+    MEGATRON + "mlp.linear_fc1.weight",
+    {HF + "mlp.up_proj.weight": ("ffn", "hidden")},
+    shard_dim=0,
+    prunable=True,
+)
+DOWN = WeightPattern(
+    MEGATRON + "mlp.linear_fc2.weight",
+    {HF + "mlp.down_proj.weight": ("hidden", "ffn")},
+    shard_dim=1,
+    prunable=True,
+)
+FINAL_NORM = WeightPattern("decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)})
+OUTPUT = WeightPattern(
+    "output_layer.weight",
+    {"lm_head.weight": ("vocab", "hidden")},
+    shard_dim=0,
+    pad_rows=True,
+    untied_only=True,
+)
+LLAMA_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "layernorm_epsilon": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+LLAMA_DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+NO_BIAS = {"attention_bias": (False, None), "mlp_bias": (False, None)}
+GATED_SILU = {"hidden_act": ("silu",)}
+ROTARY_TABLES = ("model.layers.*.self_attn.rotary_emb.*", "model.rotary_emb.*")
+
+
+def norm_bias(norm: WeightPattern) -> WeightPattern:
+    """The row of the bias beside a norm's gain."""
+    names = {name.removesuffix("weight") + "bias": shape for name, shape in norm.hf.items()}
+    return WeightPattern(norm.megatron.removesuffix("weight") + "bias", names)

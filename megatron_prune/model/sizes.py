@@ -1,0 +1,168 @@
+"""Sizes and constants of one model, in Megatron's names.
+
+Symbolic sizes of the families' tables (``dimensions`` gives the numbers):
+``vocab``, ``positions``, ``hidden``, ``ffn``, ``head`` = kv_channels, ``query`` = heads * kv_channels,
+``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value, ``group_rows`` = rows of one query group in
+linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj. Those of a layer are that layer's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from megatron_prune.errors import UserError
+from megatron_prune.foreign import strict
+from megatron_prune.model.blocks import Block, widest
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of one model, in Megatron's names, with the config.json they came from."""
+
+    __pydantic_config__ = strict()
+
+    family: str
+    """Name of the family in ``FAMILIES``."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Width of the MLP (of one of gate and up when it is gated)."""
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads; divides num_attention_heads."""
+    kv_channels: int
+    """Width of one head; need not be hidden_size / num_attention_heads."""
+    vocab_size: int
+    """Without padding."""
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    """0 when positions are learned."""
+    rope_scaling: dict[str, Any] | None = field(hash=False)
+    """None, or the four llama3 keys of Hugging Face plus ``rope_type``: ``llama3``."""
+    tie_word_embeddings: bool
+    dtype: str
+    """One of bfloat16, float16, float32."""
+    hf_config: dict[str, Any] = field(hash=False, repr=False)
+    """The config.json this came from, verbatim."""
+    activation: str = "silu"
+    """Of the MLP, by its name in transformers."""
+    gated: bool = True
+    """The MLP multiplies activation(gate) with up."""
+    normalization: Literal["RMSNorm", "LayerNorm", "LayerNorm1P"] = "RMSNorm"
+    """LayerNorm1P stores its gain minus one."""
+    linear_bias: bool = False
+    """Every linear layer of the decoder has a bias."""
+    qkv_bias: bool = False
+    """The query, key and value projections have one."""
+    qk_layernorm: bool = False
+    """Queries and keys are normalised, head by head, before the rotation."""
+    position_embedding: Literal["rope", "learned"] = "rope"
+    rotary_percent: float = 1.0
+    """Share of a head, from its first channel on, that is rotated."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself included; None: all before it."""
+    blocks: tuple[Block, ...] | None = None
+    """Sizes of each layer where they differ, as `with_blocks` sets them; then the heads, groups and ffn above are those
+    of the smallest layer that holds them all. None: they are every layer's."""
+
+    def __post_init__(self) -> None:
+        if self.blocks is None:
+            return
+        if len(self.blocks) != self.num_layers or self._layer_sizes() != widest(self.blocks):
+            raise ValueError("the sizes of the layers contradict those of the model; set them by with_blocks")
+
+    def _layer_sizes(self) -> Block:
+        return Block(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
+
+    @property
+    def gain_offset(self) -> float:
+        """What a norm adds to its stored gain before use."""
+        return 1.0 if self.normalization == "LayerNorm1P" else 0.0
+
+    @property
+    def centred_norm(self) -> bool:
+        """Whether norms take off the mean of their channels, and divide by the standard deviation."""
+        return self.normalization != "RMSNorm"
+
+    def block(self, layer: int | None) -> Block:
+        """Sizes of a layer; of the widest without a number."""
+        return self._layer_sizes() if self.blocks is None or layer is None else self.blocks[layer]
+
+    def with_blocks(self, blocks: Sequence[Block]) -> ModelConfig:
+        """The model with these layers, one entry for each; ``blocks`` stays None when all are alike and whole.
+
+        UserError when no layer keeps its attention, or none its MLP.
+        """
+        most = widest(blocks)
+        for what, count in (("attention", most.num_attention_heads), ("MLP", most.ffn_hidden_size)):
+            if not count:
+                raise UserError(f"no layer keeps its {what}; at least one of the {len(blocks)} must")
+        sizes = {name: getattr(most, name) for name in Block.__dataclass_fields__}
+        different = None if set(blocks) == {most} else tuple(blocks)
+        return replace(self, num_layers=len(blocks), blocks=different, **sizes)
+
+    def check_length(self, length: int) -> None:
+        """UserError when a sequence is longer than the learned position embeddings."""
+        if self.position_embedding == "learned" and length > self.max_position_embeddings:
+            raise UserError(
+                f"sequences of {length} tokens were asked for and the model has learned positions for "
+                f"{self.max_position_embeddings}: use {self.max_position_embeddings} or less"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able copy; ``from_dict`` inverts it."""
+        values = copy.deepcopy(asdict(self))
+        if self.blocks is None:
+            del values["blocks"]  # as configs of uniform models have always been written
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """The config that ``to_dict`` wrote; UserError names missing and unknown fields."""
+        names = {item.name for item in fields(cls)}
+        needed = {item.name for item in fields(cls) if item.default is MISSING}
+        if not needed <= set(values) <= names:
+            raise UserError(
+                f"model config has unknown fields {sorted(set(values) - names)} and lacks "
+                f"{sorted(needed - set(values))}; was it written by another version?"
+            )
+        given = copy.deepcopy(dict(values))
+        if given.get("blocks") is not None:
+            given["blocks"] = tuple(Block(**block) for block in given["blocks"])
+        return cls(**given)
+
+    def fingerprint(self) -> str:
+        """sha256 of the sizes and constants (not of hf_config): equal for models whose tensors are
+        interchangeable.
+        """
+        values = {key: value for key, value in self.to_dict().items() if key != "hf_config"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
+    """Numbers for the symbolic sizes of the tables, in a layer, or without its number in the widest one."""
+    block = config.block(layer)
+    return {
+        "one": 1,
+        "vocab": config.vocab_size,
+        "positions": config.max_position_embeddings,
+        "hidden": config.hidden_size,
+        "ffn": block.ffn_hidden_size,
+        "head": config.kv_channels,
+        "query": block.num_attention_heads * config.kv_channels,
+        "key_value": block.num_query_groups * config.kv_channels,
+        "qkv": (block.num_attention_heads + 2 * block.num_query_groups) * config.kv_channels,
+        "group_rows": (block.group_heads + 2) * config.kv_channels,
+        "group_inputs": block.group_heads * config.kv_channels,
+    }
+
+
+def rotary_channels(config: ModelConfig) -> int:
+    """Channels of a head that are rotated."""
+    return int(config.kv_channels * config.rotary_percent)
