@@ -19,11 +19,11 @@ from typing import Any
 from quality import HERE
 
 from megatron_prune.decision.target import NM
+from megatron_prune.jobs.plan import GIB, Job, plan
 from megatron_prune.model.families import family_of, get_family
 from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.option_groups import Parallelism, Training
 from megatron_prune.training.throughput import PEAK_TFLOPS, TERA, flops_per_token
-from megatron_prune.verbs.plan import GIB, Job, plan
 
 LLAMA2_70B: dict[str, Any] = {
     "model_type": "llama",

@@ -6,6 +6,7 @@ prunes a transformers model in memory. Nothing heavy is imported until one of th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megatron_prune.errors import UserError
@@ -36,7 +37,7 @@ def __getattr__(name: str) -> Any:
         from megatron_prune.in_memory import prune_model
 
         return prune_model
-    if name in __all__:
+    if name in __all__ or (Path(__file__).parent / "verbs" / f"{name}.py").is_file():
         from megatron_prune.api import function
 
         return function(name)

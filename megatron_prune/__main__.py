@@ -1,6 +1,6 @@
 """`megatron-prune VERB` and `python -m megatron_prune VERB`: the table of verbs, and how a run ends.
 
-A verb's module is imported only when the verb runs, so `--help` and a mistyped flag answer at once.
+What a verb works with is imported only when it runs, so `--help` and a mistyped flag answer at once.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"{processes()} processes were started; {argv[0]} takes one: leave torchrun out")
     with _nothing_collected():
         settings = parse(verb.config, argv[1:], prog=f"{PROGRAM} {argv[0]}")
-    module, _, function = verb.function.partition(":")
     with held(settings):
-        with _nothing_collected():
-            work = getattr(importlib.import_module(module), function)
-        return work(settings) or 0
+        if not verb.light:
+            with _nothing_collected():
+                importlib.import_module("megatron_prune.backend")  # PyTorch and megatron-core
+        return 0 if verb.passed(verb.run(settings)) else 1
 
 
 @contextlib.contextmanager

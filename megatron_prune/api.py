@@ -12,7 +12,6 @@ Python allows in the main thread only.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -47,9 +46,8 @@ def function(name: str) -> Callable[..., Any]:
         if verb.alone and processes() > 1:
             raise UserError(f"{processes()} processes were started; {name} takes one")
         settings = parse(verb.config, _words({**dict(zip(required, args, strict=False)), **options}), prog=name)
-        module, _, run = verb.function.partition(":")
         with held(settings):
-            return getattr(importlib.import_module(module), run)(settings)
+            return verb.run(settings)
 
     call.__name__ = call.__qualname__ = name
     call.__module__ = "megatron_prune"

@@ -16,7 +16,6 @@ from megatron_prune.errors import UserError
 from megatron_prune.option_groups import (
     MOST_BATCH,
     MOST_LENGTH,
-    MOST_PROCESSES,
     Calibration,
     Dtype,
     LoRA,
@@ -44,17 +43,6 @@ class PreprocessConfig(Options):
     append_eod: bool = option(False, "end each document with the end-of-text token")
     json_key: str = option("text", "key of the document in a JSON object")
     strict: bool = option(False, "stop at the first bad line instead of counting it")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportConfig(Options):
-    """A Hugging Face checkpoint -> a Megatron checkpoint"""
-
-    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors), or a directory of export's fms form")
-    output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
-    dtype: Dtype | None = option(None, "type of the weights; left out: the source's own")
-    mask: Path | None = option(None, "mask .npz (Hugging Face weight names) applied to the weights")
-    parallelism: Parallelism = group(Parallelism)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +76,6 @@ class PruneConfig(Options):
         super().__post_init__()
         if self.prior is not None and self.initial_logits is not None:
             raise UserError("--prior and --initial-logits given; allowed: one of them, both say where learning starts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig(PruneConfig):
-    """Memory on each process of a mask-learning run, from the same options and YAML as `prune`"""
-
-    output_may_exist: ClassVar[MayExist] = "never"
-
-    input: Path = option(REQUIRED, "Megatron checkpoint, or Hugging Face directory with config.json")
-    output: Path | None = option(None, "JSON file for the result; left out: printed only")  # type: ignore[assignment]
-    processes: int = option(REQUIRED, "processes of the job, over all nodes", at_least=1, at_most=MOST_PROCESSES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,15 +119,6 @@ class TrainConfig(Options):
                 f"--engine fsdp: {names} given; FSDP shards all parameters and their optimizer over all processes and "
                 "trains all of them: leave it out, or use --engine megatron"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrimConfig(Options):
-    """A pruning run -> a released checkpoint: removed weights zero, removed units gone, training state gone"""
-
-    input: Path = option(REQUIRED, "run folder of `prune` or `train`")
-    output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
-    parallelism: Parallelism = group(Parallelism)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,13 +204,6 @@ class VerifyConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig(Options):
-    """What is in a checkpoint, a run folder or a decision"""
-
-    input: Path = option(REQUIRED, "Megatron checkpoint, run folder or decision")
-
-
-@dataclass(frozen=True, kw_only=True)
 class LatencyConfig(Options):
     """Time of a model's attention and MLP at several sizes on this device, for budgets of latency"""
 
@@ -257,21 +218,3 @@ class LatencyConfig(Options):
         9, "rounds over all sizes, of which the median counts, after one that does not", at_least=1, at_most=10**6
     )
     dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig(Options):
-    """One self-contained HTML page of what runs removed and what it cost; RUN... may stand right after the verb"""
-
-    leading: ClassVar[str] = "inputs"
-
-    inputs: tuple[Path, ...] = option(
-        (), "run folders, checkpoints, Hugging Face directories, JSON results of evaluate, verify and bench"
-    )
-    output: Path = option(REQUIRED, "HTML file to write; must not exist")
-    title: str = option("megatron_prune report", "heading of the page")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodsConfig(Options):
-    """The pruning methods, each with its paper, targets and hyper-parameters"""

@@ -71,7 +71,7 @@ def tiny_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **(TINY_SIZES[model_type] | overrides))
+    config = AutoConfig.for_model(model_type, **(TINY_SIZES.get(model_type, {}) | overrides))
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

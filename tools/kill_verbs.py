@@ -39,12 +39,16 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from megatron_prune.__main__ import VERBS, main  # noqa: E402
+from megatron_prune.__main__ import main  # noqa: E402
 from tools.kill_test import curve  # noqa: E402
 
-WORK = ("preprocess", "import", "prune", "train", "trim", "export", "evaluate", "verify")
-"""Verbs whose modules are imported before the first fork."""
-MORE = ("megatron_prune.fsdp.recover", "torch.utils.tensorboard", "megatron_prune.search.evolution")
+MODULES = (
+    *(f"megatron_prune.jobs.{name}" for name in ("import_hf", "prune", "train")),
+    *("megatron_prune.data.preprocess", "megatron_prune.exporting.export", "megatron_prune.search.evolution"),
+    *("megatron_prune.evaluation.perplexity", "megatron_prune.evaluation.verify", "megatron_prune.fsdp.recover"),
+    "torch.utils.tensorboard",
+)
+"""Imported before the first fork: what the verbs work with."""
 CLOCK = ("seconds", "_s", "per_second", ".metadata", "common.pt", "metrics.jsonl")
 """Ends of keys in JSON files that depend on the clock, or are checksums of files that are compared otherwise."""
 POLL_S = 0.002
@@ -251,9 +255,7 @@ def prepare(model: Path, text: Path, inputs: Path) -> None:
 
 def load() -> None:
     """Import what the verbs need."""
-    for name in WORK:
-        importlib.import_module(VERBS[name].function.partition(":")[0])
-    for module in MORE:
+    for module in MODULES:
         importlib.import_module(module)
 
 

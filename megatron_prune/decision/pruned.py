@@ -18,7 +18,10 @@ from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.model import convert
 from megatron_prune.model.build import build_model
+from megatron_prune.model.checkpoint import save_model
+from megatron_prune.model.layout import layout_of
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Parallelism
 
 
 @torch.no_grad()
@@ -92,3 +95,15 @@ def open_source(path: Path) -> ModelSource:
 
     history = {**weights.history, "method": about.method, "target": about.target}
     return replace(weights, load=load, masks=masks.get, history=history)
+
+
+def trim(run: Path, output: Path, parallelism: Parallelism) -> None:
+    """Write the checkpoint `output`: a run's weights with its decision applied, no training state. By all processes."""
+    about = read_run(run)
+    layout = layout_of(parallelism)
+    with backend.running(layout):
+        model, weights = load_pruned(run, layout)
+        history = weights.history
+        if about.method != "train":
+            history = {**history, "method": about.method, "target": about.target}
+        save_model(output, model, history, weights.tokenizer)

@@ -17,14 +17,13 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
-from megatron_prune.claims import refuse_existing
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
-from megatron_prune.files import new_file, write_result
-from megatron_prune.log import environment, say
+from megatron_prune.files import new_file
+from megatron_prune.log import environment
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
@@ -35,12 +34,18 @@ MAXTEXT_TOKENS = 1024
 """In a batch: MaxText's scan over layers copies every weight in each forward pass, which small batches pay often."""
 
 
-def run(config: EvaluateConfig) -> None:
-    """Evaluate `config.input` on `config.tasks`, print the scores and write them where asked."""
+Samples = list[dict[str, Any]]
+"""Answers of models to every item."""
+Evaluated = tuple[dict[str, Any], Samples]
+"""Scores of a model, and its answers to every item."""
+
+
+def evaluate_tasks(config: EvaluateConfig) -> tuple[dict[str, Any], Samples]:
+    """Scores of `config.input` on `config.tasks`, the dense model's before them where one is given, and all answers.
+
+    By all processes.
+    """
     options = config.tasks
-    for path in (config.output, options.samples):
-        if path is not None:
-            refuse_existing(path)
     shared = config.parallelism.context_parallel_size
     if shared > 1:
         raise UserError(
@@ -57,20 +62,14 @@ def run(config: EvaluateConfig) -> None:
     found = [_evaluate(config, model, tasks) for model in models]
     results = [*([dense] if dense else []), *(result for result, _ in found)]
     check_same_items(results)
-    if backend.rank() == 0:
-        for line in table(results):
-            say(line)
-        if config.output is not None:
-            versions = environment()
-            write_result(config.output, {"results": results, "limit": options.limit, "environment": versions})
-        if options.samples is not None:
-            lines = [json.dumps(line) + "\n" for _, samples in found for line in samples]
-            with new_file(options.samples) as partial:
-                partial.write_text("".join(lines), encoding="utf-8")
+    about = {"results": results, "limit": options.limit, "environment": environment()}
+    return about, [line for _, samples in found for line in samples]
 
 
-Evaluated = tuple[dict[str, Any], list[dict[str, Any]]]
-"""Scores of a model, and its answers to every item."""
+def write_samples(path: Path, samples: Samples) -> None:
+    """One line of JSON for each answer, in a new file. By one process."""
+    with new_file(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in samples), encoding="utf-8")
 
 
 def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> Evaluated:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_prune.claims import refuse_existing
 from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.decision.masks import Masks, pack_mask, prunable_shapes, unpack_mask
@@ -56,7 +55,6 @@ def maxtext_python() -> Path:
 
 def export_maxtext(config: ExportConfig) -> None:
     """Write `config.output`. Everything that can be refused is, before the model is loaded."""
-    refuse_existing(config.output)
     source = open_source(config.input)
     stored = source.config
     masks = _masks_of(config.input, source.history)

@@ -20,10 +20,23 @@ import torch.nn.functional as F
 
 from megatron_prune.config import LatencyConfig
 from megatron_prune.decision.latency import SAME, LatencyTable
+from megatron_prune.decision.source import open_model
+from megatron_prune.errors import UserError
 from megatron_prune.log import environment, progress
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.build import DTYPES, rotary, whole_layer, whole_norm
 from megatron_prune.model.families import ModelConfig
+
+
+def measured(config: LatencyConfig) -> tuple[LatencyTable, int]:
+    """A table of `config.input`, and the time of the whole model by it, in microseconds. By one process."""
+    if backend.world_size() > 1:
+        raise UserError(f"{backend.world_size()} processes were started; latency takes one process and one device")
+    model = open_model(config.input).config
+    model.check_length(config.prompt_length)
+    with backend.running(backend.Layout()):
+        table = measure(model, config)
+    return table, table.of(replace(model, dtype=config.dtype or model.dtype))
 
 
 def measure(model: ModelConfig, config: LatencyConfig) -> LatencyTable:

@@ -1,90 +1,55 @@
-"""The table of verbs. A verb's module is imported only when the verb runs, so `--help` answers at once."""
+"""The verbs, one file each: what it takes (options), what does it (calls into the rooms below), what the user reads.
+
+A file here with a `VERB` and a `run` is a command and a function of the Python API. Its head imports options only; the
+rest is imported by `run`, so `--help` and a mistyped flag answer at once.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from megatron_prune import config
 from megatron_prune.options import Options
 
 
-class Verb(NamedTuple):
-    """One command: what configures it, `module:function` that does it, a line of help, and for how many processes."""
+def _always(_result: Any) -> bool:
+    return True
 
+
+@dataclass(frozen=True)
+class Verb:
+    """One command; the function `run(settings)` beside it does the work."""
+
+    name: str
+    """As it is typed."""
     config: type[Options]
-    function: str
+    """What it takes."""
     help: str
+    """A line for the list of verbs."""
+    place: int
+    """In that list, which follows the order of the work."""
     alone: bool = False
     """For one process."""
+    light: bool = False
+    """It begins without PyTorch."""
+    passed: Callable[[Any], bool] = _always
+    """Whether what `run` returns is a success: exit status 0, else 1."""
+    module: Any = None
+    """Its file, once it is found."""
+
+    def run(self, settings: Any) -> Any:
+        """Do it; what it returns is what callers in Python get."""
+        return self.module.run(settings)
 
 
-VERBS = {
-    "preprocess": Verb(
-        config.PreprocessConfig,
-        "megatron_prune.verbs.preprocess:run",
-        "text -> token ids in Megatron's .bin and .idx",
-        alone=True,
-    ),
-    "import": Verb(
-        config.ImportConfig,
-        "megatron_prune.verbs.import_hf:run",
-        "Hugging Face checkpoint -> Megatron checkpoint",
-    ),
-    "prune": Verb(
-        config.PruneConfig, "megatron_prune.verbs.prune:run", "decide which weights stay, by a method from a paper"
-    ),
-    "plan": Verb(
-        config.PlanConfig,
-        "megatron_prune.verbs.plan:run",
-        "memory that learning masks will take on each GPU",
-        alone=True,
-    ),
-    "train": Verb(
-        config.TrainConfig,
-        "megatron_prune.verbs.train:run",
-        "recover a pruned model: text, a teacher, LoRA; zeros stay",
-    ),
-    "trim": Verb(config.TrimConfig, "megatron_prune.verbs.trim:run", "apply a decision: a checkpoint with true zeros"),
-    "export": Verb(
-        config.ExportConfig,
-        "megatron_prune.verbs.export:run",
-        "Megatron checkpoint -> Hugging Face directory, MaxText or masks",
-    ),
-    "evaluate": Verb(
-        config.EvaluateConfig,
-        "megatron_prune.verbs.evaluate:run",
-        "perplexity of a checkpoint on a text, or scores of lm-eval's tasks",
-    ),
-    "verify": Verb(
-        config.VerifyConfig,
-        "megatron_prune.verbs.verify:run",
-        "prove pattern, zeros, density and equal logits",
-    ),
-    "bench": Verb(
-        config.BenchConfig,
-        "megatron_prune.verbs.bench:run",
-        "time an exported 2:4 model, dense against sparse",
-        alone=True,
-    ),
-    "latency": Verb(
-        config.LatencyConfig,
-        "megatron_prune.verbs.latency:run",
-        "time a layer's parts at several sizes, for budgets",
-        alone=True,
-    ),
-    "inspect": Verb(
-        config.InspectConfig,
-        "megatron_prune.verbs.inspect:run",
-        "show what a checkpoint, run or decision holds",
-        alone=True,
-    ),
-    "report": Verb(
-        config.ReportConfig, "megatron_prune.verbs.report:run", "one HTML page of runs and results", alone=True
-    ),
-    "methods": Verb(
-        config.MethodsConfig,
-        "megatron_prune.verbs.methods:run",
-        "list the pruning methods and their options",
-        alone=True,
-    ),
-}
+def _discovered() -> Mapping[str, Verb]:
+    """Every verb whose file is here, by name, in the order of the work."""
+    modules = [importlib.import_module(f"{__name__}.{found.name}") for found in pkgutil.iter_modules(__path__)]
+    found = sorted((replace(module.VERB, module=module) for module in modules), key=lambda verb: verb.place)
+    return {verb.name: verb for verb in found}
+
+
+VERBS = _discovered()

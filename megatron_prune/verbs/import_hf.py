@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
-from megatron_prune.claims import refuse_existing
-from megatron_prune.config import ImportConfig
-from megatron_prune.data.tokenizer import has_tokenizer
-from megatron_prune.data.tokenizer_files import check_tokenizer_files
-from megatron_prune.decision.source import read_hf
-from megatron_prune.exporting.preflight import check_export
-from megatron_prune.log import say
-from megatron_prune.model.checkpoint import compute_dtype, save_model
-from megatron_prune.model.convert import HFReader
-from megatron_prune.model.fms import FmsReader, is_fms
-from megatron_prune.model.layout import layout_of
+from megatron_prune.option_groups import Dtype, Parallelism
+from megatron_prune.options import REQUIRED, Options, group, option
+from megatron_prune.verbs import Verb
 
 
-def run(config: ImportConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(Options):
+    """A Hugging Face checkpoint -> a Megatron checkpoint"""
+
+    input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors), or a directory of export's fms form")
+    output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
+    dtype: Dtype | None = option(None, "type of the weights; left out: the source's own")
+    mask: Path | None = option(None, "mask .npz (Hugging Face weight names) applied to the weights")
+    parallelism: Parallelism = group(Parallelism)
+
+
+VERB = Verb("import", ImportConfig, "Hugging Face checkpoint -> Megatron checkpoint", 20)
+
+
+def run(config: ImportConfig) -> Path:
     """Import `config.input` and write `config.output`."""
-    refuse_existing(config.output)
-    directory = Path(config.input)
-    reader = FmsReader(directory) if is_fms(directory) else HFReader(config.input)
-    check_tokenizer_files(reader.directory)
-    check_export(reader.model_config)
-    compute_dtype(config.dtype or reader.model_config.dtype)
-    if told := reader.left_behind():
-        say(told)
-    if not has_tokenizer(reader.directory):
-        say(f"{reader.directory} has no tokenizer: none comes along, and what reads text will ask for one")
-    layout = layout_of(config.parallelism)
-    with backend.running(layout):
-        model = read_hf(reader, layout, config.dtype, config.mask)
-        source = {"import": str(config.input), "mask": str(config.mask) if config.mask else None}
-        save_model(config.output, model, source, reader.directory)
+    from megatron_prune.jobs.import_hf import import_hf, open_hf
+    from megatron_prune.log import say
+
+    reader, lacking = open_hf(config.input, config.dtype)
+    for line in lacking:
+        say(line)
+    import_hf(reader, config.output, config.parallelism, config.dtype, config.mask, source=config.input)
+    return config.output

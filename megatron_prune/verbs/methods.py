@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from rich.markup import escape
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_prune.config import MethodsConfig
-from megatron_prune.console import PipedConsole
-from megatron_prune.methods.base import MethodInfo, methods
+from megatron_prune.options import Options, flag
+from megatron_prune.verbs import Verb
+
+if TYPE_CHECKING:
+    from megatron_prune.methods.base import MethodInfo
 
 
-def run(config: MethodsConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class MethodsConfig(Options):
+    """The pruning methods, each with its paper, targets and hyper-parameters"""
+
+
+VERB = Verb("methods", MethodsConfig, "list the pruning methods and their options", 140, alone=True, light=True)
+
+
+def run(config: MethodsConfig) -> list[MethodInfo]:
     """Prints the list on standard output."""
-    console = PipedConsole(highlight=False, soft_wrap=True)
-    for info in methods():
+    from megatron_prune.console import PipedConsole
+    from megatron_prune.methods.base import methods
+
+    console, found = PipedConsole(highlight=False, soft_wrap=True), methods()
+    for info in found:
         for line in describe(info):
             console.print(line)
+    return found
 
 
 def describe(info: MethodInfo) -> list[str]:
     """Lines for one method, with rich markup."""
+    from rich.markup import escape
+
     lines = [
         f"[bold]{escape(info.name)}[/bold]  {escape(info.paper)}",
         f"  targets: {escape('; '.join(info.targets))}",
     ]
     for knob in info.hyperparameters:
-        flag = "--" + knob.name.replace("_", "-")
-        lines.append(escape(f"  {flag} {knob.type} (default {knob.default}): {knob.help}"))
+        lines.append(escape(f"  {flag(knob.name)} {knob.type} (default {knob.default}): {knob.help}"))
     return lines

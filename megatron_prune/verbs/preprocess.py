@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_prune.config import PreprocessConfig
-from megatron_prune.data.about import Report
-from megatron_prune.data.preprocess import preprocess
-from megatron_prune.log import say
+from megatron_prune.verbs import Verb
 
+if TYPE_CHECKING:
+    from megatron_prune.data.about import Report
+
+VERB = Verb("preprocess", PreprocessConfig, "text -> token ids in Megatron's .bin and .idx", 10, alone=True, light=True)
 SHOWN = 10
 """Bad lines shown on the console."""
 
 
-def run(config: PreprocessConfig) -> None:
+def run(config: PreprocessConfig) -> Report:
     """Tokenise `config.input` into `config.output`, and say what came of it."""
-    _tell(config.output, preprocess(config))
+    from megatron_prune.data.preprocess import preprocess
+    from megatron_prune.log import say
+
+    report = preprocess(config)
+    for line in told(config.output, report):
+        say(line)
+    return report
 
 
-def _tell(prefix: Path, report: Report) -> None:
-    say(f"{report['documents']} documents, {report['tokens']} tokens ({report['dtype']}) in {prefix}.bin and .idx")
+def told(prefix: Path, report: Report) -> list[str]:
+    """What came of it."""
+    lines = [f"{report['documents']} documents, {report['tokens']} tokens ({report['dtype']}) in {prefix}.bin and .idx"]
     if report["bad_lines"]:
-        say(f"{report['bad_lines']} bad lines left out; {prefix}.json lists them:")
-        for line in report["listed_bad_lines"][:SHOWN]:
-            say(f"  {line}")
+        lines.append(f"{report['bad_lines']} bad lines left out; {prefix}.json lists them:")
+        lines += [f"  {line}" for line in report["listed_bad_lines"][:SHOWN]]
+    return lines

@@ -2,160 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
-import torch.distributed as dist
-
 from megatron_prune.config import PruneConfig
-from megatron_prune.decision.masks import Kept
-from megatron_prune.decision.resume import (
-    begun,
-    check_resume,
-    describe,
-    finished_by_this_launch,
-    goes_on,
-    may_go_on,
-)
-from megatron_prune.decision.run_folder import RunDescription
-from megatron_prune.decision.source import ModelSource, open_model, tell_left
-from megatron_prune.decision.target import LATENCY, Budget, StructuredTarget, Target, parse_any_target
-from megatron_prune.decision.units import Units
-from megatron_prune.errors import UserError
-from megatron_prune.exporting.preflight import check_export, check_result
-from megatron_prune.files import new_folder
-from megatron_prune.log import say
-from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, STATISTICS, PruningMethod, get_method
-from megatron_prune.methods.fit import check_shards, check_target
-from megatron_prune.model.checkpoint import compute_dtype
-from megatron_prune.model.cost import parameters
-from megatron_prune.model.layout import layout_of
-from megatron_prune.option_groups import Training
-from megatron_prune.options import flag, flatten
-from megatron_prune.training.stopping import Stopped, StopRequest
-from megatron_prune.workbench import DECISION, WEIGHTS, Workbench
+from megatron_prune.verbs import Verb
+
+VERB = Verb("prune", PruneConfig, "decide which weights stay, by a method from a paper", 30)
 
 
-def run(config: PruneConfig) -> None:
+def run(config: PruneConfig) -> Path:
     """Prune `config.input` into the run folder `config.output`."""
-    stop = StopRequest(config.training.time_limit)
-    method, target = get_method(config.method, **config.method_options), parse_any_target(config.target)
-    method.accept(target)
-    source = open_model(config.input)
-    target = _with_table(config, target)
-    check_target(source.config, target)
-    check_export(source.config)
-    check_result(source.config, target)
-    compute_dtype(source.config.dtype)
-    tell_left(source)
-    method.check(source.config, target)
-    _refuse_unused(config, method)
-    going_on = may_go_on(config)
-    layout = layout_of(config.parallelism)
-    with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
-        if going_on:
-            config = replace(config, resume=goes_on(config))
-        if config.resume and finished_by_this_launch(config.output, _about(config)):
-            say(f"{config.output} was finished when a process was lost")
-            return
-        work = Workbench(config, source, layout, method, target, stop)
-        with _run_folder(config, work):
-            try:
-                with work:
-                    decision = method.decide(work, target)
-                    work.save(decision)
-            except Stopped as stopped:  # no failure: what there is of the run stays
-                say(f"{stopped}; go on with --resume")
-                return
-            if backend.rank() == 0:
-                describe(work.folder, config, _about(config, "decided"))
-        _tell(config, source, decision)
+    from megatron_prune.jobs.prune import prune
+    from megatron_prune.log import say
 
-
-@contextlib.contextmanager
-def _run_folder(config: PruneConfig, work: Workbench) -> Iterator[None]:
-    """Where the method works: a folder that appears when all is in it, or one that may be gone on with."""
-    if not work.method.resumable:
-        work.prepare()
-        with new_folder(config.output) as work.folder:
-            yield
-        return
-    if config.resume:
-        check_resume(config.output, _about(config))
-        _forget_unfinished_decision(config.output)
-    check_shards(work.config, work.target, work.layout.tensor)
-    work.prepare()
-    with begun(config, _about(config, "learning" if DATA in work.method.needs else "searching")):
-        yield
-
-
-def _with_table(config: PruneConfig, target: Target | StructuredTarget) -> Target | StructuredTarget:
-    """A budget of latency with what it is counted by."""
-    wanted = isinstance(target, Budget) and target.measure == LATENCY
-    if wanted != (config.latency_table is not None):
-        raise UserError(
-            f"target {target} and --latency-table {config.latency_table} were given: {LATENCY}=N goes with "
-            "--latency-table FILE, which `latency` makes, and other targets go without"
-        )
-    if not isinstance(target, Budget) or config.latency_table is None:
-        return target
-    from megatron_prune.decision.latency import LatencyTable
-
-    return replace(target, table=LatencyTable.load(config.latency_table))
-
-
-def _refuse_unused(config: PruneConfig, method: PruningMethod) -> None:
-    """UserError for options that the method has no use for."""
-    used = (*method.needs, *method.takes)
-    if config.statistics and STATISTICS not in used:
-        raise UserError(
-            f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"
-        )
-    if not method.resumable:
-        return
-    given = [] if DATA in used else _training_options(config)
-    options = {PRIOR: ("prior", "initial_logits"), CALIBRATION: ("calibration",)}
-    values = flatten(config)
-    given += [flag(key) for kind, keys in options.items() if kind not in used for key in keys if values[key]]
-    if given:
-        raise UserError(
-            f"{', '.join(given)} was given and method {config.method} has no use for it: leave it out, or see "
-            f"`prune --method {config.method} --help` for the method's own options"
-        )
-    if config.initial_logits and not (config.initial_logits / "checkpoints").is_dir():
-        raise UserError(
-            f"--initial-logits {config.initial_logits} has no checkpoints; give a run of a method that learns, or "
-            "its mask with --prior"
-        )
-
-
-def _training_options(config: PruneConfig) -> list[str]:
-    """Flags of training that were given, but for those that every long run has."""
-    found, usual = flatten(config.training), flatten(Training())
-    return [flag(key) for key, value in found.items() if value != usual[key] and key not in ("seed", "time_limit")]
-
-
-def _forget_unfinished_decision(folder: Path) -> None:
-    """A run that died while it wrote its decision writes it again: it follows from the last checkpoint."""
-    if backend.rank() == 0:
-        for name in (DECISION, WEIGHTS):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    dist.barrier()
-
-
-def _about(config: PruneConfig, state: str = "") -> RunDescription:
-    return RunDescription(str(config.input.resolve()), config.method, str(config.target), state)
-
-
-def _tell(config: PruneConfig, source: ModelSource, decision: Kept | Units) -> None:
-    if isinstance(decision, Kept):
-        kept, size = decision
-        say(f"{config.method} {config.target}: {kept} of {size} weights kept ({kept / size:.4f}), in {config.output}")
-        return
-    before, after = parameters(source.config), parameters(decision.config(source.config))
-    asked = parse_any_target(config.target)
-    say(f"{config.method} {asked}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}")
+    say(prune(config))
+    return config.output

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
-from megatron_prune.claims import refuse_existing
-from megatron_prune.config import TrimConfig
-from megatron_prune.decision.pruned import load_pruned
-from megatron_prune.decision.run_folder import read_run
-from megatron_prune.model.checkpoint import save_model
-from megatron_prune.model.layout import layout_of
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_prune.option_groups import Parallelism
+from megatron_prune.options import REQUIRED, Options, group, option
+from megatron_prune.verbs import Verb
 
 
-def run(config: TrimConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TrimConfig(Options):
+    """A pruning run -> a released checkpoint: removed weights zero, removed units gone, training state gone"""
+
+    input: Path = option(REQUIRED, "run folder of `prune` or `train`")
+    output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
+    parallelism: Parallelism = group(Parallelism)
+
+
+VERB = Verb("trim", TrimConfig, "apply a decision: a checkpoint with true zeros", 60)
+
+
+def run(config: TrimConfig) -> Path:
     """Write the checkpoint `config.output` from the run `config.input`."""
-    refuse_existing(config.output)
-    about = read_run(config.input)
-    layout = layout_of(config.parallelism)
-    with backend.running(layout):
-        model, weights = load_pruned(config.input, layout)
-        history = weights.history
-        if about.method != "train":
-            history = {**history, "method": about.method, "target": about.target}
-        save_model(config.output, model, history, weights.tokenizer)
+    from megatron_prune.decision.pruned import trim
+
+    trim(config.input, config.output, config.parallelism)
+    return config.output

@@ -16,8 +16,8 @@ import torch
 from megatron_prune.__main__ import main
 from megatron_prune.decision.target import NM
 from megatron_prune.errors import UserError
+from megatron_prune.jobs.plan import Job, held, plan, read_config
 from megatron_prune.option_groups import Parallelism, Training
-from megatron_prune.verbs.plan import Job, held, plan, read_config
 from tests.distributed.launch import TIMEOUT_S, must_pass
 from tests.models import tiny_blocks, tiny_llama, tiny_model
 

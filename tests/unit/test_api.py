@@ -110,11 +110,11 @@ def test_the_road_in_python(tmp_path: Path) -> None:
     )
     decision = json.loads((tmp_path / "run" / "decision" / "decision.json").read_text())
     assert decision["hyperparameters"]["percdamp"] == 0.02
-    mp.trim(tmp_path / "run", tmp_path / "small")
+    assert mp.trim(tmp_path / "run", tmp_path / "small") == tmp_path / "small"
     mp.export(tmp_path / "small", tmp_path / "out")
-    mp.evaluate(str(tmp_path / "out"), text=text, window=LENGTH, windows=4, output=tmp_path / "result.json")
-    assert json.loads((tmp_path / "result.json").read_text())["perplexity"] > 1
-    assert not mp.verify(tmp_path / "out", target="2:4")
+    found = mp.evaluate(str(tmp_path / "out"), text=text, window=LENGTH, windows=4, output=tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text()) == found and found["perplexity"] > 1
+    assert mp.verify(tmp_path / "out", target="2:4")["pattern"]["holds"]
     with pytest.raises(mp.UserError, match="already exists"):
         mp.trim(tmp_path / "run", tmp_path / "small")
 
@@ -144,7 +144,7 @@ def test_a_model_in_memory_is_pruned_as_by_the_commands(
     calibrated: dict[str, Any] = {"calibration_samples": SAMPLES, "calibration_seq_length": LENGTH}
     given = {} if method == "magnitude" else {"calibration": [text]}
     mp.prune(hf, tmp_path / "run", method=method, target=target, **given, **calibrated)
-    mp.trim(tmp_path / "run", tmp_path / "small")
+    assert mp.trim(tmp_path / "run", tmp_path / "small") == tmp_path / "small"
     mp.export(tmp_path / "small", tmp_path / "out")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
 
@@ -166,7 +166,7 @@ def test_a_smaller_bfloat16_model_is_the_one_that_the_commands_make(tmp_path: Pa
     """Its rotary frequencies stay in float32, whatever the weights are; so do the caller's random numbers."""
     hf = tiny_model(tmp_path / "hf", "llama", dtype=torch.bfloat16, vocab_size=260)
     mp.prune(hf, tmp_path / "run", method="llm_pruner", target={"num_layers": 1}, **LAYERS, **calibration(tmp_path, hf))
-    mp.trim(tmp_path / "run", tmp_path / "small")
+    assert mp.trim(tmp_path / "run", tmp_path / "small") == tmp_path / "small"
     mp.export(tmp_path / "small", tmp_path / "out")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     model = AutoModelForCausalLM.from_pretrained(hf, attn_implementation="eager")

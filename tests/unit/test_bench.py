@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.__main__ import main
-from megatron_prune.verbs import bench
+from megatron_prune.evaluation import speed as bench
 from tests.models import tiny_llama, tiny_model
 
 FAST = "--prompt-length 8 --new-tokens 2 --repeats 1".split()

@@ -18,10 +18,10 @@ from megatron_prune.__main__ import VERBS, main
 from megatron_prune.command_line import parse
 from megatron_prune.decision.target import NM, parse_any_target
 from megatron_prune.errors import UserError
+from megatron_prune.jobs.plan import held
 from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.methods.base import get_method, methods
 from megatron_prune.options import REQUIRED, Entry, Options, entries, flag
-from megatron_prune.verbs.plan import held
 from tests.hostile import complaint
 
 NUMBERS = (

@@ -9,10 +9,11 @@ import yaml
 
 from megatron_prune.__main__ import VERBS
 from megatron_prune.command_line import parse
-from megatron_prune.config import EvaluateConfig, ImportConfig, PruneConfig
+from megatron_prune.config import EvaluateConfig, PruneConfig
 from megatron_prune.errors import UserError
 from megatron_prune.option_groups import Calibration, Parallelism, Training
 from megatron_prune.options import entries, field_key, flatten, parse_documents, save_yaml
+from megatron_prune.verbs.import_hf import ImportConfig
 
 NEEDED = ["--input", "ckpt", "--output", "run", "--method", "maskllm", "--target", "2:4"]
 

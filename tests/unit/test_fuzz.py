@@ -20,7 +20,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_prune import config as verbs
 from megatron_prune.__main__ import VERBS, main
 from megatron_prune.command_line import parse
 from megatron_prune.data.indexed import open_indexed
@@ -361,5 +360,5 @@ def test_yaml(tmp_path: Path, text: str) -> None:
     read_or_refused(lambda: read_yaml(file, "options"))
     with contextlib.suppress(SystemExit):
         read_or_refused(
-            lambda: parse(verbs.ImportConfig, ["--config", str(file), "--input", "a", "--output", "b"], "p")
+            lambda: parse(VERBS["import"].config, ["--config", str(file), "--input", "a", "--output", "b"], "p")
         )

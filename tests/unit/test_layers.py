@@ -35,7 +35,7 @@ def test_every_import_points_down() -> None:
     ("file", "line", "told"),
     [
         ("kernels/selection.py", "from megatron_prune.decision import target", "megatron_prune.kernels"),
-        ("model/build.py", "def late() -> None:\n    import megatron_prune.verbs.prune", "megatron_prune.model"),
+        ("model/build.py", "def late() -> None:\n    import megatron_prune.jobs.prune", "megatron_prune.model"),
         ("verbs/trim.py", "from megatron_prune.verbs import prune  # noqa", ""),
         ("new_room.py", "", "megatron_prune.new_room"),
     ],

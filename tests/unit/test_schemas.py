@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_prune.__main__ import main
-from megatron_prune.config import InspectConfig, ReportConfig
 from megatron_prune.data.about import read_about as read_text_about
 from megatron_prune.data.about import read_report
 from megatron_prune.decision import run_folder
@@ -33,7 +32,9 @@ from megatron_prune.model.fms import FmsReader
 from megatron_prune.search.levels import Levels
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.checkpoints import read_about
+from megatron_prune.verbs.inspect import InspectConfig
 from megatron_prune.verbs.inspect import run as inspect
+from megatron_prune.verbs.report import ReportConfig
 from megatron_prune.verbs.report import run as report
 from tests.hostile import assert_harmless, complaint
 from tests.models import TINY_SIZES, tiny_llama

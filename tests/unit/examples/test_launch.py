@@ -13,10 +13,11 @@ import pytest
 
 from megatron_prune.__main__ import VERBS
 from megatron_prune.command_line import parse
-from megatron_prune.config import ImportConfig, PruneConfig
+from megatron_prune.config import PruneConfig
 from megatron_prune.decision.target import NM
+from megatron_prune.jobs.plan import GIB, Job, plan
 from megatron_prune.model.families import family_of
-from megatron_prune.verbs.plan import GIB, Job, plan
+from megatron_prune.verbs.import_hf import ImportConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "tools" / "launch.sh"

@@ -13,9 +13,9 @@ from megatron_prune.__main__ import main
 from megatron_prune.decision.target import parse_any_target
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.preflight import check_export, check_result
+from megatron_prune.jobs import prune
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, family_of
-from megatron_prune.verbs import prune
 from tests.models import BLOCKS, TINY_SIZES, byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_prune.config import ImportConfig
 from megatron_prune.data.tokenizer_files import DESCRIPTION, check_tokenizer_files, copy_tokenizer, tokenizer_files
 from megatron_prune.errors import UserError
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import Description, read_description
-from megatron_prune.verbs.import_hf import run
+from megatron_prune.verbs.import_hf import ImportConfig, run
 from tests.models import byte_tokenizer, tiny_llama
 
 CARRIED = {

@@ -1,0 +1,214 @@
+"""What 2:4 sparsity brings an exported Hugging Face model on this machine.
+
+The model runs as transformers runs it (eager), first dense, then with every pruned weight in PyTorch's compressed 2:4
+form (torch.sparse.to_sparse_semi_structured). Prefill (the prompt in one pass) and decode (one token at a time, from
+the cache) are timed apart: long prompts are bound by arithmetic, single tokens by memory and by launches. Where the
+processor has no 2:4 kernels, one line says so and only the dense figures are taken.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+from torch import Tensor
+from torch.sparse import to_sparse_semi_structured
+
+from megatron_prune.config import BenchConfig
+from megatron_prune.decision.masks import prunable_shapes
+from megatron_prune.decision.target import NM
+from megatron_prune.errors import UserError
+from megatron_prune.evaluation.verify import projections
+from megatron_prune.exporting.padding import in_transformers
+from megatron_prune.log import device_names, environment, progress
+from megatron_prune.model.checkpoint import compute_dtype
+from megatron_prune.model.convert import HFReader
+from megatron_prune.model.description import is_checkpoint
+from megatron_prune.model.families import get_family
+
+KERNELS_FROM = (8, 0)
+"""First compute capability of NVIDIA GPUs that multiplies 2:4 matrices."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model at one batch size; the best of the repeats."""
+
+    batch_size: int
+    prefill_s: float
+    """Seconds for the whole batch of prompts."""
+    prefill_tokens_per_s: float
+    decode_s_per_token: float
+    """Seconds for one new token of every sequence of the batch."""
+    decode_tokens_per_s: float
+    peak_bytes: int
+    """Memory at its highest: the GPU allocator's, or on a CPU the process's so far."""
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Figures of `config.input`, dense and, where there are kernels, in 2:4 form; UserError when it is not 2:4."""
+    if backend.world_size() > 1:
+        raise UserError(f"{backend.world_size()} processes were started; bench takes one process and one device")
+    reader = _open(config)
+    missing = missing_kernels()
+    return {
+        "benchmark": "dense against 2:4, transformers, eager",
+        "input": config.input,
+        "dtype": config.dtype or reader.model_config.dtype,
+        "prompt_length": config.prompt_length,
+        "new_tokens": config.new_tokens,
+        "repeats": config.repeats,
+        "environment": environment(),
+        "no_sparse_kernels": missing,
+        **_measure(config, reader, sparse=missing is None),
+    }
+
+
+def missing_kernels() -> str | None:
+    """Why this machine cannot multiply 2:4 matrices faster; None where it can."""
+    if not backend.has_cuda() or torch.version.cuda is None:
+        return f"{device_names()[0]}: an NVIDIA GPU of compute capability 8.0 or newer has them"
+    capability = torch.cuda.get_device_capability()
+    if capability < KERNELS_FROM:
+        return f"{device_names()[0]} has compute capability {capability[0]}.{capability[1]}, they begin with 8.0"
+    return None
+
+
+# --- the model ---
+
+
+def _open(config: BenchConfig) -> HFReader:
+    """The model, found to be 2:4 and long enough; UserError otherwise."""
+    if is_checkpoint(config.path):
+        raise UserError(
+            f"{config.input} is a Megatron checkpoint; bench takes a Hugging Face directory: export it first"
+        )
+    reader = HFReader(config.input)
+    wanted, longest = config.prompt_length + config.new_tokens, reader.model_config.max_position_embeddings
+    if wanted > longest:
+        raise UserError(
+            f"--prompt-length and --new-tokens make {wanted} tokens and the model reads at most {longest}: use less"
+        )
+    weights = ((name, reader.read(name)) for name in prunable_shapes(reader.model_config))
+    counts = projections(weights, reader.model_config, NM(2, 4))
+    broken = sum(count.broken_groups for count in counts.values())
+    if broken:
+        groups = sum(count.size for count in counts.values()) // 4
+        raise UserError(
+            f"{config.input} is not 2:4: {broken} of {groups} groups hold more than 2 of 4 weights; give a model that "
+            "was pruned with --target 2:4 and exported"
+        )
+    return reader
+
+
+def _load(config: BenchConfig, reader: HFReader) -> Any:
+    dtype = compute_dtype(config.dtype or reader.model_config.dtype)
+    model = in_transformers(reader, dtype)
+    return torch.nn.Module.to(model, backend.device()).eval().requires_grad_(False)
+
+
+def sparsify(model: Any, reader: HFReader) -> int:
+    """Replace every pruned weight of a transformers model on a GPU by its compressed form; the number of weights."""
+    family, names = get_family(reader.model_config.family), list(prunable_shapes(reader.model_config))
+    for name in names:
+        path, _, field = name.rpartition(".")
+        module = model.get_submodule(path)
+        rows = family.as_rows(getattr(module, field)).contiguous()
+        try:
+            packed = to_sparse_semi_structured(rows)
+        except RuntimeError as error:
+            raise UserError(f"PyTorch's 2:4 kernels do not take {name}: {error}; try another --dtype") from error
+        setattr(module, field, torch.nn.Parameter(family.as_rows(packed), requires_grad=False))
+    return len(names)
+
+
+# --- the measurement ---
+
+
+def _measure(config: BenchConfig, reader: HFReader, sparse: bool) -> dict[str, Any]:
+    """Figures of the dense model and, with `sparse`, of the compressed one, with what tells them apart."""
+    model = _load(config, reader)
+    result: dict[str, Any] = {"dense_bytes": _weight_bytes(model)}
+    with progress("bench", len(config.batch_sizes) * (2 if sparse else 1), "measurements") as advance:
+        result["dense"] = _figures(config, model, advance)
+        if sparse:
+            before = _first_logits(model, config)
+            sparsify(model, reader)
+            result["sparse_bytes"] = _weight_bytes(model)
+            result["sparse"] = _figures(config, model, advance)
+            difference = (_first_logits(model, config) - before).abs().max()
+            result["largest_logit_difference"] = float(difference)
+            result["largest_logit"] = float(before.abs().max())
+    return result
+
+
+def _weight_bytes(model: Any) -> int:
+    """What the model holds: the GPU allocator's figure, on a CPU the parameters' sizes."""
+    if backend.has_cuda():
+        return torch.cuda.memory_allocated()
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _prompts(config: BenchConfig, model: Any, batch_size: int) -> Tensor:
+    """`[batch_size, prompt_length]` random token ids, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, config.prompt_length)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(backend.device())
+
+
+@torch.inference_mode()
+def _first_logits(model: Any, config: BenchConfig) -> Tensor:
+    return model(_prompts(config, model, 1), logits_to_keep=1).logits.float()
+
+
+def _figures(config: BenchConfig, model: Any, advance: Callable[[int], None]) -> list[dict[str, Any]]:
+    found = []
+    for batch_size in config.batch_sizes:
+        found.append(asdict(_time(config, model, batch_size)))
+        advance(1)
+    return found
+
+
+@torch.inference_mode()
+def _time(config: BenchConfig, model: Any, batch_size: int) -> Figures:
+    """The best of the repeats, after one that does not count."""
+    from transformers import DynamicCache
+
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
+    prompts = _prompts(config, model, batch_size)
+    if backend.has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+    prefill = decode = math.inf
+    for repeat in range(config.repeats + 1):
+        cache = {name: DynamicCache(config=model.config)}
+        began = _now()
+        output = model(prompts, **cache, use_cache=True, logits_to_keep=1)
+        middle = _now()
+        for _ in range(config.new_tokens):
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(token, **cache, use_cache=True, logits_to_keep=1)
+        ended = _now()
+        if repeat:
+            prefill, decode = min(prefill, middle - began), min(decode, (ended - middle) / config.new_tokens)
+    tokens = batch_size * config.prompt_length
+    return Figures(batch_size, prefill, tokens / prefill, decode, batch_size / decode, _peak_bytes())
+
+
+def _now() -> float:
+    """Seconds, once the GPU has done all it was given."""
+    if backend.has_cuda():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_bytes() -> int:
+    if backend.has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

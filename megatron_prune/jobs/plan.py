@@ -1,0 +1,367 @@
+"""Memory of each process of a mask-learning run, predicted from sizes alone; nothing is loaded.
+
+Weights, mask logits, gradients and optimizer state are counted tensor by tensor and exact. With the distributed
+optimizer the data-parallel and context-parallel processes share the state of what they train: each has an equal part of
+megatron-core's gradient buffers, which are padded, every tensor to 64 elements and a buffer to a multiple of 128 and of
+the number of processes. Which of them has less because padding is in its part is not said.
+
+Activations are what autograd keeps of one micro-batch between forward and backward, counted operation by operation as
+in Korthikanti et al. 2022 (arXiv:2205.05198, section 4), whose figures are for another layer (GELU, dropout, stored
+attention scores). For a gated layer without Transformer Engine, in elements of e bytes, with b windows of s tokens, of
+which each of c context-parallel processes has n = s / c, h hidden, f ffn, q and k channels of all query heads and
+groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, else h:
+
+    norms                 2 x n b h' x 4 bytes       the input in float32
+    inputs of qkv, fc1    2 x n b h' x e
+    attention, c = 1      s b (3 q + 3 k) / t x e    the fused qkv, rotated q and k, the output
+    attention, c > 1      n b (2 q + 2 c k) / t x e  rotated q and the output, k and v of all processes
+    attention's mask      n s x e                    with c > 1 or a sliding window below s
+    MLP                   5 x n b f / t x e          gate and up (2 f), activation, up + 0, their product
+    masked weights        prunable weights / t x e   mask * weight, one copy for each micro-batch
+
+Before its first backward pass, stage p of P runs P - p - 1 micro-batches forward, and with v interleaved chunks on each
+stage 2 (P - p - 1) + (v - 1) P passes of one chunk, or all that the step has; then one forward and one backward in turn
+(Narayanan et al. 2021, arXiv:2104.04473, section 2.2). What is held at once is counted along that schedule. Not
+counted: temporaries inside an operation, buffers of communication, the allocator's gaps and what CUDA itself takes;
+keep a tenth of the GPU free for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from megatron_prune.config import PruneConfig
+from megatron_prune.decision.target import NM, parse_target
+from megatron_prune.errors import UserError
+from megatron_prune.foreign import read_json
+from megatron_prune.methods.base import check_learnable
+from megatron_prune.methods.fit import check_shards, check_target
+from megatron_prune.model.description import is_checkpoint, read_description
+from megatron_prune.model.families import family_of, get_family
+from megatron_prune.model.family import WeightMap
+from megatron_prune.model.given import wrong
+from megatron_prune.model.sizes import ModelConfig, dimensions, rotary_channels
+from megatron_prune.option_groups import Parallelism, Training
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of an element of a model; one in float16 is imported as bfloat16."""
+FLOAT32 = 4
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one process of a pipeline stage."""
+
+    weights: int
+    mask_logits: int
+    gradients: int
+    """float32, of everything that is trained."""
+    optimizer: int
+    """Adam's two moments in float32, and float32 masters of trained weights in another type; shared, with padding."""
+    masked_weights: int
+    activations: int
+    loss: int
+    """Probabilities over the vocabulary and the final norm, on the last stage."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The sizes of a Megatron checkpoint or of a Hugging Face directory, of which config.json is enough."""
+    if is_checkpoint(path):
+        return read_description(path).config
+    if not (path / "config.json").exists():
+        raise wrong(path, "model")
+    found = read_json(path / "config.json", "a model")
+    return family_of(found).from_hf(found)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, how, and on how many processes."""
+
+    model: ModelConfig
+    layout: Parallelism
+    training: Training
+    target: NM
+    replicas: int
+    """Of the model: data-parallel processes."""
+    train_weights: bool = False
+    narrow_logits: bool = False
+    """They are bfloat16, with float32 masters."""
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return DTYPE_BYTES[self.model.dtype]
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel processes."""
+        return self.layout.tensor_model_parallel_size
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return self.layout.pipeline_model_parallel_size
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of the stack of layers on each stage."""
+        return self.layout.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def layers(self) -> int:
+        """Layers of a chunk."""
+        return self.model.num_layers // (self.stages * self.chunks)
+
+    @property
+    def sharers(self) -> int:
+        """Processes that share optimizer state: data-parallel and context-parallel ones, or none."""
+        together = self.replicas * self.layout.context_parallel_size
+        return together if self.training.use_distributed_optimizer else 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch on one process, outside the sequence-parallel parts."""
+        return self.training.seq_length * self.training.micro_batch_size // self.layout.context_parallel_size
+
+    @property
+    def hidden(self) -> int:
+        """Elements of the residual stream of a micro-batch on one process."""
+        return self.tokens * self.model.hidden_size // (self.tensor if self.layout.sequence_parallel else 1)
+
+
+def job_of(config: PruneConfig, processes: int) -> Job:
+    """What `prune` with these options would be on that many processes; UserError when it learns no masks."""
+    target = parse_target(config.target)
+    if not isinstance(target, NM):
+        raise UserError(f"--target {target} was given; plan knows learned masks, allowed: N:M such as 2:4")
+    check_learnable(target)
+    return Job(
+        read_config(config.input),
+        config.parallelism,
+        config.training,
+        target,
+        config.parallelism.data_parallel_size(processes),
+        bool(config.method_options.get("train_weights")),
+        config.method_options.get("logits_dtype") == "bfloat16",
+    )
+
+
+def plan(job: Job) -> list[Memory]:
+    """Memory of a process of each pipeline stage, first stage first."""
+    _check(job)
+    return [_stage(job, stage) for stage in range(job.stages)]
+
+
+def _check(job: Job) -> None:
+    model, layout = job.model, job.layout
+    if layout.virtual_pipeline_model_parallel_size and job.stages == 1:
+        raise UserError(
+            "--virtual-pipeline-model-parallel-size was given; it needs --pipeline-model-parallel-size above 1"
+        )
+    halves = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
+    blocks = dict.fromkeys(model.blocks or [model.block(None)])
+    for what, size, parts in (
+        *(("query groups", block.num_query_groups, job.tensor) for block in blocks),
+        *(("ffn channels", block.ffn_hidden_size, job.tensor) for block in blocks),
+        ("layers", model.num_layers, job.stages * job.chunks),
+        ("tokens of a window", job.training.seq_length, halves * (job.tensor if layout.sequence_parallel else 1)),
+        ("micro-batches", job.training.num_microbatches(job.replicas), job.stages if job.chunks > 1 else 1),
+    ):
+        if size % parts:
+            raise UserError(f"{size} {what} were given; this layout needs a multiple of {parts}")
+    model.check_length(job.training.seq_length)
+    check_target(model, job.target)
+    check_shards(model, job.target, job.tensor)
+
+
+def _stage(job: Job, stage: int) -> Memory:
+    maps = _maps_of(job, stage)
+    prunable = _prunable(job, maps)
+    logits = [[size // job.target.m * math.comb(job.target.m, job.target.n) for size in sizes] for sizes in prunable]
+    none: list[list[int]] = [[] for _ in prunable]
+    weights = prunable if job.train_weights else none
+    masters = FLOAT32 if job.element != FLOAT32 else 0
+    return Memory(
+        weights=sum(_local_size(map, job.tensor) for map in maps) * job.element,
+        mask_logits=sum(map(sum, logits)) * (2 if job.narrow_logits else FLOAT32),
+        gradients=_buffers(job, logits, weights) * FLOAT32,
+        optimizer=_buffers(job, logits, weights) // job.sharers * 2 * FLOAT32
+        + _buffers(job, logits if job.narrow_logits else none, weights) // job.sharers * masters,
+        **_kept(job, stage, _layers(job, stage, maps)),
+    )
+
+
+def _maps_of(job: Job, stage: int) -> list[WeightMap]:
+    """The weights of a stage; a tied output layer is a second copy of the embedding when they are apart."""
+    last = job.stages - 1
+    found = []
+    for map in get_family(job.model.family).weights(job.model):
+        if map.layer is not None:
+            where = map.layer // job.layers % job.stages
+        else:
+            where = 0 if map.megatron.startswith("embedding") else last
+        copied = job.model.tie_word_embeddings and map.megatron == "embedding.word_embeddings.weight"
+        if where == stage or (copied and stage == last):
+            found.append(map)
+    return found
+
+
+def _prunable(job: Job, maps: list[WeightMap]) -> list[list[int]]:
+    """Elements of each prunable weight of a stage on one process, chunk by chunk."""
+    sizes: list[list[int]] = [[] for _ in range(job.chunks)]
+    for map in maps:
+        if map.prunable and map.layer is not None:
+            sizes[map.layer // job.layers // job.stages].append(_local_size(map, job.tensor))
+    return sizes
+
+
+def _local_size(map: WeightMap, tensor: int) -> int:
+    """Elements of a weight on one of `tensor` processes; vocabulary rows are padded to a multiple."""
+    rows, *rest = map.shape
+    rows = -(-rows // tensor) * tensor if map.pad_rows else rows
+    size = math.prod((rows, *rest))
+    return size if map.shard_dim is None else size // tensor
+
+
+def _buffers(job: Job, logits: list[list[int]], weights: list[list[int]]) -> int:
+    """Elements of megatron-core's gradient buffers: one for each chunk and type of parameter."""
+    together = job.narrow_logits or job.element == FLOAT32
+    buffers = [a + b for a, b in zip(logits, weights, strict=True)] if together else [*logits, *weights]
+    return sum(_buffer(job, sizes) for sizes in buffers)
+
+
+def _buffer(job: Job, sizes: list[int]) -> int:
+    """Elements of one such buffer, with the padding that lets it be shared."""
+    if not job.training.use_distributed_optimizer:
+        return sum(sizes)
+    return _up(sum(_up(size, 64) for size in sizes), math.lcm(job.sharers, 128))
+
+
+def _up(size: int, unit: int) -> int:
+    """`size` rounded up to a multiple of `unit`."""
+    return -(-size // unit) * unit
+
+
+def held(stage: int, stages: int, chunks: int, microbatches: int) -> list[tuple[int, ...]]:
+    """Micro-batches that each chunk of a pipeline stage holds after each of its forward passes in a step."""
+    groups = range(0, microbatches, stages)
+    order = [
+        chunk for first in groups for chunk in range(chunks) for _ in range(first, min(first + stages, microbatches))
+    ]
+    ahead = stages - stage - 1
+    warmup = ahead if chunks == 1 else 2 * ahead + (chunks - 1) * stages
+    counts, found = [0] * chunks, []
+    for number, chunk in enumerate(order):
+        if number > warmup:
+            counts[chunks - 1 - order[number - warmup - 1]] -= 1
+        counts[chunk] += 1
+        found.append(tuple(counts))
+    return found
+
+
+def _layers(job: Job, stage: int, maps: list[WeightMap]) -> list[list[tuple[int, int]]]:
+    """Of each layer of each chunk of a stage: bytes kept of one micro-batch, and bytes of the masked weights."""
+    masked: Counter[int] = Counter()
+    for map in maps:
+        if map.prunable and map.layer is not None:
+            masked[map.layer] += _local_size(map, job.tensor) * job.element
+    starts = range(stage * job.layers, job.model.num_layers, job.stages * job.layers)
+    return [[(_layer(job, number), masked[number]) for number in range(i, i + job.layers)] for i in starts]
+
+
+def _kept(job: Job, stage: int, layers: list[list[tuple[int, int]]]) -> dict[str, int]:
+    """What autograd keeps when it is most; `layers` as from `_layers`."""
+    # After four rounds of all stages the same moments come again.
+    microbatches = min(job.training.num_microbatches(job.replicas), 4 * job.stages)
+    moments = held(stage, job.stages, job.chunks, microbatches)
+    return max((_at(job, stage, layers, moment) for moment in moments), key=lambda found: sum(found.values()))
+
+
+def _at(job: Job, stage: int, layers: list[list[tuple[int, int]]], counts: tuple[int, ...]) -> dict[str, int]:
+    """What is kept while each chunk of a stage holds `counts` micro-batches."""
+    loss = _loss(job) * counts[-1] if stage == job.stages - 1 else 0
+    if job.training.recompute:
+        width = job.hidden * job.element
+        inputs = sum(counts) * job.layers * width
+        # By the time that a layer is recomputed the inputs of those above it are gone, and so is the loss.
+        moments = [
+            (kept - width * above, masked) for chunk in layers for above, (kept, masked) in enumerate(chunk[::-1])
+        ]
+        layer, masked = max(moments, key=sum)
+        return {"masked_weights": masked, "activations": inputs + layer, "loss": max(0, loss - layer - masked)}
+    # The first layer's first norm has no input that asks for a gradient: the embedding is frozen.
+    first = _norm(job) * counts[0] if stage == 0 else 0
+    pairs = [
+        (count * kept, count * masked) for count, chunk in zip(counts, layers, strict=True) for kept, masked in chunk
+    ]
+    activations, weights = (sum(values) for values in zip(*pairs, strict=True))
+    return {"masked_weights": weights, "activations": activations - first, "loss": loss}
+
+
+def _norm(job: Job) -> int:
+    """Bytes kept of one micro-batch by a norm."""
+    return job.hidden * (FLOAT32 if job.model.normalization == "RMSNorm" else job.element)
+
+
+def _layer(job: Job, layer: int) -> int:
+    """Bytes kept of one micro-batch by a decoder layer."""
+    block = job.model.block(layer)
+    mlp = _mlp_tensors(job.model) * job.tokens * block.ffn_hidden_size // job.tensor * job.element
+    halves = bool(block.num_attention_heads) + bool(block.ffn_hidden_size)
+    return halves * (_norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp
+
+
+def _attention(job: Job, layer: int) -> int:
+    model, size, context = job.model, dimensions(job.model, layer), job.layout.context_parallel_size
+    heads = model.block(layer).num_attention_heads
+    if not heads:
+        return 0
+    length = job.training.seq_length
+    query, key_value = (job.tokens * size[name] // job.tensor for name in ("query", "key_value"))
+    kept = 3 * (query + key_value) if context == 1 else 2 * (query + key_value * context)
+    if model.position_embedding == "rope":
+        kept += 4 * length // context * rotary_channels(model)
+    if context > 1 or (model.sliding_window or length) < length:
+        kept += length // context * length
+    wide = job.tokens * heads // job.tensor  # of the softmax, for each query
+    if model.qk_layernorm:
+        wide += query + key_value
+    return kept * job.element + wide * FLOAT32
+
+
+def _mlp_tensors(model: ModelConfig) -> int:
+    """Tensors as wide as the MLP that are kept: see the module's docstring; without a gate the input and output."""
+    if model.gated:
+        return 5
+    return 3 if model.activation == "relu2" else 2
+
+
+def _loss(job: Job) -> int:
+    """Bytes kept of one micro-batch by the final norm and the loss."""
+    return _norm(job) + job.tokens * -(-job.model.vocab_size // job.tensor) * FLOAT32
+
+
+def told(job: Job, stages: list[Memory]) -> list[str]:
+    """The memory of each stage's processes as a table."""
+    model, interleaved = job.model, f" of {job.chunks} interleaved chunks" if job.chunks > 1 else ""
+    dtype = "float16, imported as bfloat16" if model.dtype == "float16" else model.dtype
+    head = (
+        f"{model.family}, {model.num_layers} layers of {model.hidden_size}, {dtype}; tensor {job.tensor} x "
+        f"pipeline {job.stages}{interleaved} x context {job.layout.context_parallel_size} x {job.replicas} replicas"
+        f"{', distributed optimizer' if job.training.use_distributed_optimizer else ''}. GiB on each process:"
+    )
+    lines = [head, "  " + "".join([f"{'stage':<16}"] + [f"{number:>9}" for number in range(len(stages))])]
+    for name in [field.name for field in fields(Memory)] + ["total"]:
+        values = "".join(f"{getattr(stage, name) / GIB:>9.2f}" for stage in stages)
+        lines.append(f"  {name.replace('_', ' '):<16}{values}")
+    return lines
