@@ -81,18 +81,18 @@ BOMBS = [
 
 @pytest.mark.parametrize("number", range(len(BOMBS)))
 def test_nothing_goes_on_for_ever_or_grows(number: int) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises((TemplateError, RecursionError)):
         environment().from_string(BOMBS[number]).render(**ROW)
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_a_regular_expression_ends() -> None:
     template = "{{ ('a' * 4000 ~ '!')|regex_replace('(a|a|aa)+$', '') }}"
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(TemplateError, match="not usable"):
         environment().from_string(template).render()
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_rounds_are_counted_for_each_row_anew() -> None:
