@@ -1,7 +1,8 @@
 """What a run tells: process 0's console, `metrics.jsonl`, TensorBoard events and `environment.json`.
 
-Every process may call everything here; only process 0 prints and writes. In a terminal long work shows a bar,
-elsewhere (log files, batch jobs) plain lines. Names of machines, users and folders are never recorded.
+Every process may call everything here; only process 0 prints and writes. In a terminal, and in a notebook with
+ipywidgets, long work shows a bar, elsewhere (log files, batch jobs) plain lines. Names of machines, users and folders
+are never recorded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -90,13 +92,20 @@ def say(message: str) -> None:
 def progress(title: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
     """Yields `advance(count)` for work of `total` pieces called `unit`; None: nobody knows yet how many."""
     screen = console()
-    if screen.is_terminal and not screen.quiet:
+    if shows_bars(screen):
         with _bar(screen, unit) as bar:
             task = bar.add_task(title, total=total)
             yield lambda count: bar.advance(task, count)
         return
     plain = _PlainProgress(title, total, unit)
     yield plain.advance
+
+
+def shows_bars(screen: Console) -> bool:
+    """Whether a bar can move there: in a terminal, or in a Jupyter notebook that has widgets."""
+    if screen.is_jupyter:
+        return not screen.quiet and find_spec("ipywidgets") is not None
+    return screen.is_terminal and not screen.quiet
 
 
 def _bar(screen: Console, unit: str, auto_refresh: bool = True) -> Progress:
@@ -157,7 +166,7 @@ class MetricsLog:
         """While a run goes from where it resumed to step `total`: a bar in a terminal, elsewhere the time left."""
         self._total, self._began = total, time.monotonic()
         screen = console()
-        if not screen.is_terminal or screen.quiet:
+        if not shows_bars(screen):
             yield
             return
         with _bar(screen, "", auto_refresh=False) as bar:  # no thread of its own: a background save forks

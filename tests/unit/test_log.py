@@ -127,3 +127,22 @@ def test_a_disk_that_fails_tensorboard_is_told_once(
         for step in range(2, 50):
             metrics.write({"step": step, "loss": 1.0})
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("notebook", "widgets", "terminal", "quiet", "bars"),
+    [
+        (False, False, True, False, True),
+        (False, True, False, False, False),
+        (True, True, False, False, True),
+        (True, False, False, False, False),  # where rich would warn in every line
+        (True, True, False, True, False),
+        (False, False, True, True, False),
+    ],
+)
+def test_bars_move_in_terminals_and_in_notebooks_with_widgets(
+    monkeypatch: pytest.MonkeyPatch, notebook: bool, widgets: bool, terminal: bool, quiet: bool, bars: bool
+) -> None:
+    monkeypatch.setattr("megatron_prune.log.find_spec", lambda name: object() if widgets else None)
+    screen = Console(force_jupyter=notebook, force_terminal=terminal, quiet=quiet)
+    assert log.shows_bars(screen) == bars
