@@ -26,6 +26,7 @@ from megatron_prune.log import environment, progress
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.build import DTYPES, rotary, whole_layer, whole_norm
 from megatron_prune.model.families import ModelConfig
+from megatron_prune.search.levels import attention_levels, mlp_levels
 
 
 def measured(config: LatencyConfig) -> tuple[LatencyTable, int]:
@@ -41,8 +42,6 @@ def measured(config: LatencyConfig) -> tuple[LatencyTable, int]:
 
 def measure(model: ModelConfig, config: LatencyConfig) -> LatencyTable:
     """Time every part, in turn, `repeats` times, after one that does not count; the medians count."""
-    from megatron_prune.search.levels import attention_levels, mlp_levels
-
     heads = {
         (level.groups * level.heads, level.groups)
         for layer, free in itertools.product(range(model.num_layers), (False, True))

@@ -6,6 +6,7 @@ The run then saves and ends with status 0: a launcher that restarts failures lea
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from types import FrameType, TracebackType
 
@@ -26,6 +27,7 @@ class StopRequest:
     """Notices signals while it is entered, and that `minutes` have passed since it was made.
 
     SIGTERM may come several times (a scheduler and a launcher both send it); a second SIGINT is a KeyboardInterrupt.
+    Python hands signals to the main thread alone: a run in another one ends by its time limit only.
     """
 
     def __init__(self, minutes: float | None = None) -> None:
@@ -34,7 +36,8 @@ class StopRequest:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._notice) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(
