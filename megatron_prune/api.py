@@ -6,8 +6,8 @@
 
 What is required may be given by position, in the order of the command's help; everything else by name, with
 underscores. A mistake is a `UserError` that says what was given, what is allowed and what to do. `import` is a word of
-Python and `methods` a package here: those verbs are `import_` and `methods_`. What takes hours notices SIGTERM and Ctrl-C
-in the main thread only, as Python has it; elsewhere its time limit ends it.
+Python and `methods` a package here: those verbs are `import_` and `methods_`. What takes hours notices SIGTERM and
+Ctrl-C in the main thread only, as Python has it; elsewhere its time limit ends it.
 """
 
 from __future__ import annotations
