@@ -133,7 +133,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "gpt2")
 STEPS = (
     "--seq-length 16 --global-batch-size 1 --micro-batch-size 1 --train-iters 3 --save-interval 1 --keep-checkpoints 9"
 )
-CALIBRATION = "--calibration w.jsonl --calibration-samples 2 --calibration-seq-length 16"
+CALIBRATION = "--calibration w.jsonl --calibration-samples 4 --calibration-seq-length 16"
 TASKS = "--tasks choices --tasks-folder tasks"
 SEARCH = "--levels 3 --generations 1 --offspring 2 --survivors 1 --fitness-tokens 32 --training-tokens 0"
 RUNS = (

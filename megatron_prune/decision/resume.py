@@ -123,7 +123,7 @@ def begun(config: Any, about: RunDescription) -> Iterator[None]:
 
 def _can_go_on(run: Path) -> bool:
     """Whether a run has a checkpoint, or a part of what a search makes first."""
-    made = ("checkpoints/step_*[0-9]", "database/*.safetensors", "replacements.json")
+    made = ("checkpoints/step_*[0-9]", "database/*.safetensors", "replacements.json", "judged.safetensors")
     return any(True for pattern in made for _ in run.glob(pattern))
 
 

@@ -1,18 +1,23 @@
 """DarwinLM (Tang et al. 2025, arXiv:2502.07780): training-aware evolutionary search over a database of pruned layers.
 
-Every attention and MLP is pruned to several levels by a structured optimal brain surgeon (`search/levels.py`).
-Evolution then decides which layer has which level (`search/evolution.py`); candidates are trained for a moment, with
-what was pruned staying zero and float32 masters, before they are judged by their KL divergence from the whole model on
-the same text. Ours: heads go equally from all query groups, so that ordinary software runs the result; attention and
-MLP may trade parameters; of the last generation its parent is the answer; evolution may start from the answer of the
-integer program (`search/integer.py`) instead of a uniform model.
+Every attention and MLP is pruned to several levels by a structured optimal brain surgeon (`search/levels.py`), its
+Hessian damped by 0.01 of its mean diagonal as the paper has it. Evolution then decides which layer has which level
+(`search/evolution.py`); candidates are trained for a moment, with what was pruned staying zero and float32 masters,
+before they are judged by their KL divergence from the whole model.
+
+Ours: heads go equally from all query groups, so that ordinary software runs the result; attention and MLP may trade
+parameters; levels are fitted to three quarters of the calibration windows, and candidates trained on them, while the
+last quarter judges, the same windows in all generations; a child takes the parent's place only when it is better by
+more than the error of the difference, so the parent of the last generation, the answer, is the best of all parents;
+evolution may start from the answer of the integer program (`search/integer.py`) instead of a uniform model, and then
+draws its switches by what single replacements cost.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -23,13 +28,16 @@ from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.structured import Refitted
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megatron_prune.decision.units import Units
     from megatron_prune.methods.base import Workbench
     from megatron_prune.model.prunable import PrunableModel
-    from megatron_prune.search.evolution import Generation, Space, Stage
+    from megatron_prune.search.evolution import Generation, Stage
     from megatron_prune.search.fitness import Genome
+    from megatron_prune.search.offspring import Judge
     from megatron_prune.search.session import Search
-    from megatron_prune.statistics.passes import Passes
+    from megatron_prune.search.space import Space
 
 SEARCHES = ("evolution", "integer")
 STARTS = ("uniform", "integer")
@@ -46,6 +54,7 @@ class DarwinLM(Refitted):
     takes: ClassVar[tuple[str, ...]] = ()
     resumable: ClassVar[bool] = True
 
+    refit_damping: float = hyperparameter(0.01, "damping of the levels' fit, as a share of the mean diagonal")
     levels: int = hyperparameter(10, "steps from a whole attention or MLP to none", 10000)
     free_groups: bool = hyperparameter(False, "levels give up whole query groups too: finer steps, unequal groups")
     search: str = hyperparameter("evolution", f"{', '.join(SEARCHES)} (programming on single replacements)")
@@ -55,7 +64,7 @@ class DarwinLM(Refitted):
     mutations: int = hyperparameter(3, "most level switches between parent and child", 10000)
     survivors: str = hyperparameter("8,4,2,1", "candidates left after each stage of selection")
     fitness_tokens: str = hyperparameter(
-        "1024,2048,4096,8192", "tokens that each stage judges by; single replacements: the first"
+        "1024,2048,4096,8192", "tokens that each stage judges by; single replacements: the first; the race: the last on"
     )
     training_tokens: str = hyperparameter("10000,50000,100000,200000", "tokens of training before each; 0: none")
     training_batch: int = hyperparameter(4, "windows in a step of that training, over all replicas", 1048576)
@@ -102,56 +111,77 @@ class DarwinLM(Refitted):
     def decide(self, work: Workbench, target: Budget) -> Units:
         """Make the database, search, and put the answer's refitted weights into the model."""
         from megatron_prune.search.candidates import put
-        from megatron_prune.search.evolution import Space
+        from megatron_prune.search.held_out import split
         from megatron_prune.search.levels import Levels
         from megatron_prune.search.session import Search
+        from megatron_prune.search.space import Space
 
-        self._check_training(work.model, work.passes)
+        self._check_training(work.model, work.passes.tokens)
+        fit, held_out = split(work.passes)
         asked = {"target": str(target), **self.options()}
-        with Search(work.passes, work.folder, work.stop, asked, may_grow="generations") as search:
+        with Search(fit, work.folder, work.stop, asked, may_grow="generations") as search:
             folder = Path(self.database) if self.database else work.folder / "database"
-            levels = Levels(folder, work.passes, self.levels, self.refit_damping, self.free_groups)
+            levels = Levels(folder, fit, self.levels, self.refit_damping, self.free_groups)
             space = Space(work.config, levels, target)
             search.build(levels)
-            genome = self._searched(work, search, space)
+            assert held_out.tokens is not None
+            genome = self._searched(search, space, held_out.tokens)
         put(work.model, levels, genome)
         return space.units(genome)
 
-    def _searched(self, work: Workbench, search: Search, space: Space) -> Genome:
+    def _searched(self, search: Search, space: Space, held_out: Tensor) -> Genome:
         """The answer of the search that was asked for."""
-        from megatron_prune.search import evolution
-        from megatron_prune.search.offspring import Judge
+        from megatron_prune.files import from_leader
+        from megatron_prune.search.evolution import windows_of
+        from megatron_prune.search.integer import best_sum
 
-        stages = self.stages()
-        solve = functools.partial(search.solve, space, stages[0].fitness_tokens, self.search_seed)
+        singles, start = None, space.start
+        judge = self._judge(search, space, held_out)
+        if "integer" in (self.search, self.start):
+            windows = windows_of(self.stages()[0], judge)
+            singles = search.replacements(space, held_out[:windows])
+            start = functools.partial(best_sum, space, singles)
         if self.search == "integer":
-            return solve()
-        judge = Judge(work.model, space.levels, work.passes.tokens, self.training_lr, self.training_batch)
+            return from_leader(start())
+        step = self._step(space, judge, singles)
+        return search.evolve(space, self.generations, lambda: from_leader(start()), step)
+
+    def _judge(self, search: Search, space: Space, held_out: Tensor) -> Judge:
+        """Judges by the held-out windows, trains on those that levels were fitted to."""
+        from megatron_prune.search.memory import Memory
+        from megatron_prune.search.offspring import Judge, School
+
+        model, tokens = search.passes.model, search.passes.tokens
+        assert tokens is not None
+        school = functools.partial(School, model, tokens, self.training_lr, self.training_batch)
+        return Judge(model, space.levels, held_out, Memory(search.folder, space.last, len(held_out)), school)
+
+    def _step(
+        self, space: Space, judge: Judge, singles: Sequence[Sequence[float]] | None
+    ) -> Callable[[Genome, int], Generation]:
+        """What makes a generation of a parent and its number."""
+        from megatron_prune.search import evolution
+        from megatron_prune.search.mutation import Mutation
+
+        mutate, stages = Mutation(space, self.mutations, self.trade, singles), self.stages()
 
         def step(parent: Genome, number: int) -> Generation:
-            switches, trade = self.mutations, self.trade
-            return evolution.next_generation(
-                space, parent, number, self.search_seed, stages, self.offspring, switches, trade, judge.score
-            )
+            found = evolution.next_generation(parent, number, self.search_seed, stages, self.offspring, mutate, judge)
+            judge.memory.save()
+            return found
 
-        return search.evolve(space, self.generations, solve if self.start == "integer" else space.start, step)
+        return step
 
-    def _check_training(self, model: PrunableModel, passes: Passes) -> None:
+    def _check_training(self, model: PrunableModel, tokens: Tensor | None) -> None:
         """A step is the same in every layout, so its windows must divide among what shares them."""
         from megatron_prune.model.forward import sequence_parts
         from megatron_prune.search.offspring import training_length
 
-        layout, tokens = model.layout, passes.tokens
-        trained = [stage for stage in self.stages() if stage.training_tokens]
+        layout = model.layout
+        trained = any(stage.training_tokens for stage in self.stages())
         if not trained or tokens is None or self.search == "integer":
             return
         training_length(tokens.shape[1], sequence_parts(layout))
-        most = max(round(stage.fitness_tokens / tokens.shape[1]) for stage in trained)
-        if most >= len(tokens):
-            raise UserError(
-                f"darwinlm: {most} of {len(tokens)} calibration windows judge candidates and none is left to train on: "
-                "give more --calibration-samples, fewer fitness_tokens, or --training-tokens 0"
-            )
         parts = layout.data * (layout.pipeline if layout.virtual_pipeline else 1)
         if self.training_batch % parts:
             raise UserError(

@@ -2,9 +2,10 @@
 
 Every combination of a few numbers of layers, hidden sizes, query groups and heads is completed by the widest MLP that
 the budget leaves room for. Each candidate is cut from the whole model, refitted in closed form from second moments that
-one pass collects, and judged by its loss on calibration text: all of them on few windows, the best on more. The paper
-trains its candidates for a while instead; the refit takes that place here, since without it a candidate's loss says
-mostly how badly it was cut. Layers go by block influence while shapes are compared.
+one pass collects, and judged by its loss on calibration windows that this pass has not seen: all of them on few, those
+that none is clearly better than on more (`search/racing.py`). The paper trains its candidates for a while instead; the
+refit takes that place here, since without it a candidate's loss says mostly how badly it was cut. Layers go by block
+influence while shapes are compared.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +24,12 @@ from megatron_prune.decision.target import Budget, Shape
 from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.log import say
-from megatron_prune.methods.structured import lowest
+from megatron_prune.methods.structured import lowest, removed_layers
 from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
+from megatron_prune.search.held_out import split
+from megatron_prune.search.racing import looks, race
 from megatron_prune.statistics.channels import (
     RESIDUAL,
     BlockInfluence,
@@ -43,7 +47,8 @@ NORM_OF = {QKV: "input_layernorm", FC1: "pre_mlp_layernorm"}
 
 FEWEST = 0.5
 """Of layers, groups and heads at least this share stays, of the MLP and the residual stream a quarter more or less."""
-FIRST_WINDOWS, FINAL_WINDOWS, FINALISTS = 4, 16, 5
+FIRST_WINDOWS, FINAL_WINDOWS, FINALISTS = 4, 32, 5
+"""Held-out windows that judge all shapes, those that judge the last ones, and how many shapes may always go on."""
 CLOSE = 0.95
 """Shapes that use less of the budget are not worth trying."""
 
@@ -55,7 +60,7 @@ def best_shape(
     width: Callable[[Iterable[Mapping[str, Any]], Shape], Units],
     refit: Refit,
 ) -> tuple[Shape, list[dict[str, Any]]]:
-    """The shape of lowest loss, and what was seen at `sites`. Collective.
+    """The shape of lowest loss, and what was seen at `sites` on the windows for fits. Collective.
 
     `width(found, shape)` gives the units of all layers at a shape's width, and `refit` says how they are corrected.
     """
@@ -65,21 +70,22 @@ def best_shape(
             f"target {budget}: no shape with at least {FEWEST:.0%} of the layers and heads costs so little; give "
             "more, or a shape such as num_layers=12,hidden_size=384"
         )
-    found = [settled(layer) for layer in passes.observe_each(sites(config))]
+    fit, judging = split(passes)
+    found = [settled(layer) for layer in fit.observe_each(sites(config))]
     influence = [layer[RESIDUAL].value() for layer in found]
 
-    def loss(shape: Shape, windows: int) -> float:
-        units = width(found, shape)
-        removed = lowest(influence, config.num_layers - (shape.num_layers or config.num_layers))
+    def losses(number: int, windows: slice) -> list[float]:
+        units = width(found, shapes[number])
+        removed = lowest(influence, removed_layers(config, shapes[number]))
         units = units.without_layers(removed)
-        return passes.loss(units, refitted(config, found, units, refit), windows)
+        return judging.window_losses(units, refitted(config, found, units, refit), windows)
 
-    losses = {shape: loss(shape, FIRST_WINDOWS) for shape in shapes}
-    finalists = sorted(shapes, key=losses.__getitem__)[:FINALISTS]
-    losses = {shape: loss(shape, FINAL_WINDOWS) for shape in finalists}
-    best = min(finalists, key=losses.__getitem__)
-    say(f"{budget}: {len(shapes)} shapes tried; best " + "; ".join(f"{s} loss {losses[s]:.3f}" for s in finalists))
-    return best, found
+    assert judging.tokens is not None
+    windows = looks(FIRST_WINDOWS, min(FINAL_WINDOWS, len(judging.tokens)))
+    left = race(losses, len(shapes), windows, FINALISTS)
+    told = "; ".join(f"{shapes[n]} loss {fmean(scores):.3f}" for n, scores in left.items())
+    say(f"{budget}: {len(shapes)} shapes tried; best {told}")
+    return shapes[next(iter(left))], found
 
 
 def sites(config: ModelConfig) -> dict[str, Statistic]:

@@ -1,13 +1,11 @@
-"""Candidates of a search: their weights put into the model, and the windows that judge them."""
+"""Candidates of a search: their weights put into the model."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from megatron_prune.search.levels import KINDS
 
@@ -33,9 +31,3 @@ def silence(model: PrunableModel, levels: Any, genome: Sequence[int]) -> None:
         bias = model.by_name.get(f"decoder.layers.{layer}.{path}.bias")
         if bias is not None and levels.gone(kind, layer, level):
             model.assign(bias, torch.zeros(bias.shape))
-
-
-def draw_windows(tokens: Tensor, count: int, rng: random.Random) -> list[int]:
-    """Numbers, rising, of random windows of `[windows, length]`: of about `count` tokens in all, at least one."""
-    number = min(max(1, round(count / tokens.shape[1])), len(tokens))
-    return sorted(rng.sample(range(len(tokens)), number))

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_prune.model.prunable import FC2, PROJECTION, PrunableModel
-from megatron_prune.search.levels import ATTENTION, MLP, Levels
-from megatron_prune.statistics.walk import Head, LayerWalk, WholeWeights
+from megatron_prune.search.levels import ATTENTION, KINDS, MLP, Levels
+from megatron_prune.statistics.walk import LOSS_TOKENS, Head, LayerWalk, WholeWeights
 from megatron_prune.training.losses import divergence
 
 Genome = tuple[int, ...]
@@ -19,16 +19,41 @@ Genome = tuple[int, ...]
 
 
 @torch.no_grad()
-def divergences(model: PrunableModel, levels: Levels, genomes: Sequence[Genome], tokens: Tensor) -> list[float]:
-    """Mean KL(whole model || candidate), nats per token, of every candidate on windows `[n, length]`. Collective.
+def divergences(model: PrunableModel, levels: Levels, genomes: Sequence[Genome], tokens: Tensor) -> list[list[float]]:
+    """KL(whole model || candidate), nats per token, of every candidate on each window of `[n, length]`. Collective.
 
-    Candidates are shared out over the ranks, so each is computed by one, the same in every layout. They go through the
-    layers together; those with the same levels so far share their hidden states.
+    A number depends on candidate and window alone, to the last bit: windows are run one by one, whatever else is asked,
+    and each by one rank, the same in every layout. Candidates go through the layers together; those with the same
+    levels so far share their hidden states.
     """
+    windows, mine = _share(len(tokens), len(genomes))
     weights = WholeWeights(model)
-    walk = LayerWalk(weights, tokens, shared=False)
-    mine = list(genomes)[backend.rank() :: dist.get_world_size()]
-    layers = model.config.num_layers
+    walk = LayerWalk(weights, tokens[windows], unit_windows=1, shared=False)
+    states = _through_layers(walk, weights, levels, [genomes[n] for n in mine])
+    reference = states[(0,) * (len(KINDS) * model.config.num_layers)]
+    head = Head(weights)
+    found = torch.zeros(len(genomes), len(tokens), dtype=torch.float64, device=walk.device)
+    for place, window in enumerate(windows):
+        students = [states[genomes[n]][place] for n in mine]
+        found[mine, window] = window_divergences(head, students, head, reference[place])
+    dist.all_reduce(found)
+    return found.tolist()
+
+
+def _share(windows: int, candidates: int) -> tuple[list[int], list[int]]:
+    """Numbers of this rank's windows and candidates: windows are shared out first, then what is left of the ranks."""
+    rank, world = backend.rank(), dist.get_world_size()
+    parts = min(windows, world)
+    turn, place = divmod(rank, parts)
+    sharing = len(range(place, world, parts))
+    return list(range(place, windows, parts)), list(range(turn, candidates, sharing))
+
+
+def _through_layers(
+    walk: LayerWalk, weights: WholeWeights, levels: Levels, mine: Sequence[Genome]
+) -> dict[Genome, list[Tensor]]:
+    """Hidden states after the last layer, of these candidates and of the whole model. Collective."""
+    layers = weights.config.num_layers
     whole: Genome = (0,) * (2 * layers)
     states: dict[Genome, list[Tensor]] = {(): walk.hidden}
     for number in range(layers):
@@ -41,26 +66,22 @@ def divergences(model: PrunableModel, levels: Levels, genomes: Sequence[Genome],
                 if prefix[-2:] == pair:
                     following[prefix] = [walk.run(x) for x in states[prefix[:-2]]]
         states = following
-    head = Head(weights)
-    found = torch.zeros(len(genomes), dtype=torch.float64, device=walk.device)
-    for place, genome in enumerate(mine):
-        total, count = divergence_sums(head, states[genome], head, states[whole])
-        found[backend.rank() + place * dist.get_world_size()] = total / count
-    dist.all_reduce(found)
-    return found.tolist()
+    return states
 
 
-def divergence_sums(head: Head, states: Sequence[Tensor], teacher: Head, reference: Sequence[Tensor]) -> Tensor:
-    """Summed KL(teacher || student) over this rank's tokens and their number, float64 `[2]`.
+def window_divergences(head: Head, students: Sequence[Tensor], teacher: Head, reference: Tensor) -> Tensor:
+    """Mean KL(reference || student) of one window by student, float64 `[students]`.
 
-    From hidden states `[s, b, hidden]` after the last layer, those of both models for the same windows.
+    From hidden states `[s, 1, hidden]` after the last layer, and the heads; the reference's logits are computed once.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=backend.device())
-    for x, y in zip(states, reference, strict=True):
-        for student, other in zip(head.logits(x), teacher.logits(y), strict=True):
-            losses = divergence(student, other)
-            total += torch.stack([losses.sum(dtype=torch.float64), total.new_tensor(float(losses.numel()))])
-    return total
+    found = torch.zeros(len(students), dtype=torch.float64, device=reference.device)
+    for start in range(0, len(reference), LOSS_TOKENS):
+        piece = slice(start, start + LOSS_TOKENS)
+        (whole,) = teacher.logits(reference[piece])
+        for number, hidden in enumerate(students):
+            (student,) = head.logits(hidden[piece])
+            found[number] += divergence(student, whole).sum(dtype=torch.float64)
+    return found / len(reference)
 
 
 def replaced(levels: Levels, layer: int, attention: int, mlp: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megatron_prune.errors import UserError
-from megatron_prune.search.evolution import Space
 from megatron_prune.search.fitness import Genome
+from megatron_prune.search.space import Space
 
 AT_A_TIME = 64
 """So many candidates share a pass; each holds hidden states."""

@@ -7,11 +7,11 @@ gets its dense weights back afterwards.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip
 import torch
 from torch import Tensor
 
@@ -20,52 +20,65 @@ from megatron_prune.log import say
 from megatron_prune.model.forward import sequence_parts
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Training
-from megatron_prune.search.candidates import draw_windows, put, silence
-from megatron_prune.search.evolution import Stage
-from megatron_prune.search.fitness import Genome, divergence_sums, divergences
+from megatron_prune.search.candidates import put, silence
+from megatron_prune.search.fitness import Genome, divergences, window_divergences
 from megatron_prune.search.levels import Levels
+from megatron_prune.search.memory import Memory
 from megatron_prune.statistics.walk import Head, LayerWalk, WholeWeights, sum_over_ranks
 from megatron_prune.training.loop import Diverged, Trainer
 from megatron_prune.training.zeros import Zeros
 
+AT_A_TIME = 64
+"""So many candidates share a pass; each holds hidden states."""
+
 
 class Judge:
-    """Scores candidates on windows of the calibration text `[windows, length]`, and trains on others of them."""
+    """Divergences of candidates on a list of held-out windows `[windows, length]`; `school` trains them on others."""
 
-    def __init__(self, model: PrunableModel, levels: Levels, tokens: Tensor | None, lr: float, batch: int) -> None:
-        assert tokens is not None
-        self.model = model
-        self.levels = levels
-        self.tokens = tokens
-        self.lr = lr
-        self.batch = batch
-        self.school: School | None = None
+    def __init__(
+        self, model: PrunableModel, levels: Levels, held_out: Tensor, memory: Memory, school: Callable[[], School]
+    ) -> None:
+        self.windows, self.length = held_out.shape
+        self.model, self.levels, self.held_out, self.memory = model, levels, held_out, memory
+        self._make_school = school
+        self._trained: tuple[School, Reference] | None = None
 
-    def score(self, candidates: Sequence[Genome], stage: Stage, rng: random.Random) -> list[float]:
-        """KL divergences from the whole model, nats per token, of all candidates on the same windows. Collective."""
-        chosen = draw_windows(self.tokens, stage.fitness_tokens, rng)
-        if not stage.training_tokens:
-            return divergences(self.model, self.levels, candidates, self.tokens[chosen])
-        if self.school is None:
-            self.school = School(self.model, self.tokens, self.lr, self.batch)
-        others = [n for n in range(len(self.tokens)) if n not in chosen]
-        rng.shuffle(others)
-        reference = Reference(self.model, self.tokens[chosen])
-        return [self._trained_score(self.school, genome, others, stage, reference) for genome in candidates]
+    def __call__(self, genomes: Sequence[Genome], trained: int, windows: int) -> list[list[float]]:
+        """KL divergences from the whole model, nats per token, on the first `windows` of the list. Collective.
 
-    def _trained_score(
-        self, school: School, genome: Genome, windows: list[int], stage: Stage, reference: Reference
-    ) -> float:
+        `trained`: tokens that candidates are trained on before, each from the database and the same windows.
+        """
+        found = {genome: self.memory.known(genome, trained) for genome in genomes}
+        for known in sorted({len(scores) for scores in found.values() if len(scores) < windows}):
+            pool = [genome for genome, scores in found.items() if len(scores) == known]
+            for first in range(0, len(pool), AT_A_TIME):
+                some = pool[first : first + AT_A_TIME]
+                for genome, scores in zip(some, self._measured(some, trained, slice(known, windows)), strict=True):
+                    found[genome] = found[genome] + scores
+        self.memory.keep(trained, found)
+        return [found[genome][:windows] for genome in genomes]
+
+    def _measured(self, genomes: Sequence[Genome], trained: int, windows: slice) -> list[list[float]]:
+        if not trained:
+            return divergences(self.model, self.levels, genomes, self.held_out[windows])
+        if self._trained is None:  # before a candidate is put into the model: what the whole one says
+            self._trained = self._make_school(), Reference(self.model, self.held_out)
+        school, reference = self._trained
+        return [self._of_trained(school, reference, genome, trained, windows) for genome in genomes]
+
+    def _of_trained(
+        self, school: School, reference: Reference, genome: Genome, trained: int, windows: slice
+    ) -> list[float]:
         """Of one candidate after its training; infinite when that fails."""
         put(self.model, self.levels, genome)
         try:
-            school.train(windows, stage.training_tokens)
+            school.train(trained)
         except Diverged as error:
             say(f"a candidate is given up: {error}")
-            return float("inf")
+            return [math.inf] * (windows.stop - windows.start)
         else:
             silence(self.model, self.levels, genome)
-            return reference.divergence(self.model)
+            return reference.divergences(self.model, windows)
         finally:
             school.restore()
 
@@ -73,32 +86,37 @@ class Judge:
 class Reference:
     """What the whole model says of windows `[n, length]`."""
 
-    def __init__(self, model: PrunableModel, windows: Tensor) -> None:
-        self.windows = windows
-        self.final, self.head = self._final(model)
+    def __init__(self, model: PrunableModel, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.final = self._final(model, tokens)
+        self.head = Head(WholeWeights(model))
 
-    def _final(self, model: PrunableModel) -> tuple[list[Tensor], Head]:
-        walk = LayerWalk(WholeWeights(model), self.windows)
+    def _final(self, model: PrunableModel, tokens: Tensor) -> dict[int, Tensor]:
+        """Hidden states after the last layer, of this rank's windows by number."""
+        walk = LayerWalk(WholeWeights(model), tokens, unit_windows=1)
         walk.finish()
-        return walk.hidden, Head(walk.weights)
+        return dict(zip((unit.start for unit in walk.units), walk.hidden, strict=True))
 
     @torch.no_grad()
-    def divergence(self, model: PrunableModel) -> float:
-        """Mean KL(whole || model) per token. Collective."""
-        states, head = self._final(model)
-        total = divergence_sums(head, states, self.head, self.final)
-        sum_over_ranks([total])
-        return float(total[0] / total[1])
+    def divergences(self, model: PrunableModel, windows: slice) -> list[float]:
+        """KL(whole || model), nats per token, of some of the windows. Collective."""
+        found = torch.zeros(len(self.tokens), dtype=torch.float64, device=backend.device())
+        head = Head(WholeWeights(model))
+        for number, hidden in self._final(model, self.tokens[: windows.stop]).items():
+            if number >= windows.start:
+                found[number] = window_divergences(head, [hidden], self.head, self.final[number])[0]
+        sum_over_ranks([found])
+        return found[windows].tolist()
 
 
 class School:
     """A short training of the model on windows `[n, length]`, always from a fresh optimizer."""
 
     def __init__(self, model: PrunableModel, tokens: Tensor, lr: float, batch: int) -> None:
+        """Its order is that of the windows: a candidate learns the same whenever it is asked for."""
         self.length = training_length(tokens.shape[1], sequence_parts(model.layout))
         self.model = model
         self.tokens = tokens
-        self.windows: list[int] = []
         self.dense = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.parameters.items()}
         self.batch = batch
         training = Training(
@@ -115,15 +133,14 @@ class School:
 
     def sample(self, index: int) -> Tensor:
         """Training window number `index`, `[length + 1]`."""
-        return self.tokens[self.windows[index % len(self.windows)]][: self.length + 1]
+        return self.tokens[index % len(self.tokens)][: self.length + 1]
 
     def _clear(self) -> None:
         assert self.zeros is not None
         self.zeros.clear_gradients()
 
-    def train(self, windows: list[int], tokens: int) -> None:
-        """Train the model as it is now on `tokens` tokens or a few more of these windows; zeros stay. Collective."""
-        self.windows = windows
+    def train(self, tokens: int) -> None:
+        """Train the model as it is now on `tokens` tokens or a few more; zeros stay. Collective."""
         self.zeros = Zeros(self.model)
         _start_afresh(self.trainer.optimizer)
         for step in range(max(1, -(-tokens // (self.batch * self.length)))):

@@ -1,17 +1,19 @@
 """A search in its run folder: what it was asked, what it has found so far, when it has to stop.
 
-A search that goes on takes over the database of levels, the divergences of single replacements and the generations that
-are in the folder already; the answer is that of a search left alone.
+A search that goes on takes over the database of levels, the divergences of single replacements and of candidates, and
+the generations that are in the folder already; the answer is that of a search left alone.
 """
 
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any
+
+from torch import Tensor
 
 from megatron_prune.errors import UserError, brief
 from megatron_prune.files import write_json
@@ -19,11 +21,11 @@ from megatron_prune.foreign import read_json
 from megatron_prune.log import MetricsLog, progress, read_metrics, say
 from megatron_prune.ranks import by_leader, from_leader
 from megatron_prune.schema import Number, Word
-from megatron_prune.search.candidates import draw_windows
-from megatron_prune.search.evolution import Generation, Space
+from megatron_prune.search.evolution import Generation
 from megatron_prune.search.fitness import Genome, divergences
-from megatron_prune.search.integer import best_sum, single_replacements
+from megatron_prune.search.integer import single_replacements
 from megatron_prune.search.levels import Levels
+from megatron_prune.search.space import Space
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.training.stopping import REASONS, Stopped, StopRequest, largest
 
@@ -36,7 +38,10 @@ class Search:
     def __init__(
         self, passes: Passes, folder: Path, stop: StopRequest, options: Mapping[str, Any], may_grow: str
     ) -> None:
-        """`options`: all that decides the answer; only `may_grow` may be larger when a search goes on."""
+        """`passes`: over the text that levels are fitted to.
+
+        `options`: all that decides the answer; only `may_grow` may be larger when a search goes on.
+        """
         self.passes, self.folder, self.stop = passes, folder, stop
         by_leader(functools.partial(self._note, dict(options), may_grow))
 
@@ -76,12 +81,15 @@ class Search:
         with progress("database", self.passes.model.config.num_layers, "layers") as advance:
             levels.build(self.passes, advance, functools.partial(self._ask, kept))
 
-    def solve(self, space: Space, tokens: int, seed: int) -> Genome:
-        """The answer of the integer program; what single replacements cost on so many tokens is kept in the folder."""
-        text = self.passes.tokens
-        assert text is not None
-        chosen = draw_windows(text, tokens, random.Random(seed))
-        judged = functools.partial(divergences, self.passes.model, space.levels, tokens=text[chosen])
+    def replacements(self, space: Space, windows: Tensor) -> list[list[float]]:
+        """Divergences of all single replacements, means over windows `[n, length]`, by gene and level.
+
+        They are kept in the folder; those that are there are not measured again.
+        """
+
+        def judged(genomes: Sequence[Genome]) -> list[float]:
+            return [fmean(found) for found in divergences(self.passes.model, space.levels, genomes, windows)]
+
         file = self.folder / REPLACEMENTS
         known: list[float] = from_leader(
             read_json(file, "divergences of single replacements", list[Number]) if file.exists() else []
@@ -94,7 +102,7 @@ class Search:
 
         if len(known) > sum(space.last):
             raise UserError(f"{file} has {len(known)} divergences, this search {sum(space.last)}: remove it")
-        return from_leader(best_sum(space, single_replacements(space, judged, known, keep)))
+        return single_replacements(space, judged, known, keep)
 
     def evolve(
         self,
@@ -115,9 +123,14 @@ class Search:
                 for number in range(len(history), generations):
                     found = step(parent, number)
                     parent = found.parent
-                    record = {"fitness": found.fitness, measure: space.cost(parent), "replaced": found.replaced}
+                    record = {
+                        "fitness": found.fitness,
+                        "fitness_error": found.error,
+                        measure: space.cost(parent),
+                        "replaced": found.replaced,
+                    }
                     told = {"step": number + 1, **record, "tried": found.tried, "parent": list(parent)}
-                    log.write(told, ("fitness", measure))
+                    log.write(told, ("fitness", "fitness_error", measure))
                     log.sync()
                     if number + 1 < generations:
                         self._ask(f"saved after generation {number + 1} of {generations}")

@@ -7,6 +7,7 @@ functions are collective.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -43,6 +44,13 @@ class Passes:
         self.tokens = tokens
         self.progress = progress
         self.store = store
+
+    def part(self, windows: slice, name: str | None = None) -> Passes:
+        """Over some of the windows; what is kept of them lies in a folder `name` of the store's. Collective."""
+        assert self.tokens is not None
+        tokens = self.tokens[windows]
+        store = None if self.store is None or name is None else self.store.part(name, self.model, tokens)
+        return Passes(self.model, tokens, self.progress, store)
 
     def observe(self, sites: Mapping[str, Statistic]) -> list[dict[str, Any]]:
         """`observe_each` of all layers."""
@@ -99,14 +107,18 @@ class Passes:
     def _has(self, number: int, path: str) -> bool:
         return f"decoder.layers.{number}.{path}.weight" in self.model.by_name
 
-    @torch.no_grad()
     def losses_without(self, sets: Sequence[frozenset[int]]) -> list[float]:
-        """Mean next-token loss (nats) without each set of layers.
+        """Mean next-token loss (nats) without each set of layers."""
+        return [fmean(losses) for losses in self.window_losses_without(sets)]
+
+    @torch.no_grad()
+    def window_losses_without(self, sets: Sequence[frozenset[int]]) -> list[list[float]]:
+        """Mean next-token loss (nats) of each window without each set of layers, `[sets][windows]`.
 
         Candidates ride along one pass over the weights, as many as `HELD_BYTES` of hidden states allow; those that
         agree on the layers so far share theirs, so the states before the first removed layer are computed once.
         """
-        found: list[float] = []
+        found: list[list[float]] = []
         assert self.tokens is not None
         share = -(-self.tokens.numel() // dist.get_world_size())
         held = share * self.model.config.hidden_size * WholeWeights(self.model).dtype.itemsize
@@ -115,7 +127,7 @@ class Passes:
             found += self._losses_without(sets[first : first + width])
         return found
 
-    def _losses_without(self, sets: Sequence[frozenset[int]]) -> list[float]:
+    def _losses_without(self, sets: Sequence[frozenset[int]]) -> list[list[float]]:
         weights = WholeWeights(self.model)
         walk = LayerWalk(weights, self.tokens)
         states: dict[frozenset[int], list[Tensor]] = {frozenset(): walk.hidden}
@@ -130,21 +142,25 @@ class Passes:
             self.progress(1)
         totals = torch.stack([walk.losses(states[removed]) for removed in sets])
         sum_over_ranks([totals])
-        return (totals[:, 0] / totals[:, 1]).tolist()
+        return totals.tolist()
+
+    def loss(self, units: Units, change: Change = unchanged) -> float:
+        """Mean next-token loss (nats) of the smaller model that these units are. See `window_losses`."""
+        return fmean(self.window_losses(units, change))
 
     @torch.no_grad()
-    def loss(self, units: Units, change: Change = unchanged, windows: int | None = None) -> float:
-        """Mean next-token loss (nats) of the smaller model that these units are, on the first `windows` windows.
+    def window_losses(self, units: Units, change: Change = unchanged, windows: slice = slice(None)) -> list[float]:
+        """Mean next-token loss (nats) of some windows in the smaller model that these units are.
 
         `change(layer, tensors)` may correct a layer's weights before they are cut, and with None for the layer those
         outside all layers.
         """
         weights = CutWeights(self.model, units, change)
-        walk = LayerWalk(weights, None if self.tokens is None else self.tokens[:windows])
+        walk = LayerWalk(weights, None if self.tokens is None else self.tokens[windows])
         walk.finish()
         total = walk.losses(walk.hidden)
         sum_over_ranks([total])
-        return float(total[0] / total[1])
+        return total.tolist()
 
     def gradients(
         self, outer: bool = False, windows: int | None = None, length: int | None = None

@@ -63,6 +63,7 @@ class StatisticsStore:
             "tokens": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
         }
         self.finished: set[str] = set()
+        self.parts: list[StatisticsStore] = []
         by_leader(self._open)
         self.finished = from_leader(self.finished)
 
@@ -83,9 +84,16 @@ class StatisticsStore:
                 )
         self.finished = set(found["complete"])
 
+    def part(self, name: str, model: PrunableModel, tokens: Tensor) -> StatisticsStore:
+        """A folder in this one, of the same model on some of the windows. Collective."""
+        self.parts.append(StatisticsStore(self.folder / name, model, tokens))
+        return self.parts[-1]
+
     def forget(self) -> None:
         """Remove a folder in which nothing is complete: a run that fails leaves no other."""
-        if backend.rank() == 0 and not self.finished:
+        for part in self.parts:
+            part.forget()
+        if backend.rank() == 0 and not any(store.finished for store in (self, *self.parts)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _describe(self) -> None:

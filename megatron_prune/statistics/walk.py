@@ -132,8 +132,10 @@ class LayerWalk:
         slices = units_of(*tokens.shape)
         if unit_windows is not None:
             slices = [slice(i, i + unit_windows) for i in range(0, tokens.shape[0], unit_windows)]
-        mine = slices[dist.get_rank() :: dist.get_world_size()] if shared else slices
-        self.tokens = [tokens[unit].t().to(self.device) for unit in mine]
+        self.windows = len(tokens)
+        self.units = slices[dist.get_rank() :: dist.get_world_size()] if shared else slices
+        """Of windows that are run together, those of this rank."""
+        self.tokens = [tokens[unit].t().to(self.device) for unit in self.units]
         self.hidden = self._embedded()
         self.rotary = rotary(weights.config, tokens.shape[1], backend.alone().cp)
 
@@ -201,13 +203,13 @@ class LayerWalk:
             self.advance()
 
     def losses(self, states: Sequence[Tensor]) -> Tensor:
-        """Summed next-token loss and number of predicted tokens, float64 `[2]`, after the last layer. This rank's."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """Mean next-token loss of each window, float64 `[windows]`, after the last layer; 0 for windows of others."""
+        found = torch.zeros(self.windows, dtype=torch.float64, device=self.device)
         head = Head(self.weights)
-        for tokens, hidden in zip(self.tokens, states, strict=True):
-            for loss in head.pieces(hidden, tokens):
-                total += torch.stack([loss.double().sum(), total.new_tensor(float(loss.numel()))])
-        return total
+        for unit, tokens, hidden in zip(self.units, self.tokens, states, strict=True):
+            each = torch.cat(list(head.pieces(hidden, tokens))).view(-1, tokens.shape[1])
+            found[unit] = each.mean(0, dtype=torch.float64)
+        return found
 
 
 class Head:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,14 +30,20 @@ from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.search import evolution as evolution_module
 from megatron_prune.search import integer as integer_module
 from megatron_prune.search import levels as levels_module
+from megatron_prune.search import memory as memory_module
+from megatron_prune.search import offspring as offspring_module
 from megatron_prune.search.candidates import put
-from megatron_prune.search.evolution import Generation, Space, Stage, next_generation
+from megatron_prune.search.evolution import Generation, Stage, next_generation
 from megatron_prune.search.fitness import Genome, divergences
 from megatron_prune.search.integer import best_sum
 from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attention_levels, mlp_levels
-from megatron_prune.search.offspring import Judge
+from megatron_prune.search.memory import Memory
+from megatron_prune.search.mutation import Mutation
+from megatron_prune.search.offspring import Judge, School
+from megatron_prune.search.space import Space
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.training.stopping import Stopped, StopRequest
+from megatron_prune.training.zeros import Zeros
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 
 LAYERS, USELESS = 4, 2
@@ -77,6 +84,12 @@ def database(model: PrunableModel, tokens: Tensor, tmp_path_factory: pytest.Temp
     return found
 
 
+def judging(model: PrunableModel, database: Levels, tokens: Tensor, folder: Path = Path("/nowhere")) -> Judge:
+    """Candidates are judged by all of the windows, and trained on them, too."""
+    memory = Memory(folder, [4] * (2 * LAYERS), len(tokens))
+    return Judge(model, database, tokens, memory, lambda: School(model, tokens, 1e-3, 2))
+
+
 def budget(model: PrunableModel, share: float) -> Budget:
     return Budget(int(share * parameters(model.config)))
 
@@ -108,10 +121,21 @@ def test_a_candidate_is_judged_as_the_model_that_comes_out(
     smaller = cut(other, space.units(genome))
     assert parameters(smaller.config) == space.cost(genome)
     student = logits(smaller, tokens[:4]).log_softmax(-1)
-    expected = float((whole.exp() * (whole - student)).sum(-1).mean())
-    found = divergences(model, database, [genome, (0,) * 8], tokens[:4])
-    assert found[0] == pytest.approx(expected, rel=1e-3) and found[1] == pytest.approx(0, abs=1e-7)
-    assert expected > 1e-4
+    expected = (whole.exp() * (whole - student)).sum(-1).mean(-1).tolist()
+    found = divergences(model, database, [genome, (0,) * 8, genome], tokens[:4])
+    assert found[0] == found[2] == pytest.approx(expected, rel=1e-3) and found[1] == pytest.approx([0] * 4, abs=1e-7)
+    assert min(expected) > 1e-4
+
+
+def test_a_divergence_depends_on_candidate_and_window_alone(
+    model: PrunableModel, database: Levels, tokens: Tensor
+) -> None:
+    """To the bit: whatever else is judged with it, and before; so memory decides nothing."""
+    genomes: list[Genome] = [(1, 2, 4, 0, 3, 4, 2, 1), (1, 2, 4, 0, 1, 1, 1, 1), (0, 1) * 4]
+    together = divergences(model, database, genomes, tokens[:6])
+    for number, window in itertools.product(range(3), range(6)):
+        ((alone,),) = divergences(model, database, [genomes[number]], tokens[window : window + 1])
+        assert alone == together[number][window]
 
 
 def test_budgets_hold_and_useless_halves_go(model: PrunableModel, database: Levels, tokens: Tensor) -> None:
@@ -122,12 +146,12 @@ def test_budgets_hold_and_useless_halves_go(model: PrunableModel, database: Leve
         assert not level or not space.fits((*genome[:gene], level - 1, *genome[gene + 1 :]))
     rng = random.Random(0)
     for trade in (True, False):
-        children = [space.mutate(genome, rng, 3, trade) for _ in range(30)]
+        mutate = Mutation(space, 3, trade)
+        children = [mutate(genome, rng) for _ in range(30)]
         assert all(space.fits(child) for child in children) and len(set(children)) > 5
-    judge = Judge(model, database, tokens, 1e-3, 2)
+    judge, mutate = judging(model, database, tokens), Mutation(space, 3, True)
     for number in range(12):
-        found = next_generation(space, genome, number, 0, [Stage(1, 96, 0)], 8, 3, True, judge.score)
-        genome = found.parent
+        genome = next_generation(genome, number, 0, [Stage(1, 96, 0)], 8, mutate, judge).parent
     assert genome[2 * USELESS + 1] == 4
     with pytest.raises(UserError, match="are left"):
         Space(model.config, database, Budget(100))
@@ -148,27 +172,110 @@ def test_other_budgets(model: PrunableModel, database: Levels, measure: str) -> 
 def test_children_without_trade_keep_the_shares(model: PrunableModel, database: Levels) -> None:
     space = Space(model.config, database, budget(model, 0.8))
     genome, rng = space.start(), random.Random(1)
+    mutate = Mutation(space, 3, trade=False)
     for _ in range(30):
-        child = space.mutate(genome, rng, 3, trade=False)
+        child = mutate(genome, rng)
         assert (sum(child[::2]), sum(child[1::2])) == (sum(genome[::2]), sum(genome[1::2]))
 
 
-def test_the_parent_is_only_replaced_by_a_better_child(model: PrunableModel, database: Levels) -> None:
+class Told:
+    """Judges by a table: mean of a genome, and what its windows add to that."""
+
+    windows, length = 8, 10
+
+    def __init__(self, means: Callable[[Genome], float], noise: Callable[[Genome], Sequence[float]]) -> None:
+        self.means, self.noise = means, noise
+        self.asked: list[tuple[int, int, int]] = []
+
+    def __call__(self, genomes: Sequence[Genome], trained: int, windows: int) -> list[list[float]]:
+        self.asked.append((len(genomes), trained, windows))
+        return [[self.means(genome) + x for x in self.noise(genome)[:windows]] for genome in genomes]
+
+
+def test_only_a_child_that_is_better_beyond_the_error_takes_the_place(model: PrunableModel, database: Levels) -> None:
+    """Each stage gives the survivors more of the same windows; a child that is behind gets no more of them."""
     space = Space(model.config, database, budget(model, 0.8))
-    parent = space.start()
+    parent, mutate = space.start(), Mutation(space, 3, True)
     stages = [Stage(2, 10, 0), Stage(1, 20, 0)]
-    asked: list[tuple[int, int]] = []
+    common = [3.0, -1.0, 0.5, 0.1, -2.0, 0.3, 0.2, -0.4]  # of the windows: hard and easy ones, the same for all
+    unsure = [1.0, -1.4, -1.0, 0.2, 1.0, -1.0, 0.9, -0.6]  # of the difference: mean -0.11, error 0.35
 
-    def score(pool: Sequence[Genome], stage: Stage, _rng: random.Random) -> list[float]:
-        asked.append((len(pool), stage.fitness_tokens))
-        return [0.0 if genome == parent else 1.0 for genome in pool]
+    def generation(lead: float, noise: Sequence[float]) -> tuple[Generation, Told]:
+        ours = lambda genome: common if genome == parent else [a + b for a, b in zip(common, noise, strict=True)]  # noqa: E731
+        told = Told(lambda genome: 5.0 if genome == parent else 5.0 - lead, ours)
+        return next_generation(parent, 0, 0, stages, 5, mutate, told), told
 
-    kept = next_generation(space, parent, 0, 0, stages, 5, 3, True, score)
-    assert kept.parent == parent and not kept.replaced and asked[1] == (3, 20)
-    changed = next_generation(
-        space, parent, 0, 0, stages, 5, 3, True, lambda pool, *_: [-float(g != parent) for g in pool]
-    )
-    assert changed.replaced and changed.fitness == -1
+    clear, told = generation(0.1, [0.0] * 8)
+    assert clear.replaced and clear.fitness == pytest.approx(4.9 + sum(common) / 8)
+    children = clear.tried
+    assert children >= 3 and told.asked[:2] == [(children, 0, 1), (2, 0, 2)]
+    assert told.asked[3:6] == [(1, 0, 2), (1, 0, 4), (1, 0, 8)]
+    behind, told = generation(-0.1, [0.0] * 8)
+    assert not behind.replaced and behind.parent == parent and max(told.asked[3:-1]) == (1, 0, 2)
+    luck, told = generation(0.0, unsure)
+    assert not luck.replaced and told.asked[-2] == (1, 0, 8)  # ahead at every look, and within the error in the end
+    assert luck.fitness == pytest.approx(5.0 + sum(common) / 8) and luck.error == pytest.approx(0.51, abs=0.02)
+    assert generation(1.0, unsure)[0].replaced
+    assert not generation(math.nan, [0.0] * 8)[0].replaced
+
+
+def test_fitness_falls_from_generation_to_generation(model: PrunableModel, database: Levels, tokens: Tensor) -> None:
+    """It is of the same windows each time, so a search that goes on never ends with a worse one of its parents."""
+    space = Space(model.config, database, budget(model, 0.8))
+    parent, judge, mutate = space.start(), judging(model, database, tokens), Mutation(space, 3, True)
+    (first,) = judge([parent], 0, 12)
+    fitness = [sum(first) / 12]
+    for number in range(10):
+        found = next_generation(parent, number, 1, [Stage(1, 48, 0)], 6, mutate, judge)
+        assert found.replaced == (found.parent != parent) == (found.fitness < fitness[-1])
+        parent = found.parent
+        fitness.append(found.fitness)
+    assert fitness[-1] < fitness[0]
+
+
+def test_memory_is_bounded_and_survives(
+    model: PrunableModel, database: Levels, tokens: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genomes: list[Genome] = [(n % 5, n // 5 % 5) * LAYERS for n in range(6)]
+    judge = judging(model, database, tokens, tmp_path)
+    expected = judge(genomes, 0, 3)
+    judge.memory.save()
+    with monkeypatch.context() as patched:
+        patched.setattr(offspring_module, "divergences", lambda *_: pytest.fail("judged again"))
+        assert judging(model, database, tokens, tmp_path)(genomes, 0, 2) == [scores[:2] for scores in expected]
+    more = judging(model, database, tokens, tmp_path)(genomes, 0, 5)
+    assert more == divergences(model, database, genomes, tokens[:5])
+    monkeypatch.setattr(memory_module, "MOST", 4)
+    forgetful = judging(model, database, tokens, tmp_path / "other")
+    assert forgetful(genomes, 0, 5) == more and len(forgetful.memory.found) == 4
+    assert forgetful.memory.known(genomes[0], 0) == [] != forgetful.memory.known(genomes[5], 0)
+    with pytest.raises(UserError, match="another search"):
+        Memory(tmp_path, [4] * 7, len(tokens))
+    with pytest.raises(UserError, match="another search"):
+        Memory(tmp_path, [4] * 8, 13)
+    file = tmp_path / "judged.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"has changed.*remove it and run again"):
+        judging(model, database, tokens, tmp_path)
+
+
+def test_switches_are_drawn_by_what_single_replacements_cost(model: PrunableModel, database: Levels) -> None:
+    """Cheap halves shrink and dear ones grow; none is left out."""
+    space = Space(model.config, database, budget(model, 0.7))
+    cheap, dear = 2 * USELESS + 1, 1
+    slopes = {cheap: 0.1, dear: 10.0}
+    singles = [[level * slopes.get(gene, 1.0) for level in range(5)] for gene in range(8)]
+    genome: Genome = (2,) * 8
+    rng = random.Random(0)
+    moves = {}
+    for name, known in (("even", None), ("measured", singles)):
+        mutate = Mutation(space, 1, True, singles=known)
+        children = [mutate._switched(genome, rng) for _ in range(400)]
+        moves[name] = [[sum(child[gene] - 2 == by for child in children) for gene in (cheap, dear)] for by in (1, -1)]
+        assert all(any(child[gene] != 2 for child in children) for gene in range(8))
+    ((even_cheap, _), (_, even_dear)), (shrunk, grown) = moves["even"], moves["measured"]
+    assert shrunk[0] > 1.5 * even_cheap > 3 * shrunk[1] and grown[1] > 1.5 * even_dear > 3 * grown[0]
 
 
 def test_training_moves_what_is_left_and_never_what_is_gone(
@@ -176,17 +283,23 @@ def test_training_moves_what_is_left_and_never_what_is_gone(
 ) -> None:
     """Each is trained from the database's weights with a fresh optimizer, and the model comes back as it was."""
     before = {name: p.detach().clone() for name, p in model.parameters.items()}
-    judge = Judge(model, database, tokens, 1e-3, 2)
-    genome: Genome = (1, 2, 1, 2, 1, 2, 1, 2)
-    (plain,) = judge.score([genome], Stage(1, 96, 0), random.Random(0))
-    again = judge.score([genome, genome], Stage(1, 96, 240), random.Random(0))
-    assert again[0] == again[1] != plain  # each from the database and a fresh optimizer
+    judge = judging(model, database, tokens)
+    genome, other = (1, 2, 1, 2, 1, 2, 1, 2), (2, 1, 2, 1, 2, 1, 2, 1)
+    (plain,) = judge([genome], 0, 4)
+    (first,) = judge([genome], 240, 2)
+    judge([other], 240, 2)
+    (again,) = judge([genome], 240, 4)  # for two windows more: trained from the database, with a fresh optimizer
+    assert again[:2] == first and again != plain
+    assert judging(model, database, tokens)([genome], 240, 4) == [again]
     assert all(torch.equal(p, before[name]) for name, p in model.parameters.items())
-    assert judge.school is not None and judge.school.zeros is not None
-    monkeypatch.setattr(judge.school.zeros.__class__, "clear_gradients", lambda self: None)
+    assert judge._trained is not None
+    school, reference = judge._trained
+    put(model, database, genome)
+    assert reference.divergences(model, slice(0, 4)) == pytest.approx(plain, rel=1e-5)
+    school.restore()
+    monkeypatch.setattr(Zeros, "clear_gradients", lambda self: None)
     with pytest.raises(UserError, match="must stay zero"):  # the negative control
-        judge.score([genome], Stage(1, 96, 240), random.Random(0))
-    judge.school.restore()
+        judge([other], 240, 4)
 
 
 def test_the_integer_program_finds_the_best_sum(model: PrunableModel, database: Levels) -> None:
@@ -254,7 +367,7 @@ def test_evolution_may_start_from_the_integer_program(
     """Its answer is the first parent, which only a better child replaces; the uniform start is another."""
     database = {"database": str(tmp_path / "database")}
     solved = searched(tmp_path / "model", tmp_path / "solved", tokens, search="integer", **database)
-    unchanged = lambda _space, parent, *_: Generation(parent, 0.0, False, 0)  # noqa: E731
+    unchanged = lambda parent, *_: Generation(parent, 0.0, 0.0, False, 0)  # noqa: E731
     monkeypatch.setattr(evolution_module, "next_generation", unchanged)
     found = {
         start: searched(tmp_path / f"model_{start}", tmp_path / start, tokens, start=start, **database)
