@@ -28,13 +28,14 @@ from megatron_prune.model.cost import cost, parameters
 from megatron_prune.model.forward import logits
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.search import evolution as evolution_module
+from megatron_prune.search import fitness as fitness_module
 from megatron_prune.search import integer as integer_module
 from megatron_prune.search import levels as levels_module
 from megatron_prune.search import memory as memory_module
 from megatron_prune.search import offspring as offspring_module
 from megatron_prune.search.candidates import put
 from megatron_prune.search.evolution import Generation, Stage, next_generation
-from megatron_prune.search.fitness import Genome, divergences
+from megatron_prune.search.fitness import Genome, _share, divergences
 from megatron_prune.search.integer import best_sum
 from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attention_levels, mlp_levels
 from megatron_prune.search.memory import Memory
@@ -136,6 +137,21 @@ def test_a_divergence_depends_on_candidate_and_window_alone(
     for number, window in itertools.product(range(3), range(6)):
         ((alone,),) = divergences(model, database, [genomes[number]], tokens[window : window + 1])
         assert alone == together[number][window]
+
+
+@pytest.mark.parametrize(("windows", "candidates", "world"), [(4, 3, 1), (4, 3, 8), (3, 5, 8), (9, 2, 4), (2, 1, 16)])
+def test_every_rank_has_a_share(windows: int, candidates: int, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each candidate is judged on each window by one rank; ranks have work as long as there is enough."""
+    monkeypatch.setattr(fitness_module.dist, "get_world_size", lambda: world)
+    pairs: list[tuple[int, int]] = []
+    idle = 0
+    for rank in range(world):
+        monkeypatch.setattr(fitness_module.backend, "rank", lambda rank=rank: rank)
+        mine = list(itertools.product(*_share(windows, candidates)))
+        pairs += mine
+        idle += not mine
+    assert sorted(pairs) == list(itertools.product(range(windows), range(candidates)))
+    assert idle <= max(0, world - windows * candidates)
 
 
 def test_budgets_hold_and_useless_halves_go(model: PrunableModel, database: Levels, tokens: Tensor) -> None:
