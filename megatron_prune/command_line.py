@@ -1,4 +1,5 @@
-"""Flags and YAML -> a verb's configuration. Later beats earlier: defaults, `--config FILE.yaml`, flags.
+"""Flags and YAML -> a verb's configuration. Later beats earlier: defaults, those of the method that is named,
+`--config FILE.yaml`, flags.
 
 A YAML value is read as the text that stands there and then parsed exactly like a flag's, so `target: 2:4` is
 no number in base sixty and `lr: 1e-4` is no string. Types, nested keys and the help text are jsonargparse's
@@ -15,13 +16,16 @@ import re
 from argparse import SUPPRESS, ArgumentError, HelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
 from megatron_prune.errors import UserError, bare, brief, one_line
 from megatron_prune.foreign import fenced, read_yaml
-from megatron_prune.options import Entry, Options, entries, flag
+from megatron_prune.options import Entry, Options, Share, entries, flag
+
+if TYPE_CHECKING:
+    from megatron_prune.methods.base import PruningMethod
 
 C = TypeVar("C", bound=Options)
 METHOD_OPTIONS = "method_options"
@@ -36,10 +40,12 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     from_yaml = [pair for file in files for pair in _read_yaml(file)]
     switches = {entry.key for entry in known.values() if entry.kind is bool}
     given = from_yaml + _read_flags(argv, switches)
-    hyper = _method_fields(given) if METHOD_OPTIONS in known else {}
+    method = _method(given) if METHOD_OPTIONS in known else None
+    hyper = _method_fields(method) if method else {}
+    defaults = dict(method.defaults) if method else {}
     switches |= {name for name, field in hyper.items() if field.type is bool}
     given = from_yaml + _read_flags(argv, switches)
-    parser = _parser(config, known, hyper, prog)
+    parser = _parser(config, known, hyper, defaults, prog)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
         raise SystemExit(0)
@@ -50,7 +56,8 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     for key, values in given:
         name = _resolve(key, known, hyper)
         tokens += _tokens(name, values, kinds[name])
-    return _build(config, known, _parse_tokens(parser, kinds, tokens))
+    found = _parse_tokens(parser, kinds, tokens)
+    return _build(config, known, {**_implied(defaults, found, known), **found})
 
 
 # --- reading ---
@@ -138,14 +145,18 @@ def _refuse_repeated_lists(flags: list[Pair], known: Mapping[str, Entry]) -> Non
 # --- keys ---
 
 
-def _method_fields(given: list[Pair]) -> dict[str, dataclasses.Field[Any]]:
-    """Hyper-parameters of the method that the user names, with resolved types; {} when none is named."""
+def _method(given: list[Pair]) -> type[PruningMethod] | None:
+    """The method that the user names."""
     names = [values[0] for key, values in given if key == "method" and values]
     if not names:
-        return {}
+        return None
     from megatron_prune.methods.base import get_method
 
-    kind = type(get_method(names[-1]))
+    return type(get_method(names[-1]))
+
+
+def _method_fields(kind: type[PruningMethod]) -> dict[str, dataclasses.Field[Any]]:
+    """Hyper-parameters of a method, with resolved types."""
     hints = get_type_hints(kind)
     hyper = {field.name: field for field in dataclasses.fields(kind) if field.init}
     for name, field in hyper.items():
@@ -184,7 +195,11 @@ def _tokens(key: str, values: list[str], kind: Any) -> list[str]:
 
 
 def _parser(
-    config: type[Options], known: Mapping[str, Entry], hyper: Mapping[str, dataclasses.Field[Any]], prog: str
+    config: type[Options],
+    known: Mapping[str, Entry],
+    hyper: Mapping[str, dataclasses.Field[Any]],
+    defaults: Mapping[str, Any],
+    prog: str,
 ) -> ArgumentParser:
     """A jsonargparse parser with one option per key, grouped as the dataclasses are."""
     needed = " ".join(f"{flag(entry.key)} {_metavar(entry.kind)}" for entry in known.values() if entry.required)
@@ -203,7 +218,7 @@ def _parser(
             continue
         if entry.group not in groups:
             groups[entry.group] = parser.add_argument_group(_title(entry.group))
-        _add(groups[entry.group], entry)
+        _add(groups[entry.group], entry, defaults.get(entry.key, entry.field.default))
     if hyper:
         methods = parser.add_argument_group("Hyper-parameters of the method")
         for name, field in hyper.items():
@@ -217,9 +232,9 @@ def _title(config: type[Options]) -> str:
     return (config.__doc__ or config.__name__).strip().splitlines()[0]
 
 
-def _add(parser: Any, entry: Entry) -> None:
+def _add(parser: Any, entry: Entry, default: Any) -> None:
     """One option; the dataclass settles defaults and what is required, so that YAML and flags are alike."""
-    note = "required" if entry.required else f"default: {_show(entry.field.default)}"
+    note = "required" if entry.required else f"default: {_show(default)}"
     text = f"{entry.field.metadata['help']} ({note})".replace("%", "%%")
     many = get_origin(entry.kind) is tuple
     kind = get_args(entry.kind)[0] if many else entry.kind
@@ -280,6 +295,17 @@ def _allowed(kind: Any) -> str:
 
 
 # --- building ---
+
+
+def _implied(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Mapping[str, Entry]) -> dict[str, Any]:
+    """A method's own defaults as values, for what was not given."""
+    implied = {}
+    for key, default in defaults.items():
+        if isinstance(default, Share):
+            whole = given.get(default.of, defaults.get(default.of, known[default.of].default))
+            default = default.value(whole)
+        implied[key] = default
+    return implied
 
 
 def _build(config: type[C], known: Mapping[str, Entry], values: Mapping[str, Any]) -> C:

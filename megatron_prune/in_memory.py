@@ -44,8 +44,8 @@ def prune_model(
     method: str,
     target: str | float | Mapping[str, Any],
     texts: Sequence[str] = (),
-    calibration_samples: int = 128,
-    calibration_seq_length: int = 2048,
+    calibration_samples: int | None = None,
+    calibration_seq_length: int | None = None,
     calibration_seed: int = 0,
     in_place: bool = False,
     **options: Any,
@@ -53,7 +53,8 @@ def prune_model(
     """A transformers model pruned by a one-shot method: the same model with zeros, or a smaller one.
 
     ``target`` is written as on the command line (``"2:4"``, ``"0.5"``, ``"num_layers=24"``), as a number or a mapping;
-    ``texts`` are the calibration documents of methods that look at text, drawn from as `prune` draws from files;
+    ``texts`` are the calibration documents of methods that look at text, drawn from as `prune` draws from files, in as
+    many windows unless they are given;
     ``options`` are the method's own hyper-parameters. ``in_place`` changes ``model`` itself where its shape stays, else
     a copy is pruned; a smaller model is always a new one. Weights keep their type and device. Logits are those of the
     model that `prune`, `trim` and `export` make of the same texts, as one document each.
@@ -153,8 +154,8 @@ def _calibration(
     config: ModelConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Sequence[str],
-    samples: int,
-    seq_length: int,
+    samples: int | None,
+    seq_length: int | None,
     seed: int,
 ) -> CalibrationSet | None:
     if CALIBRATION not in method.needs:
@@ -163,7 +164,12 @@ def _calibration(
         raise UserError(f"prune_model: method {method.name} looks at text; give tokenizer= and texts=[...]")
     tokenizer = copy.deepcopy(tokenizer)  # what is set for one model is not the caller's
     undraw(tokenizer)
-    wanted = Calibration(samples=samples, seq_length=seq_length, seed=seed)
+    own, usual = method.defaults, Calibration()
+    wanted = Calibration(
+        samples=own.get("calibration_samples", usual.samples) if samples is None else samples,
+        seq_length=own.get("calibration_seq_length", usual.seq_length) if seq_length is None else seq_length,
+        seed=seed,
+    )
     check_tokenizer(tokenizer, config.vocab_size)
     length = min(wanted.seq_length, config.max_position_embeddings)
     return windows_of(texts, tokenizer, wanted.samples, length, wanted.seed)

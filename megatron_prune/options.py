@@ -48,6 +48,22 @@ def same_as(config: type[Options], name: str, help: str | None = None) -> Any:
     return dataclasses.field(default=field.default, metadata={**field.metadata, **words})
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A default that is a share of another option's value, whatever that is; rounded down where both count."""
+
+    of: str
+    """The other option's key."""
+    part: float
+
+    def __str__(self) -> str:
+        return f"{self.part} x {flag(self.of)}"
+
+    def value(self, whole: float) -> float:
+        """That share."""
+        return int(whole * self.part) if isinstance(whole, int) else whole * self.part
+
+
 def group(kind: type) -> Any:
     """A dataclass field that holds a group of options, all at their defaults unless given."""
     return dataclasses.field(default_factory=kind)

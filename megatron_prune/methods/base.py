@@ -163,6 +163,9 @@ class PruningMethod:
     """What the user may give besides: a `PRIOR` to start from, a folder of `STATISTICS` for several targets."""
     resumable: ClassVar[bool] = False
     """Whether it takes hours: it works in the run folder, stops when asked to, and goes on after a kill."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Defaults of this method for options of `prune` that are not its own, by key: its paper's, where they differ. A
+    value or a `Share` of another option."""
     mask_only: ClassVar[Mapping[str, Any]] = {}
     """Hyper-parameters under which it leaves the kept weights alone, as a prior of mask learning."""
 
@@ -221,6 +224,8 @@ class MethodInfo:
     paper: str
     targets: tuple[str, ...]
     hyperparameters: tuple[HyperParameter, ...]
+    defaults: Mapping[str, Any]
+    """Of other options of `prune`, where the method has its own."""
 
 
 _registry: dict[str, type[PruningMethod]] = {}
@@ -284,7 +289,8 @@ def _discovered() -> dict[str, type[PruningMethod]]:
 
 
 def _describe(cls: type[PruningMethod]) -> MethodInfo:
-    return MethodInfo(cls.name, cls.paper, tuple(cls.targets.values()), tuple(_knob(entry) for entry in fields(cls)))
+    knobs = tuple(_knob(entry) for entry in fields(cls))
+    return MethodInfo(cls.name, cls.paper, tuple(cls.targets.values()), knobs, cls.defaults)
 
 
 def _knob(entry: Field[Any]) -> HyperParameter:

@@ -21,6 +21,7 @@ from megatron_prune.decision.target import Shape
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import DATA, hyperparameter, register
 from megatron_prune.methods.structured import Refitted
+from megatron_prune.options import Share
 
 if TYPE_CHECKING:
     from megatron_prune.decision.units import Units
@@ -30,13 +31,23 @@ if TYPE_CHECKING:
 @register("sheared_llama")
 @dataclass(frozen=True)
 class ShearedLLaMA(Refitted):
-    """Learn which units stay while the weights train; defaults are the paper's (appendix A) for 3,200 steps."""
+    """Learn which units stay while the weights train; defaults are the paper's (appendix A) for 3,200 steps of 32
+    windows, which there have 4,096 tokens.
+    """
 
     paper: ClassVar[str] = "Xia et al. 2023, arXiv:2310.06694"
     targets: ClassVar[Mapping[type, str]] = {Shape: "sizes: any of them, together; every layer comes out equal"}
     needs: ClassVar[tuple[str, ...]] = (DATA,)
     takes: ClassVar[tuple[str, ...]] = ()
     resumable: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "train_iters": 3200,
+        "global_batch_size": 32,
+        "lr": 1e-4,
+        "min_lr": Share("lr", 0.1),
+        "lr_warmup_iters": Share("train_iters", 0.1),
+        "adam_eps": 1e-8,
+    }
 
     mask_start: float = hyperparameter(5.0, "log_alpha of all masks before the first step; 5: nearly all are open")
     mask_lr: float = hyperparameter(1.0, "learning rate of masks and multipliers, with the schedule of --lr")

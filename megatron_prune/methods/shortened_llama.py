@@ -37,6 +37,7 @@ class ShortenedLlama(Refitted):
     paper: ClassVar[str] = "Kim et al. 2024, arXiv:2402.02834"
     targets: ClassVar[Mapping[type, str]] = {Shape: "fewer layers: num_layers=N"}
     takes: ClassVar[tuple[str, ...]] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {"calibration_samples": 10, "calibration_seq_length": 128}
 
     criterion: str = hyperparameter("ppl", f"score of a layer: {', '.join(CRITERIA)}")
     protected_first: int = hyperparameter(0, "layers at the start that always stay; taylor+: at least 4", 10000)

@@ -42,4 +42,7 @@ def describe(info: MethodInfo) -> list[str]:
     ]
     for knob in info.hyperparameters:
         lines.append(escape(f"  {flag(knob.name)} {knob.type} (default {knob.default}): {knob.help}"))
+    if info.defaults:
+        own = ", ".join(f"{flag(key)} {value}" for key, value in info.defaults.items())
+        lines.append(escape(f"  defaults of its own: {own}"))
     return lines

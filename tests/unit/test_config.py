@@ -11,9 +11,11 @@ from megatron_prune.__main__ import VERBS
 from megatron_prune.command_line import parse
 from megatron_prune.config import EvaluateConfig, PruneConfig
 from megatron_prune.errors import UserError
+from megatron_prune.methods.base import methods
 from megatron_prune.option_groups import Calibration, Parallelism, Training
-from megatron_prune.options import entries, field_key, flatten, parse_documents, save_yaml
+from megatron_prune.options import Share, entries, field_key, flatten, parse_documents, save_yaml
 from megatron_prune.verbs.import_hf import ImportConfig
+from megatron_prune.verbs.methods import describe
 
 NEEDED = ["--input", "ckpt", "--output", "run", "--method", "maskllm", "--target", "2:4"]
 
@@ -97,6 +99,52 @@ def test_flags_override_yaml_and_later_files_earlier_ones(tmp_path: Path) -> Non
     second.write_text("train_iters: 2\nseed: 2\n")
     training = prune("--train-iters", "3", f"--config={first}", "--config", str(second)).training
     assert (training.train_iters, training.seed, training.log_interval) == (3, 2, 1)
+
+
+SHEARED = ["--input", "ckpt", "--output", "run", "--method", "sheared_llama", "--target", "num_layers=2"]
+
+
+def sheared(*argv: str) -> Training:
+    return parse(PruneConfig, [*SHEARED, *argv], "megatron-prune prune").training
+
+
+def test_a_method_has_its_papers_defaults_for_options_that_are_not_its_own(tmp_path: Path) -> None:
+    """Xia et al. 2023, appendix A; flags and YAML beat them, and shares follow what was given."""
+    own = sheared()
+    assert (own.train_iters, own.global_batch_size, own.lr, own.adam_eps) == (3200, 32, 1e-4, 1e-8)
+    assert (own.min_lr, own.lr_warmup_iters) == (pytest.approx(1e-5), 320)
+    assert own.clip_grad == Training().clip_grad
+    short = sheared("--train-iters", "25", "--lr", "1e-3")
+    assert (short.lr_warmup_iters, short.min_lr) == (2, pytest.approx(1e-4))
+    assert sheared("--lr-warmup-iters", "0", "--min-lr", "0").lr_warmup_iters == 0
+    file = tmp_path / "run.yaml"
+    file.write_text("adam_eps: 1e-5\nlr: 2e-4\n")
+    mended = sheared("--config", str(file), "--lr", "3e-4")
+    assert (mended.adam_eps, mended.lr, mended.min_lr) == (1e-5, 3e-4, pytest.approx(3e-5))
+    with pytest.raises(UserError, match="--lr-warmup-iters: 320 given"):
+        sheared("--train-iters", "20", "--lr-warmup-iters", "320")
+
+
+def test_defaults_of_methods_are_options_of_prune() -> None:
+    known = {entry.key: entry for entry in entries(PruneConfig)}
+    found = {info.name: info.defaults for info in methods()}
+    assert found["shortened_llama"] == {"calibration_samples": 10, "calibration_seq_length": 128}
+    assert {name for name, own in found.items() if own} == {"shortened_llama", "sheared_llama"}
+    for own in found.values():
+        for key, default in own.items():
+            other = default.of if isinstance(default, Share) else key
+            assert other in known and type(known[key].default) in (int, float)
+            assert isinstance(default, Share) or type(default) is type(known[key].default)
+
+
+def test_a_methods_own_defaults_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sheared("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for help in ("optimizer steps (default: 3200)", "learning rate at the last step (default: 0.1 x --lr)"):
+        assert help in shown
+    (listed,) = [line for info in methods() if info.name == "sheared_llama" for line in describe(info)[-1:]]
+    assert "--train-iters 3200" in listed and "--lr-warmup-iters 0.1 x --train-iters" in listed
 
 
 def test_saved_yaml_repeats_the_run(tmp_path: Path) -> None:
