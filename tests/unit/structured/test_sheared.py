@@ -66,6 +66,21 @@ def test_masks_are_distributed_as_stated(log_alpha: float) -> None:
     assert float(z.median()) == pytest.approx(float(hard_concrete.median(scalar)), abs=1e-4)
 
 
+def test_expectations_are_those_of_the_paper() -> None:
+    """Louizos et al. 2018, section 2.2: u -> s -> stretched to (-0.1, 1.1) -> clamped, at a temperature of 2/3, and the
+    share of the closed ones along the last axis, by counting over a fine grid of u.
+    """
+    log_alpha = torch.tensor([[-2.0, 0.3, 4.5], [1.0, -0.7, 0.0]], dtype=torch.float64)
+    u = ((torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000)[:, None, None]
+    s = 1 / (1 + torch.exp(-(torch.log(u) - torch.log(1 - u) + log_alpha) / (2 / 3)))
+    z = (s * 1.2 - 0.1).clamp(0, 1)
+    torch.testing.assert_close(hard_concrete.sample(log_alpha.expand_as(z), u.expand_as(z)), z)
+    torch.testing.assert_close(hard_concrete.median(log_alpha), z.median(0).values, rtol=0, atol=1e-4)
+    opened = (z > 0).double().mean(0)
+    torch.testing.assert_close(hard_concrete.open_probability(log_alpha), opened, rtol=0, atol=1e-5)
+    torch.testing.assert_close(hard_concrete.sparsity(log_alpha), 1 - opened.mean(1), rtol=0, atol=1e-5)
+
+
 def test_uniform_numbers_are_a_function_of_key_and_place() -> None:
     found = hard_concrete.uniform((50, 401), 1, 2, 3)
     assert torch.equal(found, hard_concrete.uniform((50, 401), 1, 2, 3))
