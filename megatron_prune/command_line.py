@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser
 
 from megatron_prune.errors import UserError, bare, brief, one_line
 from megatron_prune.foreign import fenced, read_yaml
-from megatron_prune.options import Entry, Options, Share, entries, flag
+from megatron_prune.options import Entry, Options, Share, check_idle, entries, flag
 
 if TYPE_CHECKING:
     from megatron_prune.methods.base import PruningMethod
@@ -57,7 +57,9 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
         name = _resolve(key, known, hyper)
         tokens += _tokens(name, values, kinds[name])
     found = _parse_tokens(parser, kinds, tokens)
-    return _build(config, known, {**_implied(defaults, found, known), **found})
+    made = _build(config, known, {**_implied(defaults, found, known), **found})
+    check_idle(made)
+    return made
 
 
 # --- reading ---

@@ -8,6 +8,7 @@ opens them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -139,6 +140,10 @@ class ExportConfig(Options):
     )
     parallelism: Parallelism = group(Parallelism)
 
+    def idle(self) -> Mapping[str, str]:
+        """Masks are no model."""
+        return {"layers": "with --format mask-npz"} if self.format == "mask-npz" else {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
@@ -162,6 +167,11 @@ class EvaluateConfig(Options):
         if (self.text is None) == (not self.tasks.names):
             given = "both were given" if self.text is not None else "neither was given"
             raise UserError(f"--text (a perplexity) or --tasks (scores of tasks): {given}; give one of them")
+
+    def idle(self) -> Mapping[str, str]:
+        """Windows are of a text."""
+        keys = ("window", "windows", "micro_batch_size")
+        return dict.fromkeys(keys, "with --tasks") if self.tasks.names else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +211,10 @@ class VerifyConfig(Options):
     )
     seed: int = option(0, "of the random input", at_least=0)
     parallelism: Parallelism = group(Parallelism)
+
+    def idle(self) -> Mapping[str, str]:
+        """Logits are compared with another model's."""
+        return {} if self.against else dict.fromkeys(("tolerance", "seq_length", "seed"), "without --against")
 
 
 @dataclass(frozen=True, kw_only=True)

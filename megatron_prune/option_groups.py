@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -234,6 +235,17 @@ class Losses(Options):
         if not (self.lm or self.distillation or self.hidden_weight):
             raise UserError("all weights of losses are 0: give --lm-weight, --distillation-weight or --hidden-weight")
 
+    def idle(self) -> Mapping[str, str]:
+        """What needs a teacher, and what of it needs a loss that is switched on."""
+        found: dict[str, str] = {}
+        if self.teacher is None:
+            found["teacher_dtype"] = "without --teacher"
+        if not self.distillation:
+            found["distillation_temperature"] = "without a distillation loss (--teacher, --distillation-weight)"
+        if not self.hidden_weight:
+            found["hidden_loss"] = "without --hidden-weight"
+        return found
+
     @property
     def lm(self) -> float:
         """`lm_weight`, or what follows from the teacher."""
@@ -266,10 +278,19 @@ class LoRA(Options):
         key="lora_targets",
     )
 
+    def idle(self) -> Mapping[str, str]:
+        """All but the rank, without one."""
+        return {} if self.rank else dict.fromkeys(("lora_alpha", "lora_dropout", "lora_targets"), "without --lora-rank")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions(Options):
     """Tasks of lm-eval"""
+
+    def idle(self) -> Mapping[str, str]:
+        """All of it, without tasks."""
+        keys = ("tasks_folder", "num_fewshot", "limit", "tokens_per_batch", "samples", "dense")
+        return {} if self.names else dict.fromkeys(keys, "without --tasks")
 
     names: tuple[str, ...] = option((), "tasks of lm-eval by name, scored by likelihood", key="tasks")
     tasks_folder: tuple[Path, ...] = option(

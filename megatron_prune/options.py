@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -82,6 +82,10 @@ class Options:
         for field in dataclasses.fields(self):
             if "help" in field.metadata:
                 check_value(field_key(field), getattr(self, field.name), field.metadata)
+
+    def idle(self) -> Mapping[str, str]:
+        """Keys that have no effect with the values of the others -> those, in words; groups say their own."""
+        return {}
 
 
 def check_value(key: str, value: Any, bounds: Any) -> None:
@@ -166,6 +170,22 @@ def flatten(config: Options) -> dict[str, Any]:
             value = getattr(value, name)
         values[entry.key] = _plain(value)
     return values
+
+
+def given(config: Options) -> dict[str, Any]:
+    """Key -> plain value of the options that differ from their defaults."""
+    pairs = zip(entries(type(config)), flatten(config).values(), strict=True)
+    return {entry.key: value for entry, value in pairs if entry.required or value != _plain(entry.default)}
+
+
+def check_idle(config: Options) -> None:
+    """UserError for options that were given and have no effect beside the others: nothing is ignored in silence."""
+    groups = [
+        value for field in dataclasses.fields(config) if isinstance(value := getattr(config, field.name), Options)
+    ]
+    for key, beside in {key: why for part in (config, *groups) for key, why in part.idle().items()}.items():
+        if key in given(config):
+            raise UserError(f"{flag(key)} was given and has no effect {beside}: leave it out")
 
 
 def _plain(value: Any) -> Any:

@@ -141,7 +141,7 @@ class Workbench:
         if named is None or named in mask_methods():
             return None
         assert isinstance(self.target, NM | Unstructured)
-        return given_prior(named, self.config, self.target, mask_methods())
+        return given_prior(named, self.settings.input, self.config, self.target, mask_methods())
 
     # --- what a method pulls ---
 
@@ -257,7 +257,8 @@ class Workbench:
         searched = self.method.resumable and isinstance(decision, Units)
         changed = self._changed or (self._runner is not None and self._runner.weights_changed)
         if changed or learned or searched:
-            history = {**self.source.history, "weights": self.method.name}
+            undecided = {"method": None, "target": None, "weights": self.method.name}
+            history = {**self.source.history, **undecided}
             save_model(self.folder / WEIGHTS, self.model, history, self.source.tokenizer)
         if isinstance(decision, Units) and backend.rank() == 0:
             Trim(self._info(), decision).save(self.decision, self.config)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_prune.claims import real
 from megatron_prune.decision.masks import Masks, check_mask, prunable_shapes
 from megatron_prune.decision.run_folder import decision_of
 from megatron_prune.decision.source import packed_masks
@@ -19,10 +20,10 @@ MaskSource = Callable[[str], Tensor]
 """Hugging Face weight name -> bool mask `[out, in]`."""
 
 
-def given_prior(named: str, model: ModelConfig, target: Target, methods: Sequence[str]) -> MaskSource:
+def given_prior(named: str, source: Path, model: ModelConfig, target: Target, methods: Sequence[str]) -> MaskSource:
     """The masks at `named`; any will do, one off the target is told. UserError for what holds none.
 
-    `methods`: what else could have been named.
+    `source`: where the weights come from; `methods`: what else could have been named.
     """
     path = Path(named)
     if path.suffix == ".npz":
@@ -31,6 +32,7 @@ def given_prior(named: str, model: ModelConfig, target: Target, methods: Sequenc
         found = Masks.load(decision_of(path))
         found.check_model(model)
         masks = found.get
+        _tell_weights(path, source)
     else:
         raise UserError(
             f"--prior {named} is neither a run, a decision folder, a mask .npz nor a method ({', '.join(methods)})"
@@ -41,3 +43,13 @@ def given_prior(named: str, model: ModelConfig, target: Target, methods: Sequenc
     except UserError as error:
         say(f"--prior {named} is no {target} mask: {error}; each group starts from the pattern closest to it")
     return masks
+
+
+def _tell_weights(run: Path, source: Path) -> None:
+    """Say that the weights which a run has corrected are not taken with its masks, unless they are the input."""
+    weights = run / "weights"
+    if weights.is_dir() and real(weights) != real(source):
+        say(
+            f"--prior {run}: its masks are taken, and the weights of --input {source}; the run has changed weights, "
+            f"which are taken with --input {weights}"
+        )

@@ -12,6 +12,7 @@ from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_file import save_mask_npz
 from megatron_prune.decision.masks import Masks
 from megatron_prune.decision.run_folder import decision_of
+from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import costs, form_of
 from megatron_prune.exporting.huggingface import write_directory, write_hf
 from megatron_prune.exporting.maxtext import export_maxtext
@@ -37,7 +38,13 @@ def export(config: ExportConfig) -> list[str]:
 
 
 def _directory(config: ExportConfig) -> list[str]:
-    stored = read_description(config.input).config
+    about = read_description(config.input)
+    if about.source.get("weights") and not about.source.get("method"):
+        raise UserError(
+            f"{config.input} has the weights of a {about.source['weights']} run before its decision is applied; give "
+            "the checkpoint that trim writes from the run"
+        )
+    stored = about.config
     form = form_of(stored, config.layers)
     written = get_family(stored.family).uniform(stored) if form == "padded" else stored
     check_exportable(written)

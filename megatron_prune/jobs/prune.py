@@ -28,13 +28,12 @@ from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.preflight import check_export, check_result
 from megatron_prune.files import new_folder
-from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, STATISTICS, PruningMethod, get_method
+from megatron_prune.jobs.given import check_given
+from megatron_prune.methods.base import DATA, get_method
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.layout import layout_of
-from megatron_prune.option_groups import Training
-from megatron_prune.options import flag, flatten
 from megatron_prune.training.stopping import Stopped, StopRequest
 from megatron_prune.workbench import DECISION, WEIGHTS, Workbench
 
@@ -44,6 +43,8 @@ def prune(config: PruneConfig) -> str:
     stop = StopRequest(config.training.time_limit)
     method, target = get_method(config.method, **config.method_options), parse_any_target(config.target)
     method.accept(target)
+    check_given(config, method)
+    _check_logits(config)
     source = open_model(config.input)
     target = _with_table(config, target)
     check_target(source.config, target)
@@ -52,7 +53,6 @@ def prune(config: PruneConfig) -> str:
     compute_dtype(source.config.dtype)
     tell_left(source)
     method.check(source.config, target)
-    _refuse_unused(config, method)
     going_on = may_go_on(config)
     layout = layout_of(config.parallelism)
     with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
@@ -105,35 +105,13 @@ def _with_table(config: PruneConfig, target: Target | StructuredTarget) -> Targe
     return replace(target, table=LatencyTable.load(config.latency_table))
 
 
-def _refuse_unused(config: PruneConfig, method: PruningMethod) -> None:
-    """UserError for options that the method has no use for."""
-    used = (*method.needs, *method.takes)
-    if config.statistics and STATISTICS not in used:
-        raise UserError(
-            f"--statistics was given and method {method.name} keeps none; allowed: shortgpt, minitron, flap"
-        )
-    if not method.resumable:
-        return
-    given = [] if DATA in used else _training_options(config)
-    options = {PRIOR: ("prior", "initial_logits"), CALIBRATION: ("calibration",)}
-    values = flatten(config)
-    given += [flag(key) for kind, keys in options.items() if kind not in used for key in keys if values[key]]
-    if given:
-        raise UserError(
-            f"{', '.join(given)} was given and method {config.method} has no use for it: leave it out, or see "
-            f"`prune --method {config.method} --help` for the method's own options"
-        )
+def _check_logits(config: PruneConfig) -> None:
+    """UserError where transfer has nothing to start from."""
     if config.initial_logits and not (config.initial_logits / "checkpoints").is_dir():
         raise UserError(
             f"--initial-logits {config.initial_logits} has no checkpoints; give a run of a method that learns, or "
             "its mask with --prior"
         )
-
-
-def _training_options(config: PruneConfig) -> list[str]:
-    """Flags of training that were given, but for those that every long run has."""
-    found, usual = flatten(config.training), flatten(Training())
-    return [flag(key) for key, value in found.items() if value != usual[key] and key not in ("seed", "time_limit")]
 
 
 def _forget_unfinished_decision(folder: Path) -> None:

@@ -180,6 +180,13 @@ class PruningMethod:
         """
         raise NotImplementedError
 
+    def idle(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """Keys, of `prune` or of the method, that have no effect beside others -> those, in words.
+
+        `settings`: every key of `prune` and its value.
+        """
+        return {}
+
     def check(self, config: ModelConfig, target: Any) -> None:
         """UserError for a model and target that the method cannot take; asked before any weight is read."""
 
@@ -273,6 +280,11 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
     for entry in fields(made):
         check_value(entry.name, getattr(made, entry.name), entry.metadata)
     return made
+
+
+def methods_that(hold: Callable[[type[PruningMethod]], bool]) -> list[str]:
+    """Names of the methods of which something holds."""
+    return [name for name, cls in sorted(_discovered().items()) if hold(cls)]
 
 
 def methods() -> list[MethodInfo]:

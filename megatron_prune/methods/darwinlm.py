@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron_prune.decision.target import LATENCY, MEASURES, Budget
 from megatron_prune.errors import UserError, brief
@@ -107,6 +107,12 @@ class DarwinLM(Refitted):
                 f"{self.training_tokens}; allowed: as many numbers in each (of the last: or 0), survivors ending in 1"
             )
         return [Stage(*numbers) for numbers in zip(survivors, fitness, training, strict=True)]
+
+    def idle(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """What evolution alone has a use for."""
+        del settings
+        evolution = ("generations", "offspring", "mutations", "trade", "training_batch", "training_lr")
+        return dict.fromkeys(evolution, "with --search integer") if self.search == "integer" else {}
 
     def decide(self, work: Workbench, target: Budget) -> Units:
         """Make the database, search, and put the answer's refitted weights into the model."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,17 @@ from megatron_prune.decision.target import NM
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import SCHEDULES, linear_schedule
 from megatron_prune.kernels.gumbel import decode, patterns
-from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod, Workbench, hyperparameter, register
+from megatron_prune.methods.base import (
+    CALIBRATION,
+    DATA,
+    PRIOR,
+    PruningMethod,
+    Workbench,
+    get_method,
+    hyperparameter,
+    mask_methods,
+    register,
+)
 
 if TYPE_CHECKING:
     from megatron_prune.model.masked_linear import MaskDraw
@@ -115,6 +125,18 @@ class MaskLLM(PruningMethod):
             on_step=lambda step, steps: self.schedule(draw, step, steps, runner.microbatches),
         )
         return runner.keep(lambda logits: decode(logits, target.n, target.m))
+
+    def idle(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """What the start of the logits does not need, and calibration text where no method makes the prior of it."""
+        prior, found = settings["prior"], {}
+        if settings["initial_logits"]:
+            found = dict.fromkeys(("prior_strength", "std"), "with --initial-logits, which are taken as they are")
+        elif prior is None:
+            found = {"prior_strength": "without --prior"}
+        if prior not in mask_methods() or CALIBRATION not in get_method(prior).needs:
+            keys = [key for key in settings if key.startswith("calibration")]
+            found |= dict.fromkeys(keys, "unless --prior names a method that looks at it, such as sparsegpt")
+        return found
 
     def schedule(self, draw: MaskDraw, step: int, steps: int, microbatches: int) -> dict[str, float]:
         """Move scale, temperature and regularisation to their values at `step`; returns them for the log."""

@@ -5,7 +5,7 @@ Cutting and the record are the same for all (`decision/`). Helpers here are pure
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -47,6 +47,11 @@ class Refitted(PruningMethod):
         units = from_leader(self.choose(work.config, work.passes, target))
         work.compensate(units, self.refit, self.refit_damping, self.norm_gain)
         return units
+
+    def idle(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """Damping is of a fit by least squares."""
+        del settings
+        return {"refit_damping": f"with --refit {self.refit}"} if self.refit in ("none", "mean") else {}
 
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:
         """The units that stay. Collective; UserError when target or data do not allow it.

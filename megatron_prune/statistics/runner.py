@@ -129,13 +129,13 @@ class Runner:
             if linear.mask is None:
                 raise RuntimeError(f"the method left {linear.name} undecided: call keep() on every linear")
             mask = linear.gather(linear.mask)
+            weight = linear.whole_weight
             if linear.new_weight is not None:
-                dense = linear.gather(linear.new_weight).to(linear.whole_weight.dtype)
+                # What is removed stays as it was: learning that starts from these weights may take it back.
+                weight = torch.where(mask, linear.gather(linear.new_weight).to(weight.dtype), weight)
                 self.weights_changed = True
-                self.model.assign(linear.map, dense * mask)
-            else:
-                dense = linear.whole_weight
-            whole[inner(linear.name)] = dense * mask
+                self.model.assign(linear.map, weight)
+            whole[inner(linear.name)] = weight * mask
             self.kept += int(mask.sum())
             self.size += mask.numel()
             hf_masks.update(zip(linear.map.hf, convert.split(linear.map, mask, self.model.config), strict=True))

@@ -142,8 +142,8 @@ def test_a_model_in_memory_is_pruned_as_by_the_commands(
     hf = byte_tokenizer(tiny_model(tmp_path / "hf", family, vocab_size=260))
     text = words(tmp_path / "text.jsonl")
     calibrated: dict[str, Any] = {"calibration_samples": SAMPLES, "calibration_seq_length": LENGTH}
-    given = {} if method == "magnitude" else {"calibration": [text]}
-    mp.prune(hf, tmp_path / "run", method=method, target=target, **given, **calibrated)
+    given = {} if method == "magnitude" else {"calibration": [text], **calibrated}
+    mp.prune(hf, tmp_path / "run", method=method, target=target, **given)
     assert mp.trim(tmp_path / "run", tmp_path / "small") == tmp_path / "small"
     mp.export(tmp_path / "small", tmp_path / "out")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -100,6 +100,8 @@ def test_pruning_mistakes_leave_no_run(root: Path, name: str, capsys: pytest.Cap
     words = prune(root, "x")
     if "--calibration-seq-length" in more:
         words = words[:-2]
+    if "maskllm" in more:
+        words = words[:5]
     text = root / "words.jsonl"
     if name == "calibration_too_long":
         text = words_too_short(root)
@@ -288,8 +290,9 @@ def test_a_prior_that_looks_at_text_asks_for_it_before_weights_are_read(
 def test_text_that_has_no_name_is_one_line(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     hf = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=260))
     command = ["prune", "--input", str(hf), "--output", str(tmp_path / "run"), "--target", "2:4"]
-    for given in (["--method", "wanda", "--calibration", place], ["--method", "maskllm", "--data", place]):
-        assert main([*command, *given, "--seq-length", "16", "--calibration-seq-length", "16"]) == 2
+    calibrated = ["--method", "wanda", "--calibration", place, "--calibration-seq-length", "16"]
+    for given in (calibrated, ["--method", "maskllm", "--data", place, "--seq-length", "16"]):
+        assert main([*command, *given]) == 2
         told = capsys.readouterr().err
         assert told.count("megatron-prune: error:") == 1 and "give text in" in told and "Traceback" not in told, told
     assert not (tmp_path / "run").exists()

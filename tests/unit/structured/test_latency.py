@@ -18,7 +18,8 @@ from megatron_prune.model.families import ModelConfig, family_of
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 
 CALIBRATION = "--calibration-samples 6 --calibration-seq-length 16".split()
-SEARCH = "--levels 4 --generations 2 --offspring 4 --survivors 1 --fitness-tokens 32 --training-tokens 0".split()
+SEARCH = "--levels 4 --survivors 1 --fitness-tokens 32 --training-tokens 0".split()
+EVOLVED = "--generations 2 --offspring 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,7 @@ def test_a_search_spends_its_budget_where_it_saves_time(root: Path, search: str)
     limit = 230
     given = ["prune", "--input", str(root / "hf"), "--output", str(run), "--method", "darwinlm", *CALIBRATION, *SEARCH]
     given += ["--calibration", str(root / "words.jsonl"), "--search", search]
+    given += EVOLVED if search == "evolution" else []
     assert main([*given, "--target", f"{LATENCY}={limit}", "--latency-table", str(root / "table.json")]) == 0
     from megatron_prune.decision.trimming import Trim
 
