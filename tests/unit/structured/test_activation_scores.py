@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_prune.decision.source import open_model
 from megatron_prune.decision.target import parse_any_target
 from megatron_prune.decision.units import Units
+from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.depth import block_influence
 from megatron_prune.methods.flap import unit_scores
@@ -85,6 +86,17 @@ def test_flap_removes_in_the_order_of_standardised_channels(
     for layer, block in enumerate(units.blocks):
         assert set(block.groups) == left[layer, "groups"]
         assert set(block.ffn) == left[layer, "ffn"]
+
+
+def test_flap_goes_down_to_one_unit_of_a_kind_in_every_layer(both: tuple[PrunableModel, Reference]) -> None:
+    """The smallest model that it can make is within its own size, and one parameter less is refused."""
+    model, reference = both
+    costs = (GROUPS - 1) * (2 * 3 + 2) * WIDTH * HIDDEN + (FFN - 1) * 3 * HIDDEN
+    smallest = reference.model.num_parameters() - LAYERS * costs
+    units = chosen(model, "flap", f"parameters={smallest}")
+    assert all(len(block.groups) == len(block.ffn) == 1 for block in units.blocks)
+    with pytest.raises(UserError, match="1 too many"):
+        chosen(model, "flap", f"parameters={smallest - 1}")
 
 
 def test_groups_that_are_alike_do_not_go_before_all_neurons() -> None:

@@ -18,6 +18,7 @@ from megatron_prune.decision.target import Budget, parse_any_target
 from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
+from megatron_prune.methods.depth import exchanged
 from megatron_prune.methods.fit import check_target
 from megatron_prune.methods.flap import standardised
 from megatron_prune.methods.minitron import head_scores
@@ -245,6 +246,42 @@ def test_scores_of_single_tensors() -> None:
     by_rows.add_rows(torch.tensor([0]), torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, 0.0]]))
     assert torch.equal(by_rows.total, torch.tensor([[4.0, -1.0], [0.0, 2.0]]).double())
     assert torch.equal(by_rows.squares, torch.tensor([[16.0, 1.0], [0.0, 4.0]]).double())
+
+
+class Additive:
+    """Passes over a model whose loss grows by a number for each layer that is missing; remembers what was asked."""
+
+    def __init__(self, worth: list[float]) -> None:
+        self.worth = worth
+        self.asked: list[list[frozenset[int]]] = []
+
+    def losses_without(self, sets: list[frozenset[int]]) -> list[float]:
+        self.asked.append(sets)
+        return [sum(self.worth[layer] for layer in removed) for removed in sets]
+
+    def window_losses_without(self, sets: list[frozenset[int]]) -> list[list[float]]:
+        """Of four windows, far apart in how hard they are, which every set of layers shares."""
+        return [[loss + 100 * window for window in range(4)] for loss in self.losses_without(sets)]
+
+
+def test_the_exchanges_that_promise_most_are_tried() -> None:
+    """Of 5 x 15 the 32 of lowest difference, none of a protected layer, until none helps; at most four rounds."""
+    worth = [float((7 * n) % 20) for n in range(20)]
+    passes, start = Additive(worth), frozenset({1, 2, 3, 4, 6})
+    found = exchange(passes, start)
+    others = [n for n in range(1, 20) if n not in start]
+    pairs = sorted((worth[new] - worth[old], old, new) for old in start for new in others)[:32]
+    assert passes.asked[0] == [start - {old} | {new} for _, old, new in pairs]
+    assert found == frozenset(sorted(range(1, 20), key=worth.__getitem__)[:5])
+    assert exchange(Additive(worth), found) == found
+    rising = Additive([float(n) for n in range(20)])
+    assert exchange(rising, frozenset(range(14, 20))) == frozenset({1, 2, 3, 4, 14, 15})
+    assert exchange(rising, frozenset(range(20))) == frozenset(range(20))
+
+
+def exchange(passes: Additive, start: frozenset[int]) -> frozenset[int]:
+    """With layer 0 protected."""
+    return exchanged(passes, passes, start, passes.worth, frozenset({0}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,237 @@
+"""Plants small faults in the code that scores, solves and searches, and sees whether the tests notice.
+
+    python tools/mutants.py --output mutants.json                    a sample of each module's faults
+    python tools/mutants.py --output mutants.json --per-module 50 --only methods/flap.py statistics
+
+Each fault (`tools/mutant_operators.py`) is planted in a copy of the repository, and the tests of its module, a few
+short files, run on it. Those that no test notices are survivors. tools/mutants.yaml explains the ones that no test can
+notice, or need not; any other makes the exit status 1, as does an explanation whose fault is noticed or is not there.
+
+Faults are drawn by a hash of what they change, so the sample stays as it is where the code does. PyTorch and the other
+libraries are imported once, in a server that is forked for each fault; a fault has `LIMIT` times the time that the
+tests take without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mutant_operators import Mutant, mutants
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPLAINED = ROOT / "tools" / "mutants.yaml"
+PACKAGE = "megatron_prune"
+LIMIT, LEAST = 5.0, 60.0
+"""Of the time of the tests without a fault, and seconds at least."""
+PRELOADED = (
+    *("torch", "torch._dynamo", "numpy", "scipy.optimize", "scipy.special", "pytest", "hypothesis", "yaml"),
+    *("jsonargparse", "pydantic", "rich.progress", "accelerate", "safetensors.torch"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"),
+    *("transformers.models.nemotron.modeling_nemotron", "transformers.models.auto.modeling_auto"),
+)
+MEGATRON = ("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "megatron.core.optimizer")
+"""Libraries that the server has; those of megatron-core come after the package's backend."""
+
+UNIT = "tests/unit"
+STRUCTURED = f"{UNIT}/structured"
+ACTIVATIONS, TAYLOR = f"{STRUCTURED}/test_activation_scores.py", f"{STRUCTURED}/test_taylor_scores.py"
+METHODS, INVARIANT = f"{STRUCTURED}/test_methods.py", f"{STRUCTURED}/test_invariances.py"
+COMPENSATION, ONE_SHOT = f"{STRUCTURED}/test_compensation.py", f"{UNIT}/methods/test_one_shot.py"
+TESTS: dict[str, tuple[str, ...]] = {
+    "methods/depth.py": (ACTIVATIONS, TAYLOR, METHODS),
+    "methods/flap.py": (ACTIVATIONS, METHODS),
+    "methods/llm_pruner.py": (TAYLOR, METHODS),
+    "methods/magnitude.py": (ONE_SHOT,),
+    "methods/maskllm.py": (f"{UNIT}/methods/test_maskllm.py",),
+    "methods/minitron.py": (ACTIVATIONS, METHODS),
+    "methods/shape_search.py": (COMPENSATION, METHODS),
+    "methods/shortened_llama.py": (TAYLOR, METHODS),
+    "methods/sparsegpt.py": (ONE_SHOT,),
+    "methods/structured.py": (ACTIVATIONS, TAYLOR, METHODS),
+    "methods/taylor.py": (TAYLOR,),
+    "methods/wanda.py": (ONE_SHOT,),
+    "statistics/activations.py": (f"{UNIT}/statistics/test_statistics.py",),
+    "statistics/channels.py": (ACTIVATIONS, COMPENSATION),
+    "statistics/compensation.py": (COMPENSATION,),
+    "statistics/gradients.py": (TAYLOR, METHODS),
+    "statistics/hessian.py": (f"{UNIT}/statistics/test_statistics.py",),
+    "statistics/passes.py": (ACTIVATIONS, METHODS),
+    "statistics/reconstruction.py": (f"{STRUCTURED}/test_reconstruction.py",),
+    "kernels/gumbel.py": (f"{UNIT}/kernels/test_gumbel.py",),
+    "kernels/philox.py": (f"{UNIT}/kernels/test_philox.py", f"{UNIT}/kernels/test_gumbel.py"),
+    "kernels/second_order.py": (f"{UNIT}/kernels/test_second_order.py",),
+    "kernels/selection.py": (f"{UNIT}/kernels/test_selection.py",),
+    "search/integer.py": (f"{STRUCTURED}/test_darwinlm.py",),
+    "search/levels.py": (f"{STRUCTURED}/test_darwinlm.py",),
+}
+"""Module below the package -> the tests that are to notice its faults. Those that are not here move bytes or words."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a fault."""
+
+    key: str
+    state: str
+    """`noticed`, `survived`, or `endless` when its time was up."""
+    seconds: float
+
+
+def sample(per_module: int, only: Sequence[str]) -> list[Mutant]:
+    """Faults of every module, as many of each, the same ones as long as the code is."""
+    chosen: list[Mutant] = []
+    for module in TESTS:
+        if not only or module.startswith(tuple(only)):
+            path = f"{PACKAGE}/{module}"
+            found = mutants(path, (ROOT / path).read_text())
+            chosen += sorted(found, key=lambda m: hashlib.sha256(m.key.encode()).digest())[:per_module]
+    return chosen
+
+
+@contextlib.contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of what the tests need, which faults are planted in; gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        copy.mkdir()
+        for name in (PACKAGE, "tests", "examples", "tools", "docs"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if (ROOT.parent / "shared").exists():
+            (Path(folder) / "shared").symlink_to((ROOT.parent / "shared").resolve())
+        subprocess.run([sys.executable, "-m", "compileall", "-q", PACKAGE], cwd=copy, check=True)
+        yield copy
+
+
+class Server:
+    """Runs tests on the copy, each time in a fork of this process, which holds the libraries and nothing of the copy
+    but its backend, which megatron-core must come after.
+    """
+
+    def __init__(self, copy: Path) -> None:
+        self.copy = copy
+        self.usual: dict[str, float] = {}
+        """Seconds of a module's tests without a fault."""
+        os.chdir(copy)
+        sys.path.insert(0, str(copy))
+        sys.dont_write_bytecode = True
+        for name in (*PRELOADED, f"{PACKAGE}.backend", *MEGATRON):
+            __import__(name)
+        held = [name for name in sys.modules if name.startswith(tuple(f"{PACKAGE}.{m[:-3]}" for m in _dotted()))]
+        assert not held, f"{held} would be the same in every fork"
+
+    def run(self, module: str, limit: float) -> tuple[int | None, float]:
+        """Exit status of a module's tests, None when the time is up, and seconds."""
+        began, child = time.monotonic(), os.fork()
+        if child == 0:
+            self._child(module)
+        while time.monotonic() - began < limit:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status), time.monotonic() - began
+            time.sleep(0.05)
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return None, time.monotonic() - began
+
+    def _child(self, module: str) -> None:
+        """Never returns."""
+        import pytest
+
+        os.setsid()
+        silent = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(silent, stream)
+        status = 2
+        with contextlib.suppress(BaseException):
+            words = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *TESTS[module]]
+            status = int(pytest.main(words))
+        os._exit(status)
+
+    def measure(self, module: str) -> None:
+        """How long the tests take without a fault; an error where they fail."""
+        status, seconds = self.run(module, 3600)
+        if status != 0:
+            raise SystemExit(f"the tests of {module} fail without any fault: {' '.join(TESTS[module])}")
+        self.usual[module] = seconds
+
+    def judge(self, mutant: Mutant) -> Outcome:
+        """Plant one fault, run the tests, take it out."""
+        module = mutant.path.removeprefix(f"{PACKAGE}/")
+        if module not in self.usual:
+            self.measure(module)
+        file = self.copy / mutant.path
+        source = file.read_text()
+        for compiled in (file.parent / "__pycache__").glob(f"{file.stem}.*.pyc"):
+            compiled.unlink()
+        try:
+            file.write_text(mutant.apply(source))
+            status, seconds = self.run(module, max(LEAST, LIMIT * self.usual[module]))
+        finally:
+            file.write_text(source)
+        state = "endless" if status is None else "survived" if status == 0 else "noticed"
+        return Outcome(mutant.key, state, round(seconds, 1))
+
+
+def _dotted() -> list[str]:
+    return [module.replace("/", ".") for module in TESTS]
+
+
+def verdict(outcomes: Sequence[Outcome], explained: dict[str, str], known: set[str]) -> dict[str, Any]:
+    """What is told, and what is wrong: survivors without an explanation, explanations without a survivor.
+
+    `known`: keys of all faults of the modules that were looked at.
+    """
+    survivors = {outcome.key for outcome in outcomes if outcome.state == "survived"}
+    noticed = {outcome.key for outcome in outcomes} - survivors
+    looked_at = {key.split(" ")[0] for key in known}
+    gone = {key for key in explained if key.split(" ")[0] in looked_at and key not in known}
+    return {
+        "counts": dict(Counter(outcome.state for outcome in outcomes)),
+        "unexplained": sorted(survivors - set(explained)),
+        "needless": sorted(noticed & set(explained)) + sorted(gone),
+    }
+
+
+def main() -> int:
+    """Judge the sample and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--per-module", type=int, default=6)
+    parser.add_argument("--only", nargs="*", default=[], help="beginnings of modules, such as methods/flap.py")
+    given = parser.parse_args()
+    output = given.output.resolve()
+    chosen = sample(given.per_module, given.only)
+    outcomes: list[Outcome] = []
+    with copied() as copy:
+        server = Server(copy)
+        for mutant in chosen:
+            outcomes.append(server.judge(mutant))
+            print(f"{outcomes[-1].state:9} {outcomes[-1].seconds:6.1f} s  {mutant.key}", flush=True)
+        os.chdir(ROOT)
+    known = {mutant.key for mutant in sample(10**6, given.only)}
+    found = verdict(outcomes, yaml.safe_load(EXPLAINED.read_text()) or {}, known)
+    mutants_found = [vars(outcome) for outcome in outcomes]
+    output.write_text(json.dumps({**found, "mutants": mutants_found}, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    return 1 if found["unexplained"] or found["needless"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
