@@ -1,4 +1,4 @@
-"""The mutation run: every kind of fault, one at a time; a survivor needs an explanation, an explanation its survivor."""
+"""The mutation run: every kind of fault, one at a time; survivors need explanations, and explanations survivors."""
 
 from __future__ import annotations
 
