@@ -1,16 +1,15 @@
-"""What closed-form compensation is worth inside and outside the domain it was fitted on. One command:
+"""What closed-form compensation is worth inside and outside the domain it was fitted on.
 
-    PYTHONPATH=. python benchmarks/compensation.py --model HF_DIRECTORY --shared ../shared --calibration TRAIN.jsonl
+    python benchmarks/compensation.py --model HF_DIRECTORY --shared ../shared --calibration TRAIN.jsonl
 
 Calibrated on Wikipedia (TRAIN.jsonl, as examples/quickstart/fetch_text.py makes it) and on C4, 64 windows of 512, seed
 0; tested on WikiText-2 (P1's first 8 windows), on C4 that no calibration sees, and on code (modules of Python's own
 library). Everything in one process: the units that `minitron` chooses are cut, refitted from the second moments of one
-pass, and run. Writes benchmarks/results/compensation_DATE.json, of which a document's table is made.
+pass, and run.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -18,9 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.results import CALIBRATION, MODEL, SHARED, arguments, write_result
+from bench.study import C4_TRAINING, LENGTH, SAMPLES, Texts
+
+if __name__ == "__main__":
+    GIVEN = arguments(__doc__, MODEL, SHARED, CALIBRATION)
+
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
-from quality import C4_TRAINING, write_result
 from torch import Tensor
 
 from megatron_prune.data.calibration import windows
@@ -33,7 +37,8 @@ from megatron_prune.methods.shape_search import SITES, Refit, refitted, settled
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.statistics.passes import Passes
 
-LENGTH = 1024
+TESTED = 1024
+"""Tokens of a window."""
 DAMPING = Minitron().refit_damping
 TARGETS = [
     Shape(ffn_hidden_size=1152),
@@ -44,22 +49,22 @@ TARGETS = [
 CODE = ("argparse", "asyncio.base_events", "difflib", "email.message", "http.client")
 
 
-def texts(shared: Path) -> dict[str, str]:
+def tested(texts: Texts) -> dict[str, str]:
     """The texts that are tested on."""
-    c4 = (shared / "data" / "c4" / "c4_en_sample.jsonl").read_text(encoding="utf-8").splitlines()[C4_TRAINING:]
+    c4 = texts.c4.read_text(encoding="utf-8").splitlines()[C4_TRAINING:]
     found = [importlib.util.find_spec(name) for name in CODE]
     sources = [Path(str(spec.origin)).read_text(encoding="utf-8") for spec in found if spec]
     return {
-        "WikiText-2": (shared / "data" / "wikitext2" / "wiki.test.joined_nn.txt").read_text(encoding="utf-8"),
+        "WikiText-2": texts.wikitext.read_text(encoding="utf-8"),
         "C4": "\n\n".join(json.loads(line)["text"] for line in c4),
         "code": "\n\n".join(sources),
     }
 
 
 def cut_into_windows(ids: Sequence[int], most: int) -> Tensor:
-    """`[windows, LENGTH]` int64, from the beginning, not overlapping."""
-    count = min(most, len(ids) // LENGTH)
-    return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+    """`[windows, TESTED]` int64, from the beginning, not overlapping."""
+    count = min(most, len(ids) // TESTED)
+    return torch.tensor(ids[: count * TESTED]).view(count, TESTED)
 
 
 def rows(model: PrunableModel, calibration: Mapping[str, Tensor], tests: Mapping[str, Tensor]) -> Iterator[list[Any]]:
@@ -87,31 +92,19 @@ def rows(model: PrunableModel, calibration: Mapping[str, Tensor], tests: Mapping
 @torch.no_grad()
 def main() -> None:
     """Measure everything and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--calibration", type=Path, required=True, help="Wikipedia text, a document a line")
-    given = parser.parse_args()
+    texts = Texts(GIVEN.shared)
     with backend.running(backend.Layout()):
-        model = open_model(given.model).load(backend.Layout())
-        tokenizer = load_tokenizer(given.model, model.config.vocab_size)
-        c4 = given.shared / "data" / "c4" / "c4_en_sample.jsonl"
-        calibration = {
-            "Wikipedia": windows([given.calibration], tokenizer, 64, 512, 0).tokens,
-            "C4": windows([c4], tokenizer, 64, 512, 0, slice(0, C4_TRAINING)).tokens,
-        }
-        ids = {
-            name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in texts(given.shared).items()
-        }
+        model = open_model(GIVEN.model).load(backend.Layout())
+        tokenizer = load_tokenizer(GIVEN.model, model.config.vocab_size)
+        wikipedia = windows([GIVEN.calibration], tokenizer, SAMPLES, LENGTH, 0).tokens
+        ids = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, text in tested(texts).items()}
         tests = {name: cut_into_windows(found, 8 if name == "WikiText-2" else 4) for name, found in ids.items()}
-        found = list(rows(model, calibration, tests))
-    result = {
-        "columns": ["target", "calibrated on", "compensation", *tests],
-        "rows": found,
-        "protocol": "SmolLM2-135M, bf16, perplexity without recovery training; windows of 1024: WikiText-2 the first "
-        f"8, C4 held out and code the first 4. Calibration 64 x 512 tokens, damping {DAMPING}.",
-    }
-    write_result("compensation", result)
+        found = list(rows(model, {"Wikipedia": wikipedia, "C4": texts.c1_windows(tokenizer)}, tests))
+    protocol = (
+        "SmolLM2-135M, bf16, perplexity without recovery training; windows of 1024: WikiText-2 the first 8, C4 held "
+        f"out and code the first 4. Calibration 64 x 512 tokens, damping {DAMPING}."
+    )
+    write_result("compensation", GIVEN, ["target", "calibrated on", "compensation", *tests], found, protocol)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,20 @@
 
 Memory is what `plan` predicts. Time is counted FLOPs over an assumed share of the GPUs' peak, plus bytes over an
 assumed share of their bandwidth; every assumption is in `ASSUMED` and goes into the result file. Nothing overlaps with
-anything else, and communication of mask learning is part of the assumed utilisation. Writes
-benchmarks/results/estimate_70b_DATE.json, of which a document's table is made.
+anything else, and communication of mask learning is part of the assumed utilisation.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import math
 from typing import Any
 
-from quality import HERE
+from bench.results import arguments, write_result
+
+if __name__ == "__main__":
+    GIVEN = arguments(__doc__)
+
+from bench.models import llama
 
 from megatron_prune.decision.target import NM
 from megatron_prune.jobs.plan import GIB, Job, plan
@@ -25,21 +26,7 @@ from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.option_groups import Parallelism, Training
 from megatron_prune.training.throughput import PEAK_TFLOPS, TERA, flops_per_token
 
-LLAMA2_70B: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
+LLAMA2_70B = llama(8192, 28672, 80, 64, 8)
 GPUS, TENSOR, BATCH, LENGTH, STEPS = 64, 8, 256, 4096, 2000
 """GPUs, tensor-parallel size, and the paper's windows a step, tokens a window and steps."""
 CALIBRATION = 128 * 4096
@@ -60,23 +47,19 @@ said of the paper's 7B run, come to. network: into each GPU, from other nodes.""
 MASK_BYTES = 44
 """Read or written for each weight, 2:4, in a micro-batch. Forward: float32 logits 6, weight 2, masked weight 2.
 Backward: the gradient of the masked weight 2, weight 2, logits 6, their gradient 6, which is added to a step's: 18."""
+COLUMNS = ["layout", "recompute", "GiB a GPU", "s a step", "s a step, low", "hours", "hours, low"]
 
 
-def model_config() -> ModelConfig:
-    """LLaMA-2 70B as its public config.json describes it."""
-    return family_of(LLAMA2_70B).from_hf(LLAMA2_70B)
+def prunable(model: ModelConfig) -> list[tuple[int, ...]]:
+    """Shapes of the matrices that get a mask."""
+    return [map.shape for map in get_family(model.family).weights(model) if map.prunable]
 
 
 def job(model: ModelConfig, stages: int, recompute: bool) -> Job:
     """Mask learning of all prunable weights in one layout."""
     layout = Parallelism(tensor_model_parallel_size=TENSOR, pipeline_model_parallel_size=stages, sequence_parallel=True)
-    training = Training(
-        micro_batch_size=1,
-        global_batch_size=BATCH,
-        seq_length=LENGTH,
-        use_distributed_optimizer=True,
-        recompute=recompute,
-    )
+    sizes: dict[str, Any] = {"micro_batch_size": 1, "global_batch_size": BATCH, "seq_length": LENGTH}
+    training = Training(**sizes, use_distributed_optimizer=True, recompute=recompute)
     return Job(model, layout, training, NM(2, 4), GPUS // TENSOR // stages)
 
 
@@ -85,27 +68,23 @@ def step_seconds(work: Job, mfu: float) -> float:
     microbatches = BATCH // work.replicas
     flops = BATCH * LENGTH * flops_per_token(work.model, LENGTH) * (4 / 3 if work.training.recompute else 1)
     products = flops / (GPUS * ASSUMED["peak_tflops"] * TERA * mfu) * (1 + (work.stages - 1) / microbatches)
-    here = prunable(work.model) / (TENSOR * work.stages)
+    here = sum(map(math.prod, prunable(work.model))) / (TENSOR * work.stages)
     rate = ASSUMED["bandwidth_tb_s"] * TERA * ASSUMED["share_of_bandwidth"]
     return products + microbatches * here * MASK_BYTES / rate
-
-
-def prunable(model: ModelConfig) -> int:
-    """Weights that get a mask."""
-    return sum(math.prod(map.shape) for map in get_family(model.family).weights(model) if map.prunable)
 
 
 def sparsegpt_seconds(model: ModelConfig) -> dict[str, float]:
     """Of every part of one-shot SparseGPT: each GPU runs whole layers on its share of the windows, solves its share of
     the rows, and makes every factor of a Hessian itself.
     """
-    matrices = [map.shape for map in get_family(model.family).weights(model) if map.prunable]
+    matrices = prunable(model)
     widths = [shape[1] for shape in matrices]
+    weights = sum(map(math.prod, matrices))
     products = TERA * ASSUMED["peak_tflops"] * ASSUMED["one_shot_mfu"]
     solver = TERA * ASSUMED["fp64_tflops"] * ASSUMED["fp64_share"]
-    sent = 2 * prunable(model) + 2 * 8 * sum(width**2 for width in widths)
+    sent = 2 * weights + 2 * 8 * sum(width**2 for width in widths)
     return {
-        "two forward passes": 2 * CALIBRATION / GPUS * 2 * prunable(model) / products,
+        "two forward passes": 2 * CALIBRATION / GPUS * 2 * weights / products,
         "Hessians": CALIBRATION / GPUS * sum(width**2 for width in widths) / products,
         "factors, float64": 4 / 3 * sum(width**3 for width in widths) / solver,
         "solving the rows": sum(rows * width**2 for rows, width in matrices) / GPUS / solver,
@@ -113,48 +92,33 @@ def sparsegpt_seconds(model: ModelConfig) -> dict[str, float]:
     }
 
 
-def table(model: ModelConfig) -> list[list[Any]]:
-    """Layouts, the largest process's memory, and times."""
-    rows = []
-    for stages in (8, 4, 2):
-        for recompute in (False, True):
-            work = job(model, stages, recompute)
-            memory = max(stage.total for stage in plan(work)) / GIB
-            times = [step_seconds(work, ASSUMED[key]) for key in ("mfu", "mfu_low")]
-            name = f"tensor {TENSOR} x pipeline {stages} x {work.replicas} replicas"
-            hours = [STEPS * each / 3600 for each in times]
-            rows.append([name, "yes" if recompute else "no", memory, *times, *hours])
-    return rows
+def row(work: Job) -> list[Any]:
+    """Layout, the largest process's memory, and times."""
+    memory = max(stage.total for stage in plan(work)) / GIB
+    times = [step_seconds(work, ASSUMED[key]) for key in ("mfu", "mfu_low")]
+    name = f"tensor {TENSOR} x pipeline {work.stages} x {work.replicas} replicas"
+    recompute = "yes" if work.training.recompute else "no"
+    return [name, recompute, memory, *times, *(STEPS * each / 3600 for each in times)]
 
 
-def main() -> None:
-    """Count and write the result file."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    model = model_config()
-    one_shot = sparsegpt_seconds(model)
-    parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in one_shot.items())
-    today = datetime.date.today().isoformat()
-    a = ASSUMED
-    result = {
-        "columns": ["layout", "recompute", "GiB a GPU", "s a step", "s a step, low", "hours", "hours, low"],
-        "rows": table(model),
-        "one_shot_seconds": one_shot,
-        "assumed": a,
-        "protocol": f"ON PAPER, nothing measured. LLaMA-2 70B, {GPUS} GPUs of 80 GB; masks learned in {STEPS} steps of "
+def protocol(one_shot: dict[str, float]) -> str:
+    """What was assumed, and what is not in the table."""
+    a, parts = ASSUMED, ", ".join(f"{name} {seconds:.0f} s" for name, seconds in one_shot.items())
+    return (
+        f"ON PAPER, nothing measured. LLaMA-2 70B, {GPUS} GPUs of 80 GB; masks learned in {STEPS} steps of "
         f"{BATCH} x {LENGTH} tokens, distributed optimizer, sequence parallel; memory from `plan`. Assumed: "
         f"{a['peak_tflops']:.0f} TFLOP/s peak at {a['mfu']:.0%} utilisation (low: {a['mfu_low']:.1%}, what the paper's "
         f"hours for 7B come to) plus the pipeline's bubble; masks: {MASK_BYTES} bytes a weight and micro-batch at "
         f"{a['share_of_bandwidth']:.0%} of {a['bandwidth_tb_s']} TB/s; recomputation a third more. "
         f"One-shot SparseGPT, {CALIBRATION} tokens: {sum(one_shot.values()) / 60:.0f} minutes ({parts}), at "
         f"{a['one_shot_mfu']:.0%} of peak, float64 {a['fp64_share']:.0%} of {a['fp64_tflops']:.0f} TFLOP/s, "
-        f"{a['network_gb_s']:.0f} GB/s into each GPU.",
-        "hardware": "No hardware was used",
-        "date": today,
-    }
-    path = HERE / "results" / f"estimate_70b_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(path)
+        f"{a['network_gb_s']:.0f} GB/s into each GPU."
+    )
 
 
 if __name__ == "__main__":
-    main()
+    model = family_of(LLAMA2_70B).from_hf(LLAMA2_70B)
+    rows = [row(job(model, stages, recompute)) for stages in (8, 4, 2) for recompute in (False, True)]
+    one_shot = sparsegpt_seconds(model)
+    about: dict[str, Any] = {"one_shot_seconds": one_shot, "assumed": ASSUMED, "device": "No hardware was used"}
+    write_result("estimate_70b", GIVEN, COLUMNS, rows, protocol(one_shot), **about)

@@ -1,79 +1,57 @@
 """The one-shot decisions on SmolLM2-135M itself in several layouts, weight by weight against one process.
 
-    PYTHONPATH=. python benchmarks/layouts.py --model HF_DIRECTORY --shared ../shared
+    python benchmarks/layouts.py --model HF_DIRECTORY --shared ../shared
 
-Real processes under torchrun, 16 calibration windows of 256 tokens. Writes benchmarks/results/layouts_DATE.json; exit
-status 1 when a decision differs.
+Real processes under torchrun, 16 calibration windows of 256 tokens. Exit status 1 when a decision differs.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from megatron_prune.decision.masks import Masks
-from tests.distributed.launch import DP2, ONE, PP2, TP3, Layout, launch, must_pass
+from bench.results import MODEL, SHARED, arguments, write_result
+from bench.study import Study, folder_name
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from quality import write_result
-
-TIMEOUT_S = 3600
-CASES = [
-    ("magnitude", "2:4"),
-    ("magnitude", "0.5"),
-    ("wanda", "2:4"),
-    ("wanda", "0.5"),
-    ("sparsegpt", "2:4"),
-    ("sparsegpt", "0.5"),
-]
-LAYOUTS = [TP3, PP2, DP2]
+CASES = [(method, target) for method in ("magnitude", "wanda", "sparsegpt") for target in ("2:4", "0.5")]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tp3": {"processes": 3, "tensor_model_parallel_size": 3},
+    "pp2": {"processes": 2, "pipeline_model_parallel_size": 2},
+    "dp2": {"processes": 2},
+}
 
 
-def command(root: Path, c4: Path, method: str, target: str, layout: Layout) -> list[str]:
-    """The prune verb of one case."""
-    words = ["prune", "--input", str(root / "dense"), "--output", str(folder(root, method, target, layout))]
-    calibration = ["--calibration", str(c4), "--calibration-samples", "16", "--calibration-seq-length", "256"]
-    return [*words, "--method", method, "--target", target, *calibration, *layout.flags()]
+def decided(bench: Study, method: str, target: str, layout: str) -> Path:
+    """The decision of one case in one layout."""
+    run = bench.work / folder_name(method, target, layout)
+    windows = {"calibration": bench.texts.c4, "calibration_samples": 16, "calibration_seq_length": 256}
+    what = {"input": bench.dense, "method": method, "target": target}
+    bench.verb("prune", output=run, **what, **windows, **LAYOUTS[layout])
+    return run / "decision"
 
 
-def folder(root: Path, method: str, target: str, layout: Layout) -> Path:
-    """Run folder of one case."""
-    return root / f"{method}_{target.replace(':', '-')}_{layout.name}"
+def row(bench: Study, method: str, target: str) -> list[Any]:
+    """Weights on which each layout differs from one process."""
+    from megatron_prune.decision.masks import Masks
 
-
-def differing(a: Masks, b: Masks) -> int:
-    """Number of weights on which two decisions differ."""
-    return sum(int((a.get(name) != b.get(name)).sum()) for name in a.names())
+    one, *others = [Masks.load(decided(bench, method, target, layout)) for layout in LAYOUTS]
+    differing = [sum(int((one.get(name) != other.get(name)).sum()) for name in one.names()) for other in others]
+    return [method, target, *differing]
 
 
 def main() -> int:
     """Run every case in every layout and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    given = parser.parse_args()
-    c4 = given.shared / "data" / "c4" / "c4_en_sample.jsonl"
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        first = ["import", "--input", str(given.model), "--output", str(root / "dense")]
-        must_pass(launch(1, [first, *(command(root, c4, *case, ONE) for case in CASES)], root / "commands", TIMEOUT_S))
-        for layout in LAYOUTS:
-            commands = [command(root, c4, *case, layout) for case in CASES]
-            must_pass(launch(layout.processes, commands, root / "commands", TIMEOUT_S))
-        for method, target in CASES:
-            one = Masks.load(folder(root, method, target, ONE) / "decision")
-            others = [Masks.load(folder(root, method, target, layout) / "decision") for layout in LAYOUTS]
-            rows.append([method, target, *(differing(one, other) for other in others)])
-            print(rows[-1], flush=True)
-    result = {
-        "columns": ["method", "target", *(f"weights that differ, {layout.name}" for layout in LAYOUTS)],
-        "rows": rows,
-        "protocol": "Of 106,168,320 weights, against one process; 16 calibration windows of 256 tokens, bf16.",
-    }
-    write_result("layouts", result)
+    given = arguments(__doc__, MODEL, SHARED)
+    with tempfile.TemporaryDirectory() as work:
+        bench = Study(Path(work), given.shared)
+        bench.imported(given.model)
+        rows = [row(bench, *case) for case in CASES]
+    columns = ["method", "target", *(f"weights that differ, {layout}" for layout in list(LAYOUTS)[1:])]
+    protocol = "Of 106,168,320 weights, against one process; 16 calibration windows of 256 tokens, bf16."
+    write_result("layouts", given, columns, rows, protocol)
     return int(any(any(row[2:]) for row in rows))
 
 

@@ -14,11 +14,10 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+if TYPE_CHECKING:
+    import torch
 
 
 def wanda(model: Any, tokens: torch.Tensor, method: str, checkout: Path) -> None:
@@ -27,6 +26,8 @@ def wanda(model: Any, tokens: torch.Tensor, method: str, checkout: Path) -> None
     Only what recent transformers and a machine without CUDA need is supplied from outside: position embeddings for a
     layer called by itself, and no-ops for two CUDA calls.
     """
+    import torch
+
     sys.path.insert(0, str(checkout))
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.empty_cache = lambda: None
@@ -48,6 +49,7 @@ def wanda(model: Any, tokens: torch.Tensor, method: str, checkout: Path) -> None
 
 def llmcompressor(model: Any, tokens: torch.Tensor, method: str, _checkout: Path) -> None:
     """llm-compressor's `oneshot` with its defaults."""
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -62,6 +64,7 @@ def llmcompressor(model: Any, tokens: torch.Tensor, method: str, _checkout: Path
 def modelopt(model: Any, tokens: torch.Tensor, method: str, _checkout: Path) -> None:
     """nvidia-modelopt's `sparsify` with its defaults; its "sparsegpt" takes the mask and leaves the weights."""
     import modelopt.torch.sparsity as mts
+    import torch
 
     mode = {"magnitude": "sparse_magnitude", "sparsegpt": "sparsegpt"}[method]
 
@@ -94,6 +97,10 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, default=Path(), help="of locuslab/wanda")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokens = load_file(given.tokens)["tokens"]
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16).eval()
     TOOLS[given.tool](model, tokens, given.method, given.checkout)

@@ -1,8 +1,6 @@
-"""Sizes of published models, counted from their shapes by the package's cost model; no weights are needed. One command:
+"""Sizes of published models, counted from their shapes by the package's cost model; no weights are needed.
 
-    python benchmarks/published_shapes.py
-
-Writes benchmarks/results/published_shapes_DATE.json.
+python benchmarks/published_shapes.py
 """
 
 from __future__ import annotations
@@ -10,36 +8,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from quality import write_result
+from bench.results import arguments, write_result
+
+if __name__ == "__main__":
+    GIVEN = arguments(__doc__)
+
+from bench.models import llama
 
 from megatron_prune.decision.units import BlockUnits, Units
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import family_of
 
-LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}
-LLAMA_2_7B = LLAMA | {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-LLAMA_31_8B = LLAMA_2_7B | {
-    "vocab_size": 128256,
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-}
+LLAMA_2_7B = llama(4096, 11008, 32, 32)
+LLAMA_31_8B = llama(4096, 14336, 32, 32, 8, 128256, max_position_embeddings=131072, rope_theta=500000.0)
 
 
-def count(hf: dict[str, Any], stay: Units | None = None, **changes: int) -> int:
+def count(hf: dict[str, Any], stay: Units | None = None) -> int:
     """Parameters of a shape, of what stays of it where `stay` is given."""
-    sizes = hf | {"head_dim": hf["hidden_size"] // hf["num_attention_heads"]} | changes
-    config = family_of(sizes).from_hf(sizes)
+    config = family_of(hf).from_hf(hf)
     return parameters(config if stay is None else stay.config(config))
 
 
@@ -50,28 +36,18 @@ def llm_pruner() -> Units:
     return replace(whole, blocks=tuple(small if 4 <= n < 30 else block for n, block in enumerate(whole.blocks)))
 
 
-def sheared(layers: int, hidden: int, heads: int, ffn: int) -> int:
-    """LLaMA-2 7B sheared: heads keep their 128 channels."""
-    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn}
-    return count(LLAMA_2_7B, **sizes, num_attention_heads=heads, num_key_value_heads=heads)
-
-
-def main() -> None:
-    """Count and write the result file."""
-    result = {
-        "columns": ["model", "published", "parameters"],
-        "rows": [
-            ["LLaMA-2 7B", "6,738,415,616", count(LLAMA_2_7B)],
-            ["LLaMA-3.1 8B", "8,030,261,248", count(LLAMA_31_8B)],
-            ["LLaMA-3.1 8B by LLM-Pruner, ratio 0.25", "6,612,586,496", count(LLAMA_31_8B, llm_pruner())],
-            ["LLaMA-2 7B by ShortGPT, 9 layers removed", "27.1% removed", count(LLAMA_2_7B, num_hidden_layers=23)],
-            ["LLaMA-2 7B by Sheared LLaMA, 2.7B", "2.7B", sheared(32, 2560, 20, 6912)],
-            ["LLaMA-2 7B by Sheared LLaMA, 1.3B", "1.3B", sheared(24, 2048, 16, 5504)],
-        ],
-        "protocol": "Counted from the shapes alone.",
-    }
-    write_result("published_shapes", result)
+def rows() -> list[list[Any]]:
+    """Name, published size, and ours."""
+    return [
+        ["LLaMA-2 7B", "6,738,415,616", count(LLAMA_2_7B)],
+        ["LLaMA-3.1 8B", "8,030,261,248", count(LLAMA_31_8B)],
+        ["LLaMA-3.1 8B by LLM-Pruner, ratio 0.25", "6,612,586,496", count(LLAMA_31_8B, llm_pruner())],
+        ["LLaMA-2 7B by ShortGPT, 9 layers removed", "27.1% removed", count(llama(4096, 11008, 23, 32))],
+        ["LLaMA-2 7B by Sheared LLaMA, 2.7B", "2.7B", count(llama(2560, 6912, 32, 20))],
+        ["LLaMA-2 7B by Sheared LLaMA, 1.3B", "1.3B", count(llama(2048, 5504, 24, 16))],
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    columns = ["model", "published", "parameters"]
+    write_result("published_shapes", GIVEN, columns, rows(), "Counted from the shapes alone.")

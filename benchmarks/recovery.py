@@ -1,87 +1,72 @@
-"""Recovery of a pruned SmolLM2-135M: next-token loss, distillation, LoRA, from one start on one text. One command:
+"""Recovery of a pruned SmolLM2-135M: next-token loss, distillation, LoRA, from one start on one text.
 
     python benchmarks/recovery.py --model HF_DIRECTORY --shared ../shared --start CHECKPOINT
 
 CHECKPOINT is a trimmed one, for instance runs/structured/minitron_parameters-100M_trimmed, which structured.py leaves.
-Every run sees the same windows of quality.py's training text in the same order. Perplexity P1. Runs that are in the
-work folder are not done again, and are in the table whatever was asked for this time. Writes
-benchmarks/results/recovery_DATE.json, of which a document's table is made.
+Every run sees the same windows of the training text in the same order. Perplexity P1 (see bench/study.py). Runs that
+are in the work folder are in the table whatever was asked for this time.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import Bench, write_result
+from bench.results import MODEL, SHARED, arguments, option, work, write_result
+from bench.study import BATCH, LENGTH, Study
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Way:
     """One way to train."""
 
     name: str
     folder: str
-    options: tuple[object, ...]
+    lr: str
     teacher: bool
+    lora: bool = False
 
 
-LORA = ("--lora-rank", 16, "--lora-alpha", 32)
 WAYS = [
-    Recovery("next-token loss", "lm", ("--lr", "2e-4"), teacher=False),
-    Recovery("distillation", "distillation", ("--lr", "2e-4"), teacher=True),
-    Recovery("distillation, LoRA", "distillation_lora", ("--lr", "1e-3", *LORA), teacher=True),
-    Recovery("next-token loss, LoRA", "lm_lora", ("--lr", "1e-3", *LORA), teacher=False),
+    Way("next-token loss", "lm", "2e-4", teacher=False),
+    Way("distillation", "distillation", "2e-4", teacher=True),
+    Way("distillation, LoRA", "distillation_lora", "1e-3", teacher=True, lora=True),
+    Way("next-token loss, LoRA", "lm_lora", "1e-3", teacher=False, lora=True),
 ]
-SCHEDULE = ("--lr-decay-style", "linear", "--min-lr", 0, "--lr-warmup-iters", 5, "--adam-eps", "1e-8")
-BATCH, LENGTH = 4, 512
-WINDOWS = ("--seq-length", LENGTH, "--micro-batch-size", BATCH, "--global-batch-size", BATCH)
 
 
-class RecoveryBench(Bench):
-    """Trains and evaluates."""
-
-    def row(self, way: Recovery, start: Path, steps: int, run_it: bool) -> list[Any] | None:
-        """One line of the table; None when it has not been run and is not to be."""
-        words: list[object] = ["train", "--input", start, "--data", self.training_text(), "--train-iters", steps]
-        words += [*WINDOWS, *SCHEDULE, *way.options, *(["--teacher", self.dense] if way.teacher else [])]
-        run = self.work / f"{way.folder}_{steps}"
-        if not run_it and not (run / "weights.p1.json").exists():
-            return None
-        cost = self.verb(*words, output=run)
-        found = self.perplexity(run / "weights")["perplexity"]
-        return [way.name, steps, steps * BATCH * LENGTH, found, round(cost["wall_s"] / 60, 1)]
+def row(bench: Study, way: Way, start: Path, steps: int, run_it: bool) -> list[Any] | None:
+    """One line of the table; None when it has not been run and is not to be."""
+    run = bench.work / f"{way.folder}_{steps}"
+    if not run_it and not (run / "weights.p1.json").exists():
+        return None
+    lora = {"lora_rank": 16, "lora_alpha": 32} if way.lora else {}
+    cost = bench.trained(start, run, steps, lr=way.lr, teacher=bench.dense if way.teacher else None, **lora)
+    return [way.name, steps, steps * BATCH * LENGTH, bench.perplexity(run / "weights"), round(cost["wall_s"] / 60, 1)]
 
 
 def main() -> None:
     """Run everything and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--start", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
-    parser.add_argument("--ways", nargs="+", choices=[way.folder for way in WAYS], default=[way.folder for way in WAYS])
-    parser.add_argument("--note", default="", help="what the result file must say of how these rows came about")
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    bench = RecoveryBench(given.model, given.shared, given.work)
-    bench.verb("import", "--input", given.model, output=bench.dense)
-    start = bench.perplexity(given.start)["perplexity"]
+    folders = [way.folder for way in WAYS]
+    start = option("--start", type=Path, required=True)
+    steps = option("--steps", type=int, default=400)
+    ways = option("--ways", nargs="+", choices=folders, default=folders)
+    given = arguments(__doc__, MODEL, SHARED, start, steps, work("runs/recovery"), ways)
+    bench = Study(given.work, given.shared)
+    bench.imported(given.model)
+    rows = [["before", 0, 0, bench.perplexity(given.start), 0.0]]
     known = {int(run.name.rpartition("_")[2]) for way in WAYS for run in given.work.glob(f"{way.folder}_[0-9]*[0-9]")}
-    wanted = {(way, given.steps) for way in WAYS if way.folder in given.ways}
-    rows = [(way, steps) for steps in sorted(known | {given.steps}) for way in WAYS]
-    found = [bench.row(way, given.start, steps, (way, steps) in wanted) for way, steps in rows]
-    result = {
-        "columns": ["recovery", "steps", "tokens", "perplexity", "wall min"],
-        "rows": [["before", 0, 0, start, 0.0], *(row for row in found if row is not None)],
-        "protocol": f"{given.start.name}: perplexity P1, bf16 weights with float32 masters; batches of {BATCH} x "
-        f"{LENGTH} tokens of C4 and Wikipedia, the same for all; learning rate 2e-4 (LoRA, rank 16: 1e-3), linear. "
-        f"Minutes are of whole processes, teacher included. {given.note}".rstrip(),
-    }
-    write_result("recovery", result)
+    for count in sorted(known | {given.steps}):
+        wanted = given.ways if count == given.steps else []
+        found = [row(bench, way, given.start, count, way.folder in wanted) for way in WAYS]
+        rows += [line for line in found if line is not None]
+    protocol = (
+        f"{given.start.name}: perplexity P1, bf16 weights with float32 masters; batches of {BATCH} x {LENGTH} tokens "
+        "of C4 and Wikipedia, the same for all; learning rate 2e-4 (LoRA, rank 16: 1e-3), linear. Minutes are of whole "
+        "processes, teacher included."
+    )
+    write_result("recovery", given, ["recovery", "steps", "tokens", "perplexity", "wall min"], rows, protocol)
 
 
 if __name__ == "__main__":

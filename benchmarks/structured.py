@@ -1,21 +1,20 @@
-"""Perplexity of SmolLM2-135M after structured pruning, through the verbs a user would type. One command:
+"""Perplexity of SmolLM2-135M after structured pruning, through the verbs a user would type.
 
     python benchmarks/structured.py --model HF_DIRECTORY --shared ../shared --calibration TRAIN.jsonl
 
-Protocol P1 as in quality.py. TRAIN.jsonl is Wikipedia text as examples/quickstart/fetch_text.py makes it; windows of
-512 tokens, seed 0; methods that run candidates take fewer of them. Stages that are already in the work folder are not
-done again; rows that are in neither the work folder nor `--only` are left out of the result. Writes
-benchmarks/results/structured_DATE.json, of which a document's table is made.
+Protocol P1 (see bench/study.py). TRAIN.jsonl is Wikipedia text as examples/quickstart/fetch_text.py makes it; windows
+of 512 tokens, seed 0; methods that run candidates take fewer of them. Rows that are in neither the work folder nor
+`--only` are left out of the result.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import Bench, write_result
+from bench.results import CALIBRATION, MODEL, SHARED, arguments, option, work, write_result
+from bench.study import Study, folder_name
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,8 @@ class Row:
     @property
     def folder(self) -> str:
         """Name of the run folder."""
-        words = [self.method, self.target.translate(str.maketrans("=,", "--")), *(o.strip("-") for o in self.options)]
-        words += ["wikitext"] * self.in_domain + [f"{self.samples}-windows"] * (self.samples > 64)
-        return "_".join(words).replace("=", "-")
+        more = ["wikitext"] * self.in_domain + [f"{self.samples}-windows"] * (self.samples > 64)
+        return folder_name(self.method, self.target, *self.options, *more)
 
 
 def depth(layers: int, *found: str) -> list[Row]:
@@ -81,53 +79,39 @@ ROWS = [
     *depth(24, "71.80", "63.22"),
     *depth(21, "134.4", "162.1"),
 ]
+COLUMNS = ["method", "target", "options", "windows", "parameters", "perplexity", "other code"]
+PROTOCOL = (
+    "Perplexity P1, bf16, no recovery training. Calibration: windows of 512 tokens of Wikipedia; in domain: of "
+    "WikiText-2's validation part. Other code: measured earlier with its own Wikipedia text; @16 is the first 16 "
+    "windows, where dense is 22.87."
+)
 
 
-class StructuredBench(Bench):
-    """Runs the rows."""
-
-    calibration: Path
-
-    def row(self, row: Row, run_it: bool) -> list[Any] | None:
-        """Prune, trim and evaluate; None when it has not been run and is not to be."""
-        run = self.work / row.folder
-        if not run.exists() and not run_it:
-            return None
-        text = self.shared / "data" / "wikitext2" / "wiki.valid.raw" if row.in_domain else self.calibration
-        words = ["--calibration", text, "--calibration-samples", row.samples, "--calibration-seq-length", 512]
-        given = ["prune", "--input", self.dense, "--method", row.method, "--target", row.target, *row.options]
-        if row.method in ("shortgpt", "minitron", "flap") and not row.in_domain:  # one pass serves all their rows
-            words += ["--statistics", self.work / f"statistics_{row.samples}"]
-        self.verb(*given, *words, output=run)
-        small, size = self.trimmed(run)
-        options = " ".join([*(o.strip("-") for o in row.options), *(["calibrated in domain"] if row.in_domain else [])])
-        return [row.method, row.target, options, row.samples, size, self.perplexity(small)["perplexity"], row.other]
+def line(bench: Study, row: Row, calibration: Path) -> list[Any]:
+    """Prune, trim and evaluate."""
+    run = bench.work / row.folder
+    text: dict[str, Any] = {"calibration": bench.texts.wikitext_validation if row.in_domain else calibration}
+    if row.method in ("shortgpt", "minitron", "flap") and not row.in_domain:  # one pass serves all their rows
+        text["statistics"] = bench.work / f"statistics_{row.samples}"
+    windows = {"calibration_samples": row.samples, "calibration_seq_length": 512}
+    what = {"input": bench.dense, "method": row.method, "target": row.target}
+    bench.verb("prune", *row.options, output=run, **what, **text, **windows)
+    small = bench.trimmed(run)
+    options = " ".join([*(word.strip("-") for word in row.options), *["calibrated in domain"] * row.in_domain])
+    found = [bench.parameters(run), bench.perplexity(small)]
+    return [row.method, row.target, options, row.samples, *found, row.other]
 
 
 def main() -> None:
     """Run everything and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("runs/structured"))
-    parser.add_argument("--only", help="run just the rows whose folder's name has this in it")
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    bench = StructuredBench(given.model, given.shared, given.work)
-    bench.calibration = given.calibration
-    bench.verb("import", "--input", given.model, output=bench.dense)
-    dense = ["dense", "", "", "", 134_515_008, bench.perplexity(bench.dense)["perplexity"], "24.19"]
-    found = [bench.row(row, given.only is None or given.only in row.folder) for row in ROWS]
-    result = {
-        "columns": ["method", "target", "options", "windows", "parameters", "perplexity", "other code"],
-        "rows": [dense, *(row for row in found if row is not None)],
-        "protocol": "Perplexity P1, bf16, no recovery training. "
-        "Calibration: windows of 512 tokens of Wikipedia; in domain: of WikiText-2's validation part. "
-        "Other code: measured earlier with its own Wikipedia text; "
-        "@16 is the first 16 windows, where dense is 22.87.",
-    }
-    write_result("structured", result)
+    only = option("--only", help="run just the rows whose folder's name has this in it")
+    given = arguments(__doc__, MODEL, SHARED, CALIBRATION, work("runs/structured"), only)
+    bench = Study(given.work, given.shared)
+    bench.imported(given.model)
+    wanted = [row for row in ROWS if (given.only or "") in row.folder or (bench.work / row.folder).exists()]
+    dense = ["dense", "", "", "", 134_515_008, bench.perplexity(bench.dense), "24.19"]
+    rows = [dense, *(line(bench, row, given.calibration) for row in wanted)]
+    write_result("structured", given, COLUMNS, rows, PROTOCOL)
 
 
 if __name__ == "__main__":

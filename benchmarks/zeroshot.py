@@ -1,11 +1,9 @@
-"""Zero-shot scores of SmolLM2-135M, dense and after every method, through `evaluate --tasks`. One command:
+"""Zero-shot scores of SmolLM2-135M, dense and after every method, through `evaluate --tasks`.
 
     python benchmarks/zeroshot.py --shared ../shared --runs runs --calibration TRAIN.jsonl
 
 The models are those of quality.py and structured.py, in RUNS/quality and RUNS/structured; what neither makes is pruned
-here, from the same text as there. Models that are not there are left out and named in the result; evaluations that are
-in `--work` already are not done again. Writes benchmarks/results/zeroshot_DATE.json, of which a document's table is
-made.
+here, from the same text as there. Models that are not there are left out and named in the result.
 
 Scores are percentages with 95% errors, zero-shot: acc_norm where the public task has it, else acc, of the first
 `--limit` items of each task (RTE has 277, the others more). The change of a mean is over the same items, and so is its
@@ -24,11 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality import Bench, write_result
+from bench.results import SHARED, arguments, installed, option, work, write_result
+from bench.study import TASKS, Study
 
-from megatron_prune.evaluation.zeroshot import change
-
-TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
 SHORT = ["HellaSwag", "PIQA", "WinoGr.", "BoolQ", "ARC-e", "ARC-c", "OBQA", "RTE"]
 ONE_WORD = ("boolq", "rte")
 """Tasks with the same two answers to every question."""
@@ -46,6 +42,7 @@ class Model:
     options: tuple[str, ...] = ()
 
 
+SHORTENED = ("--method=shortened_llama", "--target=num_layers=27", "--calibration-samples=8")
 DENSE = Model("dense", "", "quality/dense")
 MODELS = [
     Model("magnitude", "2:4", "quality/magnitude_2-4_sparse"),
@@ -58,12 +55,7 @@ MODELS = [
     Model("maskllm, 60 steps", "2:4", "quality/maskllm_60_steps_sparse"),
     Model("maskllm, long run", "2:4", "quality/maskllm_long_sparse"),
     Model("shortgpt", "27 of 30 layers", "structured/shortgpt_num_layers-27_trimmed"),
-    Model(
-        "shortened_llama",
-        "27 of 30 layers",
-        "shortened_llama_num_layers-27",
-        ("--method=shortened_llama", "--target=num_layers=27", "--calibration-samples=8"),
-    ),
+    Model("shortened_llama", "27 of 30 layers", "shortened_llama_num_layers-27", SHORTENED),
     Model("minitron", "27 of 30 layers", "structured/minitron_num_layers-27_trimmed"),
     Model("minitron", "MLP 1152 of 1536", "structured/minitron_ffn_hidden_size-1152_trimmed"),
     Model("minitron", "6 of 9 heads", "structured/minitron_num_attention_heads-6_trimmed"),
@@ -81,24 +73,23 @@ MODELS = [
 ]
 
 
-class ZeroShot(Bench):
-    """Runs the rows."""
+class ZeroShot(Study):
+    """Makes and evaluates the models."""
 
-    def __init__(self, shared: Path, runs: Path, work: Path, limit: int, calibration: Path | None) -> None:
-        super().__init__(work, shared, work)
-        self.runs, self.limit, self.calibration = runs, limit, calibration
-        self.dense = runs / DENSE.path
+    def __init__(self, given: argparse.Namespace) -> None:
+        super().__init__(given.work, given.shared)
+        self.runs, self.limit, self.calibration = given.runs, given.limit, given.calibration
+        self.dense = self.runs / DENSE.path
 
     def scores(self, model: Model) -> list[dict[str, Any]] | None:
         """The dense model's scores and the model's; None when the model is not there and cannot be made."""
         path = self.made(model) if model.options else self.runs / model.path
-        name = "dense" if model is DENSE else path.name
-        result = self.work / f"{name}_{self.limit}.json"
+        result = self.work / f"{path.name}_{self.limit}.json"
         if not (path.is_dir() or result.exists()):
             return None
-        words = ["--tasks", *TASKS, "--tasks-folder", self.shared / "data" / "zeroshot", "--limit", self.limit]
-        dense = [] if model is DENSE else ["--dense", self.work / f"dense_{self.limit}.json"]
-        self.verb("evaluate", "--input", path, *words, *dense, output=result)
+        dense = None if model is DENSE else self.work / f"dense_{self.limit}.json"
+        items = {"tasks": TASKS, "tasks_folder": self.texts.tasks, "limit": self.limit}
+        self.verb("evaluate", input=path, output=result, dense=dense, **items)
         return json.loads(result.read_text())["results"]
 
     def made(self, model: Model) -> Path:
@@ -106,9 +97,9 @@ class ZeroShot(Bench):
         run = self.work / model.path
         if self.calibration is None:
             return run.with_name(run.name + "_trimmed")
-        text = ["--calibration", self.calibration, "--calibration-seq-length", 512]
-        self.verb("prune", "--input", self.dense, *model.options, *text, output=run)
-        return self.trimmed(run)[0]
+        text = {"calibration": self.calibration, "calibration_seq_length": 512}
+        self.verb("prune", *model.options, input=self.dense, output=run, **text)
+        return self.trimmed(run)
 
 
 def metric(task: dict[str, Any]) -> str:
@@ -118,21 +109,22 @@ def metric(task: dict[str, Any]) -> str:
 
 def line(model: Model, results: list[dict[str, Any]]) -> list[Any]:
     """Method, target, each task, their mean and its change from the dense model."""
+    from megatron_prune.evaluation.zeroshot import change
+
     dense, own = results[0]["tasks"], results[-1]["tasks"]
     cells = [(task["metrics"][m], task["standard_errors"][m]) for task in own.values() for m in [metric(task)]]
-    mean = statistics.fmean(score for score, _ in cells), math.hypot(*(error for _, error in cells)) / len(cells)
-    shown = [percent(*cell) for cell in [*cells, mean]]
+    shown = [*(percent(*cell) for cell in cells), mean(cells)]
     if model is DENSE:
         return [model.method, model.target, *shown, "", ""]
     changes = {name: change(own[name], dense[name], metric(own[name])) for name in own}
     others = [value for name, value in changes.items() if name not in ONE_WORD]
-    return [model.method, model.target, *shown, mean_change([*changes.values()]), mean_change(others)]
+    return [model.method, model.target, *shown, mean([*changes.values()], "+"), mean(others, "+")]
 
 
-def mean_change(changes: list[tuple[float, Any]]) -> str:
+def mean(cells: list[tuple[float, Any]], sign: str = "") -> str:
     """Of several tasks, with its 95% error."""
-    count = len(changes)
-    return percent(statistics.fmean(c for c, _ in changes), math.hypot(*(e for _, e in changes)) / count, sign="+")
+    error = math.hypot(*(error for _, error in cells)) / len(cells)
+    return percent(statistics.fmean(score for score, _ in cells), error, sign)
 
 
 def percent(value: float, error: float, sign: str = "") -> str:
@@ -142,33 +134,23 @@ def percent(value: float, error: float, sign: str = "") -> str:
 
 def main() -> None:
     """Run everything and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--calibration", type=Path, help="text of what is pruned here; left out: nothing is")
-    parser.add_argument("--work", type=Path, default=Path("runs/zeroshot"))
-    parser.add_argument("--limit", type=int, default=64, help="items of each task")
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
-    bench = ZeroShot(given.shared, given.runs, given.work, given.limit, given.calibration)
+    runs = option("--runs", type=Path, default=Path("runs"))
+    calibration = option("--calibration", type=Path, help="text of what is pruned here; left out: nothing is")
+    limit = option("--limit", type=int, default=64, help="items of each task")
+    given = arguments(__doc__, SHARED, runs, calibration, work("runs/zeroshot"), limit)
+    bench = ZeroShot(given)
     found = [(model, bench.scores(model)) for model in (DENSE, *MODELS)]
     missing = ", ".join(f"{model.method} {model.target}" for model, results in found if results is None)
-    result = {
-        "columns": ["method", "target", *SHORT, "mean", "change", "change of six"],
-        "rows": [line(model, results) for model, results in found if results is not None],
-        "protocol": f"SmolLM2-135M, zero-shot, bf16, no recovery training: the first {given.limit} items of each task, "
+    protocol = (
+        f"SmolLM2-135M, zero-shot, bf16, no recovery training: the first {given.limit} items of each task, "
         "percent with 95% errors; acc_norm of HellaSwag, PIQA, ARC and OBQA, acc of the others. Chance is 25 for four "
         "choices and 50 for two. Change: of the mean, over the same items; of six: without BoolQ and RTE, where models "
         "tend to say one word (dense: yes to 3 of the first 64 of BoolQ; 46 would be right) and pruning changes which."
-        + (f" Not measured: {missing}." if missing else ""),
-    }
-    write_result("zeroshot", result, **_lm_eval())
-
-
-def _lm_eval() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"lm-eval": version("lm-eval")}
+        + (f" Not measured: {missing}." if missing else "")
+    )
+    columns = ["method", "target", *SHORT, "mean", "change", "change of six"]
+    rows = [line(model, results) for model, results in found if results is not None]
+    write_result("zeroshot", given, columns, rows, protocol, versions=installed("lm-eval"))
 
 
 if __name__ == "__main__":

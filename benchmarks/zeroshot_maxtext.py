@@ -8,23 +8,29 @@ of this process for them, the first for loading.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
 
-from megatron_prune.maxtext.options import ScoreConfig
-from megatron_prune.maxtext.score import JaxScorer, read_requests, write_answers
 
-
-def main(folder: str, tokens_per_batch: str, dtype: str) -> None:
+def main() -> None:
     """Answer until the input ends."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("tokens_per_batch", type=int)
+    parser.add_argument("dtype")
+    given = parser.parse_args()
+    from megatron_prune.maxtext.options import ScoreConfig
+    from megatron_prune.maxtext.score import JaxScorer, read_requests, write_answers
+
     nowhere = Path("unused")
     config = ScoreConfig(
-        input=Path(folder),
+        input=given.folder,
         requests=nowhere,
         output=nowhere,
-        tokens_per_batch=int(tokens_per_batch),
-        dtype=dtype,  # type: ignore[arg-type]
+        tokens_per_batch=given.tokens_per_batch,
+        dtype=given.dtype,
         settings=("jax_cache_dir=",),  # what it compiles is compiled here and now
     )
     scorer = JaxScorer(config)
@@ -38,4 +44,4 @@ def main(folder: str, tokens_per_batch: str, dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,31 +1,42 @@
 """Zero-shot tasks with `evaluate --tasks` and with lm-eval's own Hugging Face model, side by side in one process.
 
-    PYTHONPATH=. python benchmarks/zeroshot_speed.py --model HF_DIRECTORY --shared ../shared
+    python benchmarks/zeroshot_speed.py --model HF_DIRECTORY --shared ../shared
 
 The same items of the eight local tasks, the same weights and type. lm-eval's model runs at its best batch size, found
 beforehand among `--batch-sizes` on the same items; then all take turns for `--rounds` rounds. Each time is from items
-to scores, with prompts and tokenisation. Writes benchmarks/results/zeroshot_speed_DATE.json; exit status 1 when a
-log-likelihood differs by more than 1e-3 (float32) or an answer is another. With `--maxtext FOLDER` the same model in
-MaxText takes its turns too, in a process of its environment that waits meanwhile: without loading and compiling,
-which are given apart. Its CPU seconds are those of both processes.
+to scores, with prompts and tokenisation. Exit status 1 when a log-likelihood differs by more than 1e-3 (float32) or an
+answer is another. With `--maxtext FOLDER` the same model in MaxText takes its turns too, in a process of its
+environment that waits meanwhile: without loading and compiling, which are given apart. Its CPU seconds are those of
+both processes. In bfloat16 it writes RESULTS/zeroshot_speed_bf16_DATE.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import logging
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from quality import HERE, hardware, versions
+from bench.results import HERE, MODEL, SHARED, arguments, note, option, rounds, write_result
+from bench.running import Times, each, in_turns, ratios, seconds, spread
+from bench.study import TASKS, Texts
+
+if __name__ == "__main__":
+    GIVEN = arguments(
+        __doc__,
+        MODEL,
+        SHARED,
+        option("--limit", type=int, default=16, help="items of each task"),
+        option("--dtype", choices=["float32", "bfloat16"], default="float32"),
+        option("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32]),
+        option("--tokens-per-batch", type=int, default=256),
+        option("--maxtext", type=Path, help="the same model as export --format maxtext writes it"),
+        note("nothing ran beside."),
+        rounds(3),
+    )
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
@@ -39,10 +50,10 @@ from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersSco
 from megatron_prune.evaluation.maxtext import MaxTextScorer
 from megatron_prune.evaluation.zeroshot import MAXTEXT_TOKENS
 
-TASKS = "hellaswag piqa winogrande boolq arc_easy arc_challenge openbookqa rte".split()
 SCORES = ("acc,none", "acc_norm,none")
 PEER = "lm-eval's HFLM"
 MAXTEXT = "evaluate --tasks, MaxText"
+COLUMNS = ["", "wall s", "CPU s", "times faster", "in CPU time", "largest difference", "scores that differ"]
 
 
 class MaxTextProcess(MaxTextScorer):
@@ -73,130 +84,97 @@ class MaxTextProcess(MaxTextScorer):
         raise SystemExit("the process of MaxText's environment has ended")
 
 
-class Timed:
-    """Evaluations of one model: seconds of each, and the answers of the last."""
+class Evaluation:
+    """Of one model: the answers and scores of the last run."""
 
-    def __init__(self, model: Any, tasks: dict[str, Any], limit: int, elsewhere: MaxTextProcess | None = None) -> None:
+    def __init__(self, model: Any, tasks: dict[str, Any], elsewhere: MaxTextProcess | None = None) -> None:
         """`elsewhere`: the process that computes, where it is not this one."""
-        self.model, self.tasks, self.limit, self.elsewhere = model, tasks, limit, elsewhere
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
+        self.model, self.tasks, self.elsewhere = model, tasks, elsewhere
         self.answers: list[Any] = []
         self.scores: dict[str, float] = {}
 
-    def run(self) -> float:
-        """Evaluate once; wall seconds."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        found: Any = evaluator.evaluate(self.model, self.tasks, limit=self.limit)
-        self.wall.append(time.perf_counter() - wall)
-        self.cpu.append(time.process_time() - cpu + (self.elsewhere.cpu[-1] if self.elsewhere else 0.0))
+    def run(self) -> Times:
+        """Evaluate once; seconds."""
+        times = seconds(self._evaluate)
+        times["cpu_s"] += self.elsewhere.cpu[-1] if self.elsewhere else 0.0
+        print(type(self.model).__name__, times, flush=True)
+        return times
+
+    def _evaluate(self) -> None:
+        found: Any = evaluator.evaluate(self.model, self.tasks, limit=GIVEN.limit)
         samples = [sample for name in self.tasks["tasks"] for sample in found["samples"][name]]
         self.answers = [answer for sample in samples for resps in sample["resps"] for answer in resps]
         self.scores = {f"{n} {k}": v for n, s in found["results"].items() for k, v in s.items() if k in SCORES}
-        return self.wall[-1]
+
+    def difference(self, other: Evaluation) -> float:
+        """The largest of log-likelihoods, in nats."""
+        return max(abs(a[0] - b[0]) for a, b in zip(self.answers, other.answers, strict=True))
 
 
-def best_batch_size(lm: HFLM, timed: Timed, sizes: list[int]) -> dict[int, float]:
+def best_batch_size(lm: HFLM, peer: Evaluation) -> dict[int, float]:
     """CPU seconds of each batch size; `lm` is left at the best."""
     found = {}
-    for size in sizes:
+    for size in GIVEN.batch_sizes:
         lm.batch_size_per_gpu = size
-        timed.run()
-        found[size] = timed.cpu.pop()
-        timed.wall.pop()
-        print(f"{PEER}, batch size {size}: {found[size]:.1f} CPU s", flush=True)
+        found[size] = peer.run()["cpu_s"]
     lm.batch_size_per_gpu = min(found, key=found.__getitem__)
     return found
 
 
-def largest_difference(one: Timed, other: Timed) -> float:
-    """Of log-likelihoods, in nats."""
-    return max(abs(a[0] - b[0]) for a, b in zip(one.answers, other.answers, strict=True))
-
-
 def main() -> int:
     """Measure, compare and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"))
-    parser.add_argument("--limit", type=int, default=16, help="items of each task")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--tokens-per-batch", type=int, default=256)
-    parser.add_argument("--maxtext", type=Path, help="the same model as export --format maxtext writes it")
-    parser.add_argument("--note", default="nothing ran beside.", help="what ran beside, for the result")
-    parser.add_argument("--rounds", type=int, default=3)
-    given = parser.parse_args()
     logging.disable(logging.WARNING)
-    tasks = harness.load_tasks(TASKS, [given.shared / "data" / "zeroshot"])
-    tokenizer = load_tokenizer(given.model)
-    peer = HFLM(str(given.model), device="cpu", dtype=given.dtype, softmax_dtype="float32")
+    tasks = harness.load_tasks(TASKS, [Texts(GIVEN.shared).tasks])
+    tokenizer = load_tokenizer(GIVEN.model)
+    peer = HFLM(str(GIVEN.model), device="cpu", dtype=GIVEN.dtype, softmax_dtype="float32")
     with backend.running(backend.Layout()):
-        model = open_model(given.model).load(backend.Layout(), given.dtype)
-        ours = MegatronScorer(model, given.tokens_per_batch)
-        theirs = TransformersScorer(peer.model, ours.longest, given.tokens_per_batch)
-        timed = {
-            "evaluate --tasks, Megatron": Timed(harness.Harness(ours, tokenizer), tasks, given.limit),
-            "evaluate --tasks, Hugging Face": Timed(harness.Harness(theirs, tokenizer), tasks, given.limit),
-            PEER: Timed(peer, tasks, given.limit),
+        model = open_model(GIVEN.model).load(backend.Layout(), GIVEN.dtype)
+        ours = MegatronScorer(model, GIVEN.tokens_per_batch)
+        theirs = TransformersScorer(peer.model, ours.longest, GIVEN.tokens_per_batch)
+        all_of = {
+            "evaluate --tasks, Megatron": Evaluation(harness.Harness(ours, tokenizer), tasks),
+            "evaluate --tasks, Hugging Face": Evaluation(harness.Harness(theirs, tokenizer), tasks),
+            PEER: Evaluation(peer, tasks),
         }
         compiling = {}
-        if given.maxtext is not None:
-            process = MaxTextProcess(given.maxtext, given.dtype)
-            timed |= {MAXTEXT: Timed(harness.Harness(process, tokenizer), tasks, given.limit, process)}
-            timed[MAXTEXT].run()
+        if GIVEN.maxtext is not None:
+            process = MaxTextProcess(GIVEN.maxtext, GIVEN.dtype)
+            all_of[MAXTEXT] = Evaluation(harness.Harness(process, tokenizer), tasks, process)
+            all_of[MAXTEXT].run()
             compiling = {"loading": process.cpu[0], "first call": process.cpu[1]}
-            print(compiling, flush=True)
-            timed[MAXTEXT].cpu.clear()
-            timed[MAXTEXT].wall.clear()
-        sizes = best_batch_size(peer, timed[PEER], given.batch_sizes)
-        for _ in range(given.rounds):
-            for name, one in timed.items():
-                print(f"{name}: {one.run():.1f} s", flush=True)
-    return report(given, timed, sizes, peer.batch_size_per_gpu, compiling)
+        sizes = best_batch_size(peer, all_of[PEER])
+        runs = in_turns({name: one.run for name, one in all_of.items()}, GIVEN.rounds, uncounted=0)
+    return report(all_of, runs, sizes, compiling)
 
 
 def report(
-    given: argparse.Namespace, timed: dict[str, Timed], sizes: dict[int, float], best: int, compiling: dict[str, float]
+    all_of: dict[str, Evaluation], runs: dict[str, list[Times]], sizes: dict[int, float], compiling: Times
 ) -> int:
     """Write the result file; `compiling`: CPU seconds of MaxText's process that are in none of its turns."""
-    peer = timed[PEER]
-    median: Callable[[list[float]], float] = statistics.median
-    rows, differences, changed = [], {}, {}
-    for name, one in timed.items():
-        ratio = median([theirs / ours for theirs, ours in zip(peer.wall, one.wall, strict=True)])
-        cpu = median([theirs / ours for theirs, ours in zip(peer.cpu, one.cpu, strict=True)])
-        differences[name] = largest_difference(one, peer)
-        changed[name] = sum(one.scores[key] != value for key, value in peer.scores.items())
-        title = f"{name}, batch size {best}" if name == PEER else name
-        rows.append([title, median(one.wall), median(one.cpu), ratio, cpu, differences[name], changed[name]])
-    today, threads = datetime.date.today().isoformat(), torch.get_num_threads()
-    result = {
-        "columns": ["", "wall s", "CPU s", "times faster", "in CPU time", "largest difference", "scores that differ"],
-        "rows": rows,
-        "protocol": f"SmolLM2-135M, {given.dtype}: the first {given.limit} items of each of {', '.join(TASKS)} "
-        f"({len(peer.answers)} requests), "
-        f"from items to scores, in turn in one process, medians of {given.rounds} rounds; "
-        f"largest difference of a log-likelihood in nats and of {len(peer.scores)} scores "
-        "those that are not equal. Batch "
-        f"sizes tried (CPU s): {', '.join(f'{size}: {value:.0f}' for size, value in sizes.items())}. "
-        f"{_without(compiling)}"
-        f"{threads} thread{'s' * (threads > 1)}; {given.note}",
-        "maxtext_cpu_seconds": compiling,
-        "seconds": {name: {"wall": one.wall, "cpu": one.cpu} for name, one in timed.items()},
-        "scores": peer.scores,
-        "hardware": hardware(),
-        "date": today,
-        "versions": versions(),
-    }
-    suffix = "" if given.dtype == "float32" else "_bf16"
-    path = HERE / "results" / f"zeroshot_speed{suffix}_{today}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(rows, indent=1), path, sep="\n")
-    return int(given.dtype == "float32" and (max(differences.values()) > 1e-3 or any(changed.values())))
+    peer, compared = all_of[PEER], {}
+    rows: list[list[Any]] = []
+    for name, one in all_of.items():
+        compared[name] = {key: spread(ratios(runs[PEER], runs[name], key)) for key in ("wall_s", "cpu_s")}
+        faster = [found["median"] for found in compared[name].values()]
+        changed = sum(one.scores[key] != value for key, value in peer.scores.items())
+        title = f"{name}, batch size {min(sizes, key=sizes.__getitem__)}" if name == PEER else name
+        rows.append([title, *each(median, runs[name]).values(), *faster, one.difference(peer), changed])
+    threads = torch.get_num_threads()
+    protocol = (
+        f"SmolLM2-135M, {GIVEN.dtype}: the first {GIVEN.limit} items of each of {', '.join(TASKS)} "
+        f"({len(peer.answers)} requests), from items to scores, in turn in one process, medians of {GIVEN.rounds} "
+        f"rounds; largest difference of a log-likelihood in nats and of {len(peer.scores)} scores those that are not "
+        f"equal. Batch sizes tried (CPU s): {', '.join(f'{size}: {value:.0f}' for size, value in sizes.items())}. "
+        f"{without(compiling)}{threads} thread{'s' * (threads > 1)};"
+    )
+    times = {name: {key[:-2]: [one[key] for one in found] for key in found[0]} for name, found in runs.items()}
+    about: dict[str, Any] = {"maxtext_cpu_seconds": compiling, "seconds": times, "ratios": compared}
+    suffix = "" if GIVEN.dtype == "float32" else "_bf16"
+    write_result(f"zeroshot_speed{suffix}", GIVEN, COLUMNS, rows, protocol, scores=peer.scores, **about)
+    return int(GIVEN.dtype == "float32" and any(row[-2] > 1e-3 or row[-1] for row in rows))
 
 
-def _without(compiling: dict[str, float]) -> str:
+def without(compiling: Times) -> str:
     """What MaxText's turns leave out."""
     if not compiling:
         return ""

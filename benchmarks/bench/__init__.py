@@ -1,0 +1,1 @@
+"""What the programs share: `running` and timing, a `study` through verbs, random `models`, arguments and `results`."""
