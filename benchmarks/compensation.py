@@ -33,7 +33,7 @@ from megatron_prune.decision.source import open_model
 from megatron_prune.decision.target import Shape
 from megatron_prune.decision.units import Units
 from megatron_prune.methods.minitron import HEADS, Minitron
-from megatron_prune.methods.shape_search import SITES, Refit, refitted, settled
+from megatron_prune.methods.shape_search import Refit, refitted, settled, sites
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.statistics.passes import Passes
 
@@ -77,7 +77,7 @@ def rows(model: PrunableModel, calibration: Mapping[str, Tensor], tests: Mapping
     yield ["dense", "", "", *perplexities(Units.all(config))]
     for source, tokens in calibration.items():
         passes = Passes(model, tokens)
-        found = [settled(layer) for layer in passes.observe_each(SITES)]
+        found = [settled(layer) for layer in passes.observe_each(sites(config))]
         for target in TARGETS:
             attention = bool(target.num_attention_heads or target.num_query_groups)
             for heads in HEADS if attention else HEADS[:1]:

@@ -41,7 +41,6 @@ from megatron_prune.decision.source import open_model
 from megatron_prune.decision.target import parse_target
 from megatron_prune.methods.base import get_method
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.option_groups import Training
 from megatron_prune.statistics.runner import Runner
 
 VOCABULARY, HEAD = 1024, 64

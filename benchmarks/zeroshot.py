@@ -18,9 +18,8 @@ import argparse
 import json
 import math
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.results import SHARED, arguments, installed, option, work, write_result
 from bench.study import TASKS, Study
@@ -31,8 +30,7 @@ ONE_WORD = ("boolq", "rte")
 Z95 = 1.96
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """One line of the table."""
 
     method: str

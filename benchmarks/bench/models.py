@@ -9,9 +9,9 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
-from megatron_prune.config import Training
 from megatron_prune.log import MetricsLog
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Training
 from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import Trainer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
 import importlib
 import json
@@ -322,6 +323,23 @@ def test_help_without_torch(program: Path) -> None:
     assert len(done.stdout.split("\n\n")[1]) > 40, "no word on what it compares"
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported and "torch" not in imported
+
+
+def test_what_programs_import_of_the_package_is_there() -> None:
+    files = [*PROGRAMS, *(ROOT / "benchmarks" / "bench").glob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in files]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    wanted = {
+        (node.module, alias.name) for node in nodes for alias in node.names if "megatron_prune" in str(node.module)
+    }
+    assert len(wanted) > 50
+    missing = []
+    for module, name in sorted(wanted):
+        if module.startswith("megatron_prune.maxtext"):
+            continue  # of another environment
+        if not hasattr(importlib.import_module(module), name):
+            missing.append(f"{module}.{name}")
+    assert missing == []
 
 
 @pytest.mark.parametrize("name", ["peers", "quality", "searched", "structured"])
