@@ -26,7 +26,7 @@ from megatron_prune.statistics.gradients import Gradient
 
 FORMS = ("vector", "element1", "element2", "mix")
 ROWS = 4096
-"""Of a weight are expanded in float64 at a time: an embedding is large."""
+"""Of a weight are expanded at a time, in the float64 of its gradients: an embedding is large."""
 
 
 class Importance:
@@ -81,7 +81,7 @@ def salience(weight: Tensor, total: Tensor, squares: Tensor, form: str, dim: int
     """
     sums = []
     for w, g, f in zip(weight.split(ROWS), total.split(ROWS), squares.split(ROWS), strict=True):
-        change = expansion(w.double(), g, f, form)
+        change = expansion(w, g, f, form)
         change = change if form == "vector" else change.abs()
         sums.append(change.sum(0) if dim else change.reshape(len(change), -1).sum(1))
     return (torch.stack(sums).sum(0) if dim else torch.cat(sums)).abs()

@@ -59,10 +59,6 @@ class ChannelActivations:
         mean = total / self.windows
         return mean if batch == "mean" else (squares / self.windows - mean.square()).clamp(min=0)
 
-    def norm(self) -> Tensor:
-        """L2 norm of each channel over all tokens, float64 `[channels]`."""
-        return self.sums[1].sqrt()
-
     def mean(self) -> Tensor:
         """Of each channel over all tokens, float64 `[channels]`."""
         return self.sums[0] / self.token_count

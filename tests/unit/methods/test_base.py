@@ -40,6 +40,13 @@ def test_nearest_method_and_hyperparameter_are_named() -> None:
         get_method("wanda", percdamp=0.1)
 
 
+def test_bounds_of_hyper_parameters_are_where_they_are_said_to_be() -> None:
+    assert SparseGPT(percdamp=1e6, block_size=1).block_size == 1
+    for wrong in (0.0, float("inf")):
+        with pytest.raises(UserError, match="percdamp"):
+            SparseGPT(percdamp=wrong)
+
+
 @pytest.mark.parametrize("wrong", [{"percdamp": -0.1}, {"percdamp": float("nan")}, {"block_size": 0}])
 def test_hyperparameter_ranges(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="allowed"):

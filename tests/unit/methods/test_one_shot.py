@@ -55,6 +55,13 @@ def test_ranks_do_not_change_the_decision(method: PruningMethod, target: str) ->
         assert shared.weights[name].equal(whole.weights[name])
 
 
+def test_magnitudes_are_not_squared() -> None:
+    """Whose squares all vanish in float32."""
+    tiny = torch.tensor([[1e-30, -3e-30, 2e-30, 0.5e-30]])
+    found = Cluster({"plain": tiny}, [torch.ones(1, 4)], 1, {}).prune(Magnitude(), "2:4")
+    assert found.masks["plain"].tolist() == [[False, True, True, False]]
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_patterns_and_counts_are_exact(method: PruningMethod) -> None:
     for n, m in ((2, 4), (1, 4), (4, 8), (5, 8)):

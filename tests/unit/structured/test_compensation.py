@@ -44,6 +44,7 @@ def test_inputs_that_depend_on_others_are_made_up_for_exactly() -> None:
     torch.testing.assert_close(missing_mean(weight, fitted, sums), torch.zeros(5), atol=1e-4, rtol=0)
     held = least_squares(weight, torch.arange(3), sums.cross, sums.gram, damping=1e9)
     torch.testing.assert_close(held, weight[:, :3], atol=1e-4, rtol=0)
+    assert all(tensor.dtype == torch.float64 for tensor in sums.tensors())
     silent = least_squares(weight, torch.arange(3), torch.zeros_like(sums.cross), torch.zeros_like(sums.gram), 0.01)
     torch.testing.assert_close(silent, weight[:, :3])
     narrow = weight[:, :3]

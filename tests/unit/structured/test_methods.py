@@ -20,7 +20,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.depth import exchanged
 from megatron_prune.methods.fit import check_target
-from megatron_prune.methods.flap import standardised
+from megatron_prune.methods.flap import Flap, standardised
 from megatron_prune.methods.minitron import head_scores
 from megatron_prune.methods.shape_search import candidates
 from megatron_prune.methods.structured import Refitted, keep_best, lowest
@@ -193,6 +193,47 @@ def test_losses_without_layers_are_those_of_smaller_models(model: PrunableModel)
     assert losses[0] == pytest.approx(losses[4], rel=1e-6) and losses[0] != pytest.approx(losses[1], rel=1e-4)
 
 
+def test_sets_of_layers_share_passes_as_far_as_their_states_may_be_held(
+    model: PrunableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine sets' states of 5 x 24 tokens x 32 channels in float32: ten sets are two passes, with the same losses."""
+    tokens = torch.randint(128, (5, 24), generator=torch.Generator().manual_seed(2))
+    passes, widths = Passes(model, tokens), []
+    plain = Passes._losses_without
+
+    def counted(self: Passes, sets: list[frozenset[int]]) -> Any:
+        widths.append(len(sets))
+        return plain(self, sets)
+
+    sets = [frozenset({n % LAYERS, n // LAYERS}) for n in range(10)]
+    expected = passes.losses_without(sets)
+    monkeypatch.setattr(Passes, "_losses_without", counted)
+    for held, found in ((9 * 5 * 24 * 32 * 4, [9, 1]), (9 * 5 * 24 * 32 * 4 - 1, [8, 2]), (1, [8, 2]), (10**9, [10])):
+        monkeypatch.setattr("megatron_prune.statistics.passes.HELD_BYTES", held)
+        widths.clear()
+        assert passes.losses_without(sets) == expected and widths == found
+
+
+def test_shapes_of_a_deep_model_are_a_tenth_of_its_layers_apart(model: PrunableModel) -> None:
+    config = replace(model.config, num_layers=30, hidden_size=64)
+    shapes = candidates(config, Budget(int(0.7 * parameters(config))))
+    assert {shape.num_layers for shape in shapes} <= set(range(30, 14, -3)) and len({s.num_layers for s in shapes}) > 2
+    shape = shapes[0]
+    exact = Budget(parameters(replace(config, **shape.given())))  # type: ignore[arg-type]
+    assert shape in candidates(config, exact)
+
+
+def test_options_out_of_range_are_refused(model: PrunableModel) -> None:
+    for damping in (0.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match="refit_damping"):
+            Flap(refit_damping=damping)
+    Flap(refit_damping=1e6)
+    Flap(refit="local").check(model.config, None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no biases to take the mean"):
+        Flap(refit="mean").check(model.config, None)  # type: ignore[arg-type]
+    Flap(refit="mean").check(replace(model.config, linear_bias=True), None)  # type: ignore[arg-type]
+
+
 def test_gradients_are_those_of_autograd(model: PrunableModel) -> None:
     """Against transformers' own backward pass over the same windows."""
     from megatron_prune.model.convert import split
@@ -295,6 +336,8 @@ def exchange(passes: Additive, start: frozenset[int]) -> frozenset[int]:
         ("flap", "parameters=20", {}, "too many"),
         ("shortened_llama", "num_layers=3", {"criterion": "taylor+"}, "4 are protected"),
         ("shortened_llama", "num_layers=3", {"protected_first": 3, "protected_last": 1}, "4 are protected"),
+        ("shortened_llama", "num_layers=3", {"protected_first": 9}, "4 are protected"),
+        ("shortened_llama", "num_layers=3", {"protected_last": 9}, "4 are protected"),
         ("shortened_llama", "num_layers=3", {"criterion": "size"}, "allowed: ppl, taylor, taylor"),
         ("shortened_llama", "num_layers=3", {"protected_last": -1}, "0 or more"),
         ("llm_pruner", "num_layers=3", {"protected_last": -1}, "0 or more"),

@@ -232,3 +232,5 @@ def test_layers_are_ranked_by_their_loss_or_by_taylor(tmp_path: Path) -> None:
         assert by_taylor.layers == best(taylor, 8 - count)
     plus = chosen(both.model, "shortened_llama", "num_layers=7", criterion="taylor+")
     assert set(range(8)) - set(plus.layers) == {4 if taylor[4] < taylor[5] else 5}
+    plus = chosen(both.model, "shortened_llama", "num_layers=6", criterion="taylor+")
+    assert plus.layers == (0, 1, 2, 3, 6, 7)
