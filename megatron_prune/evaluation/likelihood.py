@@ -2,7 +2,8 @@
 
 Both read a plan's batches (`requests.py`): trees of tokens, with a mask and a position for each token where rows branch
 and plain causal attention where they do not. The output layer is computed only where something is asked, a few hundred
-places at a time, and its probabilities in float32.
+places at a time, in float32 whatever the model's type: logits of 20 in bfloat16 are 0.125 apart, more than what tells
+many answers apart, and would hang on which requests were computed together.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class MegatronScorer:
         group = parallel_state.get_tensor_model_parallel_group() if self.model.layout.tensor > 1 else None
 
         def head(states: Tensor) -> Tensor:
-            return F.linear(states, weight).masked_fill(padding, -torch.inf)
+            return F.linear(states.float(), weight.float()).masked_fill(padding, -torch.inf)
 
         return answer(states[columns.long(), rows.long()], head, weight.shape[0], batch, first, group)
 
@@ -161,10 +162,15 @@ class TransformersScorer:
             inputs["position_ids"] = torch.tensor(batch.positions, dtype=torch.long, **place)
             inputs["attention_mask"] = additive(batch.visible(self.window), self.model.dtype, **place)
         states = self.model.base_model(tokens, use_cache=False, **inputs).last_hidden_state
-        head = self.model.get_output_embeddings()
+        output = self.model.get_output_embeddings()
         advance(1)
         chosen = states.flatten(0, 1)[torch.tensor(batch.places, dtype=torch.long, **place)]
-        return answer(chosen, head, head.weight.shape[0], batch)
+
+        def head(states: Tensor) -> Tensor:
+            bias = None if output.bias is None else output.bias.float()
+            return F.linear(states.float(), output.weight.float(), bias)
+
+        return answer(chosen, head, output.weight.shape[0], batch)
 
 
 # --- the output layer ---
@@ -188,7 +194,7 @@ def answer(
     step = max(1, LOGITS // width)
     for start in range(0, states.shape[0], step):
         here = ((asked >= start) & (asked < start + step)).nonzero().flatten()
-        logits = head(states[start : start + step]).float()
+        logits = head(states[start : start + step])
         found[here], best[here] = log_probabilities(logits, asked[here] - start, targets[here], first, group)
     return found.cpu().numpy(), best.cpu().numpy()
 
