@@ -28,6 +28,7 @@ def decided(bench: Study, method: str, target: str, layout: str) -> Path:
     """The decision of one case in one layout."""
     run = bench.work / folder_name(method, target, layout)
     windows = {"calibration": bench.texts.c4, "calibration_samples": 16, "calibration_seq_length": 256}
+    windows = {} if method == "magnitude" else windows
     what = {"input": bench.dense, "method": method, "target": target}
     bench.verb("prune", output=run, **what, **windows, **LAYOUTS[layout])
     return run / "decision"

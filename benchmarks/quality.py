@@ -46,7 +46,8 @@ class Quality(Study):
     def one_shot(self, row: Row) -> list[Any]:
         """Prune, trim and evaluate."""
         run, what = self.work / row.folder, {"method": row.method, "target": row.target}
-        cost = self.verb("prune", *row.options, input=self.dense, output=run, **what, **self.texts.c1())
+        text = {} if row.method == "magnitude" else self.texts.c1()
+        cost = self.verb("prune", *row.options, input=self.dense, output=run, **what, **text)
         return self.cells(row.name, row.target, self.trimmed(run, "_sparse"), cost, row.peer)
 
     def seeds(self, *options: str) -> list[float]:

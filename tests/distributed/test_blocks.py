@@ -41,7 +41,7 @@ def commands(root: Path, layout: Layout) -> list[list[str]]:
         ["verify", "--input", model, "--against", str(root / "hf"), "--output", str(root / f"{name}.json"), *flags],
         *(
             [*prune, "--output", str(runs / case.name), "--method", case.method, "--target", case.target]
-            + [*case.options, *calibration]
+            + [*case.options, *([] if case.method == "magnitude" else calibration)]
             for case in CASES
         ),
         [*prune, "--output", str(runs / "learned"), "--method", "maskllm", "--target", "2:4", "--data", data, *learn],

@@ -102,10 +102,11 @@ def model_of(layout: Layout) -> str:
 def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[str]:
     """The `prune` verb of a one-shot case."""
     output = root / "runs" / model / layout.name / case.name
-    calibration = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "7"]
+    text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "7", "--calibration-seq-length", "32"]
+    calibration = [] if case.method == "magnitude" else text
     return [
         *["prune", "--input", str(root / model), "--output", str(output), "--method", case.method],
-        *["--target", case.target, *calibration, "--calibration-seq-length", "32", *case.options, *layout.flags()],
+        *["--target", case.target, *calibration, *case.options, *layout.flags()],
     ]
 
 

@@ -44,7 +44,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     byte_tokenizer(tiny_model(root / "hf", request.param, vocab_size=257))
     verb("import", "--input", root / "hf", "--output", root / "dense")
     for method in METHODS:
-        data = ["--data" if method == "maskllm" else "--calibration", text]
+        data = [] if method == "magnitude" else ["--data" if method == "maskllm" else "--calibration", text]
         words = ["--input", root / "dense", "--output", root / method, "--method", method, *data, *OPTIONS[method]]
         verb("prune", "--target", "2:4", *words)
         verb("trim", "--input", root / method, "--output", root / f"{method}_sparse")
