@@ -18,24 +18,42 @@ Genome = tuple[int, ...]
 """Levels: of layer 0's attention, of its MLP, of layer 1's attention, ..."""
 
 
+WHOLE_BYTES = 2 * 2**30
+"""Hidden states of the whole model that are kept between calls, on each rank."""
+
+
 @torch.no_grad()
-def divergences(model: PrunableModel, levels: Levels, genomes: Sequence[Genome], tokens: Tensor) -> list[list[float]]:
-    """KL(whole model || candidate), nats per token, of every candidate on each window of `[n, length]`. Collective.
+def divergences(
+    model: PrunableModel,
+    levels: Levels,
+    genomes: Sequence[Genome],
+    tokens: Tensor,
+    windows: slice = slice(None),
+    whole: dict[int, Tensor] | None = None,
+) -> list[list[float]]:
+    """KL(whole model || candidate), nats per token, of every candidate on each of some `windows` of `[n, length]`.
 
     A number depends on candidate and window alone, to the last bit: windows are run one by one, whatever else is asked,
     and each by one rank, the same in every layout. Candidates go through the layers together; those with the same
-    levels so far share their hidden states.
+    levels so far share their hidden states. `whole` keeps those of the whole model by window, for calls with the same
+    tokens. Collective.
     """
-    windows, mine = _share(len(tokens), len(genomes))
+    numbers = range(len(tokens))[windows]
+    whole = {} if whole is None else whole
+    places, mine = _share(len(numbers), len(genomes))
     weights = WholeWeights(model)
-    walk = LayerWalk(weights, tokens[windows], unit_windows=1, shared=False)
-    states = _through_layers(walk, weights, levels, [genomes[n] for n in mine])
-    reference = states[(0,) * (len(KINDS) * model.config.num_layers)]
+    walk = LayerWalk(weights, tokens[[numbers[place] for place in places]], unit_windows=1, shared=False)
+    model_itself: Genome = (0,) * (len(KINDS) * model.config.num_layers)
+    unknown = [] if all(numbers[place] in whole for place in places) else [model_itself]
+    states = _through_layers(walk, weights, levels, [*unknown, *(genomes[n] for n in mine)])
     head = Head(weights)
-    found = torch.zeros(len(genomes), len(tokens), dtype=torch.float64, device=walk.device)
-    for place, window in enumerate(windows):
-        students = [states[genomes[n]][place] for n in mine]
-        found[mine, window] = window_divergences(head, students, head, reference[place])
+    found = torch.zeros(len(genomes), len(numbers), dtype=torch.float64, device=walk.device)
+    for position, place in enumerate(places):
+        reference = states[model_itself][position] if unknown else whole[numbers[place]]
+        if len(whole) < WHOLE_BYTES // reference.nbytes:
+            whole[numbers[place]] = reference
+        students = [states[genomes[n]][position] for n in mine]
+        found[mine, place] = window_divergences(head, students, head, reference)
     dist.all_reduce(found)
     return found.tolist()
 
@@ -50,15 +68,13 @@ def _share(windows: int, candidates: int) -> tuple[list[int], list[int]]:
 
 
 def _through_layers(
-    walk: LayerWalk, weights: WholeWeights, levels: Levels, mine: Sequence[Genome]
+    walk: LayerWalk, weights: WholeWeights, levels: Levels, genomes: Sequence[Genome]
 ) -> dict[Genome, list[Tensor]]:
-    """Hidden states after the last layer, of these candidates and of the whole model. Collective."""
-    layers = weights.config.num_layers
-    whole: Genome = (0,) * (2 * layers)
+    """Hidden states after the last layer, of these candidates, by window. Collective."""
     states: dict[Genome, list[Tensor]] = {(): walk.hidden}
-    for number in range(layers):
+    for number in range(weights.config.num_layers):
         tensors = weights.layer(number)
-        prefixes = {genome[: 2 * number + 2] for genome in [whole, *mine]}
+        prefixes = {genome[: 2 * number + 2] for genome in genomes}
         following: dict[Genome, list[Tensor]] = {}
         for pair in sorted({prefix[-2:] for prefix in prefixes}):
             walk.load(number, replaced(levels, number, pair[0], pair[1], tensors))

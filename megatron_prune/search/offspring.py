@@ -41,6 +41,7 @@ class Judge:
         self.windows, self.length = held_out.shape
         self.model, self.levels, self.held_out, self.memory = model, levels, held_out, memory
         self._make_school = school
+        self._whole: dict[int, Tensor] = {}
         self._trained: tuple[School, Reference] | None = None
 
     def __call__(self, genomes: Sequence[Genome], trained: int, windows: int) -> list[list[float]]:
@@ -60,7 +61,7 @@ class Judge:
 
     def _measured(self, genomes: Sequence[Genome], trained: int, windows: slice) -> list[list[float]]:
         if not trained:
-            return divergences(self.model, self.levels, genomes, self.held_out[windows])
+            return divergences(self.model, self.levels, genomes, self.held_out, windows, self._whole)
         if self._trained is None:  # before a candidate is put into the model: what the whole one says
             self._trained = self._make_school(), Reference(self.model, self.held_out)
         school, reference = self._trained

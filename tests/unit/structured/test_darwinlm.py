@@ -137,6 +137,12 @@ def test_a_divergence_depends_on_candidate_and_window_alone(
     for number, window in itertools.product(range(3), range(6)):
         ((alone,),) = divergences(model, database, [genomes[number]], tokens[window : window + 1])
         assert alone == together[number][window]
+    whole: dict[int, Tensor] = {}
+    first = divergences(model, database, genomes[:1], tokens, slice(0, 2), whole)
+    assert first == [together[0][:2]] and sorted(whole) == [0, 1]
+    assert divergences(model, database, genomes, tokens, slice(1, 4), whole) == [found[1:4] for found in together]
+    whole[0].zero_()  # it is used, not computed again
+    assert divergences(model, database, genomes[:1], tokens, slice(0, 1), whole) != [together[0][:1]]
 
 
 @pytest.mark.parametrize(("windows", "candidates", "world"), [(4, 3, 1), (4, 3, 8), (3, 5, 8), (9, 2, 4), (2, 1, 16)])
