@@ -1,0 +1,193 @@
+"""What more generations of DarwinLM bring, from both starts, over seeds of the search. One command:
+
+    python benchmarks/generations.py --model HF_DIRECTORY --calibration TRAIN.jsonl --text WIKITEXT --parameters 108M
+
+Each seed is one search; its parents after `--generations` are compared, so few generations are the beginning of many.
+Levels are shared, and so are single replacements, which no seed changes. Without `--calibration` both texts are what
+the model writes itself (small models of stories). Perplexity is of the first `--windows` windows of the text; the
+search has seen none of it. What is in the work folder is not done again. Writes a result file,
+benchmarks/results/generations_DATE.json, of which a document's table is made; rows of other models and sizes that are
+in it stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+from quality import HERE, write_result
+
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+from torch import Tensor
+
+from megatron_prune.data.calibration import windows
+from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import parse_any_target
+from megatron_prune.log import read_metrics
+from megatron_prune.methods.base import get_method
+from megatron_prune.methods.darwinlm import DarwinLM
+from megatron_prune.model.forward import logits, window_losses
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.search.candidates import put
+from megatron_prune.search.held_out import split
+from megatron_prune.search.levels import Levels
+from megatron_prune.search.session import REPLACEMENTS
+from megatron_prune.search.space import Space
+from megatron_prune.statistics.passes import Passes
+from megatron_prune.training.stopping import StopRequest
+
+COLUMNS = ["model", "parameters", "start", "generations", "children accepted", "perplexity", "lowest", "highest"]
+STARTS = ("uniform", "integer")
+
+
+def written(model: PrunableModel, count: int, length: int) -> Tensor:
+    """Windows `[count, length]` that the model writes, token by token, from its first token on."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.full((count, 1), 1)
+    while tokens.shape[1] <= length:
+        chances = logits(model, tokens)[:, -1].float().softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(chances, 1, generator=generator)], 1)
+    return tokens[:, 1:]
+
+
+class Grid:
+    """Searches of one model and size."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given = given
+        source = open_model(given.model)
+        self.model = source.load(backend.Layout())
+        self.dense = {name: parameter.detach().clone() for name, parameter in self.model.parameters.items()}
+        if given.calibration is None:
+            tokens = written(self.model, given.samples + given.windows, given.length)
+            calibration, self.text = tokens[: given.samples], tokens[given.samples :]
+        else:
+            tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size)
+            calibration = windows([given.calibration], tokenizer, given.samples, given.length, 0).tokens
+            ids = tokenizer(given.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+            self.text = torch.tensor(ids[: given.windows * 1024]).view(-1, 1024)
+        self.passes = Passes(self.model, calibration)
+        self.target = parse_any_target(f"parameters={given.parameters}")
+        self.known = given.work / "perplexities.json"
+
+    def method(self, start: str, seed: int) -> DarwinLM:
+        options = {**dict(word.split("=") for word in self.given.options), "training_tokens": "0"}
+        numbers = {name: int(value) if value.isdigit() else value for name, value in options.items()}
+        for name in ("survivors", "fitness_tokens", "training_tokens"):
+            numbers |= {name: str(numbers[name])} if name in numbers else {}
+        database, generations = str(self.given.work / "levels"), max(self.given.generations)
+        found = get_method(
+            "darwinlm", start=start, search_seed=seed, generations=generations, database=database, **numbers
+        )
+        assert isinstance(found, DarwinLM)
+        return found
+
+    def searched(self, start: str, seed: int) -> list[tuple[tuple[int, ...], int]]:
+        """Parents after 0, 1, 2, ... generations, and how many children had been accepted by then."""
+        folder = self.given.work / f"{self.given.parameters}_{start}_{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        first = self.given.work / f"{self.given.parameters}_{start}_{self.given.seeds[0]}" / REPLACEMENTS
+        if first.is_file() and not (folder / REPLACEMENTS).exists():
+            shutil.copy(first, folder)
+        method = self.method(start, seed)
+        work = {"model": self.model, "config": self.model.config, "passes": self.passes, "folder": folder}
+        method.decide(SimpleNamespace(**work, stop=StopRequest()), self.target)  # type: ignore[arg-type]
+        self.restore()
+        history = read_metrics(folder)
+        accepted = [sum(record["replaced"] for record in history[:n]) for n in range(len(history) + 1)]
+        parents = [self.start(method, folder), *(tuple(record["parent"]) for record in history)]
+        return list(zip(parents, accepted, strict=True))
+
+    def start(self, method: DarwinLM, folder: Path) -> tuple[int, ...]:
+        """What the search began with."""
+        from megatron_prune.search.integer import best_sum
+
+        space = self.space(method)
+        if method.start == "uniform":
+            return space.start()
+        scores = iter(json.loads((folder / REPLACEMENTS).read_text()))
+        return best_sum(space, [[0.0, *(next(scores) for _ in range(last))] for last in space.last])
+
+    def space(self, method: DarwinLM) -> Space:
+        fit, _ = split(self.passes)
+        levels = Levels(self.given.work / "levels", fit, method.levels, method.refit_damping, method.free_groups)
+        return Space(self.model.config, levels, self.target)  # type: ignore[arg-type]
+
+    def restore(self) -> None:
+        for name, parameter in self.model.parameters.items():
+            parameter.data.copy_(self.dense[name])
+
+    def perplexity(self, space: Space, genome: Sequence[int]) -> float:
+        """Of the model that a genome is; those of all genomes are kept in the work folder."""
+        known = json.loads(self.known.read_text()) if self.known.exists() else {}
+        key = str(list(genome))
+        if key not in known:
+            put(self.model, space.levels, genome)
+            with torch.no_grad():
+                total, count = window_losses(self.model, self.text)
+            self.restore()
+            known[key] = math.exp(total / count)
+            self.known.write_text(json.dumps(known))
+        return known[key]
+
+    def rows(self, start: str) -> list[list[Any]]:
+        """One for each number of generations: means and extremes over seeds."""
+        space = self.space(self.method(start, 0))
+        runs = [self.searched(start, seed) for seed in self.given.seeds]
+        found = []
+        for number in [0, *sorted(self.given.generations)]:
+            perplexities = [self.perplexity(space, run[number][0]) for run in runs]
+            digits = functools.partial(float.__format__, format_spec=".4g")
+            figures = [float(digits(f(perplexities))) for f in (fmean, min, max)]
+            accepted = round(fmean(run[number][1] for run in runs), 1)
+            found.append([self.given.name, self.target.limit, start, number, accepted, *figures])  # type: ignore[union-attr]
+        return found
+
+
+def main() -> None:
+    """Run the searches of one model and size, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--name", required=True, help="of the model, in the table")
+    parser.add_argument("--parameters", required=True)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=32, help="that judge the answers")
+    parser.add_argument("--generations", type=int, nargs="+", default=[10, 30, 60])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
+    parser.add_argument("--options", nargs="*", default=[], help="of the method: offspring=8 survivors=2,1 ...")
+    parser.add_argument("--work", type=Path, default=Path("runs/generations"))
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    with backend.running(backend.Layout()):
+        grid = Grid(given)
+        rows = [row for start in given.starts for row in grid.rows(start)]
+    results = sorted((HERE / "results").glob("generations_*.json"))
+    earlier = json.loads(results[-1].read_text()) if results else {"rows": [], "protocols": {}}
+    of_this = [[row[0], row[1]] for row in rows]
+    kept = [row for row in earlier["rows"] if row[:2] not in of_this]
+    text = "text that the model wrote" if given.calibration is None else "Wikipedia"
+    protocols = earlier["protocols"] | {
+        given.name: f"{given.samples} x {given.length} tokens of {text}, perplexity of {given.windows} windows, "
+        f"{len(given.seeds)} seeds, {' '.join(given.options)}"
+    }
+    told = "; ".join(f"{name}: {protocol}" for name, protocol in protocols.items())
+    about = {"protocols": protocols, "protocol": f"Perplexity without training, mean and extremes over seeds. {told}."}
+    write_result("generations", {"columns": COLUMNS, "rows": sorted([*kept, *rows], key=str), **about})
+
+
+if __name__ == "__main__":
+    main()
