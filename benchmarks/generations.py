@@ -4,7 +4,7 @@
 
 Each seed is one search; its parents after `--generations` are compared, so few generations are the beginning of many.
 Levels are shared, and so are single replacements, which no seed changes. Without `--calibration` both texts are what
-the model writes itself (small models of stories). Perplexity is of the first `--windows` windows of the text; the
+the model writes itself (small models of stories). Judged by the first `--windows` windows of the text; the
 search has seen none of it. What is in the work folder is not done again. Writes a result file,
 benchmarks/results/generations_DATE.json, of which a document's table is made; rows of other models and sizes that are
 in it stay.
@@ -13,11 +13,9 @@ in it stay.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -39,6 +37,7 @@ from megatron_prune.methods.darwinlm import DarwinLM
 from megatron_prune.model.forward import logits, window_losses
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.search.candidates import put
+from megatron_prune.search.fitness import divergences
 from megatron_prune.search.held_out import split
 from megatron_prune.search.levels import Levels
 from megatron_prune.search.session import REPLACEMENTS
@@ -46,7 +45,7 @@ from megatron_prune.search.space import Space
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.training.stopping import StopRequest
 
-COLUMNS = ["model", "parameters", "start", "generations", "children accepted", "perplexity", "lowest", "highest"]
+COLUMNS = ["model", "parameters", "start", "generations", "accepted", "KL", "perplexity", "lowest", "highest"]
 STARTS = ("uniform", "integer")
 
 
@@ -78,7 +77,8 @@ class Grid:
             self.text = torch.tensor(ids[: given.windows * 1024]).view(-1, 1024)
         self.passes = Passes(self.model, calibration)
         self.target = parse_any_target(f"parameters={given.parameters}")
-        self.known = given.work / "perplexities.json"
+        self.known = given.work / "judged.json"
+        self.whole: dict[int, Tensor] = {}
 
     def method(self, start: str, seed: int) -> DarwinLM:
         options = {**dict(word.split("=") for word in self.given.options), "training_tokens": "0"}
@@ -127,16 +127,17 @@ class Grid:
         for name, parameter in self.model.parameters.items():
             parameter.data.copy_(self.dense[name])
 
-    def perplexity(self, space: Space, genome: Sequence[int]) -> float:
-        """Of the model that a genome is; those of all genomes are kept in the work folder."""
+    def judged(self, space: Space, genome: tuple[int, ...]) -> tuple[float, float]:
+        """KL from the whole model, and perplexity, of the model that a genome is; kept in the work folder."""
         known = json.loads(self.known.read_text()) if self.known.exists() else {}
         key = str(list(genome))
         if key not in known:
+            (scores,) = divergences(self.model, space.levels, [genome], self.text, whole=self.whole)
             put(self.model, space.levels, genome)
             with torch.no_grad():
                 total, count = window_losses(self.model, self.text)
             self.restore()
-            known[key] = math.exp(total / count)
+            known[key] = [fmean(scores), math.exp(total / count)]
             self.known.write_text(json.dumps(known))
         return known[key]
 
@@ -146,11 +147,11 @@ class Grid:
         runs = [self.searched(start, seed) for seed in self.given.seeds]
         found = []
         for number in [0, *sorted(self.given.generations)]:
-            perplexities = [self.perplexity(space, run[number][0]) for run in runs]
-            digits = functools.partial(float.__format__, format_spec=".4g")
-            figures = [float(digits(f(perplexities))) for f in (fmean, min, max)]
+            apart, perplexities = zip(*(self.judged(space, run[number][0]) for run in runs), strict=True)
+            figures = [fmean(apart), fmean(perplexities), min(perplexities), max(perplexities)]
             accepted = round(fmean(run[number][1] for run in runs), 1)
-            found.append([self.given.name, self.target.limit, start, number, accepted, *figures])  # type: ignore[union-attr]
+            rounded = [float(f"{figure:.4g}") for figure in figures]
+            found.append([self.given.name, self.target.limit, start, number, accepted, *rounded])  # type: ignore[union-attr]
         return found
 
 
@@ -185,7 +186,8 @@ def main() -> None:
         f"{len(given.seeds)} seeds, {' '.join(given.options)}"
     }
     told = "; ".join(f"{name}: {protocol}" for name, protocol in protocols.items())
-    about = {"protocols": protocols, "protocol": f"Perplexity without training, mean and extremes over seeds. {told}."}
+    protocol = f"KL and perplexity on that text, nothing trained; means over seeds, and extremes. {told}."
+    about = {"protocols": protocols, "protocol": protocol}
     write_result("generations", {"columns": COLUMNS, "rows": sorted([*kept, *rows], key=str), **about})
 
 
