@@ -6,8 +6,8 @@ Each seed is one search; its parents after `--generations` are compared, so few 
 Levels are shared, and so are single replacements, which no seed changes. Without `--calibration` both texts are what
 the model writes itself (small models of stories). Judged by the first `--windows` windows of the text; the
 search has seen none of it. What is in the work folder is not done again. Writes a result file,
-benchmarks/results/generations_DATE.json, of which a document's table is made; rows of other models and sizes that are
-in it stay.
+benchmarks/results/generations_DATE.json, of which a document's table is made; rows of other models, sizes and
+starts that are in it stay.
 """
 
 from __future__ import annotations
@@ -178,8 +178,7 @@ def main() -> None:
         rows = [row for start in given.starts for row in grid.rows(start)]
     results = sorted((HERE / "results").glob("generations_*.json"))
     earlier = json.loads(results[-1].read_text()) if results else {"rows": [], "protocols": {}}
-    of_this = [[row[0], row[1]] for row in rows]
-    kept = [row for row in earlier["rows"] if row[:2] not in of_this]
+    kept = [row for row in earlier["rows"] if row[:3] not in [other[:3] for other in rows]]
     text = "text that the model wrote" if given.calibration is None else "Wikipedia"
     protocols = earlier["protocols"] | {
         given.name: f"{given.samples} x {given.length} tokens of {text}, perplexity of {given.windows} windows, "
