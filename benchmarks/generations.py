@@ -1,6 +1,6 @@
 """What more generations of DarwinLM bring, from both starts, over seeds of the search. One command:
 
-    python benchmarks/generations.py --model HF_DIRECTORY --calibration TRAIN.jsonl --text WIKITEXT --parameters 108M
+    python benchmarks/generations.py --model HF_DIRECTORY --name SmolLM2 --calibration TRAIN.jsonl --parameters 108M
 
 Each seed is one search; its parents after `--generations` are compared, so few generations are the beginning of many.
 Levels are shared, and so are single replacements, which no seed changes. Without `--calibration` both texts are what
@@ -12,7 +12,6 @@ starts that are in it stay.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -21,7 +20,26 @@ from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
-from quality import HERE, write_result
+from bench.results import MODEL, SHARED, arguments, option, work, write_result
+from bench.study import Texts
+
+if __name__ == "__main__":
+    GIVEN = arguments(
+        __doc__,
+        MODEL,
+        SHARED,
+        work("runs/generations"),
+        option("--name", required=True, help="of the model, in the table"),
+        option("--parameters", required=True),
+        option("--calibration", type=Path, help="text, a document a line; left out: what the model writes"),
+        option("--samples", type=int, default=64),
+        option("--length", type=int, default=512),
+        option("--windows", type=int, default=32, help="that judge the answers"),
+        option("--generations", type=int, nargs="+", default=[10, 30, 60]),
+        option("--seeds", type=int, nargs="+", default=[0, 1, 2]),
+        option("--starts", nargs="+", choices=["uniform", "integer"], default=["uniform", "integer"]),
+        option("--options", nargs="*", default=[], help="of the method: offspring=8 survivors=2,1 ..."),
+    )
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
@@ -39,6 +57,7 @@ from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.search.candidates import put
 from megatron_prune.search.fitness import divergences
 from megatron_prune.search.held_out import split
+from megatron_prune.search.integer import best_sum
 from megatron_prune.search.levels import Levels
 from megatron_prune.search.session import REPLACEMENTS
 from megatron_prune.search.space import Space
@@ -46,7 +65,6 @@ from megatron_prune.statistics.passes import Passes
 from megatron_prune.training.stopping import StopRequest
 
 COLUMNS = ["model", "parameters", "start", "generations", "accepted", "KL", "perplexity", "lowest", "highest"]
-STARTS = ("uniform", "integer")
 
 
 def written(model: PrunableModel, count: int, length: int) -> Tensor:
@@ -62,7 +80,7 @@ def written(model: PrunableModel, count: int, length: int) -> Tensor:
 class Grid:
     """Searches of one model and size."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
+    def __init__(self, given: Any) -> None:
         self.given = given
         source = open_model(given.model)
         self.model = source.load(backend.Layout())
@@ -73,7 +91,9 @@ class Grid:
         else:
             tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size)
             calibration = windows([given.calibration], tokenizer, given.samples, given.length, 0).tokens
-            ids = tokenizer(given.text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+            ids = tokenizer(Texts(given.shared).wikitext.read_text(encoding="utf-8"), add_special_tokens=False)[
+                "input_ids"
+            ]
             self.text = torch.tensor(ids[: given.windows * 1024]).view(-1, 1024)
         self.passes = Passes(self.model, calibration)
         self.target = parse_any_target(f"parameters={given.parameters}")
@@ -110,8 +130,6 @@ class Grid:
 
     def start(self, method: DarwinLM, folder: Path) -> tuple[int, ...]:
         """What the search began with."""
-        from megatron_prune.search.integer import best_sum
-
         space = self.space(method)
         if method.start == "uniform":
             return space.start()
@@ -157,37 +175,19 @@ class Grid:
 
 def main() -> None:
     """Run the searches of one model and size, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--name", required=True, help="of the model, in the table")
-    parser.add_argument("--parameters", required=True)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=32, help="that judge the answers")
-    parser.add_argument("--generations", type=int, nargs="+", default=[10, 30, 60])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS)
-    parser.add_argument("--options", nargs="*", default=[], help="of the method: offspring=8 survivors=2,1 ...")
-    parser.add_argument("--work", type=Path, default=Path("runs/generations"))
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
     with backend.running(backend.Layout()):
-        grid = Grid(given)
-        rows = [row for start in given.starts for row in grid.rows(start)]
-    results = sorted((HERE / "results").glob("generations_*.json"))
+        grid = Grid(GIVEN)
+        rows = [row for start in GIVEN.starts for row in grid.rows(start)]
+    results = sorted(GIVEN.output.glob("generations_*.json"))
     earlier = json.loads(results[-1].read_text()) if results else {"rows": [], "protocols": {}}
     kept = [row for row in earlier["rows"] if row[:3] not in [other[:3] for other in rows]]
-    text = "text that the model wrote" if given.calibration is None else "Wikipedia"
-    protocols = earlier["protocols"] | {
-        given.name: f"{given.samples} x {given.length} tokens of {text}, perplexity of {given.windows} windows, "
-        f"{len(given.seeds)} seeds, {' '.join(given.options)}"
-    }
-    told = "; ".join(f"{name}: {protocol}" for name, protocol in protocols.items())
-    protocol = f"KL and perplexity on that text, nothing trained; means over seeds, and extremes. {told}."
-    about = {"protocols": protocols, "protocol": protocol}
-    write_result("generations", {"columns": COLUMNS, "rows": sorted([*kept, *rows], key=str), **about})
+    text = "text that the model wrote" if GIVEN.calibration is None else "Wikipedia, judged on WikiText-2"
+    key = f"{GIVEN.name}, {grid.target.limit} parameters, {' and '.join(GIVEN.starts)}"  # type: ignore[union-attr]
+    told = f"{GIVEN.samples} x {GIVEN.length} tokens of {text}, {GIVEN.windows} windows; seeds {len(GIVEN.seeds)}"
+    protocols = earlier["protocols"] | {key: f"{told}; {' '.join(GIVEN.options)}"}
+    protocol = "KL and perplexity of held-out text, nothing trained; means over seeds of the search, and extremes. "
+    protocol += " ".join(f"{name}: {words}." for name, words in sorted(protocols.items()))
+    write_result("generations", GIVEN, COLUMNS, sorted([*kept, *rows], key=str), protocol, protocols=protocols)
 
 
 if __name__ == "__main__":
