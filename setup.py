@@ -22,7 +22,8 @@ setup(
     },
     install_requires=[
         "torch>=2.6",
-        "megatron-core>=0.16,<0.17",
+        "megatron-core>=0.16,<0.17; python_version < '3.12'",
+        "megatron-core>=0.16,<0.20; python_version >= '3.12'",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
@@ -73,6 +74,7 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Operating System :: POSIX :: Linux",
     ],
 )

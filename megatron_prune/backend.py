@@ -31,11 +31,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.errors import UserError
-from megatron_prune.imports import keep_temporary_folder_clean, without_triton
+from megatron_prune.imports import hollow_triton, keep_temporary_folder_clean, without_triton
 from megatron_prune.kernels.memory import keep_freed_memory
 
-SUPPORTED_CORE = ("0.16", "0.17")
-"""megatron-core >= first and < second; the touch points below were read from these versions."""
+SUPPORTED_CORE = ("0.16", "0.20")
+"""megatron-core >= first and < second. 0.16 is the last for Python 3.11, what follows needs 3.12. What is touched below
+was read from 0.16.1 and 0.19.2.
+"""
 
 _FACTORIES = (
     "tensor zeros ones empty full zeros_like ones_like empty_like full_like as_tensor arange rand randn randint "
@@ -95,6 +97,18 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+class _Stream:
+    """A stream, or an event in one, of a machine that does everything in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        del args, kwargs
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("wait_stream", "wait_event", "wait", "record", "record_event", "synchronize"):
+            return _nothing
+        raise AttributeError(name)
+
+
 def _look_alike_torch() -> _LookAlike:
     cuda = _LookAlike(
         torch.cuda,
@@ -106,6 +120,11 @@ def _look_alike_torch() -> _LookAlike:
             "get_rng_state": _cpu_rng_state,
             "set_rng_state": _set_cpu_rng_state,
             "manual_seed": torch.manual_seed,
+            "current_stream": _Stream,
+            "default_stream": _Stream,
+            "stream": lambda _stream: contextlib.nullcontext(),
+            "Stream": _Stream,
+            "Event": _Stream,
         },
     )
     replaced = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
@@ -161,6 +180,10 @@ def _row_squares(flat: torch.Tensor) -> Iterator[torch.Tensor]:
         yield torch.linalg.vector_norm(flat[whole:], dtype=torch.float64).square()
 
 
+TRITON_DEMANDED = ".moe.ops.paged_stash"
+"""A module of megatron-core 0.19 that imports Triton without asking whether it is there; its kernels are for GPUs."""
+
+
 class _AdaptingLoader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -169,7 +192,8 @@ class _AdaptingLoader(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        with without_triton():
+        hollow = module.__name__.endswith(TRITON_DEMANDED)
+        with hollow_triton() if hollow else without_triton():
             self.loader.exec_module(module)
         _adapt(module)
 
@@ -214,11 +238,27 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self if _called_by_megatron() else _tensor_cuda(self, *args, **kwargs)
 
 
-class _NotGpuNoise(logging.Filter):
-    """Drops a warning that only makes sense with a GPU: on the CPU both generators are one and the same."""
+NOISE = {
+    "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+}
+"""Logger -> a warning of megatron-core that says nothing to the user. On a CPU both generators are one. GPTModel: since
+0.19 HybridModel is to follow it, which has a final norm of Transformer Engine alone, no place for layers of unequal
+sizes, other names of weights, and does not exist in 0.16; GPTModel goes on getting fixes."""
+
+
+class _Without(logging.Filter):
+    """Drops records with these words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+        return self.words not in record.getMessage()
 
 
 _installed = False
@@ -231,6 +271,8 @@ def install() -> None:
         return
     _installed = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    for logger, words in NOISE.items():
+        logging.getLogger(logger).addFilter(_Without(words))
     if has_cuda():
         return
     for source, message in (
@@ -240,7 +282,6 @@ def install() -> None:
         (r"torch\.distributed\.checkpoint", r".*we are deprecating ShardedTensor.*"),
     ):
         warnings.filterwarnings("ignore", message=message, module=source)
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_NotGpuNoise())
     sys.meta_path.insert(0, _AdaptingFinder())
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core"):
@@ -256,8 +297,13 @@ from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 
+def core_version() -> tuple[int, ...]:
+    """Of megatron-core: (0, 16)."""
+    return tuple(int(x) for x in megatron.core.__version__.split(".")[:2])
+
+
 def _check_core_version() -> None:
-    version = tuple(int(x) for x in megatron.core.__version__.split(".")[:2])
+    version = core_version()
     low, high = (tuple(int(x) for x in v.split(".")) for v in SUPPORTED_CORE)
     if not low <= version < high:
         raise UserError(
@@ -267,6 +313,8 @@ def _check_core_version() -> None:
 
 
 _check_core_version()
+OWN_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if core_version() >= (0, 17) else {}
+"""For `dist_checkpointing.save`: its writer is megatron-core's own; since 0.17 it would ask for another package's."""
 
 
 @dataclass(frozen=True)
@@ -418,7 +466,7 @@ def alone() -> ProcessGroupCollection:
     if _alone is None:
         mine = [dist.new_group([r]) for r in range(dist.get_world_size())][dist.get_rank()]
         groups = ProcessGroupCollection()
-        for name in "tp pp mp embd pos_embd cp tp_cp ep expt_tp tp_ep tp_ep_pp dp dp_cp expt_dp".split():
+        for name in "tp pp mp embd pos_embd cp tp_cp tp_dp_cp ep expt_tp tp_ep tp_ep_pp dp dp_cp expt_dp".split():
             setattr(groups, name, mine)
         groups.hcp = [mine]
         _alone = groups

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import types
 from collections.abc import Iterator
 
 import torch
 
 from megatron_prune.kernels.compiled import cache_directory
 
+_ABSENT = object()
 TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch's compiler keeps what it makes; torch reads it from the environment."""
 
@@ -34,3 +36,27 @@ def without_triton() -> Iterator[None]:
         yield
     finally:
         del sys.modules["triton"]
+
+
+@contextlib.contextmanager
+def hollow_triton() -> Iterator[None]:
+    """While active, on a machine without CUDA, `import triton` gives a shell: kernels can be declared and not run."""
+    if torch.cuda.is_available():
+        yield
+        return
+    language = types.ModuleType("triton.language")
+    setattr(language, "constexpr", object)
+    shell = types.ModuleType("triton")
+    setattr(shell, "language", language)
+    setattr(shell, "jit", lambda function=None, **_: function if function else lambda kernel: kernel)
+    names = {"triton": shell, "triton.language": language}
+    before = {name: sys.modules.get(name, _ABSENT) for name in names}
+    sys.modules.update(names)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is _ABSENT:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from megatron_prune.backend import core_version
 from megatron_prune.log import read_metrics
 
 
@@ -31,3 +32,11 @@ def reopened(run: Path, copy: Path, last: int) -> Path:
         if int(folder.name[5:]) > last:
             shutil.rmtree(folder)
     return copy
+
+
+OLD = core_version() < (0, 19)
+PARTS = ("__0_0.distcp", "__0_1.distcp") if OLD else ("__0_0.distcp",)
+"""Files that megatron-core writes the tensors of one process into."""
+COMMON = "common.pt" if OLD else PARTS[0]
+"""File with what is not sharded."""
+STORED = [*dict.fromkeys((PARTS[0], COMMON, ".metadata"))]

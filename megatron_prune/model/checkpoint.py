@@ -40,7 +40,7 @@ from megatron_prune.model.cost import parameters
 from megatron_prune.model.description import Description, read_description
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.sizes import ModelConfig
-from megatron_prune.model.untrusted import CommonStrategy, TableStrategy, causes, check_format, read_table
+from megatron_prune.model.untrusted import causes, check_format, load, read_table
 from megatron_prune.ranks import by_leader
 from megatron_prune.schema import Bytes, Crc32, RelativeName
 
@@ -82,7 +82,7 @@ class ShardedSave:
         # Through this queue megatron-core learns what was written; its own is a process that starts python again.
         filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(
-            state, str(self.folder), sharded_strategy=("torch_dist", 1), async_sharded_save=True
+            state, str(self.folder), sharded_strategy=("torch_dist", 1), async_sharded_save=True, **backend.OWN_WRITER
         )
         copy = in_background and not backend.has_cuda()  # tensors of a GPU become copies, others are made for this
         buckets = _on_host(_buckets(request), copy)
@@ -184,7 +184,7 @@ def load_model_state(folder: Path, state: dict[str, Any], vocab_size: int) -> di
     def read(table: Metadata) -> dict[str, Any]:
         check_format(folder)
         _check_vocabulary_rows(folder, table, state, vocab_size)
-        return dist_checkpointing.load(state, str(folder), TableStrategy(table), CommonStrategy())
+        return load(state, folder, table)
 
     return read_safely(folder, read)
 

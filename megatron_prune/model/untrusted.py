@@ -13,11 +13,15 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import common as common_strategy
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
@@ -38,6 +42,7 @@ from megatron_prune.errors import UserError, brief
 from megatron_prune.model.pickled import ORDERED, Made, Name, Refused, read_pickle
 from megatron_prune.model.saved import TORCH_DTYPES, read_saved
 
+COMMON = MetadataIndex(ShardedObject("common_state", None, (1,), (0,)).unique_key)
 TABLE = ".metadata"
 FORMAT = "metadata.json"
 MOST_TABLE = 2_000_000_000
@@ -75,8 +80,9 @@ class Format(TypedDict):
 
     sharded_backend: Literal["torch_dist"]
     sharded_backend_version: Literal[1]
-    common_backend: Literal["torch"]
-    common_backend_version: Literal[1]
+    common_backend: NotRequired[Literal["torch"]]
+    """Of megatron-core before 0.19."""
+    common_backend_version: NotRequired[Literal[1]]
 
 
 # --- the table of contents ---
@@ -268,28 +274,51 @@ class TableStrategy(torch_strategy.TorchDistLoadShardedStrategy):
         super().__init__()
         self.table = table
 
-    def load(self, sharded_state_dict: Any, checkpoint_dir: Path) -> Any:
+    def load(self, sharded_state_dict: Any, checkpoint_dir: Path, *how: Any) -> Any:
         """As the base class, which asks a function of its module for a reader."""
         theirs = torch_strategy._get_filesystem_reader
         reader = TableReader(Path(checkpoint_dir), self.table)
         torch_strategy._get_filesystem_reader = lambda *_args, **_kwargs: reader
         try:
-            return super().load(sharded_state_dict, checkpoint_dir)
+            return super().load(sharded_state_dict, checkpoint_dir, *how)
         finally:
             torch_strategy._get_filesystem_reader = theirs
 
 
-class CommonStrategy(TorchCommonLoadStrategy):
-    """megatron-core's way to load what is not sharded, read as data."""
+def load(state: Any, folder: Path, table: Metadata) -> dict[str, Any]:
+    """megatron-core's `dist_checkpointing.load`, over readers that take everything as data."""
 
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        """As the base class."""
-        path = Path(checkpoint_dir) / COMMON_STATE_FNAME
+    def common(*_args: Any) -> dict[str, Any]:
+        return read_common(folder, table)
+
+    if hasattr(common_strategy, "TorchCommonLoadStrategy"):  # 0.16
+        strategy = common_strategy.TorchCommonLoadStrategy()
+        strategy.load_common = common
+        return dist_checkpointing.load(state, str(folder), TableStrategy(table), strategy)
+    theirs = serialization.load_common_state_dict
+    serialization.load_common_state_dict = common
+    try:
+        return dist_checkpointing.load(state, str(folder), TableStrategy(table))
+    finally:
+        serialization.load_common_state_dict = theirs
+
+
+def read_common(folder: Path, table: Metadata) -> dict[str, Any]:
+    """What is not sharded: in a file of its own, or since megatron-core 0.19 an object among the tensors."""
+    path = folder / COMMON_STATE_FNAME
+    if path.exists() or COMMON not in table.storage_data:
         with foreign.open_regular(path, WHAT, most=None) as file:
-            found = read_saved(file, 0, path.stat().st_size)
-        if type(found) is not dict:
-            raise Refused(f"{COMMON_STATE_FNAME} holds {type(found).__name__}; expected a dict")
-        return found
+            return _common(read_saved(file, 0, path.stat().st_size), COMMON_STATE_FNAME)
+    place = table.storage_data[COMMON]
+    with foreign.open_regular(folder / place.relative_path, WHAT, most=None) as file:
+        found = read_saved(file, place.offset, place.length)
+    return _common(found[0] if type(found) is list and len(found) == 1 else found, place.relative_path)
+
+
+def _common(found: Any, name: str) -> dict[str, Any]:
+    if type(found) is not dict:
+        raise Refused(f"{name} holds {type(found).__name__}; expected a dict")
+    return found
 
 
 def check_format(folder: Path) -> None:

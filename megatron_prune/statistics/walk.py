@@ -164,7 +164,10 @@ class LayerWalk:
 
     def run(self, hidden: Tensor) -> Tensor:
         """The layer that was loaded last: `[s, b, hidden]` in and out."""
-        return self.module(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary)[0]
+        try:
+            return self.module(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary)[0]
+        finally:
+            self.module.mlp_norm_manager = None  # since megatron-core 0.19 it keeps the activations of the last call
 
     @torch.no_grad()
     def watch(self, paths: Sequence[str], hidden: Tensor, whole: bool = False) -> tuple[dict[str, Tensor], Tensor]:

@@ -20,7 +20,7 @@ from megatron_prune.decision.masks import Masks
 from megatron_prune.log import read_metrics
 from tests.distributed.launch import DP2, ONE, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
-from tests.runs import reopened
+from tests.runs import PARTS, reopened
 from tools.kill_test import curve, kill_and_resume, masks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -131,7 +131,7 @@ def told(root: Path, stopped: Outcome) -> str:
     reopened(root / "bf16", root / "same_bf16", SAVED)
     must_pass(launch(1, [learn(root, "same_bf16", ONE, "--resume")], root / "commands"))
     other = reopened(root / "whole", root / "other", 2 * SAVED)
-    file = other / "checkpoints" / f"step_{2 * SAVED:07d}" / "__0_1.distcp"
+    file = other / "checkpoints" / f"step_{2 * SAVED:07d}" / PARTS[-1]
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     still = ["--initial-logits", str(root / "whole"), "--lr", "1e-20", "--min-lr", "0", "--train-iters", "1"]
     commands = [
@@ -209,7 +209,7 @@ def test_a_signal_to_one_process_stops_all_of_them(root: Path, told: str, stoppe
 
 def test_all_processes_take_the_checkpoint_before_a_damaged_one(root: Path, told: str) -> None:
     """Each reads a part of the files; the last byte of one file was changed."""
-    assert f"step_{2 * SAVED:07d} is damaged (__0_1.distcp has changed" in told
+    assert f"step_{2 * SAVED:07d} is damaged ({PARTS[-1]} has changed" in told
     assert f"step_{SAVED:07d}" in told.partition("resumed from")[2].splitlines()[0]
 
 
@@ -241,9 +241,8 @@ def test_mask_logits_are_loaded_in_another_layout_exactly(root: Path, told: str)
 
 
 def test_trained_weights_are_part_of_the_checkpoint(root: Path) -> None:
+    import megatron_prune.backend  # isort: skip  # noqa: F401  (before megatron.core)
     from megatron.core import dist_checkpointing
-
-    import megatron_prune.backend  # noqa: F401  (before megatron.core)
 
     path = root / "whole" / "checkpoints" / f"step_{STEPS:07d}"
     names = dist_checkpointing.load_tensors_metadata(str(path))

@@ -135,8 +135,8 @@ def test_impossible_layouts_are_refused(layout: backend.Layout, world: int, mess
 def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron.core
 
-    monkeypatch.setattr(megatron.core, "__version__", "0.17.0")
-    with pytest.raises(UserError, match=r"megatron-core 0\.17\.0 is installed"):
+    monkeypatch.setattr(megatron.core, "__version__", "0.20.0")
+    with pytest.raises(UserError, match=r"megatron-core 0\.20\.0 is installed"):
         backend._check_core_version()
 
 

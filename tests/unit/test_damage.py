@@ -17,6 +17,7 @@ from megatron_prune.files import checksum, write_json
 from megatron_prune.model.checkpoint import _merged
 from megatron_prune.tensor_files import Damaged, read_tensors, write_tensors
 from tests.models import byte_tokenizer, tiny_llama, words
+from tests.runs import STORED
 
 
 def flip(file: Path, share: float = 0.5) -> None:
@@ -44,7 +45,7 @@ def prune(root: Path, name: str) -> list[str]:
     return ["prune", "--input", str(root / "model"), "--output", str(root / name), *flags]
 
 
-@pytest.mark.parametrize("name", ["weights/__0_0.distcp", "weights/common.pt", "weights/.metadata"])
+@pytest.mark.parametrize("name", [f"weights/{name}" for name in STORED])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_a_bit_of_a_models_weights(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, share: float

@@ -21,7 +21,7 @@ from megatron_prune.files import checksum
 from megatron_prune.model import checkpoint
 from megatron_prune.training.loop import StepResult, Trainer
 from tests.models import byte_tokenizer, tiny_llama, words
-from tests.runs import reopened
+from tests.runs import COMMON, PARTS, STORED, reopened
 from tools.kill_test import curve, masks
 
 STEPS, SAVED = 12, 3
@@ -71,7 +71,7 @@ def flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, Path.unlink, flip])
-@pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt", ".metadata", "checkpoint.json", "manifest.json"])
+@pytest.mark.parametrize("file", [*STORED, "checkpoint.json", "manifest.json"])
 def test_the_checkpoint_before_a_damaged_one_is_used(
     root: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], file: str
 ) -> None:
@@ -90,10 +90,10 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
 def test_no_good_checkpoint_is_an_error_that_names_the_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = reopened(root / "whole", root / "hopeless", STEPS)
     for folder in (run / "checkpoints").glob("step_*"):
-        flip(folder / "common.pt")
+        flip(folder / COMMON)
     assert main(learn(root, run.name, "--resume")) == 2
     message = capsys.readouterr().err
-    assert "common.pt has changed since it was written" in message and "no other checkpoint" in message
+    assert f"{COMMON} has changed since it was written" in message and "no other checkpoint" in message
 
 
 def test_what_a_killed_save_leaves_is_ignored_and_removed(root: Path) -> None:
@@ -132,7 +132,7 @@ def test_the_last_ones_are_kept(root: Path, background: tuple[str, ...]) -> None
     assert main([*learn(root, run.name, *background), "--keep-checkpoints", "2"]) == 0
     assert_as_whole(root, run)
     assert steps_in(run) == [f"step_{STEPS - SAVED:07d}", f"step_{STEPS:07d}"]
-    for name in ("__0_0.distcp", "__0_1.distcp"):
+    for name in PARTS:
         here, there = (path / "checkpoints" / f"step_{STEPS - SAVED:07d}" / name for path in (run, root / "whole"))
         assert here.read_bytes() == there.read_bytes()
 
@@ -232,7 +232,7 @@ def test_torchrun_continues_only_its_own_run(
     assert "already exists" in capsys.readouterr().err
     about = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(about | {"launch": "mine"}))
-    flip(run / "checkpoints" / f"step_{STEPS:07d}" / "common.pt")
+    flip(run / "checkpoints" / f"step_{STEPS:07d}" / COMMON)
     assert main(learn(root, run.name)) == 0
     assert_as_whole(root, run)
     assert main(learn(root, run.name)) == 0, "the process that ended late is not a failure"
@@ -256,7 +256,7 @@ def saved(value: Any) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", "common.pt", ".metadata"])
+@pytest.mark.parametrize("file", STORED)
 def test_a_checkpoint_with_code_in_it_whose_sums_are_right_runs_nothing(
     root: Path, capfd: pytest.CaptureFixture[str], file: str
 ) -> None:
