@@ -76,9 +76,9 @@ class LLMPruner(Refitted):
         found = self._importance(config, passes, outer=bool(wanted.hidden_size))
         units = Units.all(config)
         if wanted.num_query_groups:
-            units = keep_groups(config, units, found.groups, wanted, touched, self.global_ranking)
+            units = keep_groups(config, units, found.groups, wanted.num_query_groups, touched, self.global_ranking)
         if wanted.ffn_hidden_size:
-            units = keep_neurons(units, found.ffn, wanted, touched, self.global_ranking)
+            units = keep_neurons(units, found.ffn, wanted.ffn_hidden_size, touched, self.global_ranking)
         if wanted.hidden_size:
             units = replace(units, hidden=keep_best(found.hidden, wanted.hidden_size))
         protected = set(range(config.num_layers)) - set(touched)

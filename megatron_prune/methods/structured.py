@@ -94,10 +94,10 @@ def removed_layers(config: Any, target: Shape) -> int:
 
 
 def keep_groups(
-    config: Any, units: Units, scores: Sequence[Tensor], target: Shape, layers: Sequence[int], over_all: bool = False
+    config: Any, units: Units, scores: Sequence[Tensor], count: int, layers: Sequence[int], over_all: bool = False
 ) -> Units:
-    """`units` with the query groups of highest score in these layers, all heads of a group with it."""
-    kept = _counted(scores, target.num_query_groups or 0, layers, over_all)
+    """`units` with `count` query groups of highest score in each of these layers, all heads of a group with it."""
+    kept = _counted(scores, count, layers, over_all)
     blocks = list(units.blocks)
     for layer, groups in kept.items():
         heads = tuple(head for group in groups for head in heads_of(config, layer, group))
@@ -106,10 +106,10 @@ def keep_groups(
 
 
 def keep_neurons(
-    units: Units, scores: Sequence[Tensor], target: Shape, layers: Sequence[int], over_all: bool = False
+    units: Units, scores: Sequence[Tensor], count: int, layers: Sequence[int], over_all: bool = False
 ) -> Units:
-    """`units` with the MLP neurons of highest score in these layers."""
-    kept = _counted(scores, target.ffn_hidden_size or 0, layers, over_all)
+    """`units` with `count` MLP neurons of highest score in each of these layers."""
+    kept = _counted(scores, count, layers, over_all)
     blocks = [replace(block, ffn=kept.get(layer, block.ffn)) for layer, block in enumerate(units.blocks)]
     return replace(units, blocks=tuple(blocks))
 

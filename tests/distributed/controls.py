@@ -51,7 +51,7 @@ class LayoutDependentUnits(Refitted):
         assert isinstance(target, Shape)
         generator = torch.Generator().manual_seed(dist.get_world_size())
         scores = [torch.rand(config.ffn_hidden_size, generator=generator) for _ in range(config.num_layers)]
-        return keep_neurons(Units.all(config), scores, target, range(config.num_layers))
+        return keep_neurons(Units.all(config), scores, target.ffn_hidden_size, range(config.num_layers))
 
 
 def draw_noise_by_local_position() -> None:
