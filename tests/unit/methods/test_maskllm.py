@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prune.decision.target import Unstructured
+from megatron_prune.decision.target import NM, Unstructured
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.gumbel import decode, patterns
 from megatron_prune.kernels.selection import select_nm
@@ -103,3 +103,39 @@ def test_negative_regularisation_is_refused() -> None:
 def test_unstructured_targets_are_refused() -> None:
     with pytest.raises(UserError, match="N:M"):
         MaskLLM().accept(Unstructured(0.5))
+
+
+def test_what_is_asked_for_reaches_the_training_session() -> None:
+    """Options that are named here, and the mask that is kept: of each group the likeliest pattern."""
+    from types import SimpleNamespace
+    from unittest.mock import Mock
+
+    runner = Mock(microbatches=4)
+    runner.keep.side_effect = lambda decide: decide(torch.tensor([[[0.0, 3.0, 1.0, 0.0, 0.0, 0.0]]]))
+    work, target = SimpleNamespace(learn=lambda: runner), NM(2, 4)
+    method = MaskLLM(hard=True, mask_draw="step", logits_dtype="bfloat16", train_weights=True, lr_multiplier=7.0)
+    kept = method.decide(work, target)  # type: ignore[arg-type]
+    runner.learn_masks.assert_called_once_with(2, 4, True, hard=True, per_step=True, logits_dtype=torch.bfloat16)
+    assert torch.equal(kept, patterns(2, 4)[1][None].bool())  # type: ignore[arg-type]
+    start, std = runner.start_logits.call_args.args
+    mask = torch.tensor([[False, True, True, False]])
+    assert std == 0.01 and torch.equal(start(mask), prior_logits(mask, 2, 4, 3.0, 0.01))
+    assert runner.optimize.call_args.kwargs["multipliers"] == {"*mask_logits": 7.0}
+    moved = runner.optimize.call_args.kwargs["on_step"](0, 10)
+    assert moved["weight_regularization"] == 1e-5 and runner.learn_masks.return_value.regularization == 1e-5 / 4
+    MaskLLM().decide(work, target)  # type: ignore[arg-type]
+    plain = {"hard": False, "per_step": False, "logits_dtype": torch.float32}
+    runner.learn_masks.assert_called_with(2, 4, False, **plain)
+
+
+def test_what_the_start_does_not_need_is_idle() -> None:
+    settings = {"prior": None, "initial_logits": None, "calibration": ("a.txt",), "calibration_seed": 0}
+    text = {"calibration", "calibration_seed"}
+
+    def idle(**given: str) -> set[str]:
+        return set(MaskLLM().idle(settings | given))
+
+    assert idle() == {"prior_strength"} | text
+    assert idle(initial_logits="run") == {"prior_strength", "std"} | text
+    assert idle(prior="run") == idle(prior="magnitude") == text
+    assert idle(prior="sparsegpt") == set()
