@@ -103,7 +103,7 @@ def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[st
     """The `prune` verb of a one-shot case."""
     output = root / "runs" / model / layout.name / case.name
     text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "7", "--calibration-seq-length", "32"]
-    calibration = [] if case.method == "magnitude" else text
+    calibration = [] if case.method in ("magnitude", "layout_dependent") else text
     return [
         *["prune", "--input", str(root / model), "--output", str(output), "--method", case.method],
         *["--target", case.target, *calibration, *case.options, *layout.flags()],
