@@ -52,6 +52,7 @@ class MegatronScorer:
         self.micro_batches = MICRO_BATCHES * layout.pipeline if layout.pipeline > 1 else 1
         self.tokens_per_batch = tokens_per_batch
         self._positions: Tensor | None = None
+        self._whole = _Float32()
         model.eval()
         for chunk in model.chunks:
             _take_masks(chunk)
@@ -103,7 +104,7 @@ class MegatronScorer:
         group = parallel_state.get_tensor_model_parallel_group() if self.model.layout.tensor > 1 else None
 
         def head(states: Tensor) -> Tensor:
-            return F.linear(states.float(), weight.float()).masked_fill(padding, -torch.inf)
+            return F.linear(states.float(), self._whole(weight)).masked_fill(padding, -torch.inf)
 
         return answer(states[columns.long(), rows.long()], head, weight.shape[0], batch, first, group)
 
@@ -147,6 +148,7 @@ class TransformersScorer:
         self.longest = longest
         self.tokens_per_batch = tokens_per_batch
         self.window = window
+        self._whole = _Float32()
 
     def score(self, requests: Sequence[Request]) -> Scores:
         """See `Scorer`."""
@@ -168,12 +170,26 @@ class TransformersScorer:
 
         def head(states: Tensor) -> Tensor:
             bias = None if output.bias is None else output.bias.float()
-            return F.linear(states.float(), output.weight.float(), bias)
+            return F.linear(states.float(), self._whole(output.weight), bias)
 
         return answer(chosen, head, output.weight.shape[0], batch)
 
 
 # --- the output layer ---
+
+
+class _Float32:
+    """Weights of an output layer in float32: kept on a CPU, where turning them costs as much as a batch's product."""
+
+    def __init__(self) -> None:
+        self._kept: Tensor | None = None
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        if weight.device.type != "cpu":
+            return weight.float()
+        if self._kept is None:
+            self._kept = weight.detach().float()
+        return self._kept
 
 
 def answer(
