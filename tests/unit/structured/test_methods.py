@@ -27,12 +27,13 @@ from megatron_prune.methods.structured import Refitted, keep_best, lowest
 from megatron_prune.methods.taylor import salience
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.forward import logits
-from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.prunable import FC1, FC2, LINEARS, PROJECTION, QKV, PrunableModel
+from megatron_prune.statistics.channels import RESIDUAL, BlockInfluence, ChannelActivations
 from megatron_prune.statistics.gradients import Gradient
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.statistics.walk import LayerWalk
-from tests.models import tiny_model
+from tests.models import tiny_blocks, tiny_model
 
 LAYERS, GROUP, NEURON, CHANNEL, LAYER = 4, 1, 5, 7, 2
 
@@ -180,6 +181,26 @@ def test_kept_statistics_serve_another_target_without_a_pass(
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(UserError, match="missing or damaged"):
         choose(other, StatisticsStore(tmp_path / "kept", model, tokens))
+
+
+def test_part_of_the_windows_has_a_folder_of_its_own_or_none(model: PrunableModel, tmp_path: Path) -> None:
+    tokens = own_text(model)
+    passes = Passes(model, tokens, store=StatisticsStore(tmp_path / "kept", model, tokens))
+    named = passes.part(slice(0, 4), "fit")
+    assert named.store is not None and named.store.folder == tmp_path / "kept" / "fit"
+    assert torch.equal(named.tokens, tokens[:4])  # type: ignore[arg-type]
+    assert passes.part(slice(4, 6)).store is None
+    assert Passes(model, tokens).part(slice(0, 4), "fit").store is None
+
+
+def test_only_what_a_layer_has_is_seen(tmp_path: Path) -> None:
+    """Of layers that lack their attention, neither half, or their MLP."""
+    blocks = open_model(tiny_blocks(tmp_path)).load(backend.Layout())
+    tokens = torch.randint(128, (2, 8), generator=torch.Generator().manual_seed(0))
+    found = Passes(blocks, tokens).observe({**dict.fromkeys(LINEARS, ChannelActivations), RESIDUAL: BlockInfluence})
+    attention, mlp = {QKV, PROJECTION}, {FC1, FC2}
+    assert [set(layer) - {RESIDUAL} for layer in found] == [mlp, attention | mlp, attention, attention | mlp]
+    assert all(RESIDUAL in layer for layer in found)
 
 
 def test_losses_without_layers_are_those_of_smaller_models(model: PrunableModel) -> None:

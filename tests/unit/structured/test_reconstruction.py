@@ -98,3 +98,9 @@ def test_inputs_go_one_by_one_as_if_each_removal_were_worked_out_anew() -> None:
             slow.remove(torch.tensor([min(errors, key=errors.__getitem__)]))
         assert kept.tolist() == slow.alive.nonzero().flatten().tolist() and len(kept) == count
         torch.testing.assert_close(found.weight, slow.weight, atol=1e-6, rtol=1e-6)
+    one, two = kept[:1], kept[3:5]
+    for each in (found, slow):
+        each.remove(one)
+    torch.testing.assert_close(found.weight, slow.weight, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found.inverse, slow.inverse, atol=1e-6, rtol=1e-6)
+    assert found.error(two) == pytest.approx(slow.error(two), rel=1e-6)
