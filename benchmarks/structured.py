@@ -72,6 +72,12 @@ ROWS = [
     *width("ffn_hidden_size=1152,num_attention_heads=6", "2800.5", "49.18"),
     Row("minitron", "parameters=100M", samples=32),
     Row("llm_pruner", "ffn_hidden_size=1013,num_query_groups=2", ("--refit=none",), "144.2", samples=16),
+    Row(
+        "llm_pruner",
+        "ffn_hidden_size=1013,num_query_groups=2",
+        ("--refit=none", "--gradient-windows=0", "--gradient-length=0"),
+        samples=16,
+    ),
     Row("llm_pruner", "ffn_hidden_size=1013,num_query_groups=2", (), "", samples=16),
     Row("flap", "parameters=107M", ("--refit=none",)),
     Row("flap", "parameters=107M"),

@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_operators import mutants  # noqa: E402
-from mutants import EXPLAINED, PACKAGE, TESTS, Outcome, sample, verdict  # noqa: E402
+from mutants import PACKAGE, TESTS, Outcome, explanations, sample, verdict  # noqa: E402
 
 SOURCE = '''
 """Words with 1 number."""
@@ -101,7 +100,7 @@ def test_modules_and_tests_are_there_and_explanations_are_of_real_faults() -> No
     for module, tests in TESTS.items():
         assert (ROOT / PACKAGE / module).is_file() and all((ROOT / test).is_file() for test in tests)
     known = {mutant.key for mutant in sample(10**6, ())}
-    explained = yaml.safe_load(EXPLAINED.read_text())
+    explained = explanations()
     assert set(explained) <= known and all(len(reason) > 20 for reason in explained.values())
     assert [m.key for m in sample(2, ["methods/flap.py"])] == [m.key for m in sample(3, ["methods/flap.py"])][:2]
 
