@@ -36,7 +36,7 @@ from megatron_prune.search import offspring as offspring_module
 from megatron_prune.search.candidates import put
 from megatron_prune.search.evolution import Generation, Stage, next_generation
 from megatron_prune.search.fitness import Genome, _share, divergences
-from megatron_prune.search.integer import best_sum
+from megatron_prune.search.integer import best_sum, single_replacements
 from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attention_levels, mlp_levels
 from megatron_prune.search.memory import Memory
 from megatron_prune.search.mutation import Mutation
@@ -396,6 +396,18 @@ def test_evolution_may_start_from_the_integer_program(
         for start in ("integer", "uniform")
     }
     assert found["integer"] == solved != found["uniform"]
+
+
+def test_single_replacements_are_of_one_gene_and_the_whole_one_costs_nothing() -> None:
+    space = SimpleNamespace(genes=("attention", "mlp"), last=(2, 1))
+    asked: list[tuple[int, ...]] = []
+
+    def judged(genomes: Sequence[tuple[int, ...]]) -> list[float]:
+        asked.extend(genomes)
+        return [10.0 * first + second for first, second in genomes]
+
+    assert single_replacements(space, judged, [], lambda *_: None) == [[0.0, 10.0, 20.0], [0.0, 1.0]]
+    assert asked == [(1, 0), (2, 0), (0, 1)]
 
 
 def test_single_replacements_are_not_measured_again(
