@@ -1,13 +1,13 @@
 """What more generations of DarwinLM bring, from both starts, over seeds of the search. One command:
 
-    python benchmarks/generations.py --model HF_DIRECTORY --name SmolLM2 --calibration TRAIN.jsonl --parameters 108M
+    python benchmarks/generations.py --model HF_DIRECTORY --name SmolLM2 --calibration TRAIN.jsonl --text EVAL.txt \\
+        --parameters 107972928
 
 Each seed is one search; its parents after `--generations` are compared, so few generations are the beginning of many.
 Levels are shared, and so are single replacements, which no seed changes. Without `--calibration` both texts are what
-the model writes itself (small models of stories). Judged by the first `--windows` windows of the text; the
-search has seen none of it. What is in the work folder is not done again. Writes a result file,
-benchmarks/results/generations_DATE.json, of which a document's table is made; rows of other models, sizes and
-starts that are in it stay.
+the model writes itself (small models of stories). Answers are judged on text that the search has not seen. What is in
+the work folder is not done again. Writes a result file, benchmarks/results/generations_DATE.json, of which a document's
+table is made; rows of other models, sizes and starts that are in it stay.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if __name__ == "__main__":
         option("--name", required=True, help="of the model, in the table"),
         option("--parameters", required=True),
         option("--calibration", type=Path, help="text, a document a line; left out: what the model writes"),
+        option("--text", type=Path, help="of the same kind, that judges the answers"),
         option("--samples", type=int, default=64),
         option("--length", type=int, default=512),
         option("--windows", type=int, default=32, help="that judge the answers"),
@@ -65,6 +66,7 @@ from megatron_prune.statistics.passes import Passes
 from megatron_prune.training.stopping import StopRequest
 
 COLUMNS = ["model", "parameters", "start", "generations", "accepted", "KL", "perplexity", "lowest", "highest"]
+COLUMNS += ["WikiText-2"]
 
 
 def written(model: PrunableModel, count: int, length: int) -> Tensor:
@@ -87,18 +89,22 @@ class Grid:
         self.dense = {name: parameter.detach().clone() for name, parameter in self.model.parameters.items()}
         if given.calibration is None:
             tokens = written(self.model, given.samples + given.windows, given.length)
-            calibration, self.text = tokens[: given.samples], tokens[given.samples :]
+            calibration, self.texts = tokens[: given.samples], {"same": tokens[given.samples :]}
         else:
             tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size)
             calibration = windows([given.calibration], tokenizer, given.samples, given.length, 0).tokens
-            ids = tokenizer(Texts(given.shared).wikitext.read_text(encoding="utf-8"), add_special_tokens=False)[
-                "input_ids"
-            ]
-            self.text = torch.tensor(ids[: given.windows * 1024]).view(-1, 1024)
+            files = {"same": given.text, "WikiText-2": Texts(given.shared).wikitext}
+            self.texts = {name: self.spaced(tokenizer, file) for name, file in files.items()}
         self.passes = Passes(self.model, calibration)
         self.target = parse_any_target(f"parameters={given.parameters}")
         self.known = given.work / "judged.json"
-        self.whole: dict[int, Tensor] = {}
+        self.whole: dict[str, dict[int, Tensor]] = {name: {} for name in self.texts}
+
+    def spaced(self, tokenizer: Any, file: Path) -> Tensor:
+        """Windows of a text, evenly spaced."""
+        ids = tokenizer(file.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        step = len(ids) // self.given.windows
+        return torch.tensor([ids[n * step : n * step + self.given.length] for n in range(self.given.windows)])
 
     def method(self, start: str, seed: int) -> DarwinLM:
         options = {**dict(word.split("=") for word in self.given.options), "training_tokens": "0"}
@@ -145,32 +151,41 @@ class Grid:
         for name, parameter in self.model.parameters.items():
             parameter.data.copy_(self.dense[name])
 
-    def judged(self, space: Space, genome: tuple[int, ...]) -> tuple[float, float]:
-        """KL from the whole model, and perplexity, of the model that a genome is; kept in the work folder."""
+    def judged(self, space: Space, genome: tuple[int, ...]) -> dict[str, list[float]]:
+        """KL from the whole model, and perplexity, of the model that a genome is, by text; kept in the work folder."""
         known = json.loads(self.known.read_text()) if self.known.exists() else {}
         key = str(list(genome))
         if key not in known:
-            (scores,) = divergences(self.model, space.levels, [genome], self.text, whole=self.whole)
-            put(self.model, space.levels, genome)
-            with torch.no_grad():
-                total, count = window_losses(self.model, self.text)
-            self.restore()
-            known[key] = [fmean(scores), math.exp(total / count)]
+            known[key] = {name: self.judged_on(name, space, genome) for name in self.texts}
             self.known.write_text(json.dumps(known))
         return known[key]
+
+    def judged_on(self, name: str, space: Space, genome: tuple[int, ...]) -> list[float]:
+        """The same of one text."""
+        tokens = self.texts[name]
+        (scores,) = divergences(self.model, space.levels, [genome], tokens, whole=self.whole[name])
+        put(self.model, space.levels, genome)
+        with torch.no_grad():
+            total, count = window_losses(self.model, tokens)
+        self.restore()
+        return [fmean(scores), math.exp(total / count)]
 
     def rows(self, start: str) -> list[list[Any]]:
         """One for each number of generations: means and extremes over seeds."""
         space = self.space(self.method(start, 0))
         runs = [self.searched(start, seed) for seed in self.given.seeds]
-        found = []
+        rows: list[list[Any]] = []
         for number in [0, *sorted(self.given.generations)]:
-            apart, perplexities = zip(*(self.judged(space, run[number][0]) for run in runs), strict=True)
+            judged = [self.judged(space, run[number][0]) for run in runs]
+            apart, perplexities = zip(*(found["same"] for found in judged), strict=True)
             figures = [fmean(apart), fmean(perplexities), min(perplexities), max(perplexities)]
-            accepted = round(fmean(run[number][1] for run in runs), 1)
+            if "WikiText-2" in self.texts:
+                figures.append(fmean(found["WikiText-2"][1] for found in judged))
             rounded = [float(f"{figure:.4g}") for figure in figures]
-            found.append([self.given.name, self.target.limit, start, number, accepted, *rounded])  # type: ignore[union-attr]
-        return found
+            accepted = round(fmean(run[number][1] for run in runs), 1)
+            row = [self.given.name, self.target.limit, start, number, accepted, *rounded]  # type: ignore[union-attr]
+            rows.append([*row, *[""] * (len(COLUMNS) - len(row))])
+        return rows
 
 
 def main() -> None:
@@ -181,11 +196,14 @@ def main() -> None:
     results = sorted(GIVEN.output.glob("generations_*.json"))
     earlier = json.loads(results[-1].read_text()) if results else {"rows": [], "protocols": {}}
     kept = [row for row in earlier["rows"] if row[:3] not in [other[:3] for other in rows]]
-    text = "text that the model wrote" if GIVEN.calibration is None else "Wikipedia, judged on WikiText-2"
+    text = "text that the model wrote" if GIVEN.calibration is None else "Wikipedia"
     key = f"{GIVEN.name}, {grid.target.limit} parameters, {' and '.join(GIVEN.starts)}"  # type: ignore[union-attr]
     told = f"{GIVEN.samples} x {GIVEN.length} tokens of {text}, {GIVEN.windows} windows; seeds {len(GIVEN.seeds)}"
     protocols = earlier["protocols"] | {key: f"{told}; {' '.join(GIVEN.options)}"}
-    protocol = "KL and perplexity of held-out text, nothing trained; means over seeds of the search, and extremes. "
+    protocol = (
+        "KL and perplexity of other text of the same kind, perplexity of WikiText-2's test part, nothing trained; "
+    )
+    protocol += "means over seeds of the search, and extremes. "
     protocol += " ".join(f"{name}: {words}." for name, words in sorted(protocols.items()))
     write_result("generations", GIVEN, COLUMNS, sorted([*kept, *rows], key=str), protocol, protocols=protocols)
 
