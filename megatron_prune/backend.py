@@ -239,15 +239,17 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 NOISE = {
-    "megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context",
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
     "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }
-"""Logger -> a warning of megatron-core that says nothing to the user. On a CPU both generators are one. GPTModel: since
-0.19 HybridModel is to follow it, which has a final norm of Transformer Engine alone, no place for layers of unequal
-sizes, other names of weights, and does not exist in 0.16; GPTModel goes on getting fixes."""
+"""Logger -> a warning of megatron-core that says nothing to the user. GPTModel: since 0.19 HybridModel is to follow it,
+which has a final norm of Transformer Engine alone, no place for layers of unequal sizes, other names of weights, and
+does not exist in 0.16; GPTModel goes on getting fixes.
+"""
+CPU_NOISE = {"megatron.core.tensor_parallel.random": "CPU RNG state changed within GPU RNG context"}
+"""The same without a GPU, where both generators are one."""
 
 
 class _Without(logging.Filter):
@@ -271,7 +273,7 @@ def install() -> None:
         return
     _installed = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    for logger, words in NOISE.items():
+    for logger, words in (NOISE if has_cuda() else NOISE | CPU_NOISE).items():
         logging.getLogger(logger).addFilter(_Without(words))
     if has_cuda():
         return

@@ -30,7 +30,7 @@ from megatron_prune.claims import (
     release,
 )
 from megatron_prune.errors import DiskFault, UserError
-from megatron_prune.ranks import ROOM, barrier, by_leader, complaint_of, disk_fault, from_leader, is_leader, why
+from megatron_prune.ranks import ROOM, acts_for_all, barrier, by_leader, complaint_of, disk_fault, from_leader, why
 
 CHECKSUMS = "checksums.json"
 """In a folder of a cache: size and CRC-32 of every other file."""
@@ -88,7 +88,7 @@ def _remove(path: Path) -> None:
 
 def abandon_folder(path: Path, alone: bool = False) -> None:
     """Remove what `begin_folder` began for `path`. Not collective: every rank may call it, the leader acts."""
-    if not (alone or is_leader()):
+    if not (alone or acts_for_all()):
         return
     shutil.rmtree(partial_of(path), ignore_errors=True)
     _release_folder(path)
@@ -118,7 +118,7 @@ def publish_folder(path: Path, alone: bool = False) -> None:
     except BaseException:
         abandon_folder(path, alone)
         raise
-    if alone or is_leader():
+    if alone or acts_for_all():
         _release_folder(path)
 
 
@@ -298,7 +298,7 @@ def cached_folder(
     taken: list[Claim] = []
 
     def good() -> bool:
-        mine = _unchanged(path) and sound(path) if alone or is_leader() else False
+        mine = _unchanged(path) and sound(path) if alone or acts_for_all() else False
         return mine if alone else from_leader(mine)
 
     if good():

@@ -12,7 +12,6 @@ import torch
 
 from megatron_prune.kernels.compiled import cache_directory
 
-_ABSENT = object()
 TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch's compiler keeps what it makes; torch reads it from the environment."""
 
@@ -31,11 +30,8 @@ def without_triton() -> Iterator[None]:
     if "triton" in sys.modules or torch.cuda.is_available():  # loaded already, hidden already, or of use
         yield
         return
-    sys.modules["triton"] = None  # type: ignore[assignment]
-    try:
+    with _instead(triton=None):
         yield
-    finally:
-        del sys.modules["triton"]
 
 
 @contextlib.contextmanager
@@ -49,14 +45,18 @@ def hollow_triton() -> Iterator[None]:
     shell = types.ModuleType("triton")
     setattr(shell, "language", language)
     setattr(shell, "jit", lambda function=None, **_: function if function else lambda kernel: kernel)
-    names = {"triton": shell, "triton.language": language}
-    before = {name: sys.modules.get(name, _ABSENT) for name in names}
-    sys.modules.update(names)
+    with _instead(**{"triton": shell, "triton.language": language}):
+        yield
+
+
+@contextlib.contextmanager
+def _instead(**modules: types.ModuleType | None) -> Iterator[None]:
+    """While active these stand for modules of their names; None: there is none."""
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules.update(modules)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        for name, module in before.items():
-            if module is _ABSENT:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module  # type: ignore[assignment]
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(before)

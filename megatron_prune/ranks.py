@@ -27,12 +27,17 @@ def joined() -> Any:
     return dist if dist is not None and dist.is_initialized() and dist.get_world_size() > 1 else None
 
 
-def is_leader() -> bool:
+def acts_for_all() -> bool:
+    """Whether this process does what one does for all: rank 0 of those that are joined, and each that is not.
+
+    Who speaks for a launch, joined or not, is `log.is_leader`.
+    """
     dist = joined()
     return dist is None or dist.get_rank() == 0
 
 
 def barrier() -> None:
+    """Wait for the joined processes, if any. Collective."""
     dist = joined()
     if dist is not None:
         dist.barrier()
@@ -61,7 +66,7 @@ def complaint_of(work: Callable[[], object]) -> UserError | None:
 
 def by_leader(work: Callable[[], None]) -> None:
     """Let rank 0 alone look at files or change them; when it cannot, every rank raises its UserError. Collective."""
-    complaint = from_leader(complaint_of(work) if is_leader() else None)
+    complaint = from_leader(complaint_of(work) if acts_for_all() else None)
     if complaint is not None:
         raise complaint
 

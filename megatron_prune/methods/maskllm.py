@@ -43,6 +43,8 @@ from megatron_prune.methods.base import (
     mask_methods,
     register,
 )
+from megatron_prune.option_groups import Calibration
+from megatron_prune.options import entries
 
 if TYPE_CHECKING:
     from megatron_prune.model.masked_linear import MaskDraw
@@ -134,7 +136,7 @@ class MaskLLM(PruningMethod):
         elif prior is None:
             found = {"prior_strength": "without --prior"}
         if prior not in mask_methods() or CALIBRATION not in get_method(prior).needs:
-            keys = [key for key in settings if key.startswith("calibration")]
+            keys = [entry.key for entry in entries(Calibration)]
             found |= dict.fromkeys(keys, "unless --prior names a method that looks at it, such as sparsegpt")
         return found
 

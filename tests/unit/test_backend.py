@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 import subprocess
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_prune import imports
 from megatron_prune.errors import UserError
 from megatron_prune.model.build import RMSNorm, transformer_config
 from megatron_prune.model.families import ModelConfig, family_of
@@ -210,3 +212,43 @@ def test_the_norm_of_many_gradients_keeps_its_digits() -> None:
         assert found == pytest.approx(exact, rel=1e-6)
         assert float(get_grad_norm_fp32([], grad_stats_parallel_group=dist.group.WORLD)) == 0
     assert abs(float(torch.norm(large)) / exact - 1) > 1e-4
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_says_nothing_to_the_user_is_left_out(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    """And nothing else is: on a GPU both generators are not one, and another warning of the same logger is shown."""
+    always, on_cpu = f"always.{cuda}", f"on_cpu.{cuda}"
+    monkeypatch.setattr(backend, "NOISE", {always: "some words"})
+    monkeypatch.setattr(backend, "CPU_NOISE", {on_cpu: "some words"})
+    monkeypatch.setattr(backend, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(backend, "_installed", False)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    with warnings.catch_warnings():
+        backend.install()
+
+    def shown(name: str, text: str) -> bool:
+        logger = logging.getLogger(name)
+        return bool(logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, text, (), None)))
+
+    assert not shown(always, "about some words and more") and shown(always, "something else")
+    assert shown(on_cpu, "about some words and more") == cuda and shown(on_cpu, "something else")
+
+
+def test_kernels_of_a_hollow_triton_can_be_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and with options; before and after, what is imported is what it was."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with imports.hollow_triton():
+        import triton
+        import triton.language as tl
+
+        @triton.jit
+        def plain(x: tl.constexpr) -> None: ...
+
+        @triton.jit(do_not_specialize=["x"])
+        def special(x: tl.constexpr) -> None: ...
+
+        assert callable(plain) and callable(special)
+    with pytest.raises(ImportError):
+        import triton
+    assert "triton.language" not in sys.modules or sys.modules["triton.language"] is not tl

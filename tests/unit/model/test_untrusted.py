@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 
@@ -27,7 +28,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import checksum, write_json
 from megatron_prune.model.pickled import Made, Refused, check_plain, read_pickle
 from megatron_prune.model.saved import read_saved
-from megatron_prune.model.untrusted import NAMES, TABLE, read_table
+from megatron_prune.model.untrusted import COMMON, NAMES, TABLE, read_common, read_table
 from tests.models import byte_tokenizer, tiny_llama
 
 W = b"ctorch.distributed.checkpoint.planner\nWriteItemType\n"
@@ -557,3 +558,29 @@ def test_a_vocabulary_with_other_rows_than_padding_explains_is_refused(
 
 def test_the_format_is_what_we_write(checkpoint: Path) -> None:
     assert json.loads((checkpoint / "weights" / "metadata.json").read_text())["sharded_backend"] == "torch_dist"
+
+
+def _with_common(folder: Path, data: bytes) -> Metadata:
+    """A folder in which what is not sharded is an object among the tensors, as megatron-core 0.19 writes it."""
+    (folder / "__0_0.distcp").write_bytes(b"tensors" + data + b"tensors")
+    return Metadata({}, storage_data={COMMON: _StorageInfo("__0_0.distcp", 7, len(data))})
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_is_not_sharded_is_read_from_either_place(tmp_path: Path, legacy: bool) -> None:
+    value = {"step": 3, "masks": {"ffn": torch.arange(4)}}
+    table = _with_common(tmp_path, _saved([value]))
+    if legacy:
+        torch.save(value, tmp_path / "common.pt")
+        table = Metadata({}, storage_data={})
+    found = read_common(tmp_path, table)
+    assert found["step"] == 3 and torch.equal(found["masks"]["ffn"], torch.arange(4))
+
+
+def test_code_in_what_is_not_sharded_is_not_run(tmp_path: Path) -> None:
+    table = _with_common(tmp_path, _saved([{"a": Attack(str(tmp_path / "ran"))}]))
+    with pytest.raises(Refused):
+        read_common(tmp_path, table)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(Refused, match="expected a dict"):
+        read_common(tmp_path, _with_common(tmp_path, _saved([3])))
