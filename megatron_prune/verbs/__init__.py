@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_prune.options import Options
@@ -43,6 +44,17 @@ class Verb:
     def run(self, settings: Any) -> Any:
         """Do it; what it returns is what callers in Python get."""
         return self.module.run(settings)
+
+
+def deliver(lines: Iterable[str], result: Any = None, output: Path | None = None) -> None:
+    """Say the lines, and write the result where that was asked for; by the process that speaks for all."""
+    from megatron_prune.files import write_result
+    from megatron_prune.log import is_leader, say
+
+    for line in lines:
+        say(line)
+    if output is not None and is_leader():
+        write_result(output, result)
 
 
 def _discovered() -> Mapping[str, Verb]:

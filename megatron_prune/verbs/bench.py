@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prune.config import BenchConfig
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 VERB = Verb("bench", BenchConfig, "time an exported 2:4 model, dense against sparse", 100, alone=True)
 
@@ -13,16 +13,12 @@ VERB = Verb("bench", BenchConfig, "time an exported 2:4 model, dense against spa
 def run(config: BenchConfig) -> dict[str, Any]:
     """Time `config.input`, print a line for each batch size, and write the result where asked."""
     from megatron_prune.evaluation.speed import bench, missing_kernels
-    from megatron_prune.files import write_result
     from megatron_prune.log import say
 
     if lacking := missing_kernels():
         say(f"no 2:4 kernels here ({lacking}): dense figures only")
     result = bench(config)
-    for line in told(result):
-        say(line)
-    if config.output is not None:
-        write_result(config.output, result)
+    deliver(told(result), result, config.output)
     return result
 
 

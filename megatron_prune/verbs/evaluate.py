@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_prune.config import EvaluateConfig
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 VERB = Verb("evaluate", EvaluateConfig, "perplexity of a checkpoint on a text, or scores of lm-eval's tasks", 80)
 
@@ -17,28 +17,19 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _text(config: EvaluateConfig) -> dict[str, Any]:
     from megatron_prune.evaluation.perplexity import perplexity
-    from megatron_prune.files import write_result
-    from megatron_prune.log import is_leader
 
     result = perplexity(config)
-    if is_leader():
-        print(f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})")
-        if config.output is not None:
-            write_result(config.output, result)
+    line = f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})"
+    deliver([line], result, config.output)
     return result
 
 
 def _tasks(config: EvaluateConfig) -> dict[str, Any]:
     from megatron_prune.evaluation.zeroshot import evaluate_tasks, table, write_samples
-    from megatron_prune.files import write_result
-    from megatron_prune.log import is_leader, say
+    from megatron_prune.log import is_leader
 
     result, samples = evaluate_tasks(config)
-    if is_leader():
-        for line in table(result["results"]):
-            say(line)
-        if config.output is not None:
-            write_result(config.output, result)
-        if config.tasks.samples is not None:
-            write_samples(config.tasks.samples, samples)
+    deliver(table(result["results"]), result, config.output)
+    if config.tasks.samples is not None and is_leader():
+        write_samples(config.tasks.samples, samples)
     return result

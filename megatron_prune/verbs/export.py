@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_prune.config import ExportConfig
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 VERB = Verb("export", ExportConfig, "Megatron checkpoint -> Hugging Face directory, MaxText or masks", 70)
 
@@ -13,8 +13,6 @@ VERB = Verb("export", ExportConfig, "Megatron checkpoint -> Hugging Face directo
 def run(config: ExportConfig) -> Path:
     """Write `config.output` in `config.format`, and say what its form costs."""
     from megatron_prune.exporting.export import export
-    from megatron_prune.log import say
 
-    for line in export(config):
-        say(line)
+    deliver(export(config))
     return config.output

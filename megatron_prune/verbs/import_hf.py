@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_prune.option_groups import Dtype, Parallelism
 from megatron_prune.options import REQUIRED, Options, group, option
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,8 @@ VERB = Verb("import", ImportConfig, "Hugging Face checkpoint -> Megatron checkpo
 def run(config: ImportConfig) -> Path:
     """Import `config.input` and write `config.output`."""
     from megatron_prune.jobs.import_hf import import_hf, open_hf
-    from megatron_prune.log import say
 
     reader, lacking = open_hf(config.input, config.dtype)
-    for line in lacking:
-        say(line)
+    deliver(lacking)
     import_hf(reader, config.output, config.parallelism, config.dtype, config.mask, source=config.input)
     return config.output

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_prune.options import REQUIRED, Options, option
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,7 @@ VERB = Verb("inspect", InspectConfig, "show what a checkpoint, run or decision h
 def run(config: InspectConfig) -> list[str]:
     """Print what `config.input` is."""
     from megatron_prune.jobs.inspect import described
-    from megatron_prune.log import say
 
     lines = described(config.input)
-    for line in lines:
-        say(line)
+    deliver(lines)
     return lines

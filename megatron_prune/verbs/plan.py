@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from megatron_prune.config import PruneConfig
 from megatron_prune.option_groups import MOST_PROCESSES
 from megatron_prune.options import REQUIRED, MayExist, option
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,10 @@ VERB = Verb("plan", PlanConfig, "memory that learning masks will take on each GP
 
 def run(config: PlanConfig) -> dict[str, Any]:
     """Print the memory of each pipeline stage's processes; the largest is what a GPU needs."""
-    from megatron_prune.files import write_result
     from megatron_prune.jobs.plan import job_of, plan, told
-    from megatron_prune.log import say
 
     job = job_of(config, config.processes)
     stages = plan(job)
-    for line in told(job, stages):
-        say(line)
     result = {"processes": config.processes, "stages": [asdict(stage) for stage in stages]}
-    if config.output is not None:
-        write_result(config.output, result)
+    deliver(told(job, stages), result, config.output)
     return result

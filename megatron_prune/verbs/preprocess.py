@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_prune.config import PreprocessConfig
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 if TYPE_CHECKING:
     from megatron_prune.data.about import Report
@@ -19,11 +19,9 @@ SHOWN = 10
 def run(config: PreprocessConfig) -> Report:
     """Tokenise `config.input` into `config.output`, and say what came of it."""
     from megatron_prune.data.preprocess import preprocess
-    from megatron_prune.log import say
 
     report = preprocess(config)
-    for line in told(config.output, report):
-        say(line)
+    deliver(told(config.output, report))
     return report
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_prune.config import VerifyConfig
 from megatron_prune.foreign import names
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 VERB = Verb(
     "verify",
@@ -20,15 +20,9 @@ VERB = Verb(
 def run(config: VerifyConfig) -> dict[str, Any]:
     """Check `config.input`, print and write the result; it `holds` when every check does."""
     from megatron_prune.evaluation.verify import verify
-    from megatron_prune.files import write_result
-    from megatron_prune.log import is_leader, say
 
     result = verify(config)
-    if is_leader():
-        for line in told(result):
-            say(line)
-        if config.output is not None:
-            write_result(config.output, result)
+    deliver(told(result), result, config.output)
     return result
 
 
