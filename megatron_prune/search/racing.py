@@ -2,8 +2,8 @@
 
 Candidates are judged on the same windows, so that what is hard about a window cancels. A difference counts when it is
 beyond its error; until then both get more windows, and those that are clearly worse get none (racing: Maron and Moore
-1994; F-Race: Birattari et al. 2002). Windows are added, never drawn
-anew, so a candidate's good luck is not forgotten when it has bad luck, nor the other way round.
+1994; F-Race: Birattari et al. 2002). Windows are added, never drawn anew, so a candidate's good luck is not forgotten
+when it has bad luck, nor the other way round.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ CONFIDENCE = 0.9
 
 
 def standard_error(scores: Sequence[float]) -> float:
-    """Of the mean of `[windows]`; infinite for a single one."""
-    return stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.inf
+    """Of the mean of `[windows]`; infinite for a single one, and where one of them is no number or infinite."""
+    if len(scores) < 2 or not all(map(math.isfinite, scores)):
+        return math.inf
+    return stdev(scores) / math.sqrt(len(scores))
 
 
 def better(scores: Sequence[float], others: Sequence[float]) -> bool:

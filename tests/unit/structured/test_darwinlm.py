@@ -239,6 +239,10 @@ def test_only_a_child_that_is_better_beyond_the_error_takes_the_place(model: Pru
     assert luck.fitness == pytest.approx(5.0 + sum(common) / 8) and luck.error == pytest.approx(0.51, abs=0.02)
     assert generation(1.0, unsure)[0].replaced
     assert not generation(math.nan, [0.0] * 8)[0].replaced
+    hopeless = Told(lambda genome: math.inf, lambda genome: common)  # every candidate overflows when it is trained
+    given_up = next_generation(parent, 0, 0, [Stage(1, 20, 5)], 5, mutate, hopeless)
+    assert given_up.parent == parent and not given_up.replaced
+    assert math.isinf(given_up.fitness) and math.isinf(given_up.error)
 
 
 def test_fitness_falls_from_generation_to_generation(model: PrunableModel, database: Levels, tokens: Tensor) -> None:

@@ -62,6 +62,11 @@ def test_what_tells_nothing_is_not_better(scores: list[float], others: list[floa
     assert better(scores, others) is expected
 
 
+@pytest.mark.parametrize("strange", [math.inf, math.nan])
+def test_what_overflows_has_no_error_that_tells_anything(strange: float) -> None:
+    assert math.isinf(standard_error([1.0, strange, 2.0])) and math.isinf(standard_error([strange] * 3))
+
+
 def test_looks_double() -> None:
     assert looks(3, 20) == [3, 6, 12, 20] and looks(8, 5) == [5] and looks(4, 4) == [4]
 
