@@ -328,16 +328,26 @@ def test_training_moves_what_is_left_and_never_what_is_gone(
         judge([other], 240, 4)
 
 
-def test_the_integer_program_finds_the_best_sum(model: PrunableModel, database: Levels) -> None:
+@pytest.mark.parametrize("harmful", [None, ATTENTION, MLP])
+def test_the_integer_program_finds_the_best_sum(model: PrunableModel, database: Levels, harmful: str | None) -> None:
+    """As trying all of them does; where all of one kind would better go, one of it stays."""
     space = Space(model.config, database, budget(model, 0.7))
     generator = torch.Generator().manual_seed(0)
     scores = [torch.rand(last + 1, generator=generator).cumsum(0).tolist() for last in space.last]
+    scores = [
+        [-value for value in values] if kind == harmful else values
+        for (kind, _), values in zip(space.genes, scores, strict=True)
+    ]
     found = best_sum(space, scores)
     best = min(
         (genome for genome in itertools.product(*(range(last + 1) for last in space.last)) if space.fits(genome)),
         key=lambda genome: sum(scores[gene][level] for gene, level in enumerate(genome)),
     )
     assert found == best
+    of_kind = [
+        last - level for (kind, _), level, last in zip(space.genes, best, space.last, strict=True) if kind == harmful
+    ]
+    assert harmful is None or sum(left > 0 for left in of_kind) == 1
 
 
 class StopAfter(StopRequest):
@@ -412,6 +422,8 @@ def test_single_replacements_are_of_one_gene_and_the_whole_one_costs_nothing() -
 
     assert single_replacements(space, judged, [], lambda *_: None) == [[0.0, 10.0, 20.0], [0.0, 1.0]]
     assert asked == [(1, 0), (2, 0), (0, 1)]
+    with pytest.raises(ValueError):
+        single_replacements(space, judged, [0.0] * 4, lambda *_: None)  # known of another search
 
 
 def test_single_replacements_are_not_measured_again(
