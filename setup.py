@@ -23,7 +23,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16,<0.17; python_version < '3.12'",
-        "megatron-core>=0.16,<0.20; python_version >= '3.12'",
+        "megatron-core>=0.16,!=0.17.*,!=0.18.*,<0.20; python_version >= '3.12'",
         "transformers>=5.0,<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
@@ -74,7 +74,6 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
-        "Programming Language :: Python :: 3.13",
         "Operating System :: POSIX :: Linux",
     ],
 )

@@ -34,9 +34,9 @@ from megatron_prune.errors import UserError
 from megatron_prune.imports import hollow_triton, keep_temporary_folder_clean, without_triton
 from megatron_prune.kernels.memory import keep_freed_memory
 
-SUPPORTED_CORE = ("0.16", "0.20")
-"""megatron-core >= first and < second. 0.16 is the last for Python 3.11, what follows needs 3.12. What is touched below
-was read from 0.16.1 and 0.19.2.
+SUPPORTED_CORE = ("0.16", "0.19")
+"""Of megatron-core: 0.16 is the last for Python 3.11, what follows needs 3.12. What is touched below was read from
+0.16.1 and 0.19.2.
 """
 
 _FACTORIES = (
@@ -305,12 +305,11 @@ def core_version() -> tuple[int, ...]:
 
 
 def _check_core_version() -> None:
-    version = core_version()
-    low, high = (tuple(int(x) for x in v.split(".")) for v in SUPPORTED_CORE)
-    if not low <= version < high:
+    if ".".join(map(str, core_version())) not in SUPPORTED_CORE:
+        old, new = SUPPORTED_CORE
         raise UserError(
-            f"megatron-core {megatron.core.__version__} is installed; megatron_prune works with >={SUPPORTED_CORE[0]},"
-            f"<{SUPPORTED_CORE[1]}: pip install 'megatron-core>={SUPPORTED_CORE[0]},<{SUPPORTED_CORE[1]}'"
+            f"megatron-core {megatron.core.__version__} is installed; megatron_prune works with {old} and {new}: "
+            f"pip install 'megatron-core=={new}.*' (Python 3.12 or later) or 'megatron-core=={old}.*'"
         )
 
 

@@ -134,11 +134,12 @@ def test_impossible_layouts_are_refused(layout: backend.Layout, world: int, mess
         backend.check_layout(layout, world)
 
 
-def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["0.15.3", "0.17.1", "0.20.0"])
+def test_another_megatron_core_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     import megatron.core
 
-    monkeypatch.setattr(megatron.core, "__version__", "0.20.0")
-    with pytest.raises(UserError, match=r"megatron-core 0\.20\.0 is installed"):
+    monkeypatch.setattr(megatron.core, "__version__", version)
+    with pytest.raises(UserError, match=f"megatron-core {version} is installed"):
         backend._check_core_version()
 
 
