@@ -37,7 +37,7 @@ from megatron_prune.config import PruneConfig
 from megatron_prune.decision.target import NM, parse_target
 from megatron_prune.errors import UserError
 from megatron_prune.foreign import read_json
-from megatron_prune.methods.base import check_learnable
+from megatron_prune.methods.base import DATA, check_learnable, get_method
 from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
@@ -141,10 +141,12 @@ class Job:
 
 def job_of(config: PruneConfig, processes: int) -> Job:
     """What `prune` with these options would be on that many processes; UserError when it learns no masks."""
-    target = parse_target(config.target)
+    method, target = get_method(config.method, **config.method_options), parse_target(config.target)
     if not isinstance(target, NM):
         raise UserError(f"--target {target} was given; plan knows learned masks, allowed: N:M such as 2:4")
     check_learnable(target)
+    if DATA not in method.needs:
+        raise UserError(f"--method {method.name} was given; plan knows learned masks, allowed: maskllm")
     return Job(
         read_config(config.input),
         config.parallelism,

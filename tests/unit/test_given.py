@@ -138,6 +138,12 @@ def test_other_verbs_too(root: Path, tmp_path: Path, words: str, capsys: pytest.
     assert f"{option} was given and has no effect" in line
 
 
+def test_a_plan_is_of_a_method_that_learns(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--input", str(root / "ck"), "--output", str(root / "plan.json"), "--target", "2:4", *LEARNS]
+    assert "--method wanda was given" in refused([*words, "--method", "wanda", "--processes", "1"], capsys)
+    assert main([*words, "--method", "maskllm", "--processes", "1"]) == 0
+
+
 def test_defaults_may_be_given(root: Path, tmp_path: Path) -> None:
     """As in a run's own config.yaml, which repeats it."""
     words = ["prune", "--input", str(root / "ck"), "--method", "magnitude", "--target", "2:4"]
