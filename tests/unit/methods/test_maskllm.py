@@ -11,6 +11,8 @@ from megatron_prune.kernels.gumbel import decode, patterns
 from megatron_prune.kernels.selection import select_nm
 from megatron_prune.methods.base import get_method
 from megatron_prune.methods.maskllm import MaskLLM, prior_logits
+from megatron_prune.option_groups import Calibration
+from megatron_prune.options import entries
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (2, 8)])
@@ -130,7 +132,8 @@ def test_what_is_asked_for_reaches_the_training_session() -> None:
 
 def test_what_the_start_does_not_need_is_idle() -> None:
     settings = {"prior": None, "initial_logits": None, "calibration": ("a.txt",), "calibration_seed": 0}
-    text = {"calibration", "calibration_seed"}
+    text = {entry.key for entry in entries(Calibration)}
+    assert {"calibration", "calibration_seed", "calibration_samples"} <= text
 
     def idle(**given: str) -> set[str]:
         return set(MaskLLM().idle(settings | given))
