@@ -9,7 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_prune.device import whole_float32
 from megatron_prune.errors import UserError
+
+whole_float32()
 
 __all__ = [
     "UserError",

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_prune import device as environment
 from megatron_prune.errors import UserError
-from megatron_prune.imports import hollow_triton, keep_temporary_folder_clean, without_triton
+from megatron_prune.imports import hollow_triton, keep_temporary_folder_clean, without_gpu_kernels, without_triton
 from megatron_prune.kernels.memory import keep_freed_memory
 
 SUPPORTED_CORE = ("0.16", "0.19")
@@ -46,8 +47,8 @@ _FACTORIES = (
 
 
 def has_cuda() -> bool:
-    """Whether this process computes on a GPU."""
-    return torch.cuda.is_available()
+    """Whether this process computes on a GPU; MEGATRON_PRUNE_DEVICE=cpu leaves one unused."""
+    return environment.has_cuda()
 
 
 def device() -> torch.device:
@@ -113,6 +114,7 @@ def _look_alike_torch() -> _LookAlike:
     cuda = _LookAlike(
         torch.cuda,
         {
+            "is_available": lambda: False,
             "current_device": lambda: torch.device("cpu"),
             "set_device": _nothing,
             "device_count": lambda: 1,
@@ -193,7 +195,7 @@ class _AdaptingLoader(importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         hollow = module.__name__.endswith(TRITON_DEMANDED)
-        with hollow_triton() if hollow else without_triton():
+        with without_gpu_kernels(), hollow_triton() if hollow else without_triton():
             self.loader.exec_module(module)
         _adapt(module)
 
@@ -273,6 +275,7 @@ def install() -> None:
         return
     _installed = True
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # PyTorch may have come before us
     for logger, words in (NOISE if has_cuda() else NOISE | CPU_NOISE).items():
         logging.getLogger(logger).addFilter(_Without(words))
     if has_cuda():
@@ -397,7 +400,7 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
     if not has_cuda():
         keep_freed_memory()
     if not dist.is_initialized():
-        _initialize_distributed(timedelta(minutes=timeout_minutes))
+        connect(timedelta(minutes=timeout_minutes))
     release()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -409,10 +412,11 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
     seed_everything(seed)
 
 
-def _initialize_distributed(timeout: timedelta) -> None:
+def connect(timeout: timedelta) -> None:
+    """Create torch.distributed's processes, each with its GPU."""
     kind = "nccl" if has_cuda() else "gloo"
     if has_cuda():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_gpu_of_this_process())
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -422,6 +426,17 @@ def _initialize_distributed(timeout: timedelta) -> None:
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _gpu_of_this_process() -> int:
+    """By its number among the processes of this machine: each has a GPU of its own."""
+    number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= gpus:
+        raise UserError(
+            f"process {number} of this machine (LOCAL_RANK, from 0) has no GPU, there are {gpus}: start at most {gpus} "
+            f"processes, or all on the CPU with {environment.DEVICE}=cpu"
+        )
+    return number
 
 
 def seed_everything(seed: int) -> None:

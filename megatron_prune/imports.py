@@ -8,8 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 
-import torch
-
+from megatron_prune.device import has_cuda
 from megatron_prune.kernels.compiled import cache_directory
 
 TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -23,11 +22,11 @@ def keep_temporary_folder_clean() -> None:
 
 @contextlib.contextmanager
 def without_triton() -> Iterator[None]:
-    """While active, on a machine without CUDA, Triton counts as not installed: 70 MB of compiler for GPUs.
+    """While active, where no GPU is used, Triton counts as not installed: 70 MB of compiler for GPUs.
 
     What is imported meanwhile finds its own way without; Triton itself can still be imported afterwards.
     """
-    if "triton" in sys.modules or torch.cuda.is_available():  # loaded already, hidden already, or of use
+    if "triton" in sys.modules or has_cuda():  # loaded already, hidden already, or of use
         yield
         return
     with _instead(triton=None):
@@ -35,9 +34,19 @@ def without_triton() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_gpu_kernels() -> Iterator[None]:
+    """While active, where no GPU is used, these count as not installed: megatron-core would take their Adam."""
+    if has_cuda():
+        yield
+        return
+    with _instead(transformer_engine=None, apex=None):
+        yield
+
+
+@contextlib.contextmanager
 def hollow_triton() -> Iterator[None]:
-    """While active, on a machine without CUDA, `import triton` gives a shell: kernels can be declared and not run."""
-    if torch.cuda.is_available():
+    """While active, where no GPU is used, `import triton` gives a shell: kernels can be declared and not run."""
+    if has_cuda():
         yield
         return
     language = types.ModuleType("triton.language")

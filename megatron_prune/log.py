@@ -38,6 +38,7 @@ from rich.progress import (
 )
 
 from megatron_prune.console import PipedConsole
+from megatron_prune.device import has_cuda
 from megatron_prune.files import write_json, write_text
 from megatron_prune.foreign import parse_json, read_regular
 from megatron_prune.schema import Count
@@ -290,11 +291,12 @@ def write_environment(folder: Path, **more: Any) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, threads and process count."""
+    """Versions, devices, whether float32 products are rounded to TF32, threads and process count."""
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _installed(name))},
         "devices": device_names(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
         "cpu_threads": torch.get_num_threads(),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "platform": f"{sys.platform} {platform.machine()}",
@@ -302,9 +304,9 @@ def environment() -> dict[str, Any]:
 
 
 def device_names() -> list[str]:
-    """Names of the GPUs, or of the processor when there is none."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return gpus or [_processor()]
+    """Names of the GPUs, or of the processor when none is used."""
+    gpus = range(torch.cuda.device_count()) if has_cuda() else ()
+    return [torch.cuda.get_device_name(index) for index in gpus] or [_processor()]
 
 
 def _processor() -> str:

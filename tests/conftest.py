@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+from megatron_prune.device import has_cuda
+
+if not has_cuda():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

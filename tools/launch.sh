@@ -7,7 +7,7 @@
 #     --node-rank R       number of this node, from 0               (SLURM_NODEID, JOB_COMPLETION_INDEX, NODE_RANK, 0)
 #     --master-addr HOST  node 0, as the others reach it            (first of SLURM_JOB_NODELIST, MASTER_ADDR)
 #     --master-port P     free port on it                           (MASTER_PORT, 29500)
-#     --nproc-per-node N  processes here                            (SLURM_GPUS_ON_NODE, NPROC_PER_NODE, number of GPUs, 1)
+#     --nproc-per-node N  processes here                            (SLURM_GPUS_ON_NODE, NPROC_PER_NODE, number of visible GPUs, 1)
 #     --local-addr HOST   this node, as the others reach it         (LOCAL_ADDR, the name of the machine)
 #     --interface NAME    network interface of gloo and NCCL        (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, their choice)
 #     --max-restarts K    starts after a failure                    (3 when the verb has --restartable, else 0)
@@ -73,7 +73,12 @@ local_addr=${local_addr:-${LOCAL_ADDR:-}}
 nproc=${nproc:-${NPROC_PER_NODE:-}}
 if [ -z "$nproc" ]; then
     nproc=1
-    if command -v nvidia-smi > /dev/null && gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU'); then nproc=$gpus; fi
+    if [ "${MEGATRON_PRUNE_DEVICE:-}" = cpu ]; then
+        :
+    elif [ -n "${CUDA_VISIBLE_DEVICES+given}" ]; then
+        IFS=, read -ra visible <<< "$CUDA_VISIBLE_DEVICES"
+        nproc=$(( ${#visible[@]} > 0 ? ${#visible[@]} : 1 ))
+    elif command -v nvidia-smi > /dev/null && gpus=$(nvidia-smi --list-gpus 2> /dev/null | grep -c '^GPU'); then nproc=$gpus; fi
 fi
 
 number --nnodes "$nnodes" 1

@@ -23,6 +23,7 @@ import resource
 
 import torch
 
+from megatron_prune.device import has_cuda
 from megatron_prune.model.families import get_family
 from megatron_prune.model.sizes import ModelConfig, dimensions
 
@@ -72,6 +73,6 @@ def speed(tokens: int, seconds: float, flops: int, processes: int, peak_tflops: 
 
 def peak_memory() -> int:
     """Bytes: the most that tensors took on this process's GPU, or without one the process's largest resident set."""
-    if torch.cuda.is_available():
+    if has_cuda():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

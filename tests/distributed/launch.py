@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT_S = 600
+MOST_PROCESSES = 4
+"""Of any layout below."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,16 @@ TP2_PP2_SP = Layout("tp2pp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True)
 PP2_VPP2_CP2 = Layout("pp2vpp2cp2", 4, pipeline=2, context=2, virtual=2)
 
 
+def environment(gpus: int | None = None) -> dict[str, str]:
+    """What a started process finds: one thread, and the CPU where `gpus` (those there are) do not do for every layout.
+
+    All layouts then run on the same kind of device: they are compared with each other.
+    """
+    there = torch.cuda.device_count() if gpus is None else gpus
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return one | {"MEGATRON_PRUNE_DEVICE": "cpu"} if there < MOST_PROCESSES else one
+
+
 def launch(
     processes: int, commands: Sequence[Sequence[str]], folder: Path, timeout: float = TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
@@ -54,14 +68,13 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     task = folder / f"commands-{processes}-{len(list(folder.iterdir()))}.json"
     task.write_text(json.dumps([[str(word) for word in command] for command in commands]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return subprocess.run(
         [*torchrun, str(WORKER), str(task)],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=environment,
+        env=environment(),
         check=False,
     )
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_prune.decision.masks import Masks
 from megatron_prune.log import read_metrics
-from tests.distributed.launch import DP2, ONE, TP2_SP, Layout, launch, must_pass
+from tests.distributed.launch import DP2, ONE, TP2_SP, Layout, environment, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.runs import PARTS, reopened
 from tools.kill_test import curve, kill_and_resume, masks
@@ -49,9 +49,8 @@ def learn(root: Path, name: str, layout: Layout = ONE, *more: str) -> list[str]:
 def start_on_two(command: list[str], *more: str) -> subprocess.Popen[str]:
     """A verb on two processes under torchrun, as a user starts it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [*torchrun, "-m", "megatron_prune", *command]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def signal_rank(torchrun: subprocess.Popen[str], rank: int, number: signal.Signals, run: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.launch import TIMEOUT_S, must_pass
+from tests.distributed.launch import TIMEOUT_S, environment, must_pass
 from tests.models import tiny_model
 from tests.reference import UNEVEN
 
@@ -25,8 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each number of processes has found."""
     folder = tmp_path_factory.mktemp("scores")
     command = [sys.executable, str(SCORES), str(tiny_model(folder / "model", "llama", **SIZES)), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment(), check=False)
     must_pass(result)
     return folder
 

@@ -27,7 +27,7 @@ CONTROLS = {"control": draw_noise_by_local_position, "unreduced": leave_unit_gra
 
 def run(commands: list[list[str]]) -> int:
     """Exit status of the first verb that failed, else 0."""
-    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    backend.connect(timedelta(minutes=5))
     for command in commands:
         if command[0] in CONTROLS:
             CONTROLS[command[0]]()

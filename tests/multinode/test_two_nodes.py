@@ -8,7 +8,6 @@ while one is dead: its processes start again and wait for the one that is missin
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.log import read_metrics
+from tests.distributed.launch import environment as common
 from tests.distributed.launch import launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.multinode.network import Node, two_nodes
@@ -59,7 +59,7 @@ class Job:
         node, head = self.nodes[rank], self.nodes[0]
         flags = ["--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "2", "--master-addr", head.address]
         flags += ["--local-addr", node.address, "--interface", node.interface]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+        environment = {**common(), "PYTHON": sys.executable}
         with self.output(rank).open("ab") as output:
             return subprocess.Popen(
                 node.command([str(ROOT / "tools" / "launch.sh"), *flags, *self.verb]),

@@ -22,7 +22,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.model.build import RMSNorm, transformer_config
 from megatron_prune.model.families import ModelConfig, family_of
 
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the adaptation is only there without a GPU")
+no_gpu = pytest.mark.skipif(backend.has_cuda(), reason="the adaptation is only there without a GPU")
 
 HF_CONFIG = {
     "model_type": "llama",
@@ -201,7 +201,7 @@ def test_a_gpu_without_transformer_engine_gets_our_modules(monkeypatch: pytest.M
     assert build._te_modules() is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have kernels of their own for this")
+@pytest.mark.skipif(backend.has_cuda(), reason="GPUs have kernels of their own for this")
 def test_the_norm_of_many_gradients_keeps_its_digits() -> None:
     """torch's own float32 norm, which megatron-core would take, is 1e-3 off for a large embedding."""
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32

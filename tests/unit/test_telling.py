@@ -13,6 +13,7 @@ from torch.distributed import TCPStore
 
 from megatron_prune import __main__ as program
 from megatron_prune import telling
+from tests.distributed.launch import environment as common
 from tests.models import byte_tokenizer, tiny_llama, words
 
 LATE = """
@@ -28,7 +29,7 @@ def torchrun(folder: Path, *argv: str, late: str = "none", late_s: float = 0) ->
     (folder / "path").mkdir(exist_ok=True)
     (folder / "path" / "sitecustomize.py").write_text(LATE)
     path = os.pathsep.join([str(folder / "path"), str(Path(__file__).parents[2])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "LATE": late, "LATE_S": str(late_s)}
+    environment = {**common(), "PYTHONPATH": path, "LATE": late, "LATE_S": str(late_s)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launcher, "-m", "megatron_prune", *argv], capture_output=True, text=True, env=environment, timeout=300

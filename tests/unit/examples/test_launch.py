@@ -86,6 +86,25 @@ def test_kubernetes() -> None:
     assert "is_host=0" in flag(words, "--rdzv-conf")
 
 
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({}, "8"),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, "4"),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c"}, "1"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "1"),
+        ({"MEGATRON_PRUNE_DEVICE": "cpu"}, "1"),
+        ({"CUDA_VISIBLE_DEVICES": "4,5", "NPROC_PER_NODE": "3"}, "3"),
+    ],
+)
+def test_a_process_for_each_gpu_that_may_be_seen(tmp_path: Path, environment: dict[str, str], processes: str) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nfor n in 0 1 2 3 4 5 6 7; do echo GPU $n: NVIDIA H100; done\n")
+    program.chmod(0o755)
+    base = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC_PER_NODE": ""}
+    assert flag(command(LAUNCH, "--dry-run", "prune", **base | environment), "--nproc-per-node") == processes
+
+
 def slurm(tmp_path: Path) -> dict[str, str]:
     """SLURM's variables on the second of three nodes, and its `scontrol`."""
     program = tmp_path / "scontrol"

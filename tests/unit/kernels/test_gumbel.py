@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_prune.device import has_cuda
 from megatron_prune.kernels import compiled, gumbel
 from megatron_prune.kernels.compiled import load_library
 from megatron_prune.kernels.gumbel import Draw, Position
@@ -28,7 +29,7 @@ needs_compiled = pytest.mark.skipif(load_library(gumbel.SOURCE) is None, reason=
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the triton package is not installed (pip install triton)"
 )
-GPU = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = "cuda" if has_cuda() else "cpu"
 FAST = [pytest.param("cpu", marks=needs_compiled), pytest.param("triton", marks=needs_triton)]
 TARGETS = [(2, 4), (1, 4), (4, 8), (1, 2), (3, 4), (2, 3)]
 DRAW = Draw(seed=1234, step=5, microbatch=6, tensor_id=7)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_prune.device import has_cuda
 from megatron_prune.kernels import compiled, second_order
 from megatron_prune.kernels.second_order import (
     Factor,
@@ -29,7 +30,7 @@ needs_triton = pytest.mark.skipif(
 )
 needs_compiled = pytest.mark.skipif(second_order._compiled() is None, reason="no C compiler on this machine")
 FAST = [pytest.param("compiled", marks=needs_compiled), pytest.param("triton", marks=needs_triton)]
-GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = torch.device("cuda" if has_cuda() else "cpu")
 """Triton's kernels run in its interpreter without a GPU (tests/conftest.py)."""
 
 
