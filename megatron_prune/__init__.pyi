@@ -254,7 +254,7 @@ def verify(
     against: str | None = None,
     target: str | Mapping[str, int] | None = None,
     output: str | Path | None = None,
-    tolerance: float = 0.0001,
+    tolerance: float | None = None,
     seq_length: int = 64,
     seed: int = 0,
     tensor_model_parallel_size: int = 1,

@@ -205,7 +205,11 @@ class VerifyConfig(Options):
     against: str | None = option(None, "Hugging Face directory, hub id or checkpoint to compare with")
     target: str | None = option(None, "pattern every pruned weight must satisfy; left out: the one recorded")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
-    tolerance: float = option(1e-4, "largest absolute difference of logits, computed in float32", at_least=0)
+    tolerance: float | None = option(
+        None,
+        "largest difference of logits, computed in float32, by the largest logit; left out: 1e-5, on a GPU 1e-4",
+        at_least=0,
+    )
     seq_length: int = option(
         64, "tokens of the random input that the logits are compared on", at_least=2, at_most=MOST_LENGTH
     )

@@ -80,7 +80,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_logits_equal_transformers(root: Path, name: str, layout: Layout) -> None:
     logits = json.loads((root / f"{name}_{layout.name}.json").read_text())["logits"]
     assert logits["max_absolute_difference"] <= TOLERANCE
-    assert logits["same_argmax"] == 1.0
+    assert logits["same_argmax"] == 1.0 and logits["holds"]
     assert logits["largest_logit"] > 0.1  # not a model of zeros
 
 
