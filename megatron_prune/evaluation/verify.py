@@ -131,10 +131,10 @@ def _logits(source: Source, layout: backend.Layout, tokens: Tensor) -> Tensor | 
 
     transformers' model is whole, so one rank has it. Collective.
     """
-    if source.reader is None:
+    reader, found = source.reader, list[Tensor]()
+    if reader is None:
         return logits(_load(source, layout, "float32"), tokens).cpu()
-    found: list[Tensor] = []
-    by_leader(lambda: found.append(_logits_of_transformers(source.reader, tokens)))
+    by_leader(lambda: found.append(_logits_of_transformers(reader, tokens)))
     return found[0] if found else None
 
 
