@@ -63,6 +63,8 @@ def _refused(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         asked = reason(error) or "no more is known"
         return f"more memory was asked for than there is ({asked}): give smaller batches or windows, or more processes"
+    if "does not have a deterministic implementation" in text:
+        return f"--deterministic: {text.split(' does not have')[0]} can give other bits in every run here: leave it out"
     if text.startswith("Symlink loop from "):
         return f"{text}: links lead in a circle; give a path that ends at a file or folder"
     return None

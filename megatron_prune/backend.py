@@ -321,6 +321,42 @@ OWN_WRITER: dict[str, Any] = {"async_strategy": "mcore"} if core_version() >= (0
 """For `dist_checkpointing.save`: its writer is megatron-core's own; since 0.17 it would ask for another package's."""
 
 
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "^NVLS"}
+"""By which libraries that a GPU computes with are told to give the same bits in every run: cuBLAS (products summed in
+parts), Transformer Engine (gradients of attention), NCCL (sums made in the switch).
+"""
+_deterministic = False
+
+
+def is_deterministic() -> bool:
+    """Whether the same run must give the same bits on a GPU."""
+    return _deterministic
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """While active, where it is wanted, the same run gives the same bits on GPUs; to be entered before they are used.
+
+    What has no such form is an error of torch. Afterwards everything is as it was. CPUs give the same bits anyway.
+    """
+    global _deterministic
+    if not wanted:
+        yield
+        return
+    before = {name: os.environ.get(name) for name in DETERMINISTIC}
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    os.environ.update(DETERMINISTIC)
+    torch.use_deterministic_algorithms(True)
+    _deterministic = True
+    try:
+        yield
+    finally:
+        _deterministic = False
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one model is spread over the processes, and where this process stands in it."""

@@ -291,12 +291,13 @@ def write_environment(folder: Path, **more: Any) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, whether float32 products are rounded to TF32, threads and process count."""
+    """Versions, devices, whether they round to TF32 or must give the same bits in every run, threads and processes."""
     return {
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _installed(name))},
         "devices": device_names(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "cpu_threads": torch.get_num_threads(),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "platform": f"{sys.platform} {platform.machine()}",

@@ -153,6 +153,9 @@ class Training(Options):
     )
     recompute: bool = option(False, "recompute each layer in the backward pass: less memory, a third more time")
     seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)
+    deterministic: bool = option(
+        False, "the same bits in every run of one layout also on GPUs, which takes longer; on CPUs it is so anyway"
+    )
     log_interval: int = option(1, "optimizer steps between lines of metrics", at_least=1)
     peak_tflops: float | None = option(
         None, "TFLOP/s of one device, for the utilisation in the metrics; left out: from the GPU's name", above=0

@@ -254,8 +254,14 @@ def rows(result: dict[str, Any]) -> Sequence[Sequence[Any]]:
     ]
 
 
-def describe(found: dict[str, Any], same: dict[str, bool], flags: Sequence[str], run: Path) -> dict[str, Any]:
-    """The result file: a table, and all that was measured; hardware and versions are the run's own."""
+def describe(
+    found: dict[str, Any], same: dict[str, bool], flags: Sequence[str], run: Path, tolerance: float = 0.0
+) -> dict[str, Any]:
+    """The result file: a table, and all that was measured; hardware and versions are the run's own.
+
+    `same`: what is equal within `tolerance`, 0: bit for bit.
+    """
+    how = f"within {tolerance:g}" if tolerance else "bit for bit"
     environment = json.loads((run / "environment.json").read_text())
     ratio, cpu, load = found["wall_ratio"], found["cpu_ratio"], found["load"]
     last = f"step {found['whole']['steps']}"
@@ -268,10 +274,10 @@ def describe(found: dict[str, Any], same: dict[str, bool], flags: Sequence[str],
         "protocol": (
             f"Masks learned to {last}, killed every {found['every_s']:g} s ({found['clock']} clock) and started again, "
             f"beside the same run left alone, one thread each: {ratio:.2f} times its wall time, {cpu:.2f} times its "
-            f"CPU seconds; {'equal' if all(same.values()) else 'NOT equal'} bit for bit in {', '.join(same)}. Load of "
+            f"CPU seconds; {'equal' if all(same.values()) else 'NOT equal'} {how} in {', '.join(same)}. Load of "
             f"the machine {load['least']:.1f} to {load['most']:.1f}, mean {load['mean']:.1f}."
         ),
-        "bit_identical": same,
+        how.replace(" ", "_") if tolerance else "bit_identical": same,
         "flags": [re.sub(r"^/.*/", "", word) for word in flags],
         **found,
     }

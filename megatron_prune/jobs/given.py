@@ -12,7 +12,7 @@ LONG = "resumable"
 """What methods that take hours use: they may be stopped, go on, and draw at random."""
 USED_BY = {
     **{entry.key: CALIBRATION for entry in entries(Calibration)},
-    **{entry.key: DATA for entry in entries(Training)},
+    **{entry.key: DATA for entry in entries(Training) if entry.key != "deterministic"},
     **dict.fromkeys(("seed", "time_limit", "resume"), LONG),
     **dict.fromkeys(("prior", "initial_logits"), PRIOR),
     "statistics": STATISTICS,

@@ -55,7 +55,10 @@ def prune(config: PruneConfig) -> str:
     method.check(source.config, target)
     going_on = may_go_on(config)
     layout = layout_of(config.parallelism)
-    with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
+    with (
+        backend.deterministic(config.training.deterministic),
+        backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes),
+    ):
         if going_on:
             config = replace(config, resume=goes_on(config))
         if config.resume and finished_by_this_launch(config.output, _about(config)):

@@ -43,7 +43,10 @@ def train(config: TrainConfig) -> str:
     check(config, source, teacher, layout)
     tell_left(source)
     going_on = may_go_on(config)
-    with backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes):
+    with (
+        backend.deterministic(config.training.deterministic),
+        backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes),
+    ):
         if going_on:
             config = replace(config, resume=goes_on(config))
         if config.resume and finished_by_this_launch(config.output, _about(config, source)):

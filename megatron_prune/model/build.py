@@ -295,6 +295,7 @@ def transformer_config(
         overlap_p2p_comm=layout.virtual_pipeline is not None,
         batch_p2p_comm=layout.virtual_pipeline is None,
         deallocate_pipeline_outputs=backend.has_cuda(),
+        deterministic_mode=backend.is_deterministic(),
     )
     fields |= extra
     if config.blocks is None:
