@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_prune.model.checkpoint import metadata
+from megatron_prune.training.stopping import largest
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's running means of the gradient and of its square, under torch's, Apex's and Transformer Engine's name."""
@@ -174,12 +175,14 @@ def _local(slot: Slot, kind: str) -> Tensor:
 
 
 def _steps(slots: dict[Parameter, Slot]) -> int:
-    """Steps that the optimizer has done, the same for every parameter; 0 on a rank without any."""
-    for slot in slots.values():
-        if "step" in slot.state:
-            return int(slot.state["step"])
-        return int(slot.adam.param_groups[0].get("step", 0))
-    return 0
+    """Steps that the optimizer has done. Collective.
+
+    Transformer Engine's Adam counts by group of parameters, and not where this rank has no part of a group: the largest
+    count is right, over all groups and ranks. Any other would be a wrong bias correction after a resume.
+    """
+    counts = [slot.state.get("step", 0) for slot in slots.values()]
+    counts += [group.get("step", 0) for slot in slots.values() for group in slot.adam.param_groups]
+    return largest(max(map(int, counts), default=0))[0]
 
 
 @torch.no_grad()
