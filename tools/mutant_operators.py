@@ -47,6 +47,8 @@ RENAMED = {a: b for pair in PAIRS for a, b in (pair.split(), pair.split()[::-1])
 """Names of reductions and elementwise functions that take each other's arguments."""
 DROPPED = ("sqrt", "abs", "clamp", "neg", "exp", "log", "t", "double", "flip", "clamp_", "sort")
 """Methods whose result is replaced by what they are called on."""
+MODULES = ("torch", "math")
+"""Whose functions of such names are no methods."""
 SAYING = (
     *("UserError", "RuntimeError", "ValueError", "say", "warn", "warning", "brief", "progress"),
     *("hyperparameter", "TypeVar"),
@@ -231,7 +233,7 @@ def _call(node: ast.Call) -> list[Edit]:
     name = _name(node.func)
     if name in RENAMED:
         found.append(lambda n: setattr(n, "func", _renamed(n.func)))
-    if name in DROPPED and isinstance(node.func, ast.Attribute) and _name(node.func.value) != "torch":
+    if name in DROPPED and isinstance(node.func, ast.Attribute) and _name(node.func.value) not in MODULES:
         found.append(lambda n: become(n, n.func.value))
     named = [at for at, keyword in enumerate(node.keywords) if keyword.arg]
     return [*found, *(_without(at) for at in named)]

@@ -50,38 +50,69 @@ MEGATRON = ("megatron.core.models.gpt", "megatron.core.dist_checkpointing", "meg
 """Libraries that the server has; those of megatron-core come after the package's backend."""
 
 UNIT = "tests/unit"
-STRUCTURED = f"{UNIT}/structured"
+STRUCTURED, KERNELS, STATISTICS = f"{UNIT}/structured", f"{UNIT}/kernels", f"{UNIT}/statistics"
 ACTIVATIONS, TAYLOR = f"{STRUCTURED}/test_activation_scores.py", f"{STRUCTURED}/test_taylor_scores.py"
 METHODS, INVARIANT = f"{STRUCTURED}/test_methods.py", f"{STRUCTURED}/test_invariances.py"
 COMPENSATION, ONE_SHOT = f"{STRUCTURED}/test_compensation.py", f"{UNIT}/methods/test_one_shot.py"
+BASE, OPTIONS = f"{UNIT}/methods/test_base.py", f"{UNIT}/test_config.py"
+DARWINLM, SEARCH = f"{STRUCTURED}/test_darwinlm.py", f"{STRUCTURED}/test_search.py"
+LEVELS, RACING = f"{STRUCTURED}/test_levels.py", f"{STRUCTURED}/test_racing.py"
+GUMBEL, SECOND_ORDER = f"{KERNELS}/test_gumbel.py", f"{KERNELS}/test_second_order.py"
 TESTS: dict[str, tuple[str, ...]] = {
+    "methods/base.py": (BASE, ONE_SHOT),
+    "methods/darwinlm.py": (DARWINLM,),
     "methods/depth.py": (ACTIVATIONS, TAYLOR, METHODS),
+    "methods/fit.py": (f"{UNIT}/methods/test_fit.py",),
     "methods/flap.py": (ACTIVATIONS, METHODS),
     "methods/llm_pruner.py": (TAYLOR, METHODS),
     "methods/magnitude.py": (ONE_SHOT,),
     "methods/maskllm.py": (f"{UNIT}/methods/test_maskllm.py",),
     "methods/minitron.py": (ACTIVATIONS, METHODS),
     "methods/shape_search.py": (COMPENSATION, METHODS),
-    "methods/shortened_llama.py": (TAYLOR, METHODS, f"{UNIT}/test_config.py"),
-    "methods/sparsegpt.py": (ONE_SHOT, f"{UNIT}/methods/test_base.py"),
+    "methods/sheared_llama.py": (OPTIONS, f"{STRUCTURED}/test_sheared.py"),
+    "methods/shortened_llama.py": (TAYLOR, METHODS, OPTIONS),
+    "methods/sparsegpt.py": (ONE_SHOT, BASE),
     "methods/structured.py": (ACTIVATIONS, TAYLOR, METHODS),
     "methods/taylor.py": (TAYLOR,),
     "methods/wanda.py": (ONE_SHOT,),
-    "statistics/activations.py": (f"{UNIT}/statistics/test_statistics.py",),
+    "statistics/activations.py": (f"{STATISTICS}/test_statistics.py",),
     "statistics/channels.py": (ACTIVATIONS, COMPENSATION),
     "statistics/compensation.py": (COMPENSATION,),
     "statistics/gradients.py": (TAYLOR, METHODS),
-    "statistics/hessian.py": (f"{UNIT}/statistics/test_statistics.py",),
+    "statistics/hessian.py": (f"{STATISTICS}/test_statistics.py",),
     "statistics/passes.py": (ACTIVATIONS, METHODS),
     "statistics/reconstruction.py": (f"{STRUCTURED}/test_reconstruction.py",),
-    "kernels/gumbel.py": (f"{UNIT}/kernels/test_gumbel.py",),
-    "kernels/philox.py": (f"{UNIT}/kernels/test_philox.py",),
-    "kernels/second_order.py": (f"{UNIT}/kernels/test_second_order.py",),
-    "kernels/selection.py": (f"{UNIT}/kernels/test_selection.py",),
-    "search/integer.py": (f"{STRUCTURED}/test_darwinlm.py",),
-    "search/levels.py": (f"{STRUCTURED}/test_darwinlm.py",),
+    "statistics/runner.py": (f"{STATISTICS}/test_layerwise.py",),
+    "statistics/store.py": (f"{STATISTICS}/test_store.py", METHODS),
+    "statistics/walk.py": (f"{STATISTICS}/test_walk.py", METHODS),
+    "kernels/compiled.py": (f"{KERNELS}/test_compiled.py",),
+    "kernels/definition.py": (f"{KERNELS}/test_definition.py",),
+    "kernels/gumbel.py": (GUMBEL,),
+    "kernels/gumbel_kernels.py": (GUMBEL,),
+    "kernels/memory.py": (f"{KERNELS}/test_memory.py",),
+    "kernels/philox.py": (f"{KERNELS}/test_philox.py",),
+    "kernels/products.py": (f"{KERNELS}/test_products.py",),
+    "kernels/second_order.py": (SECOND_ORDER,),
+    "kernels/second_order_kernels.py": (SECOND_ORDER,),
+    "kernels/selection.py": (f"{KERNELS}/test_selection.py",),
+    "kernels/triton_gumbel.py": (GUMBEL,),
+    "kernels/triton_second_order.py": (SECOND_ORDER,),
+    "search/candidates.py": (DARWINLM,),
+    "search/evolution.py": (DARWINLM,),
+    "search/fitness.py": (DARWINLM,),
+    "search/held_out.py": (RACING,),
+    "search/integer.py": (DARWINLM,),
+    "search/latency.py": (f"{STRUCTURED}/test_latency.py",),
+    "search/levels.py": (LEVELS, DARWINLM),
+    "search/memory.py": (SEARCH, DARWINLM),
+    "search/mutation.py": (SEARCH, DARWINLM),
+    "search/offspring.py": (DARWINLM,),
+    "search/racing.py": (RACING, DARWINLM),
+    "search/session.py": (SEARCH, DARWINLM),
+    "search/space.py": (SEARCH, DARWINLM),
 }
-"""Module below the package -> the tests that are to notice its faults. Those that are not here move bytes or words."""
+"""Module below the package -> the tests that are to notice its faults: every module of four packages that can have
+any."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +167,8 @@ class Server:
             os.environ.setdefault("TRITON_INTERPRET", "1")  # as tests/conftest.py has it: before Triton is imported
         for name in (*PRELOADED, f"{PACKAGE}.backend", *MEGATRON):
             importlib.import_module(name)
-        held = [name for name in sys.modules if name.startswith(tuple(f"{PACKAGE}.{m[:-3]}" for m in _dotted()))]
-        assert not held, f"{held} would be the same in every fork"
+        self.held = [name for name in sys.modules if name in _dotted()]
+        """Modules that the backend brought with it; every fork imports them anew."""
 
     def run(self, module: str, limit: float) -> tuple[int | None, float]:
         """Exit status of a module's tests, None when the time is up, and seconds."""
@@ -163,6 +194,7 @@ class Server:
             os.dup2(silent, stream)
         status = 2
         with contextlib.suppress(BaseException):
+            _forget(self.held)
             words = ["-q", "-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *TESTS[module]]
             status = int(pytest.main(words))
         os._exit(status)
@@ -193,7 +225,15 @@ class Server:
 
 
 def _dotted() -> list[str]:
-    return [module.replace("/", ".") for module in TESTS]
+    return [f"{PACKAGE}.{module.removesuffix('.py').replace('/', '.')}" for module in TESTS]
+
+
+def _forget(modules: Sequence[str]) -> None:
+    """Have these modules imported anew by whoever asks for them next."""
+    for name in modules:
+        package, _, last = name.rpartition(".")
+        del sys.modules[name]
+        delattr(sys.modules[package], last)
 
 
 def explanations() -> dict[str, str]:

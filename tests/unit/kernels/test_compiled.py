@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +101,7 @@ def test_missing_compiler_warns_once_and_falls_back(monkeypatch: pytest.MonkeyPa
 @needs_compiler
 def test_broken_source_warns_with_the_compilers_words(source: Path) -> None:
     source.write_text("int answer(void) { return nonsense; }\n")
-    with pytest.warns(RuntimeWarning, match=r"failed on answer\.c"):
+    with pytest.warns(RuntimeWarning, match=r"failed on answer\.c: .*answer\.c"):
         assert compiled.load_library(source) is None
     assert list(compiled.cache_directory().iterdir()) == []
 
@@ -127,3 +130,113 @@ def test_damaged_cache_entry_is_removed(source: Path) -> None:
     entry.write_bytes(b"damaged")
     compiled._load.cache_clear()
     assert compiled.load_library(source) is not None
+
+
+def test_a_library_is_of_one_compiler_version_flags_and_processor(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever changes, the file has another name; the same again has the same."""
+    built: list[str] = []
+
+    def build(_source: Path, _command: list[str], _flags: tuple[str, ...], library: Path) -> None:
+        built.append(library.name)
+
+    monkeypatch.setattr(compiled, "_build", build)
+    monkeypatch.setattr(compiled.ctypes, "CDLL", lambda path: path)
+    monkeypatch.setattr(compiled, "_version", lambda command: "cc 1.0")
+    monkeypatch.setattr(compiled, "processor", lambda: "one")
+
+    def name(text: bytes = b"a", command: str = "cc", flags: tuple[str, ...] = ("-O3",)) -> None:
+        compiled._build_and_open(source, text, [command], flags)
+
+    for different in ({}, {"text": b"b"}, {"command": "gcc"}, {"flags": ("-O2",)}):
+        name(**different)  # type: ignore[arg-type]
+    monkeypatch.setattr(compiled, "_version", lambda command: "cc 2.0")
+    name()
+    monkeypatch.setattr(compiled, "processor", lambda: "two")
+    name()
+    assert len(set(built)) == len(built) == 6
+    name()
+    assert built[6] == built[5]
+
+
+def test_a_compilers_version_is_the_first_line_that_it_says(tmp_path: Path) -> None:
+    assert compiled._version((sys.executable,)) == f"Python {platform.python_version()}"
+    for name, script in (("two", "echo one\necho two"), ("silent", "true"), ("broken", "echo one\nexit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    found = [compiled._version((str(tmp_path / name),)) for name in ("two", "silent", "broken", "missing")]
+    assert found == ["one", "", None, None]
+
+
+def test_compilers_are_those_that_work_the_users_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_version", lambda command: "1" if command[0] in ("mine", "gcc") else None)
+    monkeypatch.setenv("CC", "  mine 'with words' -x")
+    assert compiled.compilers() == [["mine", "with words", "-x"], ["gcc"]]
+    monkeypatch.setenv("CC", " ")
+    assert compiled.compilers() == [["gcc"]]
+
+
+def test_a_weaker_library_says_what_it_lost(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best flags first, with every compiler; what came before is told with the first one that works."""
+    tried: list[tuple[str, tuple[str, ...]]] = []
+
+    def opened(_source: Path, _text: bytes, command: list[str], flags: tuple[str, ...]) -> str:
+        tried.append((command[0], flags[len(compiled.BASE_FLAGS) :]))
+        assert flags[: len(compiled.BASE_FLAGS)] == compiled.BASE_FLAGS
+        if len(tried) < 4:
+            raise compiled.BuildError(f"reason {len(tried)}")
+        return "library"
+
+    monkeypatch.setattr(compiled, "compilers", lambda: [["a"], ["b"]])
+    monkeypatch.setattr(compiled, "_build_and_open", opened)
+    assert compiled.load_library(source) == "library"
+    variants = [flags for flags, _ in compiled.VARIANTS]
+    assert tried == [("a", variants[0]), ("b", variants[0]), ("a", variants[1]), ("b", variants[1])]
+    assert "compiled by b without OpenMP, so one thread; earlier attempt: reason 1" in caplog.text
+
+
+@pytest.mark.parametrize("word", ["0", " False", "no", "OFF "])
+def test_the_switch_understands_its_words(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.DISABLE_VARIABLE, word)
+    assert not compiled.enabled()
+    monkeypatch.setenv(compiled.DISABLE_VARIABLE, "1")
+    assert compiled.enabled()
+
+
+def test_the_cache_is_where_the_system_has_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiled.cache_directory() == tmp_path / "cache" / "megatron_prune"
+    compiled.cache_directory.cache_clear()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert compiled.cache_directory() == tmp_path / "home" / ".cache" / "megatron_prune"
+
+
+def test_a_cache_that_cannot_be_written_gives_way_to_a_private_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    private = compiled.cache_directory()
+    assert private.is_dir() and private.name != "megatron_prune" and not any(private.iterdir())
+    assert "cannot be used (not writable)" in caplog.text
+    private.rmdir()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="this system does not tell its processor in /proc")
+def test_the_processor_is_its_name_and_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first core, each line once; where the system does not say, what Python knows."""
+    compiled.processor.cache_clear()
+    lines = "processor : 0\nmodel name : A\nflags : x y\n\nprocessor : 1\nmodel name : B\nflags : z\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(compiled.Path, "read_text", lambda self: lines)
+        assert compiled.processor().splitlines() == [platform.machine(), "flags : x y", "model name : A"]
+        compiled.processor.cache_clear()
+
+        def refused(self: Path) -> str:
+            raise PermissionError
+
+        patched.setattr(compiled.Path, "read_text", refused)
+        assert compiled.processor() == f"{platform.machine()} {platform.processor()}"
+    compiled.processor.cache_clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 
 from megatron_prune.kernels import definition
@@ -47,9 +48,29 @@ def test_schedules_are_linear_and_end_where_they_should() -> None:
     steps = 5
     values = [definition.linear_schedule(4.0, 0.0, step, steps) for step in range(steps)]
     assert values == [4.0, 3.0, 2.0, 1.0, 0.0]
-    assert definition.linear_schedule(1.0, 9.0, 0, 1) == 1.0
+    assert [definition.linear_schedule(4.0, 0.0, step, steps) for step in (5, 7, 100)] == [0.0] * 3
+    assert definition.linear_schedule(1.0, 9.0, 0, 1) == definition.linear_schedule(1.0, 9.0, 0, 0) == 1.0
+    assert [definition.linear_schedule(1.0, 9.0, step, 2) for step in (0, 1, 2)] == [1.0, 9.0, 9.0]
 
 
 def test_geometric_schedule_grows_by_equal_factors() -> None:
     values = [definition.geometric_schedule(1.0, 16.0, step, 5) for step in range(5)]
     assert values == pytest.approx([1.0, 2.0, 4.0, 8.0, 16.0])
+
+
+def test_moments_of_the_noise_are_those_of_its_density() -> None:
+    """exp(-x - exp(-x)), by the trapezoidal rule."""
+    x = np.linspace(-6, 60, 2_000_001)
+    density = np.exp(-x - np.exp(-x)) * (x[1] - x[0])
+    mean = float((x * density).sum())
+    assert mean == pytest.approx(definition.GUMBEL_MEAN, abs=1e-9)
+    assert float(((x - mean) ** 2 * density).sum()) ** 0.5 == pytest.approx(definition.GUMBEL_STD, abs=1e-9)
+
+
+def test_a_draw_is_named_by_all_that_it_has() -> None:
+    """And a random start by a step that is the last of 32 bits."""
+    assert definition.Draw(1, 2, 3, 4).key() == hash_key(1, 2, 3, 4)
+    assert definition.INITIAL_STEP == 0xFFFFFFFF
+    assert set(definition.SCHEDULES) == {"linear", "geometric"}
+    assert definition.SCHEDULES["linear"](2.0, 8.0, 1, 3) == 5.0
+    assert definition.SCHEDULES["geometric"](2.0, 8.0, 1, 3) == pytest.approx(4.0)

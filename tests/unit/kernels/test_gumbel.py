@@ -4,6 +4,7 @@ Triton's kernels run on a GPU where there is one, otherwise in Triton's interpre
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -202,6 +203,36 @@ def test_tensors_of_more_than_2_31_elements_are_counted_in_64_bits(monkeypatch: 
     monkeypatch.setattr(triton_gumbel, "WIDE_FROM", 0)
     wide = evaluate(*tensors, 2, 4, implementation="triton", learn_weight=True)
     torch.testing.assert_close(wide, narrow, atol=0, rtol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize(("patterns", "inputs"), [(6, 4), (2, 2), (70, 8)])
+def test_32_bits_count_as_long_as_every_place_has_a_number(
+    patterns: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last group of the last program, whether it is there or not, times its logits or its inputs."""
+    import triton.language as tl
+
+    from megatron_prune.kernels import triton_gumbel
+
+    chosen: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            return lambda *_, INDEX, num_warps, **more: chosen.append((grid[0], INDEX, 32 * num_warps, more["BLOCK"]))
+
+    monkeypatch.setattr(triton_gumbel.torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    for groups in (1, 128, 129, *(2**31 // (max(patterns, inputs)) + 512 * n for n in range(-4, 5)), 2**31):
+        logits = torch.empty(1, groups, patterns, device="meta")
+        triton_gumbel._launch(Kernel(), logits, ())
+        programs, index, threads, block = chosen[-1]
+        assert programs == -(-groups // block) and threads == block
+        if programs * block * max(patterns, inputs) > 2**31:
+            assert index == tl.int64
+        if 2 * programs * block * max(patterns, 8) <= 2**31:
+            assert index == tl.int32
+    triton_gumbel._launch(Kernel(), torch.empty(1, 0, patterns, device="meta"), ())
+    assert len(chosen) == 13  # nothing is run on nothing
 
 
 def test_noise_of_extreme_words_is_the_definition() -> None:

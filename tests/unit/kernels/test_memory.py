@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_prune.kernels.memory import HUGE, c_function, expect_writes
+from megatron_prune.kernels import memory
+from megatron_prune.kernels.memory import HUGE, c_function, expect_writes, keep_freed_memory
 
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -43,6 +48,61 @@ def test_large_tensors_lie_on_huge_pages() -> None:
     assert int(plain) < HUGE
     assert int(asked) >= HUGE
     assert equal == "True"
+
+
+SIZE = SETTING.parent / "hpage_pmd_size"
+
+
+@pytest.mark.skipif(not SIZE.exists(), reason="this system does not tell the size of its huge pages")
+def test_a_huge_page_is_as_large_as_the_systems() -> None:
+    assert int(SIZE.read_text()) % HUGE == 0 and HUGE == 2 * 1024**2
+
+
+@pytest.mark.parametrize("offset", [0, 1, HUGE // 2, HUGE - 1])
+@pytest.mark.parametrize("size", [0, 1, HUGE, HUGE + 5, 3 * HUGE])
+def test_only_whole_pages_inside_the_tensor_are_asked_for(
+    offset: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them: the addresses between the first and the last multiple of the size."""
+    asked: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(memory, "c_function", lambda *_: lambda *given: asked.append(given))
+    fresh: Any = SimpleNamespace(device=torch.device("cpu"), data_ptr=lambda: 7 * HUGE + offset, nbytes=size)
+    assert expect_writes(fresh) is fresh
+    start, end = 7 * HUGE + offset, 7 * HUGE + offset + size
+    pages = [page for page in range(12) if start <= page * HUGE and (page + 1) * HUGE <= end]
+    assert asked == ([(pages[0] * HUGE, len(pages) * HUGE, mmap.MADV_HUGEPAGE)] if pages else [])
+
+
+def test_nothing_is_asked_for_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, or where the C library has no such function."""
+    monkeypatch.setattr(memory, "c_function", lambda *_: lambda *given: pytest.fail("asked"))
+    expect_writes(torch.empty(2 * HUGE, device="meta"))
+    monkeypatch.setattr(memory, "c_function", lambda *_: None)
+    expect_writes(torch.empty(2 * HUGE))
+
+
+def test_what_the_c_library_lacks_is_none() -> None:
+    assert c_function("no_such_function_anywhere") is None
+    found = c_function("abs", ctypes.c_int)
+    assert found is None or found(-3) == 3
+
+
+@pytest.mark.parametrize("answers", [(1, 1), (1, 0), (0, 1)])
+def test_memory_is_kept_when_both_settings_are_taken(answers: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """glibc's numbers of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD; the largest int, and a GiB."""
+    asked: dict[int, int] = {}
+
+    def mallopt(setting: int, value: int) -> int:
+        asked[setting] = value
+        return answers[len(asked) - 1]
+
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(memory, "c_function", lambda *_: mallopt)
+    assert keep_freed_memory() is (answers == (1, 1))
+    assert asked == ({-1: 2147483647, -3: 1073741824} if answers[0] else {-1: 2147483647})
+    monkeypatch.setattr(memory, "c_function", lambda *_: None)
+    assert keep_freed_memory() is False
 
 
 @pytest.mark.parametrize("x", [torch.zeros(0), torch.ones(3), torch.ones(2 * HUGE), torch.empty(4, device="meta")])

@@ -69,3 +69,22 @@ def test_torchs_own_switch_turns_them_off(monkeypatch: pytest.MonkeyPatch) -> No
         assert not products.available()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not products.available()
+
+
+def test_they_are_used_where_they_are_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, weight = torch.randn(4, 8), torch.randn(6, 8)
+    for able in (True, False):
+        monkeypatch.setattr(products, "available", lambda able=able: able)
+        with torch.no_grad(), products.fast_products(), profile(activities=[ProfilerActivity.CPU]) as used:
+            F.linear(inputs, weight)
+        assert (OURS in {event.key for event in used.key_averages()}) == able
+
+
+@torch.no_grad()
+def test_named_arguments_and_other_functions_are_torchs_own() -> None:
+    inputs, weight, bias = torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)
+    found, used = operators(lambda x, w: F.linear(x, w, bias=bias), inputs, weight)
+    assert OURS not in used
+    torch.testing.assert_close(found, inputs @ weight.t() + bias, atol=1e-5, rtol=0)
+    found, used = operators(lambda x, y: torch.add(x, y, alpha=2), inputs, inputs)
+    assert OURS not in used and torch.equal(found, inputs + 2 * inputs)

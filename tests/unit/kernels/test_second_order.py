@@ -149,6 +149,16 @@ def test_compiled_factor_is_float64s_and_threads_do_not_matter(size: int) -> Non
     assert all(u.equal(found[0]) for u in found)
 
 
+@needs_compiled
+def test_working_space_of_the_largest_matrices_is_counted_in_64_bits() -> None:
+    """It grows with the width, and nothing is made here."""
+    library = second_order._factor_library()
+    assert library is not None
+    spaces = [library.second_order_space(2**exponent) for exponent in (20, 30, 32)]
+    assert spaces[1] / spaces[0] == pytest.approx(2**10, rel=1e-3) and spaces[2] / spaces[1] == pytest.approx(4)
+    assert spaces[1] > 2**32
+
+
 def least_squares(weight: Tensor, mask: Tensor, hessian: Tensor) -> Tensor:
     """Each removal, left to right, followed by the exact optimum of all columns on its right (float64)."""
     dense, hessian = weight.double(), hessian.double()
@@ -368,3 +378,32 @@ def test_one_massive_input_is_not_singular(path: str) -> None:
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(0))
     x[:, 17] *= 1e4
     assert torch.isfinite(factorise(x.t() @ x, 0.01).upper).all()
+
+
+def test_blocks_are_the_sweeps_own_where_it_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In C a sweep gets all columns at once, elsewhere a block that holds whole groups."""
+    weight, hessian = problem(2, 60)
+    factor, cpu = factorise(hessian, 0.01), torch.device("cpu")
+    for name in ("eager", "compiled"):
+        with monkeypatch.context() as patched:
+            take(name, patched)
+            own = name == "compiled" and second_order._compiled() is not None
+            spans: list[tuple[int, int]] = []
+            patched.setattr(second_order, "sweep", lambda w, m, f, first, last, *_: spans.append((first, last)))  # noqa: B023
+            solve_nm(weight, factor, 2, 4, block_size=18)
+            assert second_order._has_own_blocks(cpu) == own
+            assert spans == ([(0, 60)] if own else [(0, 20), (20, 40), (40, 60)])
+
+
+def test_the_solver_works_in_float32_whatever_type_is_torchs_default(path: str) -> None:
+    weight, hessian = problem(5, 64)
+    expected = solve_nm(weight, factorise(hessian, 0.01), 2, 4)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        factor = factorise(hessian, 0.01)
+        found = solve_nm(weight, factor, 2, 4)
+    finally:
+        torch.set_default_dtype(before)
+    assert factor.upper.dtype == found[1].dtype == torch.float32
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))

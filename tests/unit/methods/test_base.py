@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_prune.decision.target import Unstructured
+from megatron_prune.decision.target import NM, Budget, Unstructured
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import finite, get_method, methods, select_blocks
 from megatron_prune.methods.maskllm import MaskLLM
@@ -69,3 +69,48 @@ def test_blocks_are_counted_apart_in_their_own_row_order() -> None:
     score[1::2] *= 9
     mask = select_blocks(score, {"a": torch.tensor([2, 0]), "b": torch.tensor([1, 3])}, lambda rows: rows)
     assert mask.tolist() == [[True] * 2, [False] * 2, [False] * 2, [True] * 2]
+
+
+def test_a_mask_is_learned_for_up_to_eight_inputs() -> None:
+    """Of 16 inputs 8 can stay in 12,870 ways; those in one shot need no logit for each."""
+    for n, m in ((1, 2), (4, 8), (7, 8)):
+        MaskLLM().accept(NM(n, m))
+    with pytest.raises(UserError) as caught:
+        MaskLLM().accept(NM(8, 16))
+    assert str(caught.value) == (
+        "pattern 8:16 has 12870 choices in each group, and a learned mask a logit for each; allowed: M up to 8, or a "
+        "method in one shot: magnitude, sparsegpt, wanda"
+    )
+    for name in ("magnitude", "sparsegpt", "wanda"):
+        get_method(name).accept(NM(8, 16))
+
+
+def test_budgets_are_of_what_a_method_counts() -> None:
+    for measure in ("parameters", "forward_flops", "kv_cache_bytes"):
+        get_method("minitron").accept(Budget(10, measure))
+    with pytest.raises(UserError, match="minitron cannot prune to latency_us=10; its budgets may limit parameters"):
+        get_method("minitron").accept(Budget(10, "latency_us"))
+    get_method("darwinlm").accept(Budget(10, "latency_us"))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_found_anywhere(wrong: float) -> None:
+    plain = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert finite("x", plain, "weights") is plain
+    for place in range(15):
+        damaged = plain.clone()
+        damaged.view(-1)[place] = wrong
+        with pytest.raises(UserError, match="weights of x hold NaN"):
+            finite("x", damaged, "weights")
+
+
+def test_a_rank_may_have_no_rows() -> None:
+    nothing = torch.empty(0, 4)
+    assert finite("x", nothing, "weights") is nothing
+
+
+def test_of_each_matrix_its_own_share_stays() -> None:
+    """Counted by its own height: all but one in the first, one in the second, whatever the other's scores are."""
+    score = torch.tensor([[5.0, 6.0], [1.0, 2.0], [7.0, 9.0]])
+    mask = select_blocks(score, {"a": torch.tensor([0, 2]), "b": torch.tensor([1])}, lambda rows: 2 * rows - 1)
+    assert mask.tolist() == [[False, True], [False, True], [True, True]]
