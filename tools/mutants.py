@@ -2,10 +2,12 @@
 
     python tools/mutants.py --output mutants.json                    a sample of each module's faults
     python tools/mutants.py --output mutants.json --per-module 50 --only methods/flap.py statistics
+    python tools/mutants.py --output mutants.json --record benchmarks/results/mutants_DATE.json
 
 Each fault (`tools/mutant_operators.py`) is planted in a copy of the repository, and the tests of its module, a few
 short files, run on it. Those that no test notices are survivors. tools/mutants.yaml explains the ones that no test can
 notice, or need not; any other makes the exit status 1, as does an explanation whose fault is noticed or is not there.
+A record lists every fault that was judged, in this run and in earlier ones, as long as it is there.
 
 Faults are drawn by a hash of what they change, so the sample stays as it is where the code does. PyTorch and the other
 libraries are imported once, in a server that is forked for each fault; a fault has `LIMIT` times the time that the
@@ -38,6 +40,7 @@ from mutant_operators import Mutant, mutants
 ROOT = Path(__file__).resolve().parents[1]
 EXPLAINED = ROOT / "tools" / "mutants.yaml"
 PACKAGE = "megatron_prune"
+EXPLAIN = "explained"
 LIMIT, LEAST = 5.0, 60.0
 """Of the time of the tests without a fault, and seconds at least."""
 PRELOADED = (
@@ -162,6 +165,7 @@ class Server:
         """Seconds of a module's tests without a fault."""
         os.chdir(copy)
         sys.path.insert(0, str(copy))
+        os.environ["PYTHONPATH"] = str(copy)  # of the processes that tests start
         sys.dont_write_bytecode = True
         if not importlib.import_module("torch").cuda.is_available():
             os.environ.setdefault("TRITON_INTERPRET", "1")  # as tests/conftest.py has it: before Triton is imported
@@ -257,14 +261,38 @@ def verdict(outcomes: Sequence[Outcome], explained: dict[str, str], known: set[s
     }
 
 
+def recorded(earlier: dict[str, str], outcomes: Sequence[Outcome], explained: dict[str, str]) -> dict[str, Any]:
+    """What became of each fault, `earlier` and now, module by module; those that are no longer there are left out."""
+    judged = earlier | {
+        o.key: o.state if o.state != "survived" or o.key not in explained else EXPLAIN for o in outcomes
+    }
+    rows, faults = [], {}
+    for module in TESTS:
+        known = {mutant.key for mutant in sample(10**6, [module])}
+        found = {key: state for key, state in sorted(judged.items()) if key in known}
+        counts = Counter(found.values())
+        rows.append([module, len(known), len(found), counts["noticed"] + counts["endless"], counts[EXPLAIN]])
+        faults |= found
+    columns = ["module", "faults", "judged", "noticed", EXPLAIN]
+    whole = ["all", *(sum(row[at] for row in rows) for at in range(1, len(columns)))]
+    return {"columns": columns, "rows": [*rows, whole], "faults": faults}
+
+
+def write_record(path: Path, outcomes: Sequence[Outcome], explained: dict[str, str]) -> None:
+    """Add outcomes to a record, which need not be there yet."""
+    earlier = json.loads(path.read_text())["faults"] if path.exists() else {}
+    path.write_text(json.dumps(recorded(earlier, outcomes, explained), indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> int:
     """Judge the sample and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--record", type=Path, help="file of all that were judged; what is in it stays")
     parser.add_argument("--per-module", type=int, default=6)
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of modules, such as methods/flap.py")
     given = parser.parse_args()
-    output = given.output.resolve()
+    output, record = given.output.resolve(), given.record and given.record.resolve()
     chosen = sample(given.per_module, given.only)
     outcomes: list[Outcome] = []
     with copied() as copy:
@@ -277,6 +305,8 @@ def main() -> int:
     found = verdict(outcomes, explanations(), known)
     mutants_found = [vars(outcome) for outcome in outcomes]
     output.write_text(json.dumps({**found, "mutants": mutants_found}, indent=1) + "\n")
+    if record:
+        write_record(record, outcomes, explanations())
     print(json.dumps(found, indent=1))
     return 1 if found["unexplained"] or found["needless"] else 0
 

@@ -23,7 +23,7 @@ from megatron_prune.decision.latency import SAME, LatencyTable
 from megatron_prune.decision.source import open_model
 from megatron_prune.errors import UserError
 from megatron_prune.log import environment, progress
-from megatron_prune.model.blocks import Block
+from megatron_prune.model.blocks import Block, widest
 from megatron_prune.model.build import DTYPES, rotary, whole_layer, whole_norm
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.search.levels import attention_levels, mlp_levels
@@ -70,7 +70,8 @@ def measure(model: ModelConfig, config: LatencyConfig) -> LatencyTable:
 
 def _half(model: ModelConfig, block: Block, dtype: str, config: LatencyConfig) -> Callable[[], object]:
     """A layer of which only this half is there."""
-    both = replace(model, blocks=None).with_blocks([block, model.block(0)])
+    largest = widest([model.block(n) for n in range(model.num_layers)])  # of a model neither half may lack
+    both = replace(model, blocks=None).with_blocks([block, largest])
     layer = whole_layer(both, DTYPES[dtype], 0)
     hidden = _hidden(model, dtype, config)
     angles = rotary(model, config.prompt_length, backend.alone().cp)

@@ -293,6 +293,27 @@ def test_threads_do_not_matter(use_threads: Callable[[int], None]) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (0, 0)])
+def test_triton_writes_its_rows_alone_and_no_column_before_its_block(n: int, m: int) -> None:
+    """What lies behind the last of 21 rows, in the same program's reach, stays as it is."""
+    from megatron_prune.kernels.triton_second_order import sweep
+
+    weight, hessian = problem(21, 40)
+    factor = factorise(hessian, 0.01)
+    weights, masks = torch.full((64, 40), 7.0), torch.ones(64, 40, dtype=torch.bool)
+    weights[:21] = weight
+    if not m:
+        masks[:21, ::3] = False
+    expected, mask = weights[:21].clone(), masks[:21].clone()
+    second_order.sweep_eager(expected, mask, factor, 8, 24, n, m)
+    weights, masks = weights.to(GPU), masks.to(GPU)
+    sweep(weights[:21], masks[:21], Factor(factor.upper.to(GPU), factor.live.to(GPU)), 8, 24, n, m)
+    assert (weights[21:] == 7).all() and masks[21:].all()
+    torch.testing.assert_close(weights[:21].cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(weights[:21, :8].cpu(), weight[:, :8]) and torch.equal(masks[:21].cpu(), mask)
+
+
+@needs_triton
 def test_gpu_tensors_go_through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_prune.kernels import triton_second_order
 

@@ -41,8 +41,10 @@ from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attentio
 from megatron_prune.search.memory import Memory
 from megatron_prune.search.mutation import Mutation
 from megatron_prune.search.offspring import Judge, School
+from megatron_prune.search.session import Search
 from megatron_prune.search.space import Space
 from megatron_prune.statistics.passes import Passes
+from megatron_prune.training.loop import Diverged
 from megatron_prune.training.stopping import Stopped, StopRequest
 from megatron_prune.training.zeros import Zeros
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
@@ -200,6 +202,42 @@ def test_children_without_trade_keep_the_shares(model: PrunableModel, database: 
         assert (sum(child[::2]), sum(child[1::2])) == (sum(genome[::2]), sum(genome[1::2]))
 
 
+def test_biases_of_what_is_gone_are_gone_and_no_others(tmp_path: Path, tokens: Tensor) -> None:
+    """Judged, put into the model and cut a candidate is the same, in a family whose linears have biases."""
+    model = open_model(tiny_model(tmp_path / "model", "gpt2")).load(backend.Layout())
+    passes = Passes(model, tokens)
+    levels = Levels(tmp_path / "levels", passes, 4, 0.001)
+    levels.build(passes)
+    genome: Genome = (4, 1, 2, 4)
+    assert [len(found) for kind in (ATTENTION, MLP) for found in levels.sizes[kind]] == [5] * 4
+    whole = logits(model, tokens).log_softmax(-1)
+    biases = {name: p.detach().clone() for name, p in model.parameters.items() if name.endswith("bias")}
+    (found,) = divergences(model, levels, [genome], tokens)
+    put(model, levels, genome)
+    student = logits(model, tokens).log_softmax(-1)
+    assert found == pytest.approx((whole.exp() * (whole - student)).sum(-1).mean(-1).tolist(), rel=1e-3)
+    gone = {"decoder.layers.0.self_attention.linear_proj.bias", "decoder.layers.1.mlp.linear_fc2.bias"}
+    for name, before in biases.items():
+        assert torch.equal(model.parameters[name], torch.zeros_like(before) if name in gone else before), name
+    smaller = cut(model, Space(model.config, levels, budget(model, 0.99)).units(genome))
+    torch.testing.assert_close(logits(smaller, tokens).log_softmax(-1), student, atol=1e-4, rtol=1e-4)
+
+
+def test_long_windows_are_judged_in_pieces_and_states_held_as_far_as_they_may_be(
+    model: PrunableModel, database: Levels, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genomes: list[Genome] = [(1, 2, 4, 0, 3, 4, 2, 1), (0, 1) * 4]
+    expected = divergences(model, database, genomes, tokens[:4])
+    held: dict[int, Tensor] = {}
+    monkeypatch.setattr(fitness_module, "LOSS_TOKENS", 7)
+    monkeypatch.setattr(fitness_module, "WHOLE_BYTES", 2 * 24 * 32 * 4)  # two windows' states in float32
+    found = divergences(model, database, genomes, tokens[:4], whole=held)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert sorted(held) == [0, 1] and all(states.nbytes == 24 * 32 * 4 for states in held.values())
+    assert divergences(model, database, genomes, tokens[:4], whole=held) == found and sorted(held) == [0, 1]
+
+
 class Told:
     """Judges by a table: mean of a genome, and what its windows add to that."""
 
@@ -243,6 +281,42 @@ def test_only_a_child_that_is_better_beyond_the_error_takes_the_place(model: Pru
     given_up = next_generation(parent, 0, 0, [Stage(1, 20, 5)], 5, mutate, hopeless)
     assert given_up.parent == parent and not given_up.replaced
     assert math.isinf(given_up.fitness) and math.isinf(given_up.error)
+
+
+def test_every_stage_trains_and_judges_as_it_says() -> None:
+    """Fewest tokens first, for all children; the race and the record are the last stage's; of equal ones the first."""
+    told = Told(lambda genome: 5.0 - 0.1 * (genome[0] > 0), lambda genome: [0.0] * 8)
+    children = iter([(3, 0), (2, 0), (3, 0), (0, 0), (1, 0)])
+    stages = [Stage(2, 9, 3), Stage(1, 40, 7)]
+    found = next_generation((0, 0), 4, 0, stages, 5, lambda *_: next(children), told)
+    assert (found.parent, found.replaced, found.tried) == ((3, 0), True, 4)
+    assert told.asked == [(3, 3, 1), (2, 7, 4), *[(1, 7, 8)] * 3]
+    told.asked.clear()
+    alone = next_generation((0, 0), 4, 0, stages, 5, lambda parent, _: parent, told)
+    assert (alone.parent, alone.fitness, alone.replaced, alone.tried) == ((0, 0), 5.0, False, 1)
+    assert told.asked == [(1, 7, 8)]
+
+
+def test_children_are_drawn_by_seed_and_number() -> None:
+    told = Told(lambda genome: 1.0, lambda genome: [0.0] * 8)
+
+    def drawn(number: int, seed: int) -> list[float]:
+        found: list[float] = []
+        next_generation(
+            (0,), number, seed, [Stage(1, 9, 0)], 3, lambda parent, rng: found.append(rng.random()) or parent, told
+        )
+        return found
+
+    assert drawn(1, 2) == drawn(1, 2) and len({tuple(drawn(*both)) for both in ((1, 2), (2, 1), (1, 1), (2, 2))}) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "windows"), [(1, 1), (10, 1), (14, 1), (16, 2), (24, 2), (26, 3), (80, 8), (81, 8), (10**6, 8)]
+)
+def test_tokens_are_whole_windows_at_least_one(asked: int, windows: int) -> None:
+    """Of 10 tokens, and no more than the 8 that there are."""
+    told: Any = Told(lambda genome: 0.0, lambda genome: [])
+    assert evolution_module.windows_of(Stage(1, asked, 0), told) == windows
 
 
 def test_fitness_falls_from_generation_to_generation(model: PrunableModel, database: Levels, tokens: Tensor) -> None:
@@ -326,6 +400,100 @@ def test_training_moves_what_is_left_and_never_what_is_gone(
     monkeypatch.setattr(Zeros, "clear_gradients", lambda self: None)
     with pytest.raises(UserError, match="must stay zero"):  # the negative control
         judge([other], 240, 4)
+
+
+@pytest.mark.parametrize(
+    ("length", "parts", "trained"),
+    [
+        (9, 1, 8),
+        (16, 1, 8),
+        (17, 2, 16),
+        (25, 3, 24),
+        (1024, 1, 1016),
+        (1025, 16, 1024),
+        (1088, 1, 1024),
+        (1089, 1, 1088),
+    ],
+)
+def test_windows_are_trained_on_as_far_as_every_layout_can(length: int, parts: int, trained: int) -> None:
+    """All but the last token, in multiples of 8, of long ones of 64."""
+    assert offspring_module.training_length(length, parts) == trained
+
+
+@pytest.mark.parametrize(("length", "parts"), [(8, 1), (1, 1), (25, 16), (17, 3)])
+def test_windows_that_a_layout_cannot_share_are_refused(length: int, parts: int) -> None:
+    with pytest.raises(UserError, match=f"--calibration-seq-length {length}: .* a multiple of {parts}, above 0"):
+        offspring_module.training_length(length, parts)
+
+
+def test_a_school_takes_its_windows_in_turn_and_enough_steps(model: PrunableModel, tokens: Tensor) -> None:
+    """Two windows of 16 tokens a step; a part of a step is a step, and there is always one."""
+    school = School(model, tokens, 1e-3, 2)
+    assert school.length == 16
+    for index in (0, 11, 12, 30):
+        assert torch.equal(school.sample(index), tokens[index % 12][:17])
+    steps: list[int] = []
+    school.trainer = SimpleNamespace(step=steps.append, optimizer=school.trainer.optimizer)  # type: ignore[assignment]
+    for asked, made in ((0, 1), (1, 1), (32, 1), (33, 2), (240, 8)):
+        steps.clear()
+        school.train(asked)
+        assert steps == list(range(made))
+
+
+def test_a_candidate_whose_training_fails_is_infinitely_far(
+    model: PrunableModel, database: Levels, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every window that was asked for; the model comes back, and the next one is judged."""
+    before = {name: p.detach().clone() for name, p in model.parameters.items()}
+    judge, genome = judging(model, database, tokens), (1, 2) * LAYERS
+    with monkeypatch.context() as patched:
+
+        def fail(self: School, tokens: int) -> None:
+            raise Diverged("no number")
+
+        patched.setattr(School, "train", fail)
+        assert judge([genome], 64, 3) == [[math.inf] * 3]
+    assert all(torch.equal(p, before[name]) for name, p in model.parameters.items())
+    assert judge([genome], 64, 3) == [[math.inf] * 3]  # remembered
+    assert all(map(math.isfinite, judge([(2, 1) * LAYERS], 64, 3)[0]))
+
+
+def test_candidates_share_passes_as_far_as_their_states_may_be_held(
+    model: PrunableModel, database: Levels, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only for windows that they were not judged on; those that have as many go together."""
+    genomes: list[Genome] = [(n, 1) * LAYERS for n in range(4)]
+    judge = judging(model, database, tokens)
+    judge(genomes[:1], 0, 2)
+    asked: list[tuple[int, slice]] = []
+
+    def counted(self: Judge, some: Sequence[Genome], trained: int, windows: slice) -> list[list[float]]:
+        asked.append((len(some), windows))
+        return plain(self, some, trained, windows)
+
+    plain = Judge._measured
+    monkeypatch.setattr(Judge, "_measured", counted)
+    monkeypatch.setattr(offspring_module, "AT_A_TIME", 2)
+    found = judge(genomes, 0, 3)
+    assert asked == [(2, slice(0, 3)), (1, slice(0, 3)), (1, slice(2, 3))]
+    assert found == divergences(model, database, genomes, tokens[:3])
+    assert judge(genomes, 0, 1) == [scores[:1] for scores in found] and len(asked) == 3
+
+
+def test_replacements_are_judged_by_the_first_stage(
+    tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 windows the last three judge, and 48 tokens are two of them."""
+    seen: list[Tensor] = []
+    plain = Search.replacements
+
+    def noted(self: Search, space: Space, windows: Tensor) -> list[list[float]]:
+        seen.append(windows)
+        return plain(self, space, windows)
+
+    monkeypatch.setattr(Search, "replacements", noted)
+    searched(tmp_path / "model", tmp_path / "run", tokens, search="integer")
+    assert len(seen) == 1 and torch.equal(seen[0], tokens[9:11])
 
 
 @pytest.mark.parametrize("harmful", [None, ATTENTION, MLP])
@@ -450,6 +618,16 @@ def test_single_replacements_are_not_measured_again(
         ({"search": "random"}, "allowed: evolution, integer"),
         ({"survivors": "8,4"}, "survivors ending in 1"),
         ({"fitness_tokens": "a,b"}, "whole numbers with commas"),
+        ({"survivors": "0,1", "fitness_tokens": "9,9", "training_tokens": "0"}, "survivors ending in 1"),
+        ({"survivors": "2,1", "fitness_tokens": "9,0", "training_tokens": "0"}, "survivors ending in 1"),
+        ({"survivors": "2,2", "fitness_tokens": "9,9", "training_tokens": "0"}, "survivors ending in 1"),
+        ({"survivors": "2,1", "fitness_tokens": "9,9", "training_tokens": "0,0,0"}, "as many numbers in each"),
+        ({"survivors": "2,1", "fitness_tokens": "9,9,9", "training_tokens": "0,0"}, "as many numbers in each"),
+        ({"fitness_tokens": "1" * 13}, "whole numbers with commas"),
+        ({"training_lr": 0.0}, "training_lr 0.0 was given; allowed: above 0"),
+        ({"norm_gain": False}, "leave them out"),
+        *(({name: 0}, f"{name} 0 was given; allowed: 1 or more") for name in ("levels", "generations", "mutations")),
+        ({"training_batch": 0}, "training_batch 0 was given; allowed: 1 or more"),
         ({"offspring": 0}, "1 or more"),
         ({"start": "random"}, "allowed: uniform, integer"),
         ({"start": "integer", "search": "integer"}, "with search 'evolution' only"),
@@ -459,6 +637,62 @@ def test_single_replacements_are_not_measured_again(
 def test_bad_requests(options: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         get_method("darwinlm", **options)
+
+
+def test_stages_are_columns_of_three_lists() -> None:
+    """The paper's, and one each of everything that must be one or more; a single 0 is no training in any."""
+    made = get_method("darwinlm")
+    assert isinstance(made, DarwinLM)
+    paper = zip((8, 4, 2, 1), (1024, 2048, 4096, 8192), (10_000, 50_000, 100_000, 200_000), strict=True)
+    assert made.stages() == [Stage(*numbers) for numbers in paper]
+    least = dict.fromkeys(("levels", "generations", "offspring", "mutations", "training_batch"), 1)
+    least |= {"survivors": " 1 ", "fitness_tokens": 1, "training_tokens": 0, "training_lr": 1e-12}  # type: ignore[dict-item]
+    small = get_method("darwinlm", **least)
+    assert isinstance(small, DarwinLM) and small.stages() == [Stage(1, 1, 0)]
+    many = get_method("darwinlm", survivors="3,1", fitness_tokens="5, 7", training_tokens="0")
+    assert isinstance(many, DarwinLM) and many.stages() == [Stage(3, 5, 0), Stage(1, 7, 0)]
+    assert set(many.idle({})) == set() and len(get_method("darwinlm", search="integer").idle({})) == 6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "fits"),
+    [
+        ({"data": 2}, 4, True),
+        ({"data": 3}, 4, False),
+        ({"data": 2, "pipeline": 4}, 2, True),
+        ({"data": 2, "pipeline": 4, "virtual_pipeline": 2}, 2, False),
+        ({"data": 2, "pipeline": 4, "virtual_pipeline": 2}, 8, True),
+    ],
+)
+def test_a_training_batch_is_the_same_in_every_layout_that_takes_it(
+    tokens: Tensor, sizes: dict[str, int], batch: int, fits: bool
+) -> None:
+    """It is shared out over replicas, and over interleaved stages; nothing is asked where nobody trains."""
+    layout = {"data": 1, "tensor": 1, "pipeline": 1, "context": 1, "sequence_parallel": False, "virtual_pipeline": None}
+    model: Any = SimpleNamespace(layout=SimpleNamespace(**(layout | sizes)))
+
+    def check(windows: Tensor | None = tokens, **options: Any) -> None:
+        method = get_method("darwinlm", training_batch=batch, **options)
+        assert isinstance(method, DarwinLM)
+        method._check_training(model, windows)
+
+    for idle in ({"training_tokens": "0"}, {"search": "integer"}, {"windows": None}):
+        check(**idle)  # type: ignore[arg-type]
+    if fits:
+        check()
+    else:
+        with pytest.raises(
+            UserError, match=f"training_batch {batch} was given; with this layout it must be a multiple"
+        ):
+            check()
+
+
+def test_windows_too_short_to_train_on_are_told_before_any_work() -> None:
+    model: Any = SimpleNamespace(layout=SimpleNamespace(data=1, tensor=2, context=1, sequence_parallel=True))
+    method = get_method("darwinlm")
+    assert isinstance(method, DarwinLM)
+    with pytest.raises(UserError, match="--calibration-seq-length 8: candidates would train on 0 tokens"):
+        method._check_training(model, torch.zeros(4, 8, dtype=torch.int64))
 
 
 def test_a_run_that_was_stopped_stays_also_with_its_database_elsewhere(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
+
 from megatron_prune.__main__ import main
+from megatron_prune.config import LatencyConfig
 from megatron_prune.decision.latency import SAME, LatencyTable
 from megatron_prune.decision.target import LATENCY, Budget
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import get_method
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.families import ModelConfig, family_of
+from megatron_prune.search import latency as latency_module
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 
 CALIBRATION = "--calibration-samples 6 --calibration-seq-length 16".split()
@@ -79,6 +87,65 @@ def test_the_verb_measures_every_size(root: Path) -> None:
     assert set(found.mlp) == {64, 48, 32, 16} and found.rest > 0
     assert found.about["prompt_length"] == 16 and found.about["environment"]["packages"]
     assert found.of(config(root)) == pytest.approx(found.rest + 2 * (found.attention[4, 2] + found.mlp[64]), abs=1)
+
+
+def measuring(root: Path, **options: int) -> LatencyConfig:
+    given = {"levels": 4, "batch_size": 3, "prompt_length": 16, "repeats": 2} | options
+    return LatencyConfig(input=root / "hf", output=root / "unused.json", **given)
+
+
+def test_halves_are_run_alone_on_a_batch_of_prompts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In turn, once more than they are counted, with the angles of so many positions; the rest makes all logits."""
+    ran: list[tuple[Block, dict[str, Any]]] = []
+
+    def layer(model: ModelConfig, dtype: torch.dtype, number: int) -> Callable[..., None]:
+        assert dtype == torch.float32 and model.hidden_size == 32
+        return lambda **given: ran.append((model.block(number), given))
+
+    monkeypatch.setattr(latency_module, "whole_layer", layer)
+    with backend.running(backend.Layout()):
+        latency_module.measure(config(root), measuring(root))
+        logits = latency_module._rest(config(root), "float32", measuring(root))()
+    attention = [Block(heads, groups, 0) for heads, groups in ((1, 1), (2, 2), (4, 2))]
+    assert [block for block, _ in ran] == 3 * [*attention, *(Block(0, 0, ffn) for ffn in (16, 32, 48, 64))]
+    for _, given in ran:
+        assert given.keys() == {"hidden_states", "attention_mask", "rotary_pos_emb"} and given["attention_mask"] is None
+        assert given["hidden_states"].shape == (16, 3, 32) and given["hidden_states"].dtype == torch.float32
+        assert given["rotary_pos_emb"].shape[0] == 16
+    assert logits.shape == (16, 3, 257)  # type: ignore[attr-defined]
+
+
+def test_medians_are_of_all_rounds_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In microseconds; the parts take turns."""
+    now, order = [0.0], []
+    costs = {"a": iter([900, 1, 5, 3]), "b": iter([0, 2, 2, 40])}
+
+    def part(name: str) -> None:
+        order.append(name)
+        now[0] += next(costs[name]) * 1e-6
+
+    monkeypatch.setattr(latency_module, "_now", lambda: now[0])
+    found = latency_module._medians([partial(part, "a"), partial(part, "b")], 3)
+    assert found == pytest.approx([3, 2]) and order == ["a", "b"] * 4
+
+
+@pytest.mark.parametrize("blocks", [None, [(0, 0, 48), (4, 2, 64)], [(4, 2, 64)], [(2, 2, 0), (4, 4, 24)]])
+def test_layers_that_lack_a_half_are_measured_by_what_they_have(
+    root: Path, blocks: list[tuple[int, int, int]] | None
+) -> None:
+    """Also where that is the first one: every size of every layer is in the table, and so is the model."""
+    whole = config(root)
+    model = whole if blocks is None else whole.with_blocks([Block(*sizes) for sizes in blocks])
+    with backend.running(backend.Layout()):
+        found = latency_module.measure(model, measuring(root, levels=2, repeats=1))
+    there = {model.block(layer) for layer in range(model.num_layers)}
+    assert {(b.num_attention_heads, b.num_query_groups) for b in there if b.num_attention_heads} <= set(found.attention)
+    assert {b.ffn_hidden_size for b in there if b.ffn_hidden_size} <= set(found.mlp)
+    assert all(heads and groups for heads, groups in found.attention) and all(found.mlp)
+    parts = [
+        found._attention(model.block(n)) + found._mlp(model.block(n).ffn_hidden_size) for n in range(model.num_layers)
+    ]
+    assert found.of(model) == round(found.rest + sum(parts)) > 0
 
 
 @pytest.mark.parametrize("search", ["evolution", "integer"])

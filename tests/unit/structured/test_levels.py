@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,9 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_prune.decision.source import open_model
-from megatron_prune.search.levels import ATTENTION, MLP, Levels
+from megatron_prune.errors import UserError
+from megatron_prune.search.levels import ATTENTION, MLP, Level, Levels, attention_levels, mlp_levels
 from megatron_prune.statistics.passes import Passes
-from tests.models import tiny_model
+from megatron_prune.tensor_files import read_tensors, write_tensors
+from tests.models import tiny_blocks, tiny_model
 
 LAYERS, GROUPS, HEADS, WIDTH, DAMPING = 2, 2, 4, 4, 0.01
 """Heads in a group, and channels of a head."""
@@ -132,3 +136,163 @@ def test_neurons_go_one_by_one_the_cheapest_first(made: tuple[Levels, dict[tuple
         others = [[n for n in kept if n != gone] for gone in kept]
         kept = min(others, key=problem.objective)
     assert kept_units(levels, MLP, 0, 1) == kept
+
+
+def sizes(groups: int = 1, heads: int = 1, ffn: int = 0) -> Any:
+    """A model of one kind of layer, by its groups, heads in each of them and neurons."""
+    return SimpleNamespace(
+        block=lambda _: SimpleNamespace(num_query_groups=groups, group_heads=heads, ffn_hidden_size=ffn)
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "expected"),
+    [
+        (64, 4, [64, 48, 32, 16, 0]),
+        (66, 4, [66, 48, 32, 16, 0]),
+        (100, 4, [100, 72, 48, 24, 0]),  # 75, 50, 25: the nearest multiples of 8
+        (60, 4, [60, 45, 30, 15, 0]),  # steps of 15 are no multiples of anything
+        (63, 4, [63, 47, 32, 16, 0]),
+        (3, 10, [3, 2, 1, 0]),
+        (8, 1, [8, 0]),
+        (1, 1, [1, 0]),
+    ],
+)
+def test_neurons_are_evenly_spaced(width: int, count: int, expected: list[int]) -> None:
+    """In multiples of 8 where a step has two of them."""
+    assert mlp_levels(sizes(ffn=width), 0, count) == [Level(ffn=ffn) for ffn in expected]
+
+
+@pytest.mark.parametrize(
+    ("groups", "heads", "count", "free", "expected"),
+    [
+        (2, 4, 4, False, [(2, 4), (2, 3), (2, 2), (2, 1)]),
+        (2, 4, 2, False, [(2, 4), (2, 2)]),
+        (8, 1, 4, False, [(8, 1), (6, 1), (4, 1), (2, 1)]),
+        (8, 1, 4, True, [(8, 1), (6, 1), (4, 1), (2, 1)]),
+        (1, 4, 4, True, [(1, 4), (1, 3), (1, 2), (1, 1)]),
+        (3, 3, 9, True, [(3, 3), (3, 2), (2, 2), (2, 1), (1, 1)]),
+        (2, 5, 9, True, [(2, 5), (2, 4), (2, 3), (2, 2), (2, 1), (1, 1)]),
+        (5, 2, 9, True, [(5, 2), (4, 2), (3, 2), (2, 2), (2, 1), (1, 1)]),
+        (5, 2, 3, True, [(5, 2), (3, 2), (2, 1)]),
+        (1, 1, 4, True, [(1, 1)]),
+    ],
+)
+def test_heads_and_groups_fall_in_turn(
+    groups: int, heads: int, count: int, free: bool, expected: list[tuple[int, int]]
+) -> None:
+    """Heads in every group, groups where those have one, and with free groups the larger of both numbers."""
+    found = attention_levels(sizes(groups, heads), 0, count, free)
+    assert found == [*(Level(*level) for level in expected), Level()]
+
+
+def database(path: Path, folder: Path, count: int, build: bool = True) -> Levels:
+    """Levels of a model, on a few tokens."""
+    tokens = torch.randint(128, (3, 16), generator=torch.Generator().manual_seed(3))
+    passes = Passes(open_model(path).load(backend.Layout()), tokens)
+    levels = Levels(folder, passes, count, DAMPING)
+    if build:
+        levels.build(passes)
+    return levels
+
+
+def test_without_sizes_in_between_a_half_is_there_or_not(tmp_path: Path) -> None:
+    with backend.running(backend.Layout()):
+        levels = database(tiny_model(tmp_path / "model", "llama"), tmp_path / "levels", 1)
+    for kind, layer in itertools.product((ATTENTION, MLP), range(2)):
+        assert len(levels.sizes[kind][layer]) == 2
+        assert [levels.error(kind, layer, level) for level in (0, 1)] == [0.0, 1.0]
+        whole = torch.ones(3, 5)
+        assert torch.equal(levels.weight(kind, layer, 0, whole), whole)
+        assert torch.equal(levels.weight(kind, layer, 1, whole), torch.zeros(3, 5))
+        assert [levels.gone(kind, layer, level) for level in (0, 1)] == [False, True]
+    assert not levels.units(0, 1, 0).heads and not levels.units(0, 0, 1).ffn and levels.units(0, 0, 0).ffn
+
+
+def test_halves_that_a_model_lacks_have_no_levels(tmp_path: Path) -> None:
+    """Neither a file nor an error; the others of the same layer have theirs."""
+    with backend.running(backend.Layout()):
+        levels = database(tiny_blocks(tmp_path / "model", vocab_size=257), tmp_path / "levels", 4)
+    lacks = {(ATTENTION, 0), (MLP, 2)}
+    for kind, layer in itertools.product((ATTENTION, MLP), range(4)):
+        there = (tmp_path / "levels" / f"{layer:05d}.{kind}.safetensors").exists()
+        assert there == ((kind, layer) not in lacks) == (len(levels.sizes[kind][layer]) > 1)
+        if not there:
+            assert levels.error(kind, layer, 0) == 0.0 and levels.gone(kind, layer, 0)
+
+
+DAMAGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "no_errors": lambda found: {name: tensor for name, tensor in found.items() if name != "errors"},
+    "errors_of_other_levels": lambda found: {"errors": found["errors"][:-1].clone()},
+    "whole_errors": lambda found: {"errors": torch.zeros(5, dtype=torch.int64)},
+    "no_first_level": lambda found: {name: tensor for name, tensor in found.items() if not name.startswith("1.")},
+    "no_last_level": lambda found: {name: tensor for name, tensor in found.items() if not name.startswith("3.")},
+    "units_of_another_type": lambda found: {"1.kept": found["1.kept"].float()},
+    "too_few_units": lambda found: {"2.kept": found["2.kept"][:-1].clone()},
+    "falling_units": lambda found: {"1.kept": found["1.kept"].flip(0)},
+    "repeated_units": lambda found: {"1.kept": found["1.kept"].clone().index_copy_(0, *repeated(found))},
+    "a_unit_below_0": lambda found: {"1.kept": found["1.kept"] - 1 - found["1.kept"][0]},
+    "a_unit_too_many": lambda found: {"1.kept": moved_up(found["1.kept"])},
+    "a_weight_of_another_shape": lambda found: {"2.weight": found["2.weight"][:, :-1].clone()},
+    "a_weight_of_another_height": lambda found: {"2.weight": found["2.weight"][:-1].clone()},
+    "whole_weights": lambda found: {"1.weight": found["1.weight"].int()},
+}
+
+
+def repeated(found: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([1]), found["1.kept"][:1]
+
+
+def moved_up(kept: Tensor) -> Tensor:
+    """The last is the first number that no unit has."""
+    return torch.cat([kept[:-1], torch.tensor([8 if len(kept) == 6 else 64], dtype=kept.dtype)])
+
+
+@pytest.mark.parametrize("kind", [ATTENTION, MLP])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_is_not_of_these_levels_is_refused(
+    made: tuple[Levels, dict[tuple[str, int], Problem]], tmp_path: Path, kind: str, damage: str
+) -> None:
+    """Every size and number is looked at; what is whole is read."""
+    levels = made[0]
+    found = dict(read_tensors(levels.folder / f"00001.{kind}.safetensors"))
+    changed = DAMAGES[damage](found)
+    read = Levels.__new__(Levels)
+    vars(read).update(vars(levels) | {"folder": tmp_path, "cache": {}})
+    file = tmp_path / f"00001.{kind}.safetensors"
+    write_tensors(found, file)
+    assert read.error(kind, 1, 1) == levels.error(kind, 1, 1)
+    read.cache.clear()
+    write_tensors(changed if damage.startswith("no_") else found | changed, file)
+    with pytest.raises(UserError, match=f"00001.{kind}.safetensors is missing or damaged .*; remove it and run again"):
+        read.error(kind, 1, 1)
+
+
+def test_a_folder_of_other_levels_is_refused(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "model", "llama")
+    with backend.running(backend.Layout()):
+        database(path, tmp_path / "levels", 4, build=False)
+        database(path, tmp_path / "levels", 4, build=False)
+        with pytest.raises(UserError, match="has other levels or damping: give the same, or a new folder"):
+            database(path, tmp_path / "levels", 2, build=False)
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the files is lost; it comes back as it was."""
+    path = tiny_model(tmp_path / "model", "llama", num_hidden_layers=3)
+    made: list[tuple[int, str]] = []
+    plain = Levels._make
+
+    def noted(self: Levels, layer: int, kind: str, *rest: Any) -> None:
+        made.append((layer, kind))
+        plain(self, layer, kind, *rest)
+
+    monkeypatch.setattr(Levels, "_make", noted)
+    with backend.running(backend.Layout()):
+        levels = database(path, tmp_path / "levels", 2)
+        assert made == list(itertools.product(range(3), (ATTENTION, MLP)))
+        made.clear()
+        (tmp_path / "levels" / "00001.mlp.safetensors").unlink()
+        again = database(path, tmp_path / "levels", 2)
+    assert made == [(1, MLP)]
+    assert [again.error(MLP, 1, n) for n in range(3)] == [levels.error(MLP, 1, n) for n in range(3)]

@@ -24,7 +24,7 @@ from megatron_prune.decision.source import open_model
 from megatron_prune.decision.target import Shape, parse_any_target
 from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog, read_metrics
-from megatron_prune.methods.base import get_method
+from megatron_prune.methods.base import get_method, methods
 from megatron_prune.methods.fit import check_target
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.families import family_of
@@ -328,12 +328,26 @@ def test_the_whole_road(tmp_path: Path, tied: bool) -> None:
         ({"mask_lr": 0.0}, "mask_lr 0.0 was given; allowed: above 0"),
         ({"mask_start": float("nan")}, "mask_start nan was given; allowed: -10 to 10"),
         ({"target_warmup": 1.5}, "target_warmup 1.5 was given; allowed: 0 to 1"),
+        ({"mask_lr": float("inf")}, "mask_lr inf was given; allowed: above 0"),
+        ({"mask_start": -10.5}, "mask_start -10.5 was given; allowed: -10 to 10"),
+        ({"mask_start": 10.5}, "mask_start 10.5 was given; allowed: -10 to 10"),
+        ({"target_warmup": -0.1}, "target_warmup -0.1 was given; allowed: 0 to 1"),
         ({"refit": "none"}, "leave them out"),
+        ({"norm_gain": False}, "leave them out"),
     ],
 )
 def test_bad_requests(options: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError, match=why):
         get_method("sheared_llama", **options)
+
+
+def test_options_may_be_as_large_and_small_as_they_are_said_to_be() -> None:
+    for start, warmup in ((-10.0, 0.0), (10.0, 1.0)):
+        made = get_method("sheared_llama", mask_start=start, target_warmup=warmup, mask_lr=1e-9)
+        assert (made.mask_start, made.target_warmup) == (start, warmup)  # type: ignore[attr-defined]
+    (info,) = [info for info in methods() if info.name == "sheared_llama"]
+    shown = {knob.name: knob.default for knob in info.hyperparameters}
+    assert (shown["mask_start"], shown["mask_lr"], shown["target_warmup"]) == (5.0, 1.0, 0.2)  # the paper's
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from mutant_operators import mutants  # noqa: E402
-from mutants import PACKAGE, TESTS, Outcome, explanations, sample, verdict  # noqa: E402
+from mutants import PACKAGE, TESTS, Outcome, explanations, sample, verdict, write_record  # noqa: E402
 
 SOURCE = '''
 """Words with 1 number."""
@@ -110,3 +111,28 @@ def test_every_module_that_can_have_a_fault_is_looked_at(package: str) -> None:
     files = sorted((ROOT / PACKAGE / package).glob("*.py"))
     able = {f"{package}/{file.name}" for file in files if mutants("", file.read_text())}
     assert able == {module for module in TESTS if module.startswith(f"{package}/")}
+
+
+def test_a_record_keeps_what_was_judged_before(tmp_path: Path) -> None:
+    """Of faults that are still there, each with its last outcome; survivors by name unless they are explained."""
+    first, second, third, fourth = (mutant.key for mutant in sample(4, ["methods/flap.py"]))
+    file = tmp_path / "record.json"
+    old = [Outcome(first, "survived", 1.0), Outcome(second, "survived", 1.0), Outcome("gone.py f: x", "noticed", 1.0)]
+    write_record(file, [*old, Outcome(third, "noticed", 1.0)], {})
+    write_record(file, [Outcome(first, "noticed", 1.0), Outcome(second, "survived", 1.0)], {second: "why"})
+    write_record(file, [Outcome(fourth, "endless", 1.0)], {})
+    found = json.loads(file.read_text())
+    assert found["faults"] == {first: "noticed", second: "explained", third: "noticed", fourth: "endless"}
+    (row,) = [row for row in found["rows"] if row[0] == "methods/flap.py"]
+    assert row == ["methods/flap.py", len(sample(10**6, ["methods/flap.py"])), 4, 3, 1]
+    assert found["rows"][-1] == ["all", len(sample(10**6, ())), 4, 3, 1]
+
+
+def test_every_module_was_judged_and_no_survivor_is_unexplained() -> None:
+    """By the newest record. Its faults may be gone by now; those that are explained there still are."""
+    newest = max((ROOT / "benchmarks" / "results").glob("mutants_*.json"))
+    found, known = json.loads(newest.read_text()), {mutant.key for mutant in sample(10**6, ())}
+    assert len(found["faults"]) >= 100 and set(found["faults"].values()) <= {"noticed", "endless", "explained"}
+    assert {key.split(" ")[0].removeprefix(f"{PACKAGE}/") for key in found["faults"]} == set(TESTS)
+    explained = {key for key, state in found["faults"].items() if state == "explained"}
+    assert explained & known <= set(explanations())
