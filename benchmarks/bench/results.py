@@ -101,14 +101,33 @@ def write_result(
     device: str | None = None,
     **more: Any,
 ) -> Path:
-    """Write and name the result file of today. `device`: what was measured on, where it was not the processor.
+    """Write and name the result file of today; see `contents`."""
+    result = contents(given, columns, rows, protocol, versions=versions, device=device, **more)
+    path = given.output / f"{name}_{result['date']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path)
+    return path
+
+
+def contents(
+    given: argparse.Namespace,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    protocol: str,
+    *,
+    versions: dict[str, str] | None = None,
+    device: str | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What a result file holds. `device`: what was measured on, where it was not the processor.
 
     ValueError for a row with more or fewer cells than there are columns.
     """
     if any(len(row) != len(columns) for row in rows):
-        raise ValueError(f"{name}: a row has not as many cells as there are columns")
+        raise ValueError("a row has not as many cells as there are columns")
     processor = describe_processor()
-    result = {
+    return {
         "columns": list(columns),
         "rows": [list(row) for row in rows],
         "protocol": f"{protocol} {given.note}".rstrip(),
@@ -121,11 +140,6 @@ def write_result(
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "processor": processor,
     }
-    path = given.output / f"{name}_{result['date']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(path)
-    return path
 
 
 def describe_processor(table: str | None = None) -> dict[str, Any]:

@@ -291,7 +291,13 @@ def micro_batches(data: Samples, t: Training, step: int, replica: int, replicas:
     """The micro-batches of a step, `[micro_batch, seq_length + 1]`, of one of the model's replicas."""
     for i in range(t.num_microbatches(replicas)):
         first = step * t.global_batch_size + (i * replicas + replica) * t.micro_batch_size
-        yield torch.stack([data.sample(first + j) for j in range(t.micro_batch_size)]).to(backend.device())
+        windows = torch.stack([data.sample(first + j) for j in range(t.micro_batch_size)])
+        yield to_device(windows)
+
+
+def to_device(windows: Tensor) -> Tensor:
+    """Windows where the model is, from pinned memory: any other copy waits until the GPU has done all it was given."""
+    return windows.pin_memory().to(backend.device(), non_blocking=True) if backend.has_cuda() else windows
 
 
 def make_scheduler(optimizer: Any, t: Training) -> OptimizerParamScheduler:
