@@ -48,7 +48,8 @@ setup(
     extras_require={
         # On NVIDIA GPUs. Apex has no wheel: build it, or start from NVIDIA's PyTorch image.
         "gpu": ["transformer-engine[pytorch]>=2.4"],
-        "modelopt": ["nvidia-modelopt>=0.37"],
+        # Not its own extra [hf], which asks for transformers below 5.15 and for much that is not used here.
+        "modelopt": ["nvidia-modelopt>=0.45,<0.48"],
         "eval": ["lm-eval==0.4.13"],
         "quickstart": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [
@@ -57,6 +58,7 @@ setup(
             "triton>=3.3",  # its interpreter runs the GPU kernels in tests; CUDA builds of PyTorch bring their own
             "hypothesis>=6.100",
             "ibm-fms>=1.13,<2; python_version < '3.13'",  # reads what `export --format fms` writes
+            "nvidia-modelopt>=0.45,<0.48",  # `export --quantize`: fake quantisation and its export run on CPUs
             "ruff>=0.14",
             "import-linter>=2.17",
             "mypy>=1.18",

@@ -25,7 +25,7 @@ from megatron_prune.option_groups import (
     TaskOptions,
     Training,
 )
-from megatron_prune.options import REQUIRED, MayExist, Options, group, option
+from megatron_prune.options import REQUIRED, MayExist, Options, entries, group, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +138,39 @@ class ExportConfig(Options):
         "form of a model whose layers differ: padded with zeros (left out: this), custom: with a modelling file that "
         "the reader must trust, blocks: sizes in config.json, without code",
     )
+    quantize: Literal["fp8", "int4_awq", "nvfp4"] | None = option(
+        None,
+        "quantise the decoder's linears with nvidia-modelopt, for TensorRT-LLM, fp8 and nvfp4 for vLLM too; ranges are "
+        "measured on --calibration, zeros stay zeros",
+    )
+    calibration: Calibration = group(Calibration)
     parallelism: Parallelism = group(Parallelism)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantize is None:
+            return
+        given = f"--quantize {self.quantize}"
+        p = self.parallelism
+        if self.format != "hf":
+            raise UserError(f"{given} was given with --format {self.format}; allowed: --format hf")
+        if self.layers in ("custom", "blocks"):
+            raise UserError(
+                f"{given} was given with --layers {self.layers}, which no engine opens: use --layers padded, or "
+                "prune to layers that are alike"
+            )
+        if max(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size) > 1:
+            raise UserError(
+                f"{given} was given with a layout of several processes and one quantises, which holds the whole model: "
+                "leave the layout out"
+            )
+        if not self.calibration.text:
+            raise UserError(f"{given} needs calibration text and none was given: --calibration FILE.jsonl (or .txt)")
+
     def idle(self) -> Mapping[str, str]:
-        """Masks are no model."""
-        return {"layers": "with --format mask-npz"} if self.format == "mask-npz" else {}
+        """Masks are no model, and ranges are measured to quantise."""
+        idle = {} if self.quantize else {entry.key: "without --quantize" for entry in entries(Calibration)}
+        return idle | ({"layers": "with --format mask-npz"} if self.format == "mask-npz" else {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,14 @@ def without_gpu_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_megatron() -> Iterator[None]:
+    """While active, what is imported finds no megatron-core: libraries that would change its classes leave them."""
+    loaded = [name for name in sys.modules if name.startswith("megatron.")]
+    with _instead(**dict.fromkeys(["megatron", *loaded])):
+        yield
+
+
+@contextlib.contextmanager
 def hollow_triton() -> Iterator[None]:
     """While active, where no GPU is used, `import triton` gives a shell: kernels can be declared and not run."""
     if has_cuda():

@@ -8,6 +8,7 @@ skipped without them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import struct
@@ -86,6 +87,57 @@ def tiny_llama(path: Path, *, rope_llama3: bool = False, **overrides: Any) -> Pa
     if rope_llama3:
         overrides["rope_parameters"] = LLAMA3_ROPE
     return tiny_model(path, "llama", **overrides)
+
+
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Of a float of four bits (sign, two bits of exponent, one of mantissa), in the order of its codes."""
+ALGORITHMS = {"fp8": "FP8", "int4_awq": "W4A16_AWQ", "nvfp4": "NVFP4"}
+
+
+def pack(weight: Tensor, form: str) -> dict[str, Tensor]:
+    """A weight in a form, one number at a time: slow, and by nothing that the package has."""
+    rows, columns = weight.shape
+    if form == "fp8":
+        scale = weight.abs().max() / 448
+        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "input_scale": 2 * scale}
+    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+    block = 16
+    scales = weight.unflatten(1, (-1, block)).abs().amax(2) / (7 if form == "int4_awq" else 6)
+    scale_2 = scales.max() / 448
+    if form == "nvfp4":
+        scales = (scales / scale_2).to(torch.float8_e4m3fn)
+    for row, column in itertools.product(range(rows), range(columns)):
+        scale = float(scales[row, column // block].float() * (scale_2 if form == "nvfp4" else 1))
+        number = float(weight[row, column]) / scale
+        if form == "int4_awq":
+            codes[row, column] = round(number) % 16
+        else:
+            codes[row, column] = min(range(8), key=lambda code: abs(FP4_VALUES[code] - abs(number))) + 8 * (number < 0)
+    if form == "int4_awq":
+        bytes_ = [[int(codes[2 * i, j] + 16 * codes[2 * i + 1, j]) for j in range(columns)] for i in range(rows // 2)]
+        inputs = torch.linspace(0.5, 2, columns)
+        return {"weight": torch.tensor(bytes_, dtype=torch.uint8), "weight_scale": scales, "pre_quant_scale": inputs}
+    bytes_ = [[int(codes[i, 2 * j] + 16 * codes[i, 2 * j + 1]) for j in range(columns // 2)] for i in range(rows)]
+    scales = {"weight_scale": scales, "weight_scale_2": scale_2, "input_scale": scale_2 * 0 + 0.01}
+    return {"weight": torch.tensor(bytes_, dtype=torch.uint8), **scales}
+
+
+def packed_llama(path: Path, form: str) -> tuple[Path, dict[str, Tensor]]:
+    """A tiny model whose linears are packed, and the plain weights that it was made from."""
+    from safetensors.torch import load_file, save_file
+
+    plain = load_file(tiny_llama(path, num_hidden_layers=1) / "model.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for name, weight in plain.items():
+        start = name.removesuffix("weight")
+        parts = pack(weight, form) if "_proj" in name else {"weight": weight}
+        tensors |= {start + kind: part.contiguous() for kind, part in parts.items()}
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    settings = {"quant_method": "modelopt", "quant_algo": ALGORITHMS[form], "ignore": ["lm_head"]}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (path / "hf_quant_config.json").write_text("{}")
+    return path, plain
 
 
 BLOCKS = [(0, 0, 48), (4, 2, 64), (2, 2, 0), (4, 4, 32)]

@@ -99,7 +99,7 @@ def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
         losses = _next_token_losses(model, batch.to(backend.device()))
         loss += float(losses.double().sum())
         tokens += losses.numel()
-    return _result(config, text, loss, tokens, {"kind": "hugging face", "dtype": dtype})
+    return _result(config, text, loss, tokens, hugging_face.about(reader, dtype))
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
 from megatron_prune.model.layout import layout_of
+from megatron_prune.model.packed import open_reader
 from megatron_prune.ranks import by_leader, from_leader
 
 TOLERANCE = 1e-5
@@ -81,7 +82,7 @@ def open_source(given: str | Path) -> Source:
         if pruning.method != "train" and is_trim(run_folder.decision_of(path)):
             config = Trim.load(run_folder.decision_of(path)).units.config(config)
         return Source(path, "run", config, pruning.target)
-    reader = HFReader(str(given))
+    reader = open_reader(str(given))
     return Source(path, "hugging face", reader.model_config, None, reader)
 
 

@@ -119,7 +119,7 @@ def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> E
     longest, window = about.max_position_embeddings, about.sliding_window
     scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window)
     scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
-    return {"kind": "hugging face", "dtype": dtype} | scores, samples
+    return hugging_face.about(reader, dtype) | scores, samples
 
 
 def _tokens_per_batch(config: EvaluateConfig) -> int:

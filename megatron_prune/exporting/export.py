@@ -17,6 +17,7 @@ from megatron_prune.exporting.forms import costs, form_of
 from megatron_prune.exporting.huggingface import write_directory, write_hf
 from megatron_prune.exporting.maxtext import export_maxtext
 from megatron_prune.exporting.padding import padded
+from megatron_prune.exporting.quantise import prepare, write_quantised
 from megatron_prune.model import fms
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import read_description
@@ -50,11 +51,14 @@ def _directory(config: ExportConfig) -> list[str]:
     check_exportable(written)
     if config.format == "fms":
         fms.check_model(written)
+    plan = prepare(config, written) if config.quantize else None
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         weights = load_model(config.input, layout).hf_weights()
         if form == "padded":
             weights = padded(stored, weights)
+        if plan is not None:
+            return write_quantised(config.output, written, weights, plan)
         if backend.rank() != 0:
             for _ in weights:  # every rank takes part in gathering each tensor
                 pass

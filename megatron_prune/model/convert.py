@@ -35,7 +35,7 @@ from megatron_prune.model.published import (
     nearest,
     plain_entries,
 )
-from megatron_prune.model.stored import read_entries
+from megatron_prune.model.stored import Entry, read_entries
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WHAT = "a Hugging Face checkpoint"
@@ -157,12 +157,11 @@ class HFReader:
 
     def __init__(self, source: str | Path) -> None:
         self.directory = local_directory(source)
-        check_directory(self.directory)
+        self._check_directory()
         if not os.path.lexists(self.directory / "config.json"):
             raise given.wrong(self.directory, "hugging face")
-        self.config: dict[str, Any] = read_json(self.directory / "config.json", _WHAT)
-        self._entries = read_entries(self.directory)
-        check_tensors(self.directory, self._entries)
+        self.config = self._read_config()
+        self._entries = self._read_entries()
         with located(self.directory):
             self.model_config = self._model_config()
         family = get_family(self.model_config.family)
@@ -187,6 +186,21 @@ class HFReader:
         known = {*self.names(), *get_family(self.model_config.family).tied_names(self.model_config)}
         buffers = sorted(name for name in self._entries if name not in known)
         return carried.told(self.directory, self.config, self.configs, buffers)
+
+    def _check_directory(self) -> None:
+        """UserError for files that make it another thing than a plain model."""
+        check_directory(self.directory)
+
+    def _read_config(self) -> dict[str, Any]:
+        """What config.json says of the model."""
+        config: dict[str, Any] = read_json(self.directory / "config.json", _WHAT)
+        return config
+
+    def _read_entries(self) -> dict[str, Entry]:
+        """The tensors by the names and types that they have as plain weights."""
+        entries = read_entries(self.directory)
+        check_tensors(self.directory, entries)
+        return entries
 
     def _read(self, name: str, part: Callable[[Any, str], Tensor]) -> Tensor:
         if name not in self._entries:

@@ -37,10 +37,15 @@ _HEADS = ("score.*", "classifier.*", "qa_outputs.*", "v_head.*", "multiple_choic
 
 def check_directory(directory: Path) -> None:
     """UserError for an adapter, alone or beside a model, and for what quantisers leave beside config.json."""
+    check_adapter(directory)
+    quantised.check_files(directory)
+
+
+def check_adapter(directory: Path) -> None:
+    """UserError for an adapter, alone or beside a model."""
     adapter = next((name for name in _ADAPTER_FILES if os.path.lexists(directory / name)), None)
     if adapter is not None:
         raise UserError(_adapter(directory, adapter))
-    quantised.check_files(directory)
 
 
 def _adapter(directory: Path, file: str) -> str:

@@ -36,10 +36,11 @@ from megatron_prune.log import read_metrics
 from megatron_prune.model.checkpoint import check_manifest
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import read_description
+from megatron_prune.model.packed import open_reader
 from megatron_prune.model.untrusted import check_format, read_table
 from megatron_prune.options import entries, flag
 from megatron_prune.results import read_result
-from tests.models import byte_tokenizer, tiny_llama, words
+from tests.models import byte_tokenizer, packed_llama, tiny_llama, words
 
 STEPS = "--seq-length 16 --global-batch-size 1 --train-iters 2 --save-interval 1"
 CALIBRATION = "--calibration w.jsonl --calibration-samples 1 --calibration-seq-length 16"
@@ -69,6 +70,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("fuzz")
     with contextlib.chdir(folder):
         byte_tokenizer(tiny_llama(Path("hf"), vocab_size=257))
+        packed_llama(Path("packed"), "int4_awq")
         words(Path("w.jsonl"), 4)
         for command in COMMANDS:
             assert main(command.split()) == 0, command
@@ -157,6 +159,7 @@ JSON_FILES: dict[str, Callable[[], object]] = {
     "latency.json": lambda: LatencyTable.load(Path("latency.json")),
     "tok.json": lambda: open_indexed(Path("tok"), 257),
     "hf/config.json": lambda: HFReader("hf").model_config,
+    "packed/config.json": lambda: open_reader("packed").model_config,
     "hf/tokenizer.json": lambda: load_tokenizer(Path("hf"), 257),
     "hf/tokenizer_config.json": lambda: load_tokenizer(Path("hf"), 257),
 }
