@@ -71,8 +71,8 @@ def main() -> None:
     rows = [line for row in MODELS for line in bench.rows(row, tuple(given.forms))]
     protocol = (
         "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16; calibration C1: 64 x 512 tokens of C4, for "
-        "pruning and for quantising. The decoder's linears are quantised; the embedding, 21% of the dense model and its output "
-        "layer too, stays in bf16. int4_awq in blocks of 64: 128 does not divide a hidden size of 576."
+        "pruning and for quantising. The decoder's linears are quantised; the embedding, 21% of the dense model, and "
+        "output layer stay in bf16. int4_awq in blocks of 64: 128 does not divide a hidden size of 576."
     )
     write_result("quantise", given, COLUMNS, rows, protocol, versions=installed("nvidia-modelopt"))
 
