@@ -52,21 +52,21 @@ def _directory(config: ExportConfig) -> list[str]:
     if config.format == "fms":
         fms.check_model(written)
     plan = prepare(config, written) if config.quantize else None
-    layout = layout_of(config.parallelism)
+    layout, told = layout_of(config.parallelism), costs(stored, form) if form else []
     with backend.running(layout):
         weights = load_model(config.input, layout).hf_weights()
         if form == "padded":
             weights = padded(stored, weights)
         if plan is not None:
-            return write_quantised(config.output, written, weights, plan)
-        if backend.rank() != 0:
+            told += write_quantised(config.output, written, weights, plan)
+        elif backend.rank() != 0:
             for _ in weights:  # every rank takes part in gathering each tensor
                 pass
         elif config.format == "fms":
             _write_fms(config.output, written, weights, config.input / "tokenizer")
         else:
             write_hf(config.output, written, weights, config.input / "tokenizer", with_code=form == "custom")
-    return costs(stored, form) if form else []
+    return told
 
 
 def _write_fms(output: Path, model: ModelConfig, weights: Iterator[tuple[str, Tensor]], tokenizer: Path) -> None:

@@ -51,6 +51,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "trim --input run --output sparse",
             f"prune --input dense --output narrow --method minitron --target ffn_hidden_size=64 {CALIBRATION}",
             "trim --input narrow --output small",
+            f"prune --input dense --output varied --method flap --target parameters=85K {CALIBRATION}",
+            "trim --input varied --output different",
         ):
             assert main(command.split()) == 0, command
     return root
@@ -191,10 +193,29 @@ def test_megatron_core_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @installed
-def test_layers_that_differ_are_padded(tmp_path: Path) -> None:
-    """Halves that are missing have nothing to take a scale from."""
-    command = f"export --input blocks --output {tmp_path}/q --quantize fp8 {CALIBRATION}"
-    assert main(command.split()) == 2 and not (tmp_path / "q").exists()
+def test_layers_that_differ_are_padded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Padding is zeros, and they stay; halves that are missing have nothing to take a scale from."""
+    path = tmp_path / "q"
+    assert main(f"export --input different --output {path} --quantize fp8 {CALIBRATION}".split()) == 0
+    told = capsys.readouterr().out
+    assert "padded (written)" in told and "fp8: " in told
+    blocks = HFReader(exported("different", tmp_path, "blocks")).model_config
+    plain, reader = HFReader(exported("different", tmp_path, "padded")), open_reader(path)
+    assert blocks.blocks is not None and len(set(blocks.blocks)) > 1
+    padding = 0
+    for name in prunable_shapes(plain.model_config):
+        zero = plain.read(name) == 0
+        padding += int(zero.sum())
+        assert not reader.read(name)[zero].any(), name
+    assert padding > 1000 and f"all {padding:,} zeros of the linears stay zeros" in told
+    line = refused(f"export --input blocks --output no --quantize fp8 {CALIBRATION}", capsys)
+    assert "model.layers.0.self_attn.q_proj.weight has only zeros, from which no scale follows" in line
+
+
+def exported(model: str, folder: Path, layers: str) -> Path:
+    """The plain export of a model."""
+    assert main(f"export --input {model} --output {folder / layers} --layers {layers}".split()) == 0
+    return folder / layers
 
 
 @installed
