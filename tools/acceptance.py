@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import json
+import math
 import os
 import random
 import sys
@@ -81,6 +82,13 @@ class Place:
     def path(self, name: str) -> Path:
         """Of something in the folder."""
         return self.folder / name
+
+    def forget(self) -> None:
+        """Give back memory, and count its peak from here on."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def verb(self, *words: object, **options: object) -> None:
         """Run a verb in this process; `options` as flags. RuntimeError when it does not succeed."""
@@ -283,8 +291,15 @@ def run(check: Check, place: Place) -> dict[str, Any]:
         verdict, value, limit, more = None, None, None, {"skipped": str(reason)}
     except Exception as error:  # noqa: BLE001  (whatever it is, the other checks are run)
         verdict, value, limit, more = False, None, None, {"error": f"{type(error).__name__}: {error}"[:600]}
-    gc.collect()
-    if place.on_gpu:
-        torch.cuda.empty_cache()
+    place.forget()
     seconds = round(time.perf_counter() - began, 2)
-    return {"name": check.name, "pass": verdict, "value": value, "limit": limit, "seconds": seconds, **more}
+    return {"name": check.name, "pass": verdict, "value": plain(value), "limit": limit, "seconds": seconds, **more}
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it, which knows no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

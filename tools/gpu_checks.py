@@ -106,7 +106,7 @@ def mask_kernels(place: Place) -> Found:
                 plain = evaluate(*tensors, hard=hard, implementation="eager", **given[1])
                 _worse(found, ours, plain)
         if place.on_gpu:
-            there = evaluate(*(tensor.cpu() for tensor in tensors), implementation="cpu")
+            there = evaluate(*(tensor.cpu() for tensor in tensors))  # C, where there is a compiler
             _worse(found, evaluate(*tensors, implementation=fast(place)), there)
     found["parts that differ from the whole"] = float(_parts_that_differ(place))
     found["winners that differ"] = float(_winners_that_differ(place))
@@ -265,8 +265,7 @@ def road(place: Place) -> Found:
     """Import, SparseGPT, masks learned in 20 steps: the loss falls, and what a step costs beside dense training."""
     steps, run, dense = 20, place.path("road"), place.path("road_dense")
     place.large_run  # noqa: B018  (made first: its time is the check's)
-    if place.on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    place.forget()
     learning = place.learning(steps, lr=LEARNING_RATE, min_lr=LEARNING_RATE)
     place.verb("prune", input=place.large_checkpoint, output=run, method="maskllm", target="2:4", **learning)
     found = losses(run)
@@ -393,7 +392,7 @@ def verified(place: Place) -> Found:
         ("pruned", place.large_sparse, place.large_sparse_hf),
     ):
         output = place.path(f"verify_{kind}.json")
-        place.verb("verify", input=checkpoint, against=hf, output=output, seq_length=128)
+        place.verb("verify", input=checkpoint, against=hf, output=output, seq_length=128, tolerance=1)
         logits = json.loads(output.read_text())["logits"]
         found[f"{kind}, by the largest logit"] = logits["max_absolute_difference"] / logits["largest_logit"]
         found[f"{kind}, other argmax"] = 1 - logits["same_argmax"]
@@ -559,7 +558,7 @@ def unit_tests(place: Place) -> Found:
     chosen = "not 4-8" if place.on_gpu else "(regularizer or decode) and not 4-8"
     files = [str(folder / "test_gumbel.py"), str(folder / "test_second_order.py")]
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150)
     told = (done.stdout.strip().splitlines() or ["nothing"])[-1]
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error|skipped)", told)}
     return Found(done.returncode == 0 and counts.get("passed", 0) > 0, counts or told, "all pass")

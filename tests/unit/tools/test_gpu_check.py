@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_prune.kernels import gumbel, second_order
+from megatron_prune.kernels.compiled import DISABLE_VARIABLE
 from tests.distributed.launch import environment
 from tools import acceptance, gpu_checks, gpu_layouts
 from tools.acceptance import TINY, Check, Found, Place, Skip, furthest, run, within
@@ -78,6 +79,16 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
     assert done.returncode == 1 and "PyTorch sees no GPU; --device cpu" in done.stderr
 
 
+def test_one_that_fails_is_the_exit_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without its kernels in C; what was said stays, and the result file tells."""
+    monkeypatch.setenv(DISABLE_VARIABLE, "0")
+    folder, output = tmp_path / "made", tmp_path / "result.json"
+    status, (line,), said = check("--only", "gradients", "--folder", str(folder), "--output", str(output))
+    assert status == 1 and line["pass"] is False and "implementation 'cpu'" in line["error"]
+    assert f"gradients failed; all that was said: {folder / 'log.txt'}" in said and (folder / "log.txt").exists()
+    assert json.loads(output.read_text())["rows"][0][:2] == ["gradients", "FAILED"]
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path, "cpu", TINY, TINY)
@@ -89,6 +100,7 @@ def place(tmp_path: Path) -> Place:
         (lambda place: within({"x": 1.0}, {"x": 1}), True, None),
         (lambda place: within({"x": 1.1}, {"x": 1}), False, None),
         (lambda place: within({"x": float("nan")}, {"x": 1}), False, None),
+        (lambda place: Found(False, {"x": [float("inf")]}, 1), False, None),
         (lambda place: 1 / 0, False, "error"),
         (lambda place: place.no_such_thing, False, "error"),
     ],
@@ -96,7 +108,7 @@ def place(tmp_path: Path) -> Place:
 def test_a_check_has_one_line_whatever_happens(place: Place, work: Any, verdict: bool, key: str | None) -> None:
     line = run(Check("name", work), place)
     assert line["pass"] is verdict and (key is None or line[key])
-    json.dumps(line)
+    json.dumps(line, allow_nan=False)
 
 
 def test_what_is_skipped_says_why(place: Place) -> None:
