@@ -47,7 +47,10 @@ setup(
     ],
     extras_require={
         # On NVIDIA GPUs. Apex has no wheel: build it, or start from NVIDIA's PyTorch image.
-        "gpu": ["transformer-engine[pytorch]>=2.4"],
+        "gpu": [  # of Transformer Engine what megatron-core 0.16 names, and 0.19 works with
+            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[pytorch]>=2.9; python_version >= '3.12'",
+        ],
         # Not its own extra [hf], which asks for transformers below 5.15 and for much that is not used here.
         "modelopt": ["nvidia-modelopt>=0.45,<0.48"],
         "eval": ["lm-eval==0.4.13"],

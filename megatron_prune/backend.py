@@ -265,7 +265,23 @@ class _Without(logging.Filter):
         return self.words not in record.getMessage()
 
 
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Hardware queues of a GPU. With one, kernels start in the order in which they are launched, on which megatron-core
+counts where a layer's collectives overlap with its products; FSDP's gathers need more than one to run beside products.
+"""
 _installed = False
+_own_queue = False
+"""Whether `QUEUES` was not set by the user."""
+
+
+def _set_queues(layout: Layout) -> None:
+    """One queue where layers are split; before this process uses its GPU. What the user has set stays."""
+    if not _own_queue:
+        return
+    if layout.tensor == layout.context == 1:
+        os.environ.pop(QUEUES, None)
+    else:
+        os.environ[QUEUES] = "1"
 
 
 def install() -> None:
@@ -274,7 +290,9 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    global _own_queue
+    _own_queue = QUEUES not in os.environ
+    os.environ.setdefault(QUEUES, "1")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # PyTorch may have come before us
     for logger, words in (NOISE if has_cuda() else NOISE | CPU_NOISE).items():
         logging.getLogger(logger).addFilter(_Without(words))
@@ -433,6 +451,7 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
     memory that is freed from here on.
     """
     check_layout(layout, world_size())
+    _set_queues(layout)
     if not has_cuda():
         keep_freed_memory()
     if not dist.is_initialized():
@@ -444,6 +463,7 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
         distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,  # beside NCCL's, for optimizer states of megatron-core's own
     )
     seed_everything(seed)
 

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with everything that the tests and the quickstart need; does nothing when it is up to date.
+# The newest Python from 3.11 to 3.13 is taken that is here: on PATH, pyenv's or uv's. With a version, as in
+# `tools/setup_env.sh 3.11`, it is that Python, in .venv-3.11; exit status 3 when there is none.
 # TORCH_SPEC chooses another PyTorch, e.g. TORCH_SPEC='torch==2.13.0 --index-url URL-OF-A-CUDA-BUILD'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -7,29 +9,42 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # PyTorch goes first, so that nothing else chooses its version: this is the CPU build where the package index offers
 # one; on other indexes it is the default build, which also runs without a GPU but is several times larger.
 TORCH_SPEC=${TORCH_SPEC:-torch==2.13.0}
+VERSIONS=(3.13 3.12 3.11)
+folder=.venv
+if [ $# -gt 0 ]; then VERSIONS=("$1") folder=.venv-$1; fi
 
-is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+is_version() { "$1" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != sys.argv[1])' "$2" 2>/dev/null; }
+
+# A Python of version $1. Commands on PATH may be pyenv's shims, which end with an error when they are not chosen.
+python_of() {
+    local candidate
+    for candidate in "python$1" python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1"*/bin/python; do
+        if is_version "$candidate" "$1"; then echo "$candidate"; return; fi
+    done
+    if command -v uv > /dev/null; then uv python find --no-project "$1" 2>/dev/null; fi
+}
 
 stamp=$(cat setup.py tools/setup_env.sh <(echo "$TORCH_SPEC $PWD") | sha256sum | cut -d' ' -f1)
-if [ -x .venv/bin/python ] && [ "$(cat .venv/stamp 2>/dev/null)" = "$stamp" ]; then
+if [ -x $folder/bin/python ] && [ "$(cat $folder/stamp 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
 
-if ! [ -x .venv/bin/python ]; then
+if ! [ -x $folder/bin/python ]; then
     python=
-    for candidate in python3.11 python3 python3.12 python3.13; do
-        if is_new_enough "$candidate"; then python=$candidate; break; fi
+    for version in "${VERSIONS[@]}"; do
+        python=$(python_of "$version") || true
+        if [ -n "$python" ]; then break; fi
     done
     if [ -z "$python" ]; then
-        echo "setup_env: no Python 3.11 or newer found; install one and run this again" >&2
-        exit 2
+        echo "setup_env: no Python ${VERSIONS[*]} found (PATH, pyenv, uv); install one and run this again" >&2
+        exit $(($# > 0 ? 3 : 2))
     fi
-    "$python" -m venv .venv
+    "$python" -m venv $folder
 fi
 
-echo "setup_env: installing into .venv (once; a few minutes)"
-rm -f .venv/stamp
+echo "setup_env: installing into $folder ($($folder/bin/python --version); once; a few minutes)"
+rm -f $folder/stamp
 # shellcheck disable=SC2086  # TORCH_SPEC may hold options
-.venv/bin/python -m pip install --quiet $TORCH_SPEC
-.venv/bin/python -m pip install --quiet -e '.[dev,quickstart,eval]'
-echo "$stamp" > .venv/stamp
+$folder/bin/python -m pip install --quiet --disable-pip-version-check $TORCH_SPEC
+$folder/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,quickstart,eval]'
+echo "$stamp" > $folder/stamp

@@ -56,7 +56,7 @@ def load_library(source: Path) -> ctypes.CDLL | None:
     in the process). Calls into the library release the GIL. The result is remembered for the life of the
     process. Raises FileNotFoundError when `source` is missing.
     """
-    return _load(source.resolve()) if enabled() else None
+    return _load(source) if enabled() else None
 
 
 @functools.cache

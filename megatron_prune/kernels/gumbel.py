@@ -65,8 +65,9 @@ class Call:
     accumulate_into: Tensor | None = None
 
 
+@functools.cache
 def patterns(n: int, m: int) -> Tensor:
-    """`pattern_table` as a tensor: bool [C(m, n), m]; ValueError unless 1 <= n <= m <= 8."""
+    """`pattern_table` as a tensor: bool [C(m, n), m], the same one at every call; ValueError unless 1 <= n <= m <= 8."""
     return torch.from_numpy(pattern_table(n, m))
 
 

@@ -89,14 +89,20 @@ def constants(patterns: int) -> dict[str, Any]:
 
 def mask_constants(call: Call, patterns: int) -> dict[str, Any]:
     """What the kernels that draw masks know besides."""
+    return _mask_constants(call.n, call.m, patterns, call.key is not None, call.hard)
+
+
+@functools.cache
+def _mask_constants(n: int, m: int, patterns: int, noise: bool, hard: bool) -> dict[str, Any]:
+    """The same, made once for what it hangs on: a linear asks at every pass."""
     return {
-        "TABLE": _table(call.n, call.m),
-        "M": call.m,
-        "NOISE": call.key is not None,
-        "HARD": call.hard,
+        "TABLE": _table(n, m),
+        "M": m,
+        "NOISE": noise,
+        "HARD": hard,
         "HARDWARE": on_nvidia(),
-        "M_LOAD": _chunk(call.m) if patterns > MAX_CHUNK else 1,
-        "M_CHUNK": _chunk(call.m),
+        "M_LOAD": _chunk(m) if patterns > MAX_CHUNK else 1,
+        "M_CHUNK": _chunk(m),
         "P_CHUNK": _chunk(patterns),
     }
 

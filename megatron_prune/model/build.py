@@ -9,7 +9,10 @@ minus infinity, so the loss is the same in every layout.
 from __future__ import annotations
 
 import copy
+import functools
+import importlib.util
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +44,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.log import say
 from megatron_prune.model import blocks as block_list
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.blocks import Block
@@ -50,6 +54,8 @@ from megatron_prune.model.masked_linear import (
     MaskedRowParallelLinear,
 )
 from megatron_prune.model.sizes import ModelConfig, rotary_channels
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Compute and parameter types a model may have here."""
@@ -145,9 +151,23 @@ def _te_modules() -> tuple[Any, Any] | None:
         return None
     from megatron.core.extensions import transformer_engine  # importable, with hollow classes, where it is missing
 
+    _tell_modules(transformer_engine.HAVE_TE)
     if not transformer_engine.HAVE_TE:
         return None
     return transformer_engine.TENorm, transformer_engine.TEDotProductAttention
+
+
+@functools.cache
+def _tell_modules(engine: bool) -> None:
+    """Say once what layers are made of on this GPU; loudly when an installed Transformer Engine is left out."""
+    names = "Transformer Engine's norm and attention" if engine else "own norm, torch's attention"
+    say(f"layers: {names}; linears: own")
+    if not engine and importlib.util.find_spec("transformer_engine") is not None:
+        logger.warning(
+            "transformer_engine is installed and megatron-core %s cannot use it: rounding and speed are those of plain "
+            "PyTorch; install the version that `pip install 'megatron-prune[gpu]'` names",
+            ".".join(map(str, backend.core_version())),
+        )
 
 
 def _norm_and_attention(config: TransformerConfig) -> tuple[Any, Any]:
@@ -285,7 +305,8 @@ def transformer_config(
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=backend.has_cuda(),
-        bias_activation_fusion=False,
+        # One kernel, and three tensors of the MLP's width kept for its backward pass instead of five.
+        bias_activation_fusion=backend.has_cuda() and config.gated and config.activation == "silu",
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,

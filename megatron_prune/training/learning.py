@@ -30,6 +30,9 @@ from megatron_prune.training.loop import Steps, Trainer
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
 
+NOISE_AT_ONCE = 2**22
+"""Logits whose start is drawn together, with some 50 bytes of temporaries each."""
+
 
 class LearningRunner(TrainingSession):
     """Learns mask logits in `folder`; `prior` and `initial_logits` say where learning starts."""
@@ -98,12 +101,16 @@ class LearningRunner(TrainingSession):
         """Noise of mean 0 and variance 1 for a start without a prior, the same in every layout."""
         module, position = linear.module, linear.module.position
         assert position is not None
-        _rows, groups, count = module.mask_logits.shape
-        columns = position.first_group + torch.arange(groups)
-        index = position.row_ids[:, None].cpu() * position.groups_per_row + columns
+        rows, groups, count = module.mask_logits.shape
+        device = module.mask_logits.device
+        columns = position.first_group + torch.arange(groups, device=device)
+        row_ids = position.row_ids.to(device)[:, None]
         key = gumbel.Draw(self.training.seed, definition.INITIAL_STEP, 0, linear.tensor_id).key()
-        noise = gumbel_noise(index, count, key).to(module.mask_logits.device)
-        return (noise - definition.GUMBEL_MEAN) / definition.GUMBEL_STD
+        noise = torch.empty(rows, groups, count, device=device)
+        step = max(1, NOISE_AT_ONCE // (groups * count))
+        for some in (slice(first, first + step) for first in range(0, rows, step)):
+            noise[some] = gumbel_noise(row_ids[some] * position.groups_per_row + columns, count, key)
+        return noise.sub_(definition.GUMBEL_MEAN).div_(definition.GUMBEL_STD)
 
     def optimize(self, multipliers: dict[str, float], on_step: Callable[[int, int], dict[str, float]]) -> None:
         """Run the optimizer steps that are left, logging, saving and evaluating at their intervals."""

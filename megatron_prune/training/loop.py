@@ -211,7 +211,9 @@ class Trainer:
             overrides[ParamKey(name=pattern)] = dict(
                 max_lr=t.lr * factor, min_lr=t.min_lr * factor, wd_mult=0.0, lr_mult=factor
             )
-        optimizer = get_megatron_optimizer(config, self.chunks, config_overrides=overrides)
+        optimizer = get_megatron_optimizer(
+            config, self.chunks, config_overrides=overrides, use_gloo_process_groups=False
+        )
         use_fused_kernel(optimizer)
         return optimizer
 

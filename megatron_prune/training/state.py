@@ -32,6 +32,7 @@ from megatron_prune.training.stopping import largest
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's running means of the gradient and of its square, under torch's, Apex's and Transformer Engine's name."""
 MASTER = "master"
+TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 Sharded = dict[str, dict[str, Any]]
 """Sharded tensors by chunk and parameter name."""
@@ -72,10 +73,14 @@ def load_parameters(chunks: Sequence[Module], state: Sharded) -> None:
 
 
 def use_fused_kernel(optimizer: Any) -> None:
-    """On the CPU: one kernel for an Adam step (on a GPU the optimizer that megatron-core picks is fused already)."""
-    if not backend.has_cuda():
-        for group in optimizer.param_groups:
-            group["fused"] = True
+    """One kernel for an Adam step where it is torch's: those of Apex and of Transformer Engine are fused already.
+
+    Left to itself torch takes one kernel an operation, and on a GPU as much memory as a moment besides.
+    """
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(inner.optimizer, TORCH_ADAM):
+            for group in inner.optimizer.param_groups:
+                group["fused"] = True
 
 
 @dataclass(frozen=True)
@@ -205,8 +210,8 @@ def _fill(slot: Slot, loaded: dict[str, Tensor], step: int) -> None:
     if MASTER in loaded:
         slot.main.copy_(loaded.pop(MASTER))
     slot.state.update(loaded)
-    if isinstance(slot.adam, (torch.optim.Adam, torch.optim.AdamW)):
-        slot.state["step"] = torch.tensor(float(step))
+    if isinstance(slot.adam, TORCH_ADAM):
+        slot.state["step"] = torch.tensor(float(step), device=slot.main.device)  # the fused kernel wants it there
         return
     for group in slot.adam.param_groups:
         group["step"] = step
