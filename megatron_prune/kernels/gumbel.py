@@ -67,7 +67,7 @@ class Call:
 
 @functools.cache
 def patterns(n: int, m: int) -> Tensor:
-    """`pattern_table` as a tensor: bool [C(m, n), m], the same one at every call; ValueError unless 1 <= n <= m <= 8."""
+    """`pattern_table` as a tensor: bool [C(m, n), m], always the same one; ValueError unless 1 <= n <= m <= 8."""
     return torch.from_numpy(pattern_table(n, m))
 
 

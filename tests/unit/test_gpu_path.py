@@ -43,9 +43,8 @@ def test_a_gpu_has_one_queue_only_where_layers_are_split(
 
 
 def test_no_process_groups_are_made_besides_those_in_use() -> None:
-    with backend.running(backend.Layout()):
-        with pytest.raises(AssertionError):
-            parallel_state.get_data_parallel_group_gloo()
+    with backend.running(backend.Layout()), pytest.raises(AssertionError):
+        parallel_state.get_data_parallel_group_gloo()
 
 
 def model(**fields: Any) -> PrunableModel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -9,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_prune.kernels import gumbel_kernels, second_order_kernels, triton_gumbel, triton_second_order
+from megatron_prune.kernels import second_order_kernels, triton_gumbel, triton_second_order
 from megatron_prune.kernels.gumbel import Call, Position
 from megatron_prune.kernels.triton_second_order import TILE
 
@@ -20,7 +22,7 @@ TYPES = {
     **dict.fromkeys(("weight", "output", "grad_output", "grad_weight"), "*bf16"),
     **dict.fromkeys(("total", "groups", "first_group", "groups_per_row"), "i32"),
     **dict.fromkeys(("scale", "inverse_temperature", "sharpness", "regularization"), "fp32"),
-    **{"row_ids": "*i64", "key": "i64", "winners": "*u8"},
+    **{"row_ids": "*i64", "key": "i64", "winners": "*u8", "bits": "*u8"},
 }
 SOLVER_TYPES = {
     **dict.fromkeys(("weight", "upper", "errors"), "*fp32"),
@@ -39,10 +41,13 @@ def compile_kernel(kernel: Any, known: dict[str, Any], types: dict[str, str], wa
     return result.asm["ptx"]
 
 
-def compile_gumbel() -> None:
-    known = triton_gumbel.constants(6) | triton_gumbel.mask_constants(CALL, 6) | FLAGS
+def compile_gumbel(n: int, m: int) -> None:
+    choices = math.comb(m, n)
+    known = triton_gumbel.constants(choices) | FLAGS
+    known |= triton_gumbel.mask_constants(replace(CALL, n=n, m=m), choices)
     for name in ("forward", "backward", "winners"):
-        ptx = compile_kernel(getattr(gumbel_kernels, name), known, TYPES, triton_gumbel.BLOCK // 32)
+        kernel = getattr(triton_gumbel.kernels(choices), name)
+        ptx = compile_kernel(kernel, known, TYPES, triton_gumbel.BLOCK // 32)
         assert "ex2.approx.ftz" in ptx and "lg2.approx.ftz" in ptx
         print(name)
 
@@ -57,5 +62,6 @@ def compile_solver() -> None:
 
 
 if __name__ == "__main__":
-    compile_gumbel()
+    compile_gumbel(2, 4)
+    compile_gumbel(4, 8)
     compile_solver()

@@ -502,9 +502,12 @@ def test_without_triton_a_gpu_falls_back_loudly_and_once(
 
 @needs_triton
 def test_kernels_compile_for_a_gpu() -> None:
-    """For NVIDIA's compute capability 9.0, by Triton's compiler, which needs no GPU; the interpreter skips all that."""
+    """For NVIDIA's compute capability 9.0, by Triton's compiler, which needs no GPU; the interpreter skips all that.
+
+    2:4, and 4:8, whose 70 choices unrolled would take longer than this waits.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "compile_for_gpu.py"
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["forward", "backward", "winners", "inside", "inside", "behind"]
+    assert result.stdout.split() == ["forward", "backward", "winners"] * 2 + ["inside", "inside", "behind"]
