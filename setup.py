@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_prune", "megatron_prune.*"]),
     package_data={
         "megatron_prune": ["py.typed", "*.pyi"],
@@ -56,6 +56,8 @@ setup(
         "eval": ["lm-eval==0.4.13"],
         "quickstart": ["gguf>=0.17", "accelerate>=1.0"],
         "dev": [
+            "build>=1.2",
+            "setuptools>=77",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "triton>=3.3",  # its interpreter runs the GPU kernels in tests; CUDA builds of PyTorch bring their own
@@ -79,6 +81,7 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Operating System :: POSIX :: Linux",
     ],
 )

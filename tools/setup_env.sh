@@ -25,11 +25,11 @@ python_of() {
 }
 
 stamp=$(cat setup.py tools/setup_env.sh <(echo "$TORCH_SPEC $PWD") | sha256sum | cut -d' ' -f1)
-if [ -x $folder/bin/python ] && [ "$(cat $folder/stamp 2>/dev/null)" = "$stamp" ]; then
+if [ -x "$folder"/bin/python ] && [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
 
-if ! [ -x $folder/bin/python ]; then
+if ! [ -x "$folder"/bin/python ]; then
     python=
     for version in "${VERSIONS[@]}"; do
         python=$(python_of "$version") || true
@@ -39,12 +39,12 @@ if ! [ -x $folder/bin/python ]; then
         echo "setup_env: no Python ${VERSIONS[*]} found (PATH, pyenv, uv); install one and run this again" >&2
         exit $(($# > 0 ? 3 : 2))
     fi
-    "$python" -m venv $folder
+    "$python" -m venv "$folder"
 fi
 
-echo "setup_env: installing into $folder ($($folder/bin/python --version); once; a few minutes)"
-rm -f $folder/stamp
+echo "setup_env: installing into $folder ($("$folder/bin/python" --version); once; a few minutes)"
+rm -f "$folder"/stamp
 # shellcheck disable=SC2086  # TORCH_SPEC may hold options
-$folder/bin/python -m pip install --quiet --disable-pip-version-check $TORCH_SPEC
-$folder/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,quickstart,eval]'
-echo "$stamp" > $folder/stamp
+"$folder"/bin/python -m pip install --quiet --disable-pip-version-check $TORCH_SPEC
+"$folder"/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,quickstart,eval]'
+echo "$stamp" > "$folder"/stamp
