@@ -127,7 +127,7 @@ def _parts(count: int) -> Iterator[slice]:
 
 def _first(wrong: np.ndarray) -> int | None:
     """Where the first True is."""
-    return int(wrong.argmax()) if wrong.any() else None
+    return int(np.argmax(wrong)) if wrong.any() else None
 
 
 def check_tokens(prefix: Path, vocab_size: int) -> None:

@@ -37,7 +37,7 @@ def interpreted() -> bool:
 def forward(weight: Tensor, logits: Tensor, call: Call) -> Tensor:
     """weight * mask, in the weight's dtype."""
     output = torch.empty_like(weight)
-    _run("forward", logits, call, (weight, output))
+    _run(kernels(logits.shape[2]).forward, logits, call, (weight, output))
     return output
 
 
@@ -53,7 +53,9 @@ def backward(
     """Fills grad_weight and fills or (add) adds to grad_logits, where they are wanted."""
     gradients = [grad_output if wanted is None else wanted for wanted in (grad_weight, grad_logits)]
     flags = {"WEIGHT": grad_weight is not None, "LOGITS": grad_logits is not None, "ADD": add}
-    _run("backward", logits, call, (weight, grad_output, *gradients, call.regularization), **flags)
+    _run(
+        kernels(logits.shape[2]).backward, logits, call, (weight, grad_output, *gradients, call.regularization), **flags
+    )
 
 
 def winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
@@ -63,11 +65,11 @@ def winners(logits: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
     index = torch.empty(logits.shape[:2], dtype=torch.uint8, device=logits.device)
     sums = torch.empty(_programs(logits), 2, device=logits.device)
     known = constants(logits.shape[2]) | {"HARDWARE": on_nvidia()}
-    _launch("winners", logits, (logits, index, sums, index.numel(), sharpness), known)
+    _launch(kernels(logits.shape[2]).winners, logits, (logits, index, sums, index.numel(), sharpness), known)
     return index, sums.sum(0, dtype=torch.float64)
 
 
-def _run(kernel: str, logits: Tensor, call: Call, own: tuple[Any, ...], **flags: bool) -> None:
+def _run(kernel: Any, logits: Tensor, call: Call, own: tuple[Any, ...], **flags: bool) -> None:
     """Launch a kernel with what all need to draw the masks, then the arguments and flags that are its own."""
     low, high = call.key or (0, 0)
     key = low | (high - ((high & 0x80000000) << 1)) << 32  # as int64: one type, so one compilation
@@ -82,8 +84,7 @@ def _run(kernel: str, logits: Tensor, call: Call, own: tuple[Any, ...], **flags:
     _launch(kernel, logits, (*arguments, *own, *bits), known)
 
 
-def _launch(name: str, logits: Tensor, arguments: tuple[Any, ...], known: dict[str, Any]) -> None:
-    kernel = getattr(kernels(logits.shape[2]), name)
+def _launch(kernel: Any, logits: Tensor, arguments: tuple[Any, ...], known: dict[str, Any]) -> None:
     elements = (_programs(logits) + 1) * BLOCK * max(logits.shape[2], 8)  # 8: inputs of a group, at most
     index = tl.int64 if elements >= WIDE_FROM else tl.int32
     if logits.numel():

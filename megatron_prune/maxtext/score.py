@@ -59,7 +59,7 @@ class JaxScorer:
         """See `evaluation.requests.Scorer`. Collective over the hosts."""
         trees = self.model.knows_trees
         batches = plan(requests, self.longest, self.tokens_per_batch, multiple=MULTIPLE, share=trees)
-        choices = max((int(np.bincount(batch.asked).max()) for batch in batches), default=1)
+        choices = max((int(np.max(np.bincount(batch.asked))) for batch in batches), default=1)
         with self.model.sharded():
             return collect(len(requests), batches, (self._answers(batch, choices) for batch in batches))
 

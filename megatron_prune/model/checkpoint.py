@@ -41,7 +41,7 @@ from megatron_prune.model.description import Description, read_description
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.model.untrusted import causes, check_format, load, read_table
-from megatron_prune.ranks import by_leader
+from megatron_prune.ranks import ROOM, by_leader
 from megatron_prune.schema import Bytes, Crc32, RelativeName
 
 MOST_PADDING = 4096
@@ -112,7 +112,7 @@ class ShardedSave:
             told = "; ".join(f"process {rank}: {text}" for rank, text in failed.items())
             raise UserError(
                 f"checkpoint {self.folder} could not be written ({told}); earlier checkpoints are untouched: "
-                "make room or give another disk, then resume"
+                f"make room or {ROOM}, then start again, a training run with --resume"
             )
         self._finalize()
         by_leader(lambda: self._write_checksums({name: value for found in outcomes for name, value in found.items()}))

@@ -82,7 +82,8 @@ def test_one_shot_decisions_are_equal_bit_for_bit(root: Path) -> None:
         calibrated = text if "magnitude" not in row else ()
         for which in PYTHON:
             verb(which, root / which, "prune", "--input", "model", "--output", name, *row, *calibrated)
-            verb(which, root / which, "export", "--input", name, "--output", f"{name}_hf")
+            verb(which, root / which, "trim", "--input", name, "--output", f"{name}_sparse")
+            verb(which, root / which, "export", "--input", f"{name}_sparse", "--output", f"{name}_hf")
         decisions = [bits(root / which / name / "decision") for which in PYTHON]
         exports = [bits(root / which / f"{name}_hf") for which in PYTHON]
         assert decisions[0] == decisions[1] and exports[0] == exports[1], name

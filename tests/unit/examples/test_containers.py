@@ -12,6 +12,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[3]
 EXTRAS = ("dev", "quickstart", "eval")
 """Those that tools/setup_env.sh installs."""
+IMAGE_PYTHON = "3.12"
 
 
 def pinned() -> dict[str, str]:
@@ -31,12 +32,15 @@ def stated() -> list[Requirement]:
     given = {word.arg: word.value for word in call.keywords}
     extras = ast.literal_eval(given["extras_require"])
     lines = ast.literal_eval(given["install_requires"]) + [line for name in EXTRAS for line in extras[name]]
-    return [Requirement(line) for line in lines]
+    found = [Requirement(line) for line in lines]
+    return [item for item in found if not item.marker or item.marker.evaluate({"python_version": IMAGE_PYTHON})]
 
 
 def needed(requirement: Requirement) -> list[Requirement]:
-    """What an installed package needs itself, here. Left out: PyTorch, whose needs differ from build to build."""
-    if requirement.name == "torch":
+    """What an installed package needs itself, here. Left out: PyTorch, whose needs differ from build to build, and what
+    is not installed with this Python.
+    """
+    if requirement.name == "torch" or (requirement.marker and not requirement.marker.evaluate()):
         return []
     found = [Requirement(line) for line in importlib.metadata.requires(requirement.name) or []]
     extras = requirement.extras or {""}
