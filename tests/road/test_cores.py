@@ -6,9 +6,11 @@ The older one lives in .venv-3.11, which tests/run.sh makes where there is a Pyt
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -36,11 +38,18 @@ ROWS = {
 STEPS, SAVED = 10, 4
 
 
-def verb(which: str, cwd: Path, *words: str) -> None:
-    """A command in one of the two environments, which succeeds."""
+ONE_AFTER_ANOTHER = """
+import json, sys
+from megatron_prune.__main__ import main
+sys.exit(max(main(words) for words in json.loads(sys.argv[1])))
+"""
+
+
+def verbs(which: str, cwd: Path, *commands: Sequence[str]) -> None:
+    """Commands in one process of one of the two environments, which all succeed and say nothing of deprecation."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [PYTHON[which], "-m", "megatron_prune", *words]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    command = [PYTHON[which], "-c", ONE_AFTER_ANOTHER, json.dumps(commands)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "deprecat" not in (done.stdout + done.stderr).lower()
 
@@ -50,6 +59,11 @@ def train(source: str, output: str) -> list[str]:
     places = ["--input", source, "--output", output, "--data", "words.jsonl"]
     sizes = ["--seq-length", "16", "--global-batch-size", "2", "--train-iters", str(STEPS), "--lr", "1e-3"]
     return ["train", *places, *sizes, "--save-interval", str(SAVED), "--keep-checkpoints", "9"]
+
+
+def exported(source: str, output: str) -> list[list[str]]:
+    """To Hugging Face format."""
+    return [["export", "--input", source, "--output", output]]
 
 
 def bits(folder: Path) -> dict[str, str]:
@@ -69,21 +83,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / which).mkdir()
         for name in ("hf", "words.jsonl"):
             (root / which / name).symlink_to(root / name)
-        verb(which, root / which, "import", "--input", "hf", "--output", "model", "--dtype", "float32")
-        verb(which, root / which, "prune", "--input", "model", "--output", "pruned", *ROWS["magnitude"])
-        verb(which, root / which, *train("pruned", "trained"))
+        made = ["import", "--input", "hf", "--output", "model", "--dtype", "float32"]
+        pruned = ["prune", "--input", "model", "--output", "pruned", *ROWS["magnitude"]]
+        verbs(which, root / which, made, pruned, train("pruned", "trained"), *exported("trained/weights", "alone"))
     return root
 
 
 def test_one_shot_decisions_are_equal_bit_for_bit(root: Path) -> None:
     """And what six rows of the tables leave of the weights."""
     text = ("--calibration", "words.jsonl", "--calibration-samples", "8", "--calibration-seq-length", "32")
+    commands: list[list[str]] = []
     for name, row in ROWS.items():
         calibrated = text if "magnitude" not in row else ()
-        for which in PYTHON:
-            verb(which, root / which, "prune", "--input", "model", "--output", name, *row, *calibrated)
-            verb(which, root / which, "trim", "--input", name, "--output", f"{name}_sparse")
-            verb(which, root / which, "export", "--input", f"{name}_sparse", "--output", f"{name}_hf")
+        commands.append(["prune", "--input", "model", "--output", name, *row, *calibrated])
+        commands.append(["trim", "--input", name, "--output", f"{name}_sparse"])
+        commands += exported(f"{name}_sparse", f"{name}_hf")
+    for which in PYTHON:
+        verbs(which, root / which, *commands)
+    for name in ROWS:
         decisions = [bits(root / which / name / "decision") for which in PYTHON]
         exports = [bits(root / which / f"{name}_hf") for which in PYTHON]
         assert decisions[0] == decisions[1] and exports[0] == exports[1], name
@@ -100,9 +117,9 @@ def test_a_run_of_one_goes_on_in_the_other(root: Path, writer: str, reader: str)
     """Optimizer state included: its curve and its weights are those of a run left alone."""
     alone = root / writer / "trained"
     copy = reopened(alone, root / f"{writer}_to_{reader}", SAVED)
-    verb(reader, root / writer, *train("pruned", str(copy)), "--resume")
+    target = root / f"{copy.name}_hf"
+    verbs(
+        reader, root / writer, [*train("pruned", str(copy)), "--resume"], *exported(str(copy / "weights"), str(target))
+    )
     assert curve(copy) == pytest.approx(curve(alone), abs=1e-6)
-    for which, run in ((writer, alone), (reader, copy)):
-        verb(which, root, "export", "--input", str(run / "weights"), "--output", str(root / f"{run.name}_{which}_hf"))
-    exports = [bits(root / f"{run.name}_{which}_hf") for which, run in ((writer, alone), (reader, copy))]
-    assert exports[0] == exports[1]
+    assert bits(target) == bits(root / writer / "alone")
