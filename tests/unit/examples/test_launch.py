@@ -219,7 +219,9 @@ def test_the_memory_in_the_readme_is_what_plan_says(example: str) -> None:
     for flags, gib in [([], stated[1]), *([(large[1].split(), large[2])] if large else [])]:
         config = parse(PruneConfig, ["--config", str(recipe), "--input", "a", "--output", "b", *flags], "prune")
         replicas = 8 // config.parallelism.tensor_model_parallel_size
-        (stage,) = plan(Job(family_of(hf).from_hf(hf), config.parallelism, config.training, NM(2, 4), replicas=replicas))
+        (stage,) = plan(
+            Job(family_of(hf).from_hf(hf), config.parallelism, config.training, NM(2, 4), replicas=replicas)
+        )
         assert float(gib) == round(stage.total / GIB, 1)
 
 
