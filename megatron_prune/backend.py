@@ -367,7 +367,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         return
     before = {name: os.environ.get(name) for name in DETERMINISTIC}
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    os.environ.update(DETERMINISTIC)
+    os.environ.update(DETERMINISTIC | {"NCCL_ALGO": before["NCCL_ALGO"] or DETERMINISTIC["NCCL_ALGO"]})
     torch.use_deterministic_algorithms(True)
     _deterministic = True
     try:
@@ -473,7 +473,11 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
 
 
 def connect(timeout: timedelta) -> None:
-    """Create torch.distributed's processes, each with its GPU."""
+    """Create torch.distributed's processes, each with its GPU.
+
+    NCCL is not told the device: its communicators would be made at once, and those of the layout by splitting this one,
+    which others have found slower and, with processes that are in no group, hanging.
+    """
     kind = "nccl" if has_cuda() else "gloo"
     if has_cuda():
         torch.cuda.set_device(_gpu_of_this_process())

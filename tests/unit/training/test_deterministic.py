@@ -58,6 +58,9 @@ def test_it_ends_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
         assert state() == ON
         raise RuntimeError("inside")
     assert state() == before and before["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "1"
+    monkeypatch.setenv("NCCL_ALGO", "Ring")  # always the same sums, too
+    with backend.deterministic(True):
+        assert state() == ON | {"NCCL_ALGO": "Ring"}
 
 
 VERBS = {
