@@ -9,7 +9,8 @@ file, whose end is shown when a check fails. `--device cpu` runs the same checks
 they do not rot.
 
 `--layouts` is for the owner of eight GPUs: tensor, pipeline and context parallelism, checkpoints that move between
-layouts, the distributed optimizer and FSDP, against data parallelism alone. With `--device cpu` on 4 or 2 processes.
+layouts, the distributed optimizer and FSDP, against data parallelism alone; with `--device cpu` on a CPU. Two or four
+processes do, too, with smaller layouts.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def run_all(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     large, small = (TINY, TINY) if given.device == "cpu" else (BILLION, SMALL)
     checks, began, lines = chosen(given), time.monotonic(), []
     if given.layouts:
-        from tools.gpu_layouts import EIGHT, FOUR
+        from tools import gpu_layouts
 
-        large = FOUR if given.device == "cpu" else EIGHT
+        large = gpu_layouts.SMALL if given.device == "cpu" else gpu_layouts.LARGE
     place = Place(folder, given.device, large, small)
     with output_to(folder / "log.txt") as say:
         for check in checks:

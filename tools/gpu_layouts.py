@@ -15,9 +15,9 @@ import torch.distributed as dist
 from .acceptance import Check, Found, Place, Sizes, Skip, furthest, losses, within
 from .kill_test import masks, other_bits
 
-EIGHT = Sizes(2048, 16, 32, 8, 8192)
-FOUR = Sizes(64, 4, 4, 4, 128, "float32")
-"""What eight, and four, processes of a tensor-parallel layout can share."""
+LARGE = Sizes(2048, 16, 32, 8, 8192)
+SMALL = Sizes(64, 4, 8, 8, 128, "float32")
+"""On GPUs and on a CPU; eight processes of a tensor-parallel layout can share either."""
 STEPS = 6
 
 

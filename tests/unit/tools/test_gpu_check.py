@@ -215,11 +215,21 @@ def test_windows_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch)
     assert seen == ["pinned", ((torch.device("cuda", 0),), {"non_blocking": True})]
 
 
+@pytest.mark.parametrize(("loss", "bits", "passes"), [(1.0, 0, True), (1.0001, 0, False), (1.0, 1, False)])
+def test_a_layout_that_learns_otherwise_does_not_pass(place: Place, loss: float, bits: int, passes: bool) -> None:
+    for name, value, byte in (("data_parallel", 1.0, 0), ("other", loss, bits)):
+        (place.path(name) / "decision").mkdir(parents=True)
+        (place.path(name) / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": value}) + "\n")
+        (place.path(name) / "decision" / "layer.safetensors").write_bytes(bytes([byte, 0, 0]))
+        place.made.add(name)
+    assert gpu_layouts.compared(place, place.path("other")).passed is passes
+
+
 def test_the_models_fit_their_layouts() -> None:
-    """Eight, and four, processes can share each layer; sizes are those of a LLaMA."""
-    for sizes, processes in ((gpu_layouts.EIGHT, 8), (gpu_layouts.FOUR, 4)):
+    """Eight processes can share each layer; sizes are those of a LLaMA."""
+    for sizes in (gpu_layouts.LARGE, gpu_layouts.SMALL):
         whole = dataclasses.asdict(sizes)
-        assert not any(whole[key] % processes for key in ("heads", "groups", "ffn", "hidden"))
+        assert not any(whole[key] % 8 for key in ("heads", "groups", "ffn", "hidden"))
         assert sizes.layers % 2 == 0 and sizes.heads % sizes.groups == 0
     assert gpu_layouts.mixed(8) == {
         "pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True,
