@@ -56,12 +56,35 @@ class MaskDraw:
         With recomputation the backward pass of a micro-batch may come after the forward passes of others, so a linear
         keeps the numbers of those that it has yet to run again in `pending`.
         """
+        if self.per_step:
+            return Draw(self.seed, self.step, 0, tensor_id) if self.noise else None
         microbatch = self.microbatch
         if self.recompute and not torch.is_grad_enabled():
             pending.append(microbatch)
         elif self.recompute:
             microbatch = pending.popleft()
-        return Draw(self.seed, self.step, 0 if self.per_step else microbatch, tensor_id) if self.noise else None
+        return Draw(self.seed, self.step, microbatch, tensor_id) if self.noise else None
+
+
+class StepWeight:
+    """A masked weight that all micro-batches of a step share, and the sum of their gradients.
+
+    The mask and its gradient are work of the size of the logits; where the mask is one, both are done once.
+    """
+
+    def __init__(self, step: int, weight: Tensor) -> None:
+        self.step = step
+        self.weight = weight.detach().requires_grad_()
+        self.gradient: Tensor | None = None
+        """Float32, like the weight: bfloat16 would lose what is small beside the sum so far."""
+        self.passes = 0
+        self.weight.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, weight: Tensor) -> None:
+        assert weight.grad is not None
+        self.gradient = weight.grad.float() if self.gradient is None else self.gradient.add_(weight.grad)
+        self.passes += 1
+        weight.grad = None
 
 
 class MaskedLinear(torch.nn.Module):
@@ -81,6 +104,8 @@ class MaskedLinear(torch.nn.Module):
     mask_draw: MaskDraw | None = None
     position: Position | None = None
     tensor_id: int = -1
+    shared: StepWeight | None = None
+    """In mask learning with `MaskDraw.per_step`, from a step's first pass to its end."""
 
     def learn_mask(self, mask_draw: MaskDraw, position: Position, tensor_id: int) -> None:
         """Add zero mask logits for `mask_draw`'s pattern; `position` places this shard in the unsharded weight."""
@@ -104,9 +129,27 @@ class MaskedLinear(torch.nn.Module):
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
     def _masked(self, weight: Tensor, draw: MaskDraw) -> Tensor:
-        assert self.position is not None
         if draw.decoded:
             return weight * decode(self.mask_logits, draw.n, draw.m)
+        if not (draw.per_step and self.training):
+            return self._drawn(weight, draw, draw.regularization if self.training else 0.0)
+        if self.shared is None or self.shared.step != draw.step:
+            with torch.no_grad():
+                self.shared = StepWeight(draw.step, self._drawn(weight, draw, 0.0))
+        return self.shared.weight
+
+    def finish_step(self) -> None:
+        """After a step's last backward pass: hand the gradient of a mask that was one for all of them to the logits."""
+        shared, self.shared = self.shared, None
+        if shared is None or shared.gradient is None:
+            return
+        assert self.mask_draw is not None
+        with torch.enable_grad():
+            masked = self._drawn(self.weight, self.mask_draw, self.mask_draw.regularization * shared.passes)
+        masked.backward(shared.gradient.to(masked.dtype))
+
+    def _drawn(self, weight: Tensor, draw: MaskDraw, regularization: float) -> Tensor:
+        assert self.position is not None
         return masked_weight(
             weight,
             self.mask_logits,
@@ -117,7 +160,7 @@ class MaskedLinear(torch.nn.Module):
             draw=draw.draw(self.tensor_id, self.pending),
             position=self.position,
             hard=draw.hard,
-            regularization=draw.regularization if self.training else 0.0,
+            regularization=regularization,
             accumulate_into=getattr(self.mask_logits, "main_grad", None),
         )
 

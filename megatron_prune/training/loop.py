@@ -178,7 +178,7 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, training)
 
     def _wrap(self, chunk: Any) -> DistributedDataParallel:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.finalize_model_grads_func = self._finish
         return DistributedDataParallel(
             config=chunk.config,
             ddp_config=DistributedDataParallelConfig(
@@ -188,6 +188,12 @@ class Trainer:
             ),
             module=chunk,
         )
+
+    def _finish(self, *chunks: Any, **more: Any) -> None:
+        """What gradients want after a step's last backward pass."""
+        for linear in self.model.linears():
+            linear.module.finish_step()
+        finalize_model_grads(*chunks, **more)
 
     def _make_optimizer(self, multipliers: dict[str, float]) -> Any:
         t = self.training
