@@ -25,6 +25,7 @@ from megatron_prune.kernels.memory import expect_writes
 from megatron_prune.kernels.philox import gumbel_noise
 
 Implementation = Literal["auto", "eager", "cpu", "triton"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 CHUNK_LOGITS = {"cpu": 2**20, "accelerator": 2**22}
 """Logits the PyTorch path takes at a time, to bound its temporaries (about 100 bytes a logit)."""
@@ -395,9 +396,8 @@ def _functions(implementation: str) -> _Functions:
 
 def _choose(implementation: Implementation, *tensors: Tensor) -> str:
     """The one asked for; for "auto" the fastest that works for these tensors."""
-    if implementation not in get_args(Implementation):
-        allowed = ", ".join(get_args(Implementation))
-        raise ValueError(f"implementation {implementation!r} is unknown; allowed are {allowed}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation {implementation!r} is unknown; allowed are {', '.join(IMPLEMENTATIONS)}")
     if implementation == "cpu" and not _compiled_works(*tensors):
         raise ValueError(
             "implementation 'cpu' takes fp32 or bf16 tensors in CPU memory, and needs a working C compiler and "
@@ -415,13 +415,16 @@ def _choose(implementation: Implementation, *tensors: Tensor) -> str:
     return fast if works(*tensors) else "eager"
 
 
+_NARROW = {torch.float32, torch.bfloat16}
+
+
 def _narrow(tensors: tuple[Tensor, ...]) -> bool:
-    return all(t.dtype in (torch.float32, torch.bfloat16) for t in tensors)
+    return {t.dtype for t in tensors} <= _NARROW
 
 
 def _compiled_works(*tensors: Tensor) -> bool:
     """Whether the C path can take these tensors."""
-    fits = _narrow(tensors) and all(t.device.type == "cpu" for t in tensors)
+    fits = _narrow(tensors) and all(t.is_cpu for t in tensors)
     return fits and load_library(SOURCE) is not None
 
 

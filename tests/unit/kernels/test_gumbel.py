@@ -473,7 +473,7 @@ def test_noncontiguous_inputs_are_refused_and_outgoing_gradients_are_not() -> No
 
 def fake(device: str, dtype: torch.dtype = torch.float32) -> Any:
     """What the choice of an implementation looks at in a tensor."""
-    return SimpleNamespace(device=torch.device(device), dtype=dtype)
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, is_cpu=device == "cpu")
 
 
 @needs_triton
