@@ -3,7 +3,7 @@
     python benchmarks/mask_host_cost.py [--rounds 5]
 
 A layer's GPU work takes as long as this for all its linears when weights are split over many GPUs. Triton's own launch,
-and PyTorch's for the linear itself, come on top and are not measured: they need a GPU. Medians of rounds of 20,000 calls.
+and PyTorch's for the linear itself, come on top and are not measured: they need a GPU. Medians of rounds of calls.
 """
 
 from __future__ import annotations
