@@ -35,8 +35,6 @@ SMALLEST_FP8 = 2.0**-9
 """Above zero."""
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 """Values of the codes 0 to 7; the codes from 8 on are their negatives."""
-_FP4_BOUNDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-"""Between them; a number on a bound goes to the even code."""
 _AGAIN = "write it again with `export --quantize`"
 
 
@@ -110,11 +108,13 @@ def _as_fp8(x: Tensor) -> Tensor:
 
 
 def _as_fp4(x: Tensor) -> Tensor:
-    """The nearest value that 4 bits have."""
-    size, bounds = x.abs().contiguous(), _FP4_BOUNDS.to(x.device)
-    code = torch.bucketize(size, bounds)  # on a bound: the lower code
-    code += (size == bounds[code.clamp(max=len(bounds) - 1)]) & (code % 2 == 1)
-    return FP4.to(x.device)[code] * x.sign()
+    """The nearest value that 4 bits have; in the middle between two, that of the even code.
+
+    Values are 0.5 apart below 2, 1 below 4 and 2 from there on, and `round` goes to the even multiple.
+    """
+    size = x.abs()
+    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (x.clamp(-LARGEST_FP4, LARGEST_FP4) / step).round() * step
 
 
 # --- files ---
