@@ -314,6 +314,35 @@ def test_triton_writes_its_rows_alone_and_no_column_before_its_block(n: int, m: 
 
 
 @needs_triton
+@pytest.mark.parametrize(("rows", "columns", "first", "last"), [(1, 64, 0, 64), (17, 200, 64, 128), (130, 129, 0, 64)])
+def test_triton_has_as_many_programs_as_there_is_work(
+    rows: int, columns: int, first: int, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program for every 16 rows of the block, one for every tile of 64 x 64 behind it, none behind the last."""
+    from megatron_prune.kernels import triton_second_order
+
+    launched: list[tuple[str, tuple[int, ...], int]] = []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_, WIDTH, **more: launched.append((self.name, grid, WIDTH))
+
+    for name in ("inside", "behind"):
+        monkeypatch.setattr(triton_second_order.kernels, name, Kernel(name))
+    weight, factor = torch.zeros(rows, columns), Factor(torch.eye(columns), torch.ones(columns, dtype=torch.bool))
+    triton_second_order.sweep(weight, torch.ones(rows, columns, dtype=torch.bool), factor, first, last, 2, 4)
+    programs = len(range(0, rows, 16)), (len(range(0, rows, 64)), len(range(last, columns, 64)))
+    expected = [("inside", (programs[0],), 64), ("behind", programs[1], 64)]
+    assert launched == (expected if programs[1][1] else expected[:1])
+    launched.clear()
+    triton_second_order.sweep(weight[:0], torch.ones(0, columns, dtype=torch.bool), factor, first, last, 2, 4)
+    assert not launched
+
+
+@needs_triton
 def test_gpu_tensors_go_through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_prune.kernels import triton_second_order
 

@@ -88,6 +88,28 @@ def test_a_race_drops_what_is_clearly_worse_and_ends_with_the_best() -> None:
     assert asked[1] == [slice(0, 4), slice(4, 8), slice(8, 16), slice(16, 32), slice(32, 64)]
 
 
+def test_the_best_drops_whom_it_is_clearly_better_than_however_few_are_left() -> None:
+    clear = race(lambda n, windows: [float(n)] * (windows.stop - windows.start), 2, [2, 4], 2)
+    assert clear == {0: [0.0] * 4}
+    assert race(lambda n, windows: [math.nan if n else 5.0] * (windows.stop - windows.start), 3, [2], 3) == {
+        0: [5.0] * 2
+    }
+
+
+def test_half_of_the_undecided_go_on_or_the_fewest() -> None:
+    """Windows that say the opposite of each other in turn: all means are equal, and the first of equal ones lead."""
+    asked: list[tuple[int, slice]] = []
+
+    def judged(n: int, windows: slice) -> list[float]:
+        asked.append((n, windows))
+        return [(n + 1.0) * (-1) ** w for w in range(windows.start, windows.stop)]
+
+    left = race(judged, 8, [4, 8, 16], 3)
+    assert list(left) == [0, 1, 2] and all(len(scores) == 16 for scores in left.values())
+    numbers = {start: [n for n, windows in asked if windows.start == start] for start in (0, 4, 8)}
+    assert numbers == {0: list(range(8)), 4: [0, 1, 2, 3], 8: [0, 1, 2]}
+
+
 def test_luck_is_not_selected() -> None:
     """Of eight children, all a little worse, the lowest estimate nearly always beats the parent; a race seldom."""
     rng = random.Random(0)

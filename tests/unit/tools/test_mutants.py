@@ -126,3 +126,13 @@ def test_a_record_keeps_what_was_judged_before(tmp_path: Path) -> None:
     (row,) = [row for row in found["rows"] if row[0] == "methods/flap.py"]
     assert row == ["methods/flap.py", len(sample(10**6, ["methods/flap.py"])), 4, 3, 1]
     assert found["rows"][-1] == ["all", len(sample(10**6, ())), 4, 3, 1]
+
+
+def test_a_hundred_faults_were_judged_and_no_survivor_is_unexplained() -> None:
+    """By the newest record. Its faults may be gone by now; those that are explained there still are."""
+    newest = max((ROOT / "benchmarks" / "results").glob("mutants_*.json"))
+    found, known = json.loads(newest.read_text()), {mutant.key for mutant in sample(10**6, ())}
+    assert len(found["faults"]) >= 100 and set(found["faults"].values()) <= {"noticed", "endless", "explained"}
+    assert {key.split(" ")[0].removeprefix(f"{PACKAGE}/") for key in found["faults"]} <= set(TESTS)
+    explained = {key for key, state in found["faults"].items() if state == "explained"}
+    assert explained & known <= set(explanations())
