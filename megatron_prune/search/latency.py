@@ -71,7 +71,7 @@ def measure(model: ModelConfig, config: LatencyConfig) -> LatencyTable:
 def _half(model: ModelConfig, block: Block, dtype: str, config: LatencyConfig) -> Callable[[], object]:
     """A layer of which only this half is there."""
     largest = widest([model.block(n) for n in range(model.num_layers)])  # of a model neither half may lack
-    both = replace(model, blocks=None).with_blocks([block, largest])
+    both = model.with_blocks([block, largest])
     layer = whole_layer(both, DTYPES[dtype], 0)
     hidden = _hidden(model, dtype, config)
     angles = rotary(model, config.prompt_length, backend.alone().cp)

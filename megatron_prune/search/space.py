@@ -55,8 +55,7 @@ class Space:
         """Of the model with another layer in this place, and one more of the largest: no half is the last."""
         blocks = [self.config.block(n) for n in range(self.config.num_layers)]
         blocks[layer] = block
-        larger = replace(self.config, blocks=None).with_blocks([*blocks, self.largest])
-        return budgeted(larger, self.budget)
+        return budgeted(self.config.with_blocks([*blocks, self.largest]), self.budget)
 
     def cost(self, genome: Genome) -> int:
         """What the budget limits, of the model."""
