@@ -92,6 +92,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/definition.py": (f"{KERNELS}/test_definition.py",),
     "kernels/gumbel.py": (GUMBEL,),
     "kernels/gumbel_kernels.py": (GUMBEL,),
+    "kernels/gumbel_wide_kernels.py": (GUMBEL,),
     "kernels/memory.py": (f"{KERNELS}/test_memory.py",),
     "kernels/philox.py": (f"{KERNELS}/test_philox.py",),
     "kernels/products.py": (f"{KERNELS}/test_products.py",),
