@@ -21,7 +21,7 @@ HEADER = """# Published against reproduced
 
 Made by `python tools/reproduction.py` from [reproduction.yaml](reproduction.yaml) and the result files it names; no
 number of ours is typed by hand. "Not run" says what it would take. P1 is the perplexity protocol of
-`benchmarks/quality.py`.
+`benchmarks/bench/study.py`.
 """
 
 
