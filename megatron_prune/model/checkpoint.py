@@ -26,7 +26,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
@@ -82,7 +84,7 @@ class ShardedSave:
         # Through this queue megatron-core learns what was written; its own is a process that starts python again.
         filesystem_async._results_queue = queue.Queue()
         request = dist_checkpointing.save(
-            state, str(self.folder), sharded_strategy=("torch_dist", 1), async_sharded_save=True, **backend.OWN_WRITER
+            state, str(self.folder), sharded_strategy=_strategy(state), async_sharded_save=True, **backend.OWN_WRITER
         )
         copy = in_background and not backend.has_cuda()  # tensors of a GPU become copies, others are made for this
         buckets = _on_host(_buckets(request), copy)
@@ -121,6 +123,22 @@ class ShardedSave:
         """Beside those of the data files, which their writers have read back, those of what megatron-core added."""
         rest = [path for path in self.folder.iterdir() if path.name not in checksums]
         write_json(self.folder / CHECKSUMS, checksums | {path.name: checksum(path) for path in rest})
+
+
+def _strategy(state: dict[str, Any]) -> Any:
+    """megatron-core's way to write: every replica of the model writes its share of what all of them have.
+
+    Of a distributed optimizer's state each tensor is on one of them alone (`training.state`), which writes it. Collective.
+    """
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    tensors = [value.data for value in nested_values(state) if isinstance(value, kinds)]
+    elsewhere = any(data is not None and data.numel() > 1 and not any(data.stride()) for data in tensors)
+    found = torch.tensor(int(elsewhere), device=backend.device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    group = metadata()["dp_cp_group"]
+    if found or dist.get_world_size(group) == 1:
+        return ("torch_dist", 1)
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy("torch_dist"), group)
 
 
 def _buckets(request: Any) -> list[Any]:
