@@ -128,7 +128,8 @@ class ShardedSave:
 def _strategy(state: dict[str, Any]) -> Any:
     """megatron-core's way to write: every replica of the model writes its share of what all of them have.
 
-    Of a distributed optimizer's state each tensor is on one of them alone (`training.state`), which writes it. Collective.
+    Of a distributed optimizer's state each tensor is on one of them alone (`training.state`), and written from there.
+    Collective.
     """
     kinds = (ShardedTensor, ShardedTensorFactory)
     tensors = [value.data for value in nested_values(state) if isinstance(value, kinds)]
