@@ -3,12 +3,12 @@
 #
 # Everything runs with the newest Python that is here, and so with the newest megatron-core. Then, where Python 3.11 is
 # here too, what stands on megatron-core itself runs again with 0.16, the last for that Python: the adapter, models and
-# their parity with transformers, checkpoints, training and resuming, the road from import to export. The rest asks
-# megatron-core nothing and is the same code for both.
+# their parity with transformers, checkpoints, training and resuming, the road from import to export; and the kernels, with
+# the Triton that a CPU build of PyTorch does not choose. The rest is the same code for both and asks neither.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-OLDER=(tests/unit/test_backend.py tests/unit/test_gpu_path.py tests/unit/test_damage.py tests/unit/model tests/unit/training
-    tests/unit/statistics tests/parity tests/road tests/distributed/test_resume.py
+OLDER=(tests/unit/test_backend.py tests/unit/test_gpu_path.py tests/unit/test_damage.py tests/unit/kernels
+    tests/unit/model tests/unit/training tests/unit/statistics tests/parity tests/road tests/distributed/test_resume.py
     tests/distributed/test_training_layouts.py tests/distributed/test_fsdp.py)
 
 bash tools/setup_env.sh || exit $?

@@ -26,7 +26,7 @@ def _four(
         words = _philox((counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32), key)
     values = ()
     for j in tl.static_range(4):
-        choice = 4 * block + j
+        choice = tl.zeros_like(flat) + (4 * block + j)  # a tensor in the interpreter, too, whose loops count in Python
         value = tl.load(logits + flat * P + choice, mask=inside & (choice < P), other=0.0).to(tl.float32) * scale
         if NOISE:
             value += _gumbel(words[j], HARDWARE)
@@ -139,7 +139,7 @@ def backward(
                 kept = tl.sum(of_mask * _keeps(bits, choice, P, WIDTH)[None, :], axis=1) - mean
                 result = factor * e * kept
                 place = grad_logits + flat * P + choice
-                wanted = inside & (choice < P)
+                wanted = inside & (tl.zeros_like(flat) + choice < P)
                 if ADD:
                     result += tl.load(place, mask=wanted, other=0.0)
                 tl.store(place, result.to(grad_logits.dtype.element_ty), mask=wanted)

@@ -43,8 +43,7 @@ def compile_kernel(kernel: Any, known: dict[str, Any], types: dict[str, str], wa
 
 def compile_gumbel(n: int, m: int) -> None:
     choices = math.comb(m, n)
-    known = triton_gumbel.constants(choices) | FLAGS
-    known |= triton_gumbel.mask_constants(replace(CALL, n=n, m=m), choices)
+    known = triton_gumbel.constants(choices) | triton_gumbel.mask_constants(replace(CALL, n=n, m=m), choices) | FLAGS
     for name in ("forward", "backward", "winners"):
         kernel = getattr(triton_gumbel.kernels(choices), name)
         ptx = compile_kernel(kernel, known, TYPES, triton_gumbel.BLOCK // 32)
