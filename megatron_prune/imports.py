@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import types
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_prune.device import has_cuda
 from megatron_prune.kernels.compiled import cache_directory
@@ -47,8 +49,32 @@ def without_gpu_kernels() -> Iterator[None]:
 def without_megatron() -> Iterator[None]:
     """While active, what is imported finds no megatron-core: libraries that would change its classes leave them."""
     loaded = [name for name in sys.modules if name.startswith("megatron.")]
-    with _instead(**dict.fromkeys(["megatron", *loaded])):
+    with _instead(**dict.fromkeys(["megatron", *loaded])), _own_loading():
         yield
+
+
+@contextlib.contextmanager
+def _own_loading() -> Iterator[None]:
+    """megatron-core 0.19 puts its own loading of stored tensors, as data alone, in the place of torch's.
+
+    Copies of tensors name it, and would find it gone.
+    """
+    import torch
+
+    replaced = torch.storage._load_from_bytes
+    if replaced.__module__.startswith("megatron."):
+        setattr(torch.storage, "_load_from_bytes", load_from_bytes)
+    try:
+        yield
+    finally:
+        setattr(torch.storage, "_load_from_bytes", replaced)
+
+
+def load_from_bytes(stored: bytes) -> Any:
+    """What `torch.storage._load_from_bytes` gives, of data alone."""
+    import torch
+
+    return torch.load(io.BytesIO(stored), weights_only=True)
 
 
 @contextlib.contextmanager
