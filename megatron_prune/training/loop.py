@@ -35,11 +35,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_prune.errors import UserError
+from megatron_prune.log import say
 from megatron_prune.model import context
 from megatron_prune.model.forward import sequence_parts, window_losses
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Training
-from megatron_prune.training.state import load_training_state, training_state, use_fused_kernel
+from megatron_prune.training.state import adam_of, load_training_state, training_state, use_fused_kernel
 
 
 class Samples(Protocol):
@@ -221,6 +222,8 @@ class Trainer:
             config, self.chunks, config_overrides=overrides, use_gloo_process_groups=False
         )
         use_fused_kernel(optimizer)
+        if backend.has_cuda():
+            say(f"Adam: {adam_of(optimizer)}")
         return optimizer
 
     def step(self, step: int) -> StepResult:

@@ -82,6 +82,12 @@ def use_fused_kernel(optimizer: Any) -> None:
                 group["fused"] = True
 
 
+def adam_of(optimizer: Any) -> str:
+    """Whose Adam does the arithmetic: torch, apex or transformer_engine."""
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    return type(inner.optimizer).__module__.partition(".")[0]
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where an optimizer keeps the state of one parameter, or of the part of it that this rank owns."""

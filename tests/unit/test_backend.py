@@ -180,12 +180,14 @@ def test_mask_logits_are_a_parameter_group_of_their_own() -> None:
     from megatron_prune.model.prunable import PrunableModel
     from megatron_prune.option_groups import Training
     from megatron_prune.training.loop import Trainer
+    from megatron_prune.training.state import adam_of
 
     with backend.running(backend.Layout()):
         model = PrunableModel(config(), backend.Layout(), build_model(config(), backend.Layout(), torch.float32))
         model.learn_masks(MaskDraw(2, 4, 0))
         training = Training(lr=1e-3, min_lr=0.0, train_iters=3, global_batch_size=1)
         trainer = Trainer(model, training, data=None, multipliers={"*mask_logits": 10.0})  # type: ignore[arg-type]
+        assert adam_of(trainer.optimizer) == "torch"
         groups = trainer.optimizer.param_groups
         identities = [(g["wd_mult"], g["lr_mult"]) for g in groups]
         assert len(set(identities)) == len(identities) >= 2
