@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -63,8 +64,9 @@ def signal_rank(torchrun: subprocess.Popen[str], rank: int, number: signal.Signa
 def process_of(torchrun: subprocess.Popen[str], rank: int) -> int | None:
     """The process that torchrun started as `rank`, once there."""
     for child in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # one of another kind that has ended
+            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return int(child)
     return None
 
 

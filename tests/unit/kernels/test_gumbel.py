@@ -255,7 +255,7 @@ def test_32_bits_count_as_long_as_every_place_has_a_number(
     monkeypatch.setattr(triton_gumbel.torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     for groups in (1, 128, 129, *(2**31 // (max(patterns, inputs)) + 512 * n for n in range(-4, 5)), 2**31):
         logits = torch.empty(1, groups, patterns, device="meta")
-        triton_gumbel._launch(Kernel(), logits, ())
+        triton_gumbel._launch(Kernel(), logits, (), triton_gumbel.constants(patterns))
         programs, index, threads, block = chosen[-1]
         assert programs == -(-groups // block) and threads == block
         if programs * block * max(patterns, inputs) > 2**31:
