@@ -262,7 +262,7 @@ def test_32_bits_count_as_long_as_every_place_has_a_number(
             assert index == tl.int64
         if 2 * programs * block * max(patterns, 8) <= 2**31:
             assert index == tl.int32
-    triton_gumbel._launch(Kernel(), torch.empty(1, 0, patterns, device="meta"), ())
+    triton_gumbel._launch(Kernel(), torch.empty(1, 0, patterns, device="meta"), (), {})
     assert len(chosen) == 13  # nothing is run on nothing
 
 
