@@ -5,6 +5,7 @@
 # TORCH_SPEC chooses another PyTorch, e.g. TORCH_SPEC='torch==2.13.0 --index-url URL-OF-A-CUDA-BUILD'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/find_python.sh
 
 # PyTorch goes first, so that nothing else chooses its version: this is the CPU build where the package index offers
 # one; on other indexes it is the default build, which also runs without a GPU but is several times larger.
@@ -12,17 +13,6 @@ TORCH_SPEC=${TORCH_SPEC:-torch==2.13.0}
 VERSIONS=(3.13 3.12 3.11)
 folder=.venv
 if [ $# -gt 0 ]; then VERSIONS=("$1") folder=.venv-$1; fi
-
-is_version() { "$1" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != sys.argv[1])' "$2" 2>/dev/null; }
-
-# A Python of version $1. Commands on PATH may be pyenv's shims, which end with an error when they are not chosen.
-python_of() {
-    local candidate
-    for candidate in "python$1" python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1"*/bin/python; do
-        if is_version "$candidate" "$1"; then echo "$candidate"; return; fi
-    done
-    if command -v uv > /dev/null; then uv python find --no-project "$1" 2>/dev/null; fi
-}
 
 stamp=$(cat setup.py tools/setup_env.sh <(echo "$TORCH_SPEC $PWD") | sha256sum | cut -d' ' -f1)
 if [ -x "$folder"/bin/python ] && [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ]; then
@@ -32,7 +22,7 @@ fi
 if ! [ -x "$folder"/bin/python ]; then
     python=
     for version in "${VERSIONS[@]}"; do
-        python=$(python_of "$version") || true
+        python=$(python_of "$version")
         if [ -n "$python" ]; then break; fi
     done
     if [ -z "$python" ]; then

@@ -4,25 +4,16 @@
 # Exit status 3: there is no Python 3.12 on this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. tools/find_python.sh
 
 JAX_SPEC=${JAX_SPEC:-}
-
-is_3_12() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; }
-
-python_3_12() {
-    local candidate
-    for candidate in python3.12 python3 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python; do
-        if is_3_12 "$candidate"; then echo "$candidate"; return; fi
-    done
-    if command -v uv > /dev/null; then uv python find 3.12 2>/dev/null; fi
-}
 
 stamp=$(cat tools/setup_maxtext.sh tools/maxtext_requirements.txt <(echo "$JAX_SPEC $PWD") | sha256sum | cut -d' ' -f1)
 if [ -x .venv-maxtext/bin/python ] && [ "$(cat .venv-maxtext/stamp 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
 if ! [ -x .venv-maxtext/bin/python ]; then
-    python=$(python_3_12) || true
+    python=$(python_of 3.12)
     if [ -z "$python" ]; then
         echo "setup_maxtext: no Python 3.12 found (MaxText needs it); install one and run this again" >&2
         exit 3

@@ -100,7 +100,9 @@ def kernels(patterns: int) -> ModuleType:
 def constants(patterns: int) -> dict[str, Any]:
     """What every kernel knows when it is compiled."""
     known = {"P": patterns, "BLOCK": BLOCK}
-    return known | ({"P_LOAD": _load_width(patterns)} if patterns <= MOST_UNROLLED else {})
+    if patterns <= MOST_UNROLLED:
+        known["P_LOAD"] = MAX_CHUNK if patterns > MAX_CHUNK else 1
+    return known
 
 
 def mask_constants(call: Call, patterns: int) -> dict[str, Any]:
@@ -125,10 +127,6 @@ def on_nvidia() -> bool:
 
 def _programs(logits: Tensor) -> int:
     return int(triton.cdiv(logits.shape[0] * logits.shape[1], BLOCK))
-
-
-def _load_width(patterns: int) -> int:
-    return MAX_CHUNK if patterns > MAX_CHUNK else 1
 
 
 def _chunk(width: int) -> int:

@@ -14,7 +14,7 @@ Whoever loads a model compares all checksums first; a file that has changed sinc
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -125,15 +125,22 @@ class ShardedSave:
         write_json(self.folder / CHECKSUMS, checksums | {path.name: checksum(path) for path in rest})
 
 
+def stand_in(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """What this rank puts into a sharded state for a tensor of `shape` that another rank has and writes: no memory."""
+    return tensor.new_empty(1).expand(shape)
+
+
+def _is_stand_in(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() > 1 and not any(tensor.stride())
+
+
 def _strategy(state: dict[str, Any]) -> Any:
     """megatron-core's way to write: every replica of the model writes its share of what all of them have.
 
-    Of a distributed optimizer's state each tensor is on one of them alone (`training.state`), and written from there.
-    Collective.
+    Where some tensor is on one of them alone (`stand_in`), each is written from where it is. Collective.
     """
     kinds = (ShardedTensor, ShardedTensorFactory)
-    tensors = [value.data for value in nested_values(state) if isinstance(value, kinds)]
-    elsewhere = any(data is not None and data.numel() > 1 and not any(data.stride()) for data in tensors)
+    elsewhere = any(_is_stand_in(value.data) for value in nested_values(state) if isinstance(value, kinds))
     found = torch.tensor(int(elsewhere), device=backend.device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     group = metadata()["dp_cp_group"]

@@ -25,7 +25,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from megatron_prune.model.checkpoint import metadata
+from megatron_prune.model.checkpoint import metadata, stand_in
 from megatron_prune.training.stopping import largest
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -176,7 +176,7 @@ def _whole(parameter: Parameter, slot: Slot | None, kind: str, group: Any) -> Te
     first = dist.get_process_group_ranks(group)[0]
     dist.reduce(flat, first, group=group)
     if dist.get_rank() != first:
-        return flat.new_empty(1).expand(parameter.shape)
+        return stand_in(flat, parameter.shape)
     return flat.view(parameter.shape).cpu()
 
 

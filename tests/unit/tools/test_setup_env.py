@@ -31,7 +31,8 @@ def made(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """What the script says in a copy of the project where no other Python is in reach."""
     project, commands = tmp_path / "project", tmp_path / "bin"
     (project / "tools").mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "tools" / "setup_env.sh", project / "tools")
+    for name in ("setup_env.sh", "find_python.sh"):
+        shutil.copy(ROOT / "tools" / name, project / "tools")
     (project / "setup.py").touch()
     commands.mkdir(exist_ok=True)
     for name in NEEDED:
