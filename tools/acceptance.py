@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_prune.__main__ import main
+from megatron_prune.log import read_metrics
 
 GIB = 2**30
 STOCK = "the a model weight mask layer keeps removes learns row column group pattern of in and with every".split()
@@ -235,8 +236,7 @@ def write_model(path: Path, sizes: Sizes, device: torch.device, seed: int) -> No
 
 def metrics(run: Path) -> list[dict[str, float]]:
     """The steps of a run's metrics."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "loss" in record]
+    return [record for record in read_metrics(run) if "loss" in record]
 
 
 def losses(run: Path) -> list[float]:
