@@ -112,6 +112,7 @@ class TrainConfig(Options):
             "--virtual-pipeline-model-parallel-size": p.virtual_pipeline_model_parallel_size is not None,
             "--context-parallel-size": p.context_parallel_size > 1,
             "--use-distributed-optimizer": self.training.use_distributed_optimizer,
+            "--overlap-grad-reduce": self.training.overlap_grad_reduce,
             "--lora-rank": self.lora.rank > 0,
         }
         if any(given.values()):

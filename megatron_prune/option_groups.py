@@ -151,6 +151,9 @@ class Training(Options):
     use_distributed_optimizer: bool = option(
         False, "shard optimizer state and master weights over the data-parallel processes"
     )
+    overlap_grad_reduce: bool = option(
+        False, "add gradients up over the data-parallel processes while the backward pass goes on"
+    )
     recompute: bool = option(False, "recompute each layer in the backward pass: less memory, a third more time")
     seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)
     deterministic: bool = option(

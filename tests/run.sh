@@ -9,7 +9,7 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 OLDER=(tests/unit/test_backend.py tests/unit/test_gpu_path.py tests/unit/test_damage.py tests/unit/kernels
     tests/unit/model tests/unit/training tests/unit/statistics tests/parity tests/road tests/distributed/test_resume.py
-    tests/distributed/test_training_layouts.py tests/distributed/test_fsdp.py)
+    tests/distributed/test_training_layouts.py tests/distributed/test_overlap.py tests/distributed/test_fsdp.py)
 
 bash tools/setup_env.sh || exit $?
 older=

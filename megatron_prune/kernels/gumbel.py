@@ -64,6 +64,7 @@ class Call:
     regularization: float
     implementation: str
     accumulate_into: Tensor | None = None
+    stand_in: bool = False
 
 
 @functools.cache
@@ -85,6 +86,7 @@ def masked_weight(
     hard: bool = False,
     regularization: float = 0.0,
     accumulate_into: Tensor | None = None,
+    stand_in: bool = False,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """The masked weight, [out, in] in the weight's dtype, differentiable in the logits.
@@ -101,7 +103,8 @@ def masked_weight(
 
     accumulate_into, fp32 like logits: backward adds the logits' gradient there and autograd gets None for
     them (the main_grad of Megatron's buckets, without a second copy of the gradient). logits must still
-    require grad.
+    require grad. With stand_in autograd gets a tensor of the logits' shape and type instead, into which nothing
+    has been written: a gradient for hooks that want to see one, whose values nobody may read.
 
     Differentiable once, in logits and, if it requires grad, in weight. Saved for backward: the two inputs
     only. Raises ValueError on shapes, dtypes or an `implementation` that do not fit.
@@ -111,7 +114,7 @@ def masked_weight(
         _check_accumulator(accumulate_into, logits)
     chosen = _choose(implementation, weight, logits)
     key = draw.key() if draw is not None else None
-    call = Call(n, m, scale, temperature, key, position, hard, regularization, chosen, accumulate_into)
+    call = Call(n, m, scale, temperature, key, position, hard, regularization, chosen, accumulate_into, stand_in)
     result: Tensor = _MaskedWeight.apply(weight, logits, call)  # type: ignore[no-untyped-call]
     return result
 
@@ -186,7 +189,9 @@ class _MaskedWeight(torch.autograd.Function):
         grad_logits = call.accumulate_into if add else expect_writes(torch.empty_like(logits)) if needs_logits else None
         step = _functions(call.implementation).backward
         step(weight, logits, grad_output.contiguous(), grad_weight, grad_logits, add, call)
-        return grad_weight, None if add else grad_logits, None
+        if add:
+            grad_logits = torch.empty_like(logits) if call.stand_in else None
+        return grad_weight, grad_logits, None
 
 
 # ---- PyTorch -------------------------------------------------------------------------------------------

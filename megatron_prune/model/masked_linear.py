@@ -72,8 +72,11 @@ class StepWeight:
     The mask and its gradient are work of the size of the logits; where the mask is one, both are done once.
     """
 
-    def __init__(self, step: int, weight: Tensor) -> None:
+    def __init__(self, step: int, weight: Tensor, after: int | None, done: Callable[[], None]) -> None:
+        """`done` is called after so many backward passes, `after`."""
         self.step = step
+        self.after = after
+        self.done = done
         self.weight = weight.detach().requires_grad_()
         self.gradient: Tensor | None = None
         """Float32, like the weight: bfloat16 would lose what is small beside the sum so far."""
@@ -85,6 +88,8 @@ class StepWeight:
         self.gradient = weight.grad.float() if self.gradient is None else self.gradient.add_(weight.grad)
         self.passes += 1
         weight.grad = None
+        if self.passes == self.after:
+            self.done()
 
 
 class MaskedLinear(torch.nn.Module):
@@ -106,6 +111,10 @@ class MaskedLinear(torch.nn.Module):
     tensor_id: int = -1
     shared: StepWeight | None = None
     """In mask learning with `MaskDraw.per_step`, from a step's first pass to its end."""
+    passes: int | None = None
+    """Backward passes that a step takes on this rank, where megatron-core is to be told when the gradient of the logits
+    is whole: it then begins to reduce it over the replicas, while the layers below are at work.
+    """
 
     def learn_mask(self, mask_draw: MaskDraw, position: Position, tensor_id: int) -> None:
         """Add zero mask logits for `mask_draw`'s pattern; `position` places this shard in the unsharded weight."""
@@ -135,11 +144,14 @@ class MaskedLinear(torch.nn.Module):
             return self._drawn(weight, draw, draw.regularization if self.training else 0.0)
         if self.shared is None or self.shared.step != draw.step:
             with torch.no_grad():
-                self.shared = StepWeight(draw.step, self._drawn(weight, draw, 0.0))
+                self.shared = StepWeight(draw.step, self._drawn(weight, draw, 0.0), self.passes, self.finish_step)
         return self.shared.weight
 
     def finish_step(self) -> None:
-        """After a step's last backward pass: hand the gradient of a mask that was one for all of them to the logits."""
+        """After a step's last backward pass: hand the gradient of a mask that was one for all of them to the logits.
+
+        Does nothing where that has been done.
+        """
         shared, self.shared = self.shared, None
         if shared is None or shared.gradient is None:
             return
@@ -150,6 +162,9 @@ class MaskedLinear(torch.nn.Module):
 
     def _drawn(self, weight: Tensor, draw: MaskDraw, regularization: float) -> Tensor:
         assert self.position is not None
+        if self.passes is not None:
+            # megatron-core's hook wants to see a gradient, and is told that it has been added already.
+            self.mask_logits.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return masked_weight(
             weight,
             self.mask_logits,
@@ -162,6 +177,7 @@ class MaskedLinear(torch.nn.Module):
             hard=draw.hard,
             regularization=regularization,
             accumulate_into=getattr(self.mask_logits, "main_grad", None),
+            stand_in=self.passes is not None,
         )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:

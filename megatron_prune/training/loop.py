@@ -174,21 +174,32 @@ class Trainer:
         check_interleaving(model.layout, self.microbatches)
         if model.chunks[0].config.recompute_granularity == "full":
             _let_gradients_reach_frozen_layers(model.chunks[0])
-        self.chunks = [self._wrap(chunk) for chunk in model.chunks]
+        self.chunks = [self._wrap(chunk, number) for number, chunk in enumerate(model.chunks)]
+        if training.overlap_grad_reduce:
+            self._reduce_early()
         self.optimizer = self._make_optimizer(multipliers or {})
         self.scheduler = make_scheduler(self.optimizer, training)
 
-    def _wrap(self, chunk: Any) -> DistributedDataParallel:
+    def _wrap(self, chunk: Any, number: int) -> DistributedDataParallel:
         chunk.config.finalize_model_grads_func = self._finish
         return DistributedDataParallel(
             config=chunk.config,
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
+                overlap_grad_reduce=self.training.overlap_grad_reduce,
                 use_distributed_optimizer=self.training.use_distributed_optimizer,
             ),
             module=chunk,
+            disable_bucketing=number > 0,  # later chunks of an interleaved pipeline have others' passes to hide behind
         )
+
+    def _reduce_early(self) -> None:
+        """Have buckets of gradients reduced as soon as they are whole, in a step's last micro-batch."""
+        hold = [chunk.no_sync for chunk in self.chunks]
+        for chunk in self.model.chunks:
+            chunk.config.no_sync_func = hold if len(hold) > 1 else hold[0]
+        for linear in self.model.linears():
+            linear.module.passes = self.microbatches
 
     def _finish(self, *chunks: Any, **more: Any) -> None:
         """What gradients want after a step's last backward pass."""

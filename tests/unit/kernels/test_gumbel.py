@@ -351,7 +351,9 @@ def test_accumulate_into_adds_the_ordinary_gradient(implementation: Any) -> None
     _, expected, _ = evaluate(weight, logits, grad, 2, 4, regularization=0.1, implementation=implementation)
     weight, logits, grad, expected = on_device(implementation, weight, logits, grad, expected)
     accumulator, leaf = torch.ones_like(logits), logits.clone().requires_grad_()
-    for _ in range(2):
+    seen: list[Any] = []
+    hook = leaf.register_post_accumulate_grad_hook(lambda leaf: seen.append(leaf.grad))
+    for stand_in in (False, True):
         gumbel.masked_weight(
             weight,
             leaf,
@@ -360,10 +362,13 @@ def test_accumulate_into_adds_the_ordinary_gradient(implementation: Any) -> None
             position=Position.whole(5, 37),
             regularization=0.1,
             accumulate_into=accumulator,
+            stand_in=stand_in,
             implementation=implementation,
             **SETTINGS,
         ).backward(grad)
-    assert leaf.grad is None
+    hook.remove()
+    assert seen[-1].shape == leaf.shape, "hooks see a gradient where one is to stand in"
+    assert [found for found in seen[:-1] if found is not None] == []
     torch.testing.assert_close(accumulator, 1 + 2 * expected, atol=1e-5, rtol=1e-5)
 
 
