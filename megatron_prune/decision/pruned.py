@@ -11,7 +11,7 @@ import torch
 
 from megatron_prune.decision import run_folder
 from megatron_prune.decision.masks import Masks
-from megatron_prune.decision.run_folder import TRAINED, decision_of, read_run, weights_of
+from megatron_prune.decision.run_folder import decision_of, read_run, weights_of
 from megatron_prune.decision.source import ModelSource, open_model
 from megatron_prune.decision.trimming import Trim, is_trim
 from megatron_prune.decision.units import Units
@@ -56,21 +56,26 @@ def open_trained(run: Path) -> ModelSource:
 
 def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> tuple[PrunableModel, ModelSource]:
     """The model of a run with its decision applied, or trained, and where its weights come from. Collective."""
-    if read_run(run).method == "train":
-        weights = open_trained(run)
-        return weights.load(layout, dtype), weights
-    decision = decision_of(run)
-    weights = open_model(weights_of(run))
-    model = weights.load(layout, dtype)
-    if is_trim(decision):
-        trim = Trim.load(decision)
-        trim.check_model(model.config)
-        return cut(model, trim.units), weights
-    masks = Masks.load(decision)
-    masks.check_model(model.config)
-    masks.check_origin(model.config)
-    apply_masks(model, masks)
-    return model, weights
+    read_run(run)
+    source = open_pruned(run)
+    return source.load(layout, dtype), source
+
+
+def open_pruned(path: Path) -> ModelSource:
+    """As `open_source`; of a run that has decided on a smaller model the source is that model."""
+    if not (path / run_folder.DESCRIPTION).is_file() or read_run(path).method == "train":
+        return open_source(path)
+    decision = decision_of(path)
+    if not is_trim(decision):
+        return open_source(path)
+    about, weights, trim = read_run(path), open_model(weights_of(path)), Trim.load(decision)
+    trim.check_model(weights.config)
+
+    def load(layout: backend.Layout, dtype: str | None = None) -> PrunableModel:
+        return cut(weights.load(layout, dtype), trim.units)
+
+    history = {**weights.history, "method": about.method, "target": about.target}
+    return replace(weights, config=trim.units.config(weights.config), load=load, reader=None, history=history)
 
 
 def open_source(path: Path) -> ModelSource:
@@ -78,10 +83,10 @@ def open_source(path: Path) -> ModelSource:
     if not (path / run_folder.DESCRIPTION).is_file():
         return open_model(path)
     about = read_run(path)
-    if about.state == TRAINED:
+    if about.method == "train":
         return open_trained(path)
-    weights = open_model(weights_of(path))
     decision = decision_of(path)
+    weights = open_model(weights_of(path))
     if is_trim(decision):
         raise UserError(f"{path} has decided on a smaller model: give the checkpoint that trim writes from it")
     masks = Masks.load(decision)
@@ -99,11 +104,7 @@ def open_source(path: Path) -> ModelSource:
 
 def trim(run: Path, output: Path, parallelism: Parallelism) -> None:
     """Write the checkpoint `output`: a run's weights with its decision applied, no training state. By all processes."""
-    about = read_run(run)
     layout = layout_of(parallelism)
     with backend.running(layout):
-        model, weights = load_pruned(run, layout)
-        history = weights.history
-        if about.method != "train":
-            history = {**history, "method": about.method, "target": about.target}
-        save_model(output, model, history, weights.tokenizer)
+        model, source = load_pruned(run, layout)
+        save_model(output, model, source.history, source.tokenizer)

@@ -21,9 +21,9 @@ from torch import Tensor
 from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.decision.masks import Masks, pack_mask, prunable_shapes, unpack_mask
-from megatron_prune.decision.pruned import open_source
+from megatron_prune.decision.pruned import open_pruned
 from megatron_prune.decision.run_folder import decision_of, read_run
-from megatron_prune.decision.target import NM, Unstructured, parse_target
+from megatron_prune.decision.target import NM, Unstructured, parse_any_target
 from megatron_prune.decision.trimming import is_trim
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import form_of
@@ -55,7 +55,7 @@ def maxtext_python() -> Path:
 
 def export_maxtext(config: ExportConfig) -> None:
     """Write `config.output`. Everything that can be refused is, before the model is loaded."""
-    source = open_source(config.input)
+    source = open_pruned(config.input)
     stored = source.config
     masks = _masks_of(config.input, source.history)
     form = form_of(stored, config.layers)
@@ -96,7 +96,7 @@ def _masks_of(path: Path, history: dict[str, Any]) -> Masks | NM | Unstructured 
     """Which weights stay zero: a run's decision, or those that the pattern a checkpoint was pruned to has made zero."""
     if (path / "run.json").is_file() and read_run(path).method != "train" and not is_trim(decision_of(path)):
         return Masks.load(decision_of(path))
-    target = parse_target(history["target"]) if history.get("target") else None
+    target = parse_any_target(history["target"]) if history.get("target") else None
     return target if isinstance(target, NM | Unstructured) else None
 
 
