@@ -19,6 +19,9 @@ groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, e
     MLP                   5 x n b f / t x e          gate and up (2 f), activation, up + 0, their product
     masked weights        prunable weights / t x e   mask * weight, one copy for each micro-batch
 
+With `--mask-draw step` there is one copy of the masked weights for a whole step, with recomputation too, and from the
+first backward pass on a float32 sum of their gradients. Both are counted at each pass of the schedule.
+
 Before its first backward pass, stage p of P runs P - p - 1 micro-batches forward, and with v interleaved chunks on each
 stage 2 (P - p - 1) + (v - 1) P passes of one chunk, or all that the step has; then one forward and one backward in turn
 (Narayanan et al. 2021, arXiv:2104.04473, section 2.2). What is held at once is counted along that schedule. Not
@@ -28,6 +31,7 @@ keep a tenth of the GPU free for them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -63,6 +67,8 @@ class Memory:
     optimizer: int
     """Adam's two moments in float32, and float32 masters of trained weights in another type; shared, with padding."""
     masked_weights: int
+    masked_gradients: int
+    """float32 sums of a step's micro-batches, where masks are drawn once for all of them."""
     activations: int
     loss: int
     """Probabilities over the vocabulary and the final norm, on the last stage."""
@@ -96,6 +102,8 @@ class Job:
     train_weights: bool = False
     narrow_logits: bool = False
     """They are bfloat16, with float32 masters."""
+    one_draw: bool = False
+    """Masks are drawn once for all micro-batches of a step."""
 
     @property
     def element(self) -> int:
@@ -155,6 +163,7 @@ def job_of(config: PruneConfig, processes: int) -> Job:
         config.parallelism.data_parallel_size(processes),
         bool(config.method_options.get("train_weights")),
         config.method_options.get("logits_dtype") == "bfloat16",
+        config.method_options.get("mask_draw") == "step",
     )
 
 
@@ -255,7 +264,7 @@ def _up(size: int, unit: int) -> int:
 
 
 def held(stage: int, stages: int, chunks: int, microbatches: int) -> list[tuple[int, ...]]:
-    """Micro-batches that each chunk of a pipeline stage holds after each of its forward passes in a step."""
+    """Micro-batches that each chunk of a pipeline stage holds after each of its passes in a step."""
     groups = range(0, microbatches, stages)
     order = [
         chunk for first in groups for chunk in range(chunks) for _ in range(first, min(first + stages, microbatches))
@@ -263,11 +272,14 @@ def held(stage: int, stages: int, chunks: int, microbatches: int) -> list[tuple[
     ahead = stages - stage - 1
     warmup = ahead if chunks == 1 else 2 * ahead + (chunks - 1) * stages
     counts, found = [0] * chunks, []
-    for number, chunk in enumerate(order):
-        if number > warmup:
-            counts[chunks - 1 - order[number - warmup - 1]] -= 1
-        counts[chunk] += 1
-        found.append(tuple(counts))
+    backward = [chunks - 1 - chunk for chunk in order]
+    for number in range(len(order) + warmup + 1):
+        if warmup < number <= warmup + len(order):
+            counts[backward[number - warmup - 1]] -= 1
+            found.append(tuple(counts))
+        if number < len(order):
+            counts[order[number]] += 1
+            found.append(tuple(counts))
     return found
 
 
@@ -286,7 +298,26 @@ def _kept(job: Job, stage: int, layers: list[list[tuple[int, int]]]) -> dict[str
     # After four rounds of all stages the same moments come again.
     microbatches = min(job.training.num_microbatches(job.replicas), 4 * job.stages)
     moments = held(stage, job.stages, job.chunks, microbatches)
-    return max((_at(job, stage, layers, moment) for moment in moments), key=lambda found: sum(found.values()))
+    states = (
+        _at(job, stage, layers, moment) | _of_a_step(job, layers, moments[: n + 1]) for n, moment in enumerate(moments)
+    )
+    return max(states, key=lambda found: sum(found.values()))
+
+
+def _of_a_step(job: Job, layers: list[list[tuple[int, int]]], moments: list[tuple[int, ...]]) -> dict[str, int]:
+    """Masked weights of a step's one draw and the sum of their gradients, after the last of these `moments`."""
+    if not job.one_draw:
+        return {"masked_gradients": 0}
+    masked = [sum(masked for _kept, masked in chunk) for chunk in layers]
+    run = [any(counts[chunk] for counts in moments) for chunk in range(job.chunks)]
+    turned = [
+        any(after[chunk] < before[chunk] for before, after in itertools.pairwise(moments))
+        for chunk in range(job.chunks)
+    ]
+    return {
+        "masked_weights": sum(size for size, yes in zip(masked, run, strict=True) if yes),
+        "masked_gradients": sum(size for size, yes in zip(masked, turned, strict=True) if yes) // job.element * FLOAT32,
+    }
 
 
 def _at(job: Job, stage: int, layers: list[list[tuple[int, int]]], counts: tuple[int, ...]) -> dict[str, int]:

@@ -1,9 +1,10 @@
 """Sizes of the real objects of mask-learning runs: `measure.py CASES.json FOLDER` -> FOLDER/PROCESSES_RANK.json.
 
-A case is a model directory, a number of processes, fields of `Parallelism` and of `Training`, and whether weights are
-trained. Each runs one step, and these bytes are written down: parameters, mask logits, gradient buffers and their
-padding, optimizer state, and the largest sum of what autograd kept at one time, each storage counted once and
-parameters not at all. The processes are forked from this one, which has imported everything: that costs most here.
+A case is a model directory, a number of processes, fields of `Parallelism` and of `Training`, whether weights are
+trained, and whether masks are drawn once a step. Each runs one step, and these bytes are written down: parameters, mask
+logits, gradient buffers and their padding, optimizer state, and the largest sum of what autograd and masks of a step
+kept at one time, each storage counted once and parameters not at all. The processes are
+forked from this one, which has imported everything: that costs most here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from megatron_prune.decision.source import open_model
 from megatron_prune.model.layout import layout_of
-from megatron_prune.model.masked_linear import MaskDraw
+from megatron_prune.model.masked_linear import MaskDraw, MaskedLinear, StepWeight
 from megatron_prune.option_groups import Parallelism, Training
 from megatron_prune.training.loop import RECOMPUTE, Trainer
 
@@ -43,13 +44,28 @@ class Kept:
     def __init__(self, model: torch.nn.Module) -> None:
         tensors = [*model.parameters(), *model.buffers()]
         self.model = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.linears = [module for module in model.modules() if isinstance(module, MaskedLinear)]
         self.users: dict[int, int] = {}
         self.now = self.peak = 0
+        add = StepWeight._add
+
+        def added(shared: StepWeight, weight: Tensor) -> None:
+            add(shared, weight)
+            self.look()
+
+        StepWeight._add = added  # type: ignore[method-assign]
+
+    def look(self) -> None:
+        """Note what is kept now: by autograd, and of masks that are drawn once a step."""
+        shared = [linear.shared for linear in self.linears if linear.shared is not None]
+        tensors = [tensor for each in shared for tensor in (each.weight, each.gradient) if tensor is not None]
+        self.peak = max(self.peak, self.now + sum(tensor.nbytes for tensor in tensors))
 
     def pack(self, tensor: Tensor) -> Any:
         """Called by autograd for each tensor it keeps."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() in self.model:
+        shared = (linear.shared.weight for linear in self.linears if linear.shared is not None)
+        if storage.data_ptr() in self.model or any(storage.data_ptr() == one.data_ptr() for one in shared):
             return tensor
         return _Hold(self, tensor, storage.data_ptr(), storage.nbytes())
 
@@ -65,7 +81,7 @@ class _Hold:
         kept.users[key] = kept.users.get(key, 0) + 1
         if kept.users[key] == 1:
             kept.now += size
-            kept.peak = max(kept.peak, kept.now)
+            kept.look()
 
     def __del__(self) -> None:
         self.kept.users[self.key] -= 1
@@ -81,7 +97,9 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         model = open_model(Path(case["model"])).load(layout, **extra)
         chunks = torch.nn.ModuleList(model.chunks)
         chunks.requires_grad_(False)
-        model.learn_masks(MaskDraw(2, 4, seed=0, logits_dtype=getattr(torch, case["logits"])))
+        model.learn_masks(
+            MaskDraw(2, 4, seed=0, logits_dtype=getattr(torch, case["logits"]), per_step=case["one_draw"])
+        )
         for linear in model.linears():
             linear.module.weight.requires_grad_(case["train_weights"])
         trainer = Trainer(model, training, Words(training.seq_length))

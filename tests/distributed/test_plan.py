@@ -43,6 +43,7 @@ class Case:
     sequence_parallel: bool = False
     train_weights: bool = False
     logits: str = "float32"
+    one_draw: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     """More fields of `Training`."""
 
@@ -65,7 +66,7 @@ class Case:
         layout, training = Parallelism(**self.layout()), Training(**TRAINING | self.options | options)
         replicas = layout.data_parallel_size(self.processes)
         model, narrow = read_config(root / self.model), self.logits == "bfloat16"
-        return Job(model, layout, training, NM(2, 4), replicas, self.train_weights, narrow)
+        return Job(model, layout, training, NM(2, 4), replicas, self.train_weights, narrow, self.one_draw)
 
 
 RECOMPUTE = {"recompute": True}
@@ -86,6 +87,13 @@ CASES = [
     Case("pp4", "tied", 4, pipeline=4),
     Case("cp2_dp2_shared", "bfloat16", 4, context=2, train_weights=True, options=SHARED),
     Case("tp2_cp2_sp", "tied", 4, tensor=2, context=2, sequence_parallel=True),
+    Case("one_draw", one_draw=True),
+    Case("one_draw_bf16_weights", "bfloat16", one_draw=True, train_weights=True),
+    Case("one_draw_recomputed", "bfloat16", one_draw=True, options=RECOMPUTE),
+    Case("one_draw_of_one_batch", "bfloat16", one_draw=True, options={"global_batch_size": 2}),
+    Case("one_draw_pp2", "bfloat16", 4, pipeline=2, one_draw=True),
+    Case("one_draw_pp2_vpp2", "bfloat16", 4, tensor=2, pipeline=2, virtual=2, one_draw=True),
+    Case("one_draw_pp4_few", "tied", 4, pipeline=4, one_draw=True, options={"global_batch_size": 4}),
     Case("blocks", "blocks"),
     Case("blocks_tp2_pp2", "blocks", 4, tensor=2, pipeline=2, train_weights=True),
     Case("blocks_pp2_vpp2_dp2", "blocks", 4, pipeline=2, virtual=2, options=SHARED),
@@ -113,6 +121,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             training=TRAINING | case.options,
             train_weights=case.train_weights,
             logits=case.logits,
+            one_draw=case.one_draw,
         )
         for case in CASES
     ]
@@ -163,7 +172,7 @@ def test_activations_are_within_the_bound(root: Path, case: Case) -> None:
     stages = plan(case.job(root))
     for rank, found in enumerate(measured(root, case)):
         said = stages[case.stage(rank)]
-        total = said.masked_weights + said.activations + said.loss
+        total = said.masked_weights + said.masked_gradients + said.activations + said.loss
         assert total == pytest.approx(found["kept"], rel=TOLERANCE), f"process {rank}"
 
 
