@@ -34,6 +34,7 @@ from megatron_prune import device as environment
 from megatron_prune.errors import UserError
 from megatron_prune.imports import hollow_triton, keep_temporary_folder_clean, without_gpu_kernels, without_triton
 from megatron_prune.kernels.memory import keep_freed_memory
+from megatron_prune.kernels.selection import torch_deterministic
 
 SUPPORTED_CORE = ("0.16", "0.19")
 """Of megatron-core: 0.16 is the last for Python 3.11, what follows needs 3.12. What is touched below was read from
@@ -366,15 +367,13 @@ def deterministic(wanted: bool) -> Iterator[None]:
         yield
         return
     before = {name: os.environ.get(name) for name in DETERMINISTIC}
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     os.environ.update(DETERMINISTIC | {"NCCL_ALGO": before["NCCL_ALGO"] or DETERMINISTIC["NCCL_ALGO"]})
-    torch.use_deterministic_algorithms(True)
     _deterministic = True
     try:
-        yield
+        with torch_deterministic(True):
+            yield
     finally:
         _deterministic = False
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 

@@ -21,6 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tools.acceptance import byte_tokenizer as byte_tokenizer
+
 STORIES_DIRECTORY = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
 STORIES_TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 
@@ -98,8 +100,12 @@ def pack(weight: Tensor, form: str) -> dict[str, Tensor]:
     """A weight in a form, one number at a time: slow, and by nothing that the package has."""
     rows, columns = weight.shape
     if form == "fp8":
-        scale = weight.abs().max() / 448
-        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale, "input_scale": 2 * scale}
+        largest = weight.abs().max() / 448
+        return {
+            "weight": (weight / largest).to(torch.float8_e4m3fn),
+            "weight_scale": largest,
+            "input_scale": 2 * largest,
+        }
     codes = torch.zeros(rows, columns, dtype=torch.uint8)
     block = 16
     scales = weight.unflatten(1, (-1, block)).abs().amax(2) / (7 if form == "int4_awq" else 6)
@@ -310,20 +316,6 @@ def edit_config(directory: Path, **changes: Any) -> None:
     file = directory / "config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-
-def byte_tokenizer(path: Path) -> Path:
-    """Save a byte-level tokenizer of 257 tokens (one per byte, and an end-of-text) into ``path``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<end>": len(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
-    return path
 
 
 def words(path: Path, documents: int = 64, seed: int = 0) -> Path:

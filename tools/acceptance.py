@@ -206,17 +206,26 @@ def write_text(path: Path, documents: int, seed: int = 0) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def write_model(path: Path, sizes: Sizes, device: torch.device, seed: int) -> None:
-    """A random LLaMA, made on `device`, with a tokenizer of 256 bytes and an end."""
+def byte_tokenizer(path: Path) -> Path:
+    """Save a byte-level tokenizer of 257 tokens (one per byte, and an end-of-text) into ``path``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<end>": len(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
+    return path
+
+
+def write_model(path: Path, sizes: Sizes, device: torch.device, seed: int) -> None:
+    """A random LLaMA, made on `device`, with a tokenizer of 256 bytes and an end."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=257,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.ffn,
         num_hidden_layers=sizes.layers,
@@ -224,14 +233,14 @@ def write_model(path: Path, sizes: Sizes, device: torch.device, seed: int) -> No
         num_key_value_heads=sizes.groups,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        eos_token_id=len(alphabet),
+        eos_token_id=256,
         bos_token_id=None,
     )
     torch.manual_seed(seed)
     with device:
         model = LlamaForCausalLM(config).to(getattr(torch, sizes.dtype))
     model.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(path)
+    byte_tokenizer(path)
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

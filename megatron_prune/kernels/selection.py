@@ -63,16 +63,16 @@ def kth_smallest(score: Tensor, k: int) -> Tensor:
     On a CPU by NumPy, whose vectorised selection takes a tenth of the time of `torch.kthvalue`.
     """
     if score.device.type != "cpu" or score.dtype not in (torch.float32, torch.float64):
-        with _values_alone():
+        with torch_deterministic(False):  # its indices, which may differ between runs, are not looked at
             return torch.kthvalue(score, k + 1, dim=1, keepdim=True).values
     return torch.from_numpy(np.partition(score.detach().numpy(), k, axis=1)[:, k : k + 1].copy())
 
 
 @contextlib.contextmanager
-def _values_alone() -> Iterator[None]:
-    """While active torch lets an operation pass whose indices, which are not looked at, may differ between runs."""
+def torch_deterministic(wanted: bool) -> Iterator[None]:
+    """While active torch takes only operations that give the same bits in every run, or any; afterwards as before."""
     strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(wanted)
     try:
         yield
     finally:
