@@ -23,7 +23,7 @@ from megatron_prune.decision.masks import Kept, Masks
 from megatron_prune.decision.pruned import apply_masks, cut
 from megatron_prune.decision.source import ModelSource, read_hf
 from megatron_prune.decision.target import Shape, parse_any_target
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.exporting.preflight import check_result
 from megatron_prune.methods.base import CALIBRATION, PruningMethod, get_method
 from megatron_prune.methods.fit import check_target
@@ -31,6 +31,7 @@ from megatron_prune.model.build import DTYPES
 from megatron_prune.model.families import ModelConfig, family_of, get_family
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Calibration
+from megatron_prune.options import check_kind
 from megatron_prune.workbench import DECISION, Workbench
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ def prune_model(
         raise UserError("prune_model works in one process and several were started; use `prune` under torchrun")
     if parallel_state.model_parallel_is_initialized():
         raise UserError("prune_model sets up megatron-core by itself and it is set up already; use `prune` for it")
+    for name, value, kind in (
+        ("calibration_samples", calibration_samples, int | None),
+        ("calibration_seq_length", calibration_seq_length, int | None),
+        ("calibration_seed", calibration_seed, int),
+        ("in_place", in_place, bool),
+    ):
+        check_kind(f"prune_model: {name}", value, kind)
     chosen = get_method(method, **options)
     if chosen.resumable:
         raise UserError(f"prune_model: method {method} takes hours and works in a run folder; use `prune` for it")
@@ -136,6 +144,8 @@ def _source(model: PreTrainedModel, config: ModelConfig) -> ModelSource:
 
 
 def _config(model: PreTrainedModel) -> ModelConfig:
+    if not isinstance(model, torch.nn.Module) or not hasattr(getattr(model, "config", None), "to_dict"):
+        raise UserError(f"prune_model: {brief(model)} given; allowed: a language model of transformers")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("prune_model: parameters without memory were given; load the model whole, without offloading")
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
@@ -160,8 +170,12 @@ def _calibration(
 ) -> CalibrationSet | None:
     if CALIBRATION not in method.needs:
         return None
-    if isinstance(texts, str) or len(texts) == 0 or tokenizer is None:
-        raise UserError(f"prune_model: method {method.name} looks at text; give tokenizer= and texts=[...]")
+    missing = tokenizer is None or not isinstance(texts, list | tuple) or len(texts) == 0
+    if missing or not callable(tokenizer) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"prune_model: method {method.name} looks at text; give tokenizer= (a tokenizer of transformers) and "
+            "texts=[...] (a list of strings)"
+        )
     tokenizer = copy.deepcopy(tokenizer)  # what is set for one model is not the caller's
     undraw(tokenizer)
     own, usual = method.defaults, Calibration()

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from megatron_prune.errors import UserError, brief
 from megatron_prune.files import write_text
@@ -100,6 +100,19 @@ def check_value(key: str, value: Any, bounds: Any) -> None:
             raise UserError(f"{flag(key)}: {error}; allowed: text that can name a file") from None
     else:
         check_range(key, value, bounds)
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+"""The types of single values, in words."""
+
+
+def check_kind(what: str, value: Any, kind: Any) -> None:
+    """Raises a `UserError` for a value, given in Python, that is not of `kind`: one of `WORDS`, or of several."""
+    allowed = [part for part in get_args(kind) or (kind,) if part in WORDS]
+    exact = bool in allowed if isinstance(value, bool) else isinstance(value, tuple(allowed))
+    whole = float in allowed and type(value) is int
+    if allowed and not (exact or whole or (value is None and type(None) in get_args(kind))):
+        raise UserError(f"{what}: {brief(value)} given; allowed: {' or '.join(WORDS[part] for part in allowed)}")
 
 
 def check_range(key: str, value: Any, bounds: Any) -> None:

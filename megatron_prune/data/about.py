@@ -14,8 +14,8 @@ from megatron_prune.schema import Count, Crc32
 _Id = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class About(TypedDict):
-    """What training reads of it; the rest is for people."""
+class _Ids(TypedDict):
+    """What is said of the ids."""
 
     vocab_size: NotRequired[_Id]
     largest_id: NotRequired[_Id | None]
@@ -25,7 +25,16 @@ class About(TypedDict):
     """Of the files beside it, by suffix; older files do not say."""
 
 
-class Report(About):
+class About(_Ids):
+    """What training reads of it; the rest is for people."""
+
+    documents: NotRequired[Count]
+    tokens: NotRequired[Count]
+    dtype: NotRequired[str]
+    """numpy's name of the type of the ids."""
+
+
+class Report(_Ids):
     """What `preprocess` tells of it when it ends."""
 
     documents: Count

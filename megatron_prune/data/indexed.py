@@ -21,7 +21,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
 from megatron_prune.data.about import About, read_about
 from megatron_prune.data.text import SUFFIXES, check_text_file
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
 from megatron_prune.files import checksum
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -66,7 +66,9 @@ def open_indexed(prefix: Path, vocab_size: int) -> IndexedDataset:
             f"{binary}: {binary.stat().st_size} bytes, its index describes {described}; copy both files again"
         )
     if about.is_file():
-        _check_vocabulary(prefix, read_about(about), vocab_size)
+        told = read_about(about)
+        _check_told(prefix, told, header, described)
+        _check_vocabulary(prefix, told, vocab_size)
     return IndexedDataset(str(prefix))
 
 
@@ -151,6 +153,18 @@ def _check_checksums(prefix: Path, stated: dict[str, str]) -> None:
         file = prefix.with_name(prefix.name + suffix)
         if suffix in CHECKED and checksum(file) != expected:
             raise UserError(f"{file} has changed since `preprocess` wrote it; {AGAIN}")
+
+
+def _check_told(prefix: Path, about: About, header: Header, size: int) -> None:
+    """UserError when what `preprocess` noted is of other text than the index with its `size` bytes of ids."""
+    kind = np.dtype(header.dtype)
+    found = {"documents": header.ends - 1, "tokens": size // kind.itemsize, "dtype": kind.name}
+    for key, value in found.items():
+        if about.get(key, value) != value:
+            raise UserError(
+                f"{prefix}: its .json says {key} {brief(about.get(key))}, its .idx {value}: they are not of one text; "
+                "run `preprocess` again or copy all three files again"
+            )
 
 
 def _check_vocabulary(prefix: Path, about: About, vocab_size: int) -> None:

@@ -20,7 +20,7 @@ from megatron_prune.claims import refuse_existing
 from megatron_prune.decision.run_folder import FINISHED, RunDescription, read_run, write_run
 from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder
-from megatron_prune.log import read_metrics, write_environment
+from megatron_prune.log import METRICS, read_metrics, write_environment
 from megatron_prune.options import Options, save_yaml
 from megatron_prune.ranks import disk_fault, from_leader
 
@@ -104,10 +104,12 @@ def check_resume(output: Path, about: RunDescription) -> None:
 def begun(config: Any, about: RunDescription) -> Iterator[None]:
     """Make the run folder of `config`, or note that its run goes on, for the work in the block. Collective.
 
-    A run that is refused before it has anything worth keeping is as if it had never been begun: its folder goes.
+    A run that is refused before it has anything worth keeping is as if it had never been begun: its folder goes. One
+    that was to go on and did not is as it was.
     """
+    note, before = None, None
     if config.resume:
-        note_resumption(config, config.output)
+        note, before = note_resumption(config, config.output), _progress(config.output)
     else:
         with new_folder(config.output) as new:
             if backend.rank() == 0:
@@ -118,13 +120,23 @@ def begun(config: Any, about: RunDescription) -> Iterator[None]:
         kept = _can_go_on(config.output) or (not disk_fault(error) and bool(_steps_taken(config.output)))
         if backend.rank() == 0 and not config.resume and not kept:
             shutil.rmtree(config.output, ignore_errors=True)
+        if note is not None and _progress(config.output) == before:
+            note.unlink(missing_ok=True)
         raise
+
+
+MADE = ("checkpoints/step_*[0-9]", "database/*.safetensors", "replacements.json", "judged.safetensors")
+"""What a run goes on from: checkpoints, or parts of what a search makes first."""
 
 
 def _can_go_on(run: Path) -> bool:
     """Whether a run has a checkpoint, or a part of what a search makes first."""
-    made = ("checkpoints/step_*[0-9]", "database/*.safetensors", "replacements.json", "judged.safetensors")
-    return any(True for pattern in made for _ in run.glob(pattern))
+    return any(True for pattern in MADE for _ in run.glob(pattern))
+
+
+def _progress(run: Path) -> dict[Path, int]:
+    """When what a run has done was last written, in nanoseconds."""
+    return {file: file.stat().st_mtime_ns for pattern in (*MADE, METRICS) for file in run.glob(pattern)}
 
 
 def _steps_taken(run: Path) -> int:
@@ -135,11 +147,16 @@ def _steps_taken(run: Path) -> int:
         return 0
 
 
-def note_resumption(config: Options, folder: Path) -> None:
-    """Keep what a run is resumed with: the learning rate, say, may differ from what it was begun with."""
-    if backend.rank() == 0:
-        number = len(list(folder.glob("config.resumed.*.yaml"))) + 1
-        save_yaml(config, folder / f"config.resumed.{number}.yaml")
+def note_resumption(config: Options, folder: Path) -> Path | None:
+    """Keep what a run is resumed with: the learning rate, say, may differ from what it was begun with.
+
+    By rank 0, which gets the file's name.
+    """
+    if backend.rank() != 0:
+        return None
+    number = len(list(folder.glob("config.resumed.*.yaml"))) + 1
+    save_yaml(config, folder / f"config.resumed.{number}.yaml")
+    return folder / f"config.resumed.{number}.yaml"
 
 
 def describe(folder: Path, config: Options, about: RunDescription) -> None:

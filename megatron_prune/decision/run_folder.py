@@ -17,6 +17,7 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from megatron_prune.decision.target import parse_any_target
 from megatron_prune.errors import UserError
 from megatron_prune.files import write_json
 from megatron_prune.foreign import read_json, strict
@@ -24,6 +25,8 @@ from megatron_prune.model import given
 from megatron_prune.schema import Count, Word
 
 DESCRIPTION = "run.json"
+RECORDS = ("decision.json", "trim.json")
+"""What says whose a decision is: masks, or units that stay."""
 TRAINED = "trained"
 FINISHED = ("decided", TRAINED)
 """States of a run that nothing is left to do for."""
@@ -58,6 +61,13 @@ class Step(TypedDict):
     step: Count
 
 
+class Decided(TypedDict):
+    """What is read of a decision to know whose it is."""
+
+    method: Word
+    target: Word
+
+
 def write_run(folder: Path, description: RunDescription) -> None:
     """Record what a run is; atomic."""
     write_json(folder / DESCRIPTION, asdict(description))
@@ -79,7 +89,7 @@ def latest_step(folder: Path) -> int | None:
 
 def decision_of(folder: Path) -> Path:
     """The decision of a run (or the folder itself when it is a decision); UserError while there is none yet."""
-    if (folder / "decision.json").is_file() or (folder / "trim.json").is_file():
+    if any((folder / name).is_file() for name in RECORDS):
         return folder
     if not (folder / DESCRIPTION).is_file():
         raise given.wrong(folder, "decision")
@@ -91,7 +101,21 @@ def decision_of(folder: Path) -> Path:
             f"run {folder} has no decision yet (its {description.method} run has not finished): finish it with "
             "prune --resume"
         )
-    return folder / "decision"
+    decision = folder / "decision"
+    for file in (decision / name for name in RECORDS if (decision / name).is_file()):
+        _check_same(folder, description, file)
+    return decision
+
+
+def _check_same(folder: Path, run: RunDescription, file: Path) -> None:
+    """UserError when a decision in a run folder is another run's."""
+    found: Decided = read_json(file, "a pruning decision", Decided)
+    same = found["method"] == run.method and parse_any_target(found["target"]) == parse_any_target(run.target)
+    if not same:
+        raise UserError(
+            f"run {folder} contradicts itself: {DESCRIPTION} says {run.kind}, decision/{file.name} "
+            f"{found['method']} {found['target']}: copy the run again, or prune again"
+        )
 
 
 def weights_of(folder: Path) -> Path:

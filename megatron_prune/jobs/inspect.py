@@ -47,7 +47,7 @@ def _run(path: Path) -> list[str]:
     step = run_folder.latest_step(path)
     if step is not None:
         lines.append(f"  newest checkpoint: step {step}")
-    return lines + (_decision(path / "decision") if about.state == "decided" else [])
+    return lines + (_decision(run_folder.decision_of(path)) if about.state == "decided" else [])
 
 
 def _decision(path: Path) -> list[str]:

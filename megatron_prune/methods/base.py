@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from megatron_prune.decision.target import MEASURES, NM, Budget, StructuredTarge
 from megatron_prune.errors import UserError, brief
 from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
-from megatron_prune.options import check_value
+from megatron_prune.options import check_kind, check_value
 
 if TYPE_CHECKING:
     from megatron_prune.decision.masks import Kept
@@ -265,17 +265,20 @@ def mask_methods() -> list[str]:
 def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
     """The method called ``name`` with these hyper-parameters; UserError names the nearest known one."""
     known = _discovered()
+    check_kind("method", name, str)
     if name not in known:
         raise UserError(
             f"unknown method {brief(name)}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}"
         )
     allowed = [entry.name for entry in fields(known[name])]
-    for given in hyperparameters:
+    kinds = get_type_hints(known[name])
+    for given, value in hyperparameters.items():
         if given not in allowed:
             raise UserError(
                 f"method {name} has no hyper-parameter {brief(given)}{_nearest(given, allowed)}; "
                 f"it has: {', '.join(allowed) or 'none'}"
             )
+        check_kind(f"{name}: {given}", value, kinds[given])
     made = known[name](**hyperparameters)
     for entry in fields(made):
         check_value(entry.name, getattr(made, entry.name), entry.metadata)

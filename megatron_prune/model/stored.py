@@ -110,11 +110,16 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _indexed_entries(directory: Path, index: Path) -> dict[str, Entry]:
     weight_map = _weight_map(index)
     files = {name: _named_entries(directory / name, index) for name in sorted(set(weight_map.values()))}
-    entries = {name: entry for found in files.values() for name, entry in found.items()}
+    entries: dict[str, Entry] = {}
+    for found in files.values():
+        for name, entry in found.items():
+            if name in entries:
+                both = f"{entries[name].file.name} and {entry.file.name}"
+                raise UserError(f"{directory} has {shown(name)} twice, in {both}: one of them is not its own; {_FETCH}")
+            entries[name] = entry
     for name, file in weight_map.items():
         if name not in files[file]:
             raise UserError(f"{index} places {shown(name)} in {shown(file)}, which does not hold it; {_FETCH}")
-        entries[name] = files[file][name]
     return entries
 
 

@@ -117,14 +117,15 @@ def read_run(path: Path, name: str) -> Run:
     """A run folder, finished or not."""
     masks: list[MaskRow] = []
     removed = None
-    decision = path / "decision"
+    about = run_folder.read_run(path)
+    decision = run_folder.decision_of(path) if about.state == "decided" else path / "decision"
     if is_trim(decision):
         removed = _removed(decision)
     elif decision.is_dir():
         masks = Masks.load(decision).summary()
     return Run(
         name,
-        run_folder.read_run(path),
+        about,
         read_metrics(path),
         _text(path / "config.yaml"),
         _text(path / "environment.json"),

@@ -215,13 +215,25 @@ def test_models_that_cannot_be_pruned_are_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"method": "maskllm", "target": "2:4"}, "takes hours"),
-        ({"method": "wanda", "target": "2:4"}, "give tokenizer= and texts="),
+        ({"method": "wanda", "target": "2:4"}, "give tokenizer= .* and texts="),
         ({"method": "wanda", "target": "num_layers=1"}, "cannot prune to"),
         ({"method": "magnitude", "target": "2:3"}, "not a multiple of 3|multiple"),
         ({"method": "magnitude", "target": "2:4", "percdamp": 1}, "has no hyper-parameter"),
+        ({"method": 3, "target": "2:4"}, "method: 3 given; allowed: text"),
+        ({"method": "magnitude", "target": 2}, "put quotes|not understood"),
+        ({"method": "magnitude", "target": "2:4", "in_place": "no"}, "in_place: 'no' given; allowed: true or false"),
+        ({"method": "sparsegpt", "target": "2:4", "percdamp": "0.1"}, "sparsegpt: percdamp: '0.1' given.*a number"),
+        ({"method": "sparsegpt", "target": "2:4", "percdamp": True}, "percdamp: True given; allowed: a number"),
+        ({"method": "sparsegpt", "target": "2:4", "block_size": 1.5}, "block_size: 1.5 given; allowed: a whole number"),
+        ({"method": "wanda", "target": "2:4", "calibration_samples": "8"}, "calibration_samples: '8' given"),
+        ({"method": "wanda", "target": "2:4", "calibration_seed": None}, "calibration_seed: None given"),
+        ({"method": "wanda", "target": "2:4", "texts": [1, 2], "tokenizer": str}, "a list of strings"),
+        ({"method": "wanda", "target": "2:4", "texts": ["a"], "tokenizer": "gpt2"}, "give tokenizer="),
     ],
 )
 def test_what_cannot_be_done_in_memory_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "hf", "llama"), dtype=torch.float32)
     with pytest.raises(mp.UserError, match=message):
         mp.prune_model(model, **options)
+    with pytest.raises(mp.UserError, match="allowed: a language model of transformers"):
+        mp.prune_model("gpt2", method="magnitude", target="2:4")  # type: ignore[arg-type]

@@ -76,7 +76,8 @@ def masks(tmp_path: Path) -> Path:
 def trimmed(tmp_path: Path) -> Path:
     """A run with a structured decision."""
     put(tmp_path / "run" / "run.json", {**RUN, "target": "num_layers=1", "method": "shortgpt"})
-    Trim(INFO, Units.all(CONFIG).without_layers([0])).save(tmp_path / "run" / "decision", CONFIG)
+    info = dataclasses.replace(INFO, method="shortgpt", target="num_layers=1")
+    Trim(info, Units.all(CONFIG).without_layers([0])).save(tmp_path / "run" / "decision", CONFIG)
     return tmp_path / "run"
 
 
@@ -278,7 +279,7 @@ def test_a_text_that_was_preprocessed(tmp_path: Path) -> None:
 
 
 def test_an_older_text_says_less_of_itself(tmp_path: Path) -> None:
-    assert read_text_about(put(tmp_path / "t.json", {"documents": 1})) == {}
+    assert read_text_about(put(tmp_path / "t.json", {"input": ["a.txt"]})) == {}
 
 
 def test_statistics_json(tmp_path: Path) -> None:

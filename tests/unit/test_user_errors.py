@@ -243,6 +243,7 @@ def test_a_run_is_resumed_with_what_it_was_begun_with(
         assert main(learn(root, "begun")) == 0
         set_state(run, "learning")
     assert message in refused(learn(root, "begun", "--resume", *more), capsys)
+    assert not list(run.glob("config.resumed.*")), "it is as it was"
 
 
 def test_a_resumed_run_may_have_another_learning_rate(root: Path) -> None:
@@ -255,6 +256,24 @@ def test_a_resumed_run_may_have_another_learning_rate(root: Path) -> None:
     rates = {record["step"]: record["learning_rate"] for record in read_metrics(run) if "learning_rate" in record}
     assert rates[3] < rates[2] / 100
     assert "lr: 1.0e-06" in (run / "config.resumed.1.yaml").read_text()
+
+
+def test_a_decision_of_another_run_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By all that read it."""
+    for name, target in (("half", "0.5"), ("two", "2:4")):
+        command = ["prune", "--input", str(root / "model"), "--output", str(root / name), "--target", target]
+        assert main([*command, "--method", "magnitude"]) == 0
+    shutil.rmtree(root / "half" / "decision")
+    shutil.copytree(root / "two" / "decision", root / "half" / "decision")
+    given, said = ["--input", str(root / "half")], "run.json says magnitude 0.5, decision/decision.json magnitude 2:4"
+    for verb in (["trim", "--output", str(root / "x")], ["verify"], ["inspect"]):
+        assert said in refused([verb[0], *given, *verb[1:]], capsys)
+    assert said in refused(["report", str(root / "half"), "--output", str(root / "x.html")], capsys)
+    mask = ["export", *given, "--format", "mask-npz", "--output", str(root / "x.npz")]
+    assert said in refused(mask, capsys)
+    learned = ["--prior", str(root / "half")]
+    assert said in refused(learn(root, "from_half", *learned), capsys)
+    assert untouched(root, "x")
 
 
 def test_logits_of_another_pattern_are_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +88,23 @@ def test_what_is_true_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert [len(data[number]) for number in range(5)] == LENGTHS
         assert np.concatenate([data[number] for number in range(5)]).tolist() == IDS.tolist()
         check_tokens(tmp_path / "x", VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"documents": 4}, "documents 4, its .idx 5"),
+        ({"tokens": 21}, "tokens 21, its .idx 20"),
+        ({"dtype": "int32"}, "dtype"),
+    ],
+)
+def test_a_json_of_another_text_is_refused(tmp_path: Path, told: dict[str, Any], said: str) -> None:
+    write(tmp_path / "x")
+    (tmp_path / "x.json").write_text(json.dumps({"documents": 5, "tokens": 20, "dtype": "uint16"}))
+    open_indexed(tmp_path / "x", VOCAB)
+    (tmp_path / "x.json").write_text(json.dumps({"documents": 5, "tokens": 20, "dtype": "uint16"} | told))
+    with pytest.raises(UserError, match=said):
+        open_indexed(tmp_path / "x", VOCAB)
 
 
 @settings(

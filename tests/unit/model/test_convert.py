@@ -329,6 +329,16 @@ def test_missing_shard_and_wrong_index(tmp_path: Path) -> None:
             HFReader(directory)
 
 
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    directory = tiny_llama(tmp_path / "hf", max_shard_size="20KB")
+    files = sorted(directory.glob("*.safetensors"))
+    tensors = load_file(files[0])
+    name = next(iter(tensors))
+    save_file(load_file(files[1]) | {name: tensors[name] + 1}, files[1])
+    with pytest.raises(UserError, match=f"has {name} twice, in {files[0].name} and {files[1].name}"):
+        HFReader(directory)
+
+
 def test_unknown_name_suggests_the_nearest(tmp_path: Path) -> None:
     reader = HFReader(tiny_llama(tmp_path / "hf"))
     with pytest.raises(UserError, match="nearest: model.norm.weight"):
