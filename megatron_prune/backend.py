@@ -149,6 +149,10 @@ def _adapt(module: types.ModuleType) -> None:
         module.__dict__["_set_cuda_rng_state"] = _set_cpu_rng_state
     if module.__name__ == "megatron.core.optimizer.clip_grads":
         module.__dict__["l2_norm_impl"] = _norm_of_all
+    if module.__name__ == "megatron.core.transformer.moe.moe_utils":
+        module.__dict__.setdefault("te_general_gemm", None)  # 0.16 asks for it without Transformer Engine too
+    if module.__name__ == "megatron.core.transformer.moe.token_dispatcher":
+        module.__dict__["maybe_move_tensor_to_cpu"] = _as_on_cpu
 
 
 def _norm_of_all(
@@ -157,6 +161,12 @@ def _norm_of_all(
     """Euclidean norm `[1]` of all elements, in place of Apex's kernel."""
     del chunk, overflow
     return square_sum(itertools.chain(*tensors)).sqrt().float().reshape(1), None
+
+
+def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Counts of tokens on the host, where megatron-core would leave those of a CPU tensor a tensor."""
+    del record_stream
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
 
 SQUARE_ROW = 4096
@@ -388,6 +398,15 @@ class Layout:
     sequence_parallel: bool = False
     virtual_pipeline: int | None = None
     """Chunks of layers on each pipeline stage, interleaved with those of the others; None: one."""
+    expert: int = 1
+    """Processes that share out a layer's experts, out of those that are replicas for the rest of the model."""
+    expert_tensor: int | None = None
+    """Processes that share each expert; None: as many as share the other layers."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Processes that share each expert."""
+        return self.expert_tensor or self.tensor
 
     @property
     def chunks(self) -> int:
@@ -403,7 +422,9 @@ class Layout:
         """`tp2 pp1 cp1 dp4 sp`, for logs."""
         sequence = " sp" if self.sequence_parallel else ""
         virtual = f" vpp{self.virtual_pipeline}" if self.virtual_pipeline else ""
-        return f"tp{self.tensor} pp{self.pipeline}{virtual} cp{self.context} dp{self.data}{sequence}"
+        experts = f" ep{self.expert}" if self.expert > 1 else ""
+        experts += f" etp{self.expert_tensor}" if self.expert_tensor else ""
+        return f"tp{self.tensor} pp{self.pipeline}{virtual} cp{self.context} dp{self.data}{experts}{sequence}"
 
 
 def rank() -> int:
@@ -435,6 +456,13 @@ def check_layout(layout: Layout, world: int) -> None:
             f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context} parallel needs a multiple "
             f"of {product} processes and {world} run: start with torchrun --nproc-per-node {product}"
         )
+    experts = layout.expert * layout.expert_tensor_size * layout.pipeline
+    if world % experts:
+        raise UserError(
+            f"expert {layout.expert} x expert tensor {layout.expert_tensor_size} x pipeline {layout.pipeline} parallel "
+            f"needs a multiple of {experts} processes and {world} run: start more, or give a smaller "
+            "--expert-model-parallel-size or --expert-tensor-parallel-size"
+        )
     if layout.virtual_pipeline is not None and layout.pipeline == 1:
         raise UserError(
             f"virtual-pipeline-model-parallel-size {layout.virtual_pipeline} was given with "
@@ -465,6 +493,8 @@ def initialize(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> 
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor_size,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,  # beside NCCL's, for optimizer states of megatron-core's own
     )

@@ -26,7 +26,7 @@ from megatron_prune.decision.target import Shape, parse_any_target
 from megatron_prune.errors import UserError, brief
 from megatron_prune.exporting.preflight import check_result
 from megatron_prune.methods.base import CALIBRATION, PruningMethod, get_method
-from megatron_prune.methods.fit import check_target
+from megatron_prune.methods.fit import check_experts, check_target
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.families import ModelConfig, family_of, get_family
 from megatron_prune.model.prunable import PrunableModel
@@ -80,6 +80,7 @@ def prune_model(
     asked = parse_any_target(target)
     chosen.accept(asked)
     config = _config(model)
+    check_experts(config, chosen, asked)
     check_target(config, asked)
     chosen.check(config, asked)
     if isinstance(asked, Shape):
@@ -156,7 +157,10 @@ def _config(model: PreTrainedModel) -> ModelConfig:
         raise UserError(f"prune_model: weights of type {kind} were given; allowed: {', '.join(DTYPES)}: model.to(...)")
     about = {**model.config.to_dict(), "dtype": kind}
     about.pop("torch_dtype", None)
-    return family_of(about).from_hf(about)
+    config = family_of(about).from_hf(about)
+    if config.num_moe_experts:
+        raise UserError("prune_model: a model with experts was given; save it, and use `import` and `prune`")
+    return config
 
 
 def _calibration(

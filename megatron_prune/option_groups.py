@@ -44,6 +44,15 @@ class Parallelism(Options):
     )
     sequence_parallel: bool = option(False, "shard norms and dropouts over the tensor-parallel processes too")
     context_parallel_size: int = option(1, "processes that share each sequence", at_least=1, at_most=MOST_PROCESSES)
+    expert_model_parallel_size: int = option(
+        1, "processes that share out the experts of a layer", at_least=1, at_most=MOST_PROCESSES
+    )
+    expert_tensor_parallel_size: int | None = option(
+        None,
+        "processes that share each expert; without it the tensor-parallel size",
+        at_least=1,
+        at_most=MOST_PROCESSES,
+    )
     distributed_timeout_minutes: float = option(
         10.0, "longest wait for another process before the job is given up", above=0, at_most=1e6
     )
@@ -153,6 +162,9 @@ class Training(Options):
     )
     overlap_grad_reduce: bool = option(
         False, "add gradients up over the data-parallel processes while the backward pass goes on"
+    )
+    moe_aux_loss_coeff: float = option(
+        0.0, "weight of the loss that spreads the tokens of each sequence over the experts; 0: none", at_least=0
     )
     recompute: bool = option(False, "recompute each layer in the backward pass: less memory, a third more time")
     seed: int = option(0, "of the order of the data and of the method's noise", at_least=0)

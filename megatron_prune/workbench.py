@@ -35,7 +35,7 @@ from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.runner import Runner, WholeLinear
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.learning import LearningRunner
-from megatron_prune.training.loop import RECOMPUTE, check_learning
+from megatron_prune.training.loop import check_learning, model_options
 from megatron_prune.training.shearing import ShearingRunner
 from megatron_prune.training.stopping import StopRequest
 
@@ -128,7 +128,7 @@ class Workbench:
             raise UserError(
                 f"method {self.method.name} learns from text and none was given: --data FILE.jsonl (or .txt)"
             )
-        check_learning(t, self.layout)
+        check_learning(t, self.layout, self.config)
         self.config.check_length(t.seq_length)
         tokenizer = load_tokenizer(self.source.tokenizer, vocab_size)
         held_out = held_out_windows(t, tokenizer, vocab_size)
@@ -148,8 +148,8 @@ class Workbench:
     @cached_property
     def model(self) -> PrunableModel:
         """The model, whole, its weights as they are in the source until a method changes them."""
-        training = DATA in self.method.needs and self.settings.training.recompute
-        return self.source.load(self.layout, **(RECOMPUTE if training else {}))
+        options = model_options(self.settings.training) if DATA in self.method.needs else {}
+        return self.source.load(self.layout, **options)
 
     @cached_property
     def passes(self) -> Passes:

@@ -47,7 +47,7 @@ def _differences(config: ModelConfig, keys: Mapping[str, str], read: Any) -> Ite
     """Key, what transformers has and what is meant, where that is not the same."""
     for name, key in keys.items():
         meant = getattr(config, name)
-        if name == "ffn_hidden_size" and getattr(read, key, None) is None:
+        if name in ("ffn_hidden_size", "kv_channels") and getattr(read, key, None) is None:
             continue  # follows from the hidden size
         if (value := getattr(read, key, meant)) != meant:
             yield key, value, meant

@@ -175,6 +175,10 @@ def plan(job: Job) -> list[Memory]:
 
 def _check(job: Job) -> None:
     model, layout = job.model, job.layout
+    if model.num_moe_experts:
+        raise UserError(
+            "a model with experts was given; plan does not know how many tokens each will get: allowed: others"
+        )
     if layout.virtual_pipeline_model_parallel_size and job.stages == 1:
         raise UserError(
             "--virtual-pipeline-model-parallel-size was given; it needs --pipeline-model-parallel-size above 1"

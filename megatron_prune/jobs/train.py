@@ -28,7 +28,7 @@ from megatron_prune.log import MetricsLog
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.layout import layout_of
 from megatron_prune.options import flatten
-from megatron_prune.training.loop import RECOMPUTE, check_learning
+from megatron_prune.training.loop import check_learning, model_options
 from megatron_prune.training.lora import Adapters, linear_kinds
 from megatron_prune.training.recovery import RecoveryRunner, Weighting
 from megatron_prune.training.stopping import Stopped, StopRequest
@@ -51,7 +51,7 @@ def train(config: TrainConfig) -> str:
             config = replace(config, resume=goes_on(config))
         if config.resume and finished_by_this_launch(config.output, _about(config, source)):
             return f"{config.output} was finished when a process was lost"
-        check_learning(config.training, layout)
+        check_learning(config.training, layout, source.config)
         return _train(config, source, teacher, layout, stop)
 
 
@@ -161,7 +161,7 @@ class MegatronEngine:
         """Collective."""
         self.config = config
         self.source = source
-        self.model = source.load(layout, **(RECOMPUTE if config.training.recompute else {}))
+        self.model = source.load(layout, **model_options(config.training))
         self.teacher = teacher.load(layout, config.losses.teacher_dtype) if teacher else None
 
     def recover(self, weighting: Weighting, **session: Any) -> int | None:

@@ -36,10 +36,17 @@ class Block:
     num_query_groups: int
     """Divides num_attention_heads."""
     ffn_hidden_size: int
+    """Of the MLP; of each expert where there are experts."""
+    num_moe_experts: int = 0
+    """0: the MLP is dense."""
 
     def __post_init__(self) -> None:
         heads, groups = self.num_attention_heads, self.num_query_groups
-        if min(heads, groups, self.ffn_hidden_size) < 0 or bool(heads) != bool(groups) or (groups and heads % groups):
+        if (
+            min(heads, groups, self.ffn_hidden_size, self.num_moe_experts) < 0
+            or bool(heads) != bool(groups)
+            or (groups and heads % groups)
+        ):
             raise ValueError(f"{self} is no layer: groups divide heads, sizes are 0 or more")
 
     @property
@@ -52,7 +59,8 @@ def widest(blocks: Sequence[Block]) -> Block:
     """The smallest layer into which all of them fit: as many groups, and heads in a group, as any has."""
     groups = max(block.num_query_groups for block in blocks)
     heads = max(block.group_heads for block in blocks)
-    return Block(groups * heads, groups, max(block.ffn_hidden_size for block in blocks))
+    experts = max(block.num_moe_experts for block in blocks)
+    return Block(groups * heads, groups, max(block.ffn_hidden_size for block in blocks), experts)
 
 
 def same_heads(blocks: Sequence[Block]) -> bool:

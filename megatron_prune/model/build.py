@@ -42,12 +42,14 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 from megatron_prune.errors import UserError
 from megatron_prune.log import say
 from megatron_prune.model import blocks as block_list
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.blocks import Block
+from megatron_prune.model.experts import expert_fields, expert_spec
 from megatron_prune.model.masked_linear import (
     MaskedColumnParallelLinear,
     MaskedGatedLinear,
@@ -113,6 +115,43 @@ class RMSNorm(torch.nn.Module):
         counted = wide if self.kept is None else wide.index_select(-1, self.kept)
         wide = wide * torch.rsqrt(counted.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+class _ProjectionNorm(RMSNorm):
+    """Root-mean-square norm over all heads of a projection together, as OLMoE has it.
+
+    Every tensor-parallel rank has the whole gain and uses what belongs to its heads; megatron-core adds up the
+    gradients of norms of queries and keys, so each gets the whole one.
+    """
+
+    heads = "num_attention_heads"
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        """`hidden_size`: width of a head."""
+        count = getattr(config, self.heads)
+        super().__init__(config, count * hidden_size, eps)
+        self.ranks = config.tensor_model_parallel_size
+        self.width = count // self.ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[s, b, heads of this rank, width]` in and out."""
+        wide, gain = x.float(), self.weight.view(-1, x.shape[-1])
+        total = wide.square().sum((-2, -1), keepdim=True)
+        if self.ranks > 1:
+            total = all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+            gain = gain.narrow(0, parallel_state.get_tensor_model_parallel_rank() * self.width, self.width)
+        wide = wide * torch.rsqrt(total / self.weight.numel() + self.eps)
+        return gain * wide.to(x.dtype)
+
+
+class QueryNorm(_ProjectionNorm):
+    """Of queries."""
+
+
+class KeyNorm(_ProjectionNorm):
+    """Of keys."""
+
+    heads = "num_query_groups"
 
 
 class LayerNorm(torch.nn.Module):
@@ -182,17 +221,21 @@ def _norm_and_attention(config: TransformerConfig) -> tuple[Any, Any]:
     return norm, attention
 
 
-def layer_spec(config: TransformerConfig, block: Block) -> ModuleSpec:
-    """One decoder layer: unfused norms, masked linears, the machine's best attention; absent halves are identities."""
-    halves = (_attention_half(config) if block.num_attention_heads else {}) | (
-        _mlp_half(config) if block.ffn_hidden_size else {}
+def layer_spec(config: TransformerConfig, block: Block, whole_norm: bool = False) -> ModuleSpec:
+    """One decoder layer: unfused norms, masked linears, the machine's best attention; absent halves are identities.
+
+    `whole_norm`: queries and keys are normalised over all heads together.
+    """
+    halves = (_attention_half(config, whole_norm) if block.num_attention_heads else {}) | (
+        _mlp_half(config, block) if block.ffn_hidden_size else {}
     )
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**halves))
 
 
-def _attention_half(config: TransformerConfig) -> dict[str, Any]:
+def _attention_half(config: TransformerConfig, whole_norm: bool) -> dict[str, Any]:
     norm, attention = _norm_and_attention(config)
     head_norm = norm if config.qk_layernorm else None
+    query_norm, key_norm = (QueryNorm, KeyNorm) if whole_norm else (head_norm, head_norm)
     return {
         "input_layernorm": norm,
         "self_attention": ModuleSpec(
@@ -202,20 +245,21 @@ def _attention_half(config: TransformerConfig) -> dict[str, Any]:
                 linear_qkv=MaskedColumnParallelLinear,
                 core_attention=attention,
                 linear_proj=MaskedRowParallelLinear,
-                q_layernorm=head_norm,
-                k_layernorm=head_norm,
+                q_layernorm=query_norm,
+                k_layernorm=key_norm,
             ),
         ),
         "self_attn_bda": get_bias_dropout_add,
     }
 
 
-def _mlp_half(config: TransformerConfig) -> dict[str, Any]:
+def _mlp_half(config: TransformerConfig, block: Block) -> dict[str, Any]:
     norm, _ = _norm_and_attention(config)
     fc1 = MaskedGatedLinear if config.gated_linear_unit else MaskedColumnParallelLinear
+    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=MaskedRowParallelLinear))
     return {
         "pre_mlp_layernorm": norm,
-        "mlp": ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=MaskedRowParallelLinear)),
+        "mlp": expert_spec() if block.num_moe_experts else dense,
         "mlp_bda": get_bias_dropout_add,
     }
 
@@ -226,7 +270,8 @@ def block_spec(
     """The layers of one chunk of this pipeline stage, and the final norm."""
     norm, _ = _norm_and_attention(core)
     first = get_transformer_layer_offset(core, virtual_stage)
-    layers = [layer_spec(core, config.block(number)) for number in range(first, first + layers_in_chunk(core))]
+    here = range(first, first + layers_in_chunk(core))
+    layers = [layer_spec(core, config.block(number), config.qk_layernorm_whole) for number in here]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
@@ -245,9 +290,11 @@ def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
             for what, count in (
                 ("attention heads", block.num_attention_heads),
                 ("query groups", block.num_query_groups),
-                ("ffn channels", block.ffn_hidden_size),
+                ("ffn channels", config.ffn_hidden_size if block.num_moe_experts else block.ffn_hidden_size),
             )
+            if not (block.num_moe_experts and config.moe_layers is None and what == "ffn channels")
         ),
+        *_expert_sizes(config, layout),
         ("layers", config.num_layers, layout.pipeline, "pipeline-model-parallel-size"),
         (
             "layers",
@@ -262,6 +309,25 @@ def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
                 f"{flag} {parts} was given and the model has {count} {what}; allowed are the divisors of {count}: "
                 f"{', '.join(map(str, allowed[:12]))}"
             )
+
+
+def _expert_sizes(config: ModelConfig, layout: backend.Layout) -> list[tuple[str, int, int, str]]:
+    """What of experts must divide by what, and the flag; UserError for expert parallelism without experts."""
+    if not config.num_moe_experts:
+        if layout.expert > 1 or layout.expert_tensor:
+            raise UserError(
+                "expert-model-parallel-size or expert-tensor-parallel-size was given and the model has no experts: "
+                "drop it"
+            )
+        return []
+    assert config.moe_ffn_hidden_size
+    parts, flag = layout.expert_tensor_size, "expert-tensor-parallel-size (tensor-model-parallel-size without it)"
+    shared = config.moe_shared_expert_intermediate_size or 0
+    return [
+        ("experts", config.num_moe_experts, layout.expert, "expert-model-parallel-size"),
+        ("channels of an expert", config.moe_ffn_hidden_size, parts, flag),
+        ("channels of the shared expert", shared, layout.tensor, "tensor-model-parallel-size"),
+    ]
 
 
 def _different_blocks(config: ModelConfig) -> list[tuple[str, Block]]:
@@ -317,6 +383,7 @@ def transformer_config(
         batch_p2p_comm=layout.virtual_pipeline is None,
         deallocate_pipeline_outputs=backend.has_cuda(),
         deterministic_mode=backend.is_deterministic(),
+        **expert_fields(config, layout),
     )
     fields |= extra
     if config.blocks is None:
@@ -444,7 +511,7 @@ def whole_layer(config: ModelConfig, dtype: torch.dtype, layer: int = 0) -> Tran
     `layer` matters only where layers differ.
     """
     core = transformer_config(config, backend.Layout(), dtype)
-    spec = layer_spec(core, config.block(layer))
+    spec = layer_spec(core, config.block(layer), config.qk_layernorm_whole)
     if config.blocks is not None:
         core = core.get_config_for_layer(layer + 1)
     module = TransformerLayer(core, spec.submodules, layer_number=1, pg_collection=backend.alone())

@@ -25,6 +25,10 @@ LARGEST: dict[str, int] = {
     "vocab_size": 2**24,
     "max_position_embeddings": 2**31 - 1,
     "sliding_window": 2**31 - 1,
+    "num_moe_experts": 2**16,
+    "moe_ffn_hidden_size": 2**22,
+    "moe_router_topk": 2**16,
+    "moe_shared_expert_intermediate_size": 2**22,
 }
 """Of ModelConfig's sizes: far beyond any model, and lists and tensors of them still end."""
 LARGEST_NUMBER = 1e30
@@ -98,6 +102,21 @@ def _llama3(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str,
     return {"rope_type": "llama3", **scaling}
 
 
+def read_sparse_layers(hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
+    """Which layers have experts: every `decoder_sparse_step`-th but those of `mlp_only_layers`; None: all."""
+    step, dense = hf_config.get("decoder_sparse_step", 1), hf_config.get("mlp_only_layers") or []
+    if type(step) is not int or step < 1:
+        raise UserError(
+            f"config.json gives decoder_sparse_step = {brief(step)}; it must be a whole number of at least 1"
+        )
+    if not isinstance(dense, list) or any(type(layer) is not int or not 0 <= layer < layers for layer in dense):
+        raise UserError(
+            f"config.json gives mlp_only_layers = {brief(dense)}; it must be a list of layers, from 0 to {layers - 1}"
+        )
+    found = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+    return None if all(found) else found
+
+
 def read_dtype(hf_config: Mapping[str, Any]) -> str:
     """``dtype`` or ``torch_dtype``; float32 when config.json says nothing, as transformers 4 had it."""
     given = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
@@ -123,7 +142,7 @@ def check_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if name == "layernorm_epsilon":
             check_number(name, value)
-        elif name == "tie_word_embeddings":
+        elif name in ("tie_word_embeddings", "moe_renormalize"):
             if not isinstance(value, bool):
                 raise UserError(f"config.json gives {name} = {brief(value)}; it must be true or false")
         elif name == "activation":

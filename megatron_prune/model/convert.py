@@ -175,11 +175,11 @@ class HFReader:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, in the dtype it is stored in."""
-        return self._read(name, lambda opened, stored: opened.get_tensor(stored))
+        return self._read(name)
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows ``first`` to ``last``, that one not included, of the tensor ``name``; nothing else of it is read."""
-        return self._read(name, lambda opened, stored: opened.get_slice(stored)[first:last])
+        return self._read(name, lambda whole: whole[first:last])
 
     def left_behind(self) -> str | None:
         """One line about what of the directory does not come along to a checkpoint or an export."""
@@ -202,12 +202,15 @@ class HFReader:
         check_tensors(self.directory, entries)
         return entries
 
-    def _read(self, name: str, part: Callable[[Any, str], Tensor]) -> Tensor:
+    def _read(self, name: str, part: Callable[[Any], Any] | None = None) -> Tensor:
         if name not in self._entries:
             raise UserError(f"{self.directory} has no tensor {name}{nearest(name, self._entries)}")
         entry = self._entries[name]
         with fenced(f"cannot read {name} from {entry.file}", "fetch it again"), safe_open(entry.file, "pt") as opened:
-            return part(opened, entry.name)
+            if entry.expert is not None:
+                tensor = entry.part(opened.get_slice(entry.name))
+                return (tensor if part is None else part(tensor)).contiguous()
+            return opened.get_tensor(entry.name) if part is None else part(opened.get_slice(entry.name))
 
     def _model_config(self) -> ModelConfig:
         config = family_of(self.config).from_hf(self.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from megatron_prune.model.families import ModelConfig, dimensions, get_family
+from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, get_family
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -14,6 +14,17 @@ def parameters(config: ModelConfig) -> int:
     return sum(math.prod(map.shape) for map in get_family(config.family).weights(config))
 
 
+def active_parameters(config: ModelConfig) -> int:
+    """Those that one token meets: of its experts, not of all."""
+    return sum(_passed(config, map) for map in get_family(config.family).weights(config))
+
+
+def _passed(config: ModelConfig, map: WeightMap) -> int:
+    """Elements of a weight that one token meets; experts are alike, so it might be sent to the first ones."""
+    idle = map.expert is not None and map.expert >= (config.moe_router_topk or 0)
+    return 0 if idle else math.prod(map.shape)
+
+
 def kv_cache_bytes(config: ModelConfig) -> int:
     """Bytes that a token adds to the key and value cache of all layers, in the model's own type."""
     return 2 * _over_layers(config, "key_value") * BYTES[config.dtype]
@@ -21,7 +32,7 @@ def kv_cache_bytes(config: ModelConfig) -> int:
 
 def forward_flops(config: ModelConfig, context: int) -> int:
     """FLOPs of one token that sees `context` tokens, a multiply-add being 2: linear layers, output layer, attention."""
-    linears = sum(math.prod(map.shape) for map in get_family(config.family).weights(config) if map.prunable)
+    linears = sum(_passed(config, map) for map in get_family(config.family).weights(config) if map.prunable)
     attention = 2 * _over_layers(config, "query") * min(context, config.sliding_window or context)
     return 2 * (linears + config.vocab_size * config.hidden_size + attention)
 

@@ -6,7 +6,8 @@ device or a process group. The symbolic sizes of the tables are explained in ``s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ from megatron_prune.model.config_json import (
     implied_sizes,
     read_dtype,
     read_rope,
+    read_sparse_layers,
 )
 from megatron_prune.model.sizes import ModelConfig, dimensions, rotary_channels
 
@@ -41,6 +43,9 @@ FIXED = ("tie_word_embeddings", "rotary_base", "rope_scaling", "rotary_percent",
 """Fields of a ModelConfig that no pruning changes."""
 _ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
 """Start of the Megatron names of a layer's first half; the rest of the layer is the MLP."""
+_DENSE = "decoder.layers.{layer}.mlp.linear_"
+_SPARSE = tuple(f"decoder.layers.{{layer}}.mlp.{part}." for part in ("router", "experts", "shared_experts"))
+"""Start of the Megatron names in one MLP, and in experts in its place."""
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "per_layer_config": (None, [], {}),
     "is_causal": (None, True),
@@ -77,6 +82,8 @@ class WeightMap:
     """Rows are the vocabulary: padded with zeros to a multiple of the tensor-parallel size."""
     prunable: bool
     layer: int | None
+    expert: int | None = None
+    """Global number of the expert that it is of."""
     transposed: bool = False
     """The Hugging Face tensors are stored `[in, out]`."""
 
@@ -93,7 +100,9 @@ class WeightMap:
 
 @dataclass(frozen=True)
 class WeightPattern:
-    """One row of a family's table; ``{layer}`` stands for the layer number, sizes are symbolic."""
+    """One row of a family's table; ``{layer}`` stands for the layer number, ``{expert}`` for that of an expert in it,
+    sizes are symbolic.
+    """
 
     megatron: str
     hf: Mapping[str, tuple[str, ...]]
@@ -107,8 +116,12 @@ class WeightPattern:
     """Absent when the output layer shares the embedding's weight."""
 
     def present(self, block: Block) -> bool:
-        """Whether a layer of these sizes has the half that this row is of."""
-        return bool(block.num_attention_heads if self.megatron.startswith(_ATTENTION) else block.ffn_hidden_size)
+        """Whether a layer of these sizes has the part that this row is of."""
+        if self.megatron.startswith(_ATTENTION):
+            return bool(block.num_attention_heads)
+        if self.megatron.startswith(_SPARSE):
+            return bool(block.num_moe_experts)
+        return bool(block.ffn_hidden_size) and not (self.megatron.startswith(_DENSE) and block.num_moe_experts)
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,10 @@ class Family:
     """Start of the names that a checkpoint saved from the bare transformer, without its output layer, lacks."""
     windowed: bool = False
     """With `use_sliding_window` the layers from `max_window_layers` on see `sliding_window` tokens only."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """config.json key -> another that means the same; both are read, and written where a size has changed."""
+    sparse_step: bool = False
+    """`decoder_sparse_step` and `mlp_only_layers` say which layers have experts."""
     ignored: tuple[str, ...] = ()
     """Hugging Face name patterns (fnmatch) that carry no weights and may be in a file."""
 
@@ -152,15 +169,18 @@ class Family:
         self._check_supported(hf_config)
         values = {name: self._value(hf_config, key) for name, key in self.keys.items()}
         check_values(values)
+        sizes = implied_sizes(values)
         config = ModelConfig(
-            **implied_sizes(values),
+            **sizes,
             **self._positions(hf_config),
             **self.constants,
+            moe_layers=read_sparse_layers(hf_config, sizes["num_layers"]) if self.sparse_step else None,
             family=self.name,
             dtype=read_dtype(hf_config),
             hf_config=copy.deepcopy(dict(hf_config)),
         )
         _check_heads(config)
+        _check_experts(config)
         return config
 
     def _from_blocks(self, hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -191,8 +211,12 @@ class Family:
         if changed:  # all of them: a head_dim left out would follow a changed hidden_size
             _check_loadable(config)
             written |= {key: getattr(config, name) for name, key in self.keys.items()}
+            written |= {other: written[key] for key, other in self.also.items() if other in written}
             if "layer_types" in written:
                 written["layer_types"] = [FULL_ATTENTION] * config.num_layers
+            if self.sparse_step:
+                dense = [layer for layer in range(config.num_layers) if not config.has_experts(layer)]
+                written |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
         if original.dtype != config.dtype:
             written |= dict.fromkeys([key for key in DTYPE_KEYS if key in written] or DTYPE_KEYS[:1], config.dtype)
         if replace(self.from_hf(written), hf_config={}) != replace(config, hf_config={}):
@@ -257,12 +281,20 @@ class Family:
         first = self.table.index(layers[0])
         before, after = self.table[:first], [row for row in self.table[first:] if row not in layers]
         after = [row for row in after if not (row.untied_only and config.tie_word_embeddings)]
-        places: list[tuple[WeightPattern, int | None]] = [(row, None) for row in before]
-        places += [
-            (row, layer) for layer in range(config.num_layers) for row in layers if row.present(config.block(layer))
+        return [
+            *(_weight_map(row, config, None, self.conv1d) for row in before),
+            *(map for layer in range(config.num_layers) for map in self._layer_weights(layers, config, layer)),
+            *(_weight_map(row, config, None, self.conv1d) for row in after),
         ]
-        places += [(row, None) for row in after]
-        return [_weight_map(row, config, layer, self.conv1d) for row, layer in places]
+
+    def _layer_weights(self, rows: list[WeightPattern], config: ModelConfig, layer: int) -> Iterator[WeightMap]:
+        """Tensors of a layer; those of its experts expert by expert."""
+        block = config.block(layer)
+        there = [row for row in rows if row.present(block)]
+        for of_experts, group in itertools.groupby(there, lambda row: "{expert}" in row.megatron):
+            several = list(group)
+            for expert in range(block.num_moe_experts) if of_experts else [None]:
+                yield from (_weight_map(row, config, layer, self.conv1d, expert) for row in several)
 
     def as_rows(self, tensor: Tensor) -> Tensor:
         """A prunable Hugging Face weight, or its mask, as `[out, in]`."""
@@ -301,19 +333,26 @@ class Family:
     def _value(self, hf_config: Mapping[str, Any], key: str) -> Any:
         if key in self.nullable and key in hf_config:
             return hf_config[key]
-        value = self.defaults.get(key) if hf_config.get(key) is None else hf_config[key]
+        given = {name: hf_config[name] for name in (key, self.also.get(key, key)) if hf_config.get(name) is not None}
+        if len(set(map(repr, given.values()))) > 1:
+            raise UserError(
+                f"config.json has {' and '.join(f'{k} {brief(v)}' for k, v in given.items())}: keep one of them"
+            )
+        value = next(iter(given.values()), self.defaults.get(key))
         if value is None and key not in self.defaults:
             raise UserError(f"config.json lacks {key}, which the {self.name} family needs; is the file complete?")
         return value
 
 
-def _weight_map(row: WeightPattern, config: ModelConfig, layer: int | None, conv1d: bool) -> WeightMap:
+def _weight_map(
+    row: WeightPattern, config: ModelConfig, layer: int | None, conv1d: bool, expert: int | None = None
+) -> WeightMap:
     size = dimensions(config, layer)
     transposed = conv1d and row.prunable
     shapes = tuple(tuple(size[symbol] for symbol in shape) for shape in row.hf.values())
     return WeightMap(
-        megatron=row.megatron.format(layer=layer),
-        hf=tuple(name.format(layer=layer) for name in row.hf),
+        megatron=row.megatron.format(layer=layer, expert=expert),
+        hf=tuple(name.format(layer=layer, expert=expert) for name in row.hf),
         shapes=tuple(shape[::-1] for shape in shapes) if transposed else shapes,
         symbols=tuple(tuple(shape) for shape in row.hf.values()),
         transform=row.transform,
@@ -322,6 +361,7 @@ def _weight_map(row: WeightPattern, config: ModelConfig, layer: int | None, conv
         pad_rows=row.pad_rows,
         prunable=row.prunable,
         layer=layer,
+        expert=expert,
         transposed=transposed,
     )
 
@@ -336,7 +376,15 @@ def check_config(config: ModelConfig, family: Family) -> None:
     for name in ("layernorm_epsilon", *(["rotary_base"] if config.position_embedding == "rope" else [])):
         check_number(name, getattr(config, name))
     constants = {item.name: family.constants.get(item.name, item.default) for item in fields(ModelConfig)}
-    for name in ("gated", "normalization", "linear_bias", "qkv_bias", "qk_layernorm", "position_embedding"):
+    for name in (
+        "gated",
+        "normalization",
+        "linear_bias",
+        "qkv_bias",
+        "qk_layernorm",
+        "qk_layernorm_whole",
+        "position_embedding",
+    ):
         if getattr(config, name) != constants[name]:
             raise UserError(f"{name} is {getattr(config, name)}; of a {family.name} model it is {constants[name]}")
     activations = family.supported.get(family.keys.get("activation", ""), (constants["activation"],))
@@ -350,6 +398,30 @@ def check_config(config: ModelConfig, family: Family) -> None:
     if scaling is not None and read_rope({"rope_parameters": scaling})[1] != scaling:
         raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(LLAMA3_KEYS)}")
     _check_heads(config)
+    _check_experts(config)
+    if bool(config.num_moe_experts) != ("num_moe_experts" in family.keys):
+        raise UserError(f"num_moe_experts is {config.num_moe_experts}; a {family.name} model has another number")
+
+
+def _check_experts(config: ModelConfig) -> None:
+    """UserError for a number of experts that a token cannot be sent to, or layers that contradict it."""
+    experts, chosen = config.num_moe_experts, config.moe_router_topk
+    if experts is None:
+        return
+    if chosen is None or chosen > experts or config.moe_ffn_hidden_size is None:
+        raise UserError(
+            f"config.json has {experts} experts and sends each token to {chosen} of them; give at least as many"
+        )
+    if chosen == 1 and config.moe_renormalize:
+        raise UserError(
+            "config.json sends each token to 1 expert with a gate of 1 whatever the router says; megatron-core has no "
+            "such routing: give a model with num_experts_per_tok of 2 or more, or norm_topk_prob false"
+        )
+    if config.moe_layers is not None and (len(config.moe_layers) != config.num_layers or not any(config.moe_layers)):
+        raise UserError(
+            f"config.json has experts in {sum(config.moe_layers)} layers of {len(config.moe_layers)}, and "
+            f"{config.num_layers} layers; some of as many must have them"
+        )
 
 
 def _check_heads(config: ModelConfig) -> None:

@@ -14,4 +14,6 @@ def layout_of(parallelism: Parallelism) -> backend.Layout:
         context=parallelism.context_parallel_size,
         sequence_parallel=parallelism.sequence_parallel,
         virtual_pipeline=parallelism.virtual_pipeline_model_parallel_size,
+        expert=parallelism.expert_model_parallel_size,
+        expert_tensor=parallelism.expert_tensor_parallel_size,
     )

@@ -109,6 +109,8 @@ class MaskedLinear(torch.nn.Module):
     mask_draw: MaskDraw | None = None
     position: Position | None = None
     tensor_id: int = -1
+    seen_together = 1.0
+    """Micro-batches whose tokens one pass has: an expert's are those of several replicas."""
     shared: StepWeight | None = None
     """In mask learning with `MaskDraw.per_step`, from a step's first pass to its end."""
     passes: int | None = None
@@ -124,7 +126,7 @@ class MaskedLinear(torch.nn.Module):
             torch.zeros(out, inputs // mask_draw.m, count, dtype=mask_draw.logits_dtype, device=self.weight.device)
         )
         set_tensor_model_parallel_attributes(logits, True, self.shard_axis, 1)
-        logits.allreduce = True  # type: ignore[attr-defined]
+        logits.allreduce = getattr(self.weight, "allreduce", True)  # type: ignore[attr-defined]
         self.mask_logits = logits
         self.mask_draw, self.position, self.tensor_id = mask_draw, position, tensor_id
         self.pending: deque[int] = deque()
@@ -175,7 +177,7 @@ class MaskedLinear(torch.nn.Module):
             draw=draw.draw(self.tensor_id, self.pending),
             position=self.position,
             hard=draw.hard,
-            regularization=regularization,
+            regularization=regularization * self.seen_together,
             accumulate_into=getattr(self.mask_logits, "main_grad", None),
             stand_in=self.passes is not None,
         )

@@ -166,6 +166,11 @@ class PackedReader(HFReader):
         rounding = {"fp8": round_fp8, "nvfp4": round_fp4}.get(self.scheme.name)
         if rounding is None:
             return
+        if self.model_config.num_moe_experts:
+            raise UserError(
+                f"{self.directory}: the inputs of experts cannot be rounded in transformers, which has all of a layer "
+                "in one matrix; evaluate the model that it was made from, or this one in the engine that it is for"
+            )
         for name, parts in self._packed_weights().items():
             module = model.get_submodule(name.removesuffix(".weight"))
             scale = self._stored_tensor(parts["input_scale"]).to(module.weight.device)

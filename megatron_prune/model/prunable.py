@@ -27,6 +27,8 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 """The prunable linears of a decoder layer, in the order in which data passes through them."""
 QKV, PROJECTION, FC1, FC2 = LINEARS
 """Each of them, as `Passes.observe` names its sites."""
+EXPERTS = "mlp.experts.local_experts"
+SHARED = "mlp.shared_experts"
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,34 @@ class LocalLinear:
     layer: int
     """Global layer number, from 0."""
     tensor_id: int
-    """Number of this linear in the unsharded model: layer * 4 + its place in LINEARS."""
+    """Number of this linear in the unsharded model: layer * most linears of a layer + its place in `linear_paths`."""
 
     @property
     def name(self) -> str:
         """Unsharded Megatron name of the weight."""
         return self.map.megatron
+
+
+def linear_paths(config: ModelConfig, layer: int | None = None) -> tuple[str, ...]:
+    """The prunable linears of a decoder layer by their path in it, experts by their number in the whole model.
+
+    In the order in which data passes through them; also those of absent halves. Without a layer's number: of the layer
+    that has most.
+    """
+    if not config.has_experts(layer):
+        return LINEARS
+    assert config.num_moe_experts
+    mlps = [SHARED] if config.moe_shared_expert_intermediate_size else []
+    mlps += [f"{EXPERTS}.{expert}" for expert in range(config.num_moe_experts)]
+    return QKV, PROJECTION, *(f"{mlp}.{linear}" for mlp in mlps for linear in ("linear_fc1", "linear_fc2"))
+
+
+def linear_groups(config: ModelConfig, layer: int) -> list[list[str]]:
+    """The same by what data passes through one after the other: experts of a layer work side by side."""
+    found: dict[str, list[str]] = {}
+    for path in linear_paths(config, layer):
+        found.setdefault(path.split(".")[-1], []).append(path)
+    return list(found.values())
 
 
 class PrunableModel:
@@ -66,7 +90,8 @@ class PrunableModel:
             for name, parameter in chunk.named_parameters():
                 match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
                 if match:
-                    name = f"decoder.layers.{int(match[1]) + self.first_layer(number)}.{match[2]}"
+                    path = self._renumbered(match[2], self.first_expert)
+                    name = f"decoder.layers.{int(match[1]) + self.first_layer(number)}.{path}"
                 if not name.endswith("mask_logits"):
                     yield name, parameter
 
@@ -74,6 +99,36 @@ class PrunableModel:
     def tp_rank(self) -> int:
         """This rank's place among the tensor-parallel ranks."""
         return parallel_state.get_tensor_model_parallel_rank()
+
+    @staticmethod
+    def _renumbered(path: str, difference: int) -> str:
+        """The path of something in a layer, with another number of its expert, if it is of one."""
+        start = EXPERTS + "."
+        if not difference or not path.startswith(start):
+            return path
+        number, rest = path.removeprefix(start).split(".", 1)
+        return f"{start}{int(number) + difference}.{rest}"
+
+    @property
+    def local_experts(self) -> int:
+        """Experts of a layer that this rank has; 0 in a model without any."""
+        return (self.config.num_moe_experts or 0) // self.layout.expert
+
+    @property
+    def first_expert(self) -> int:
+        """The first of them, by its number in the whole model."""
+        return self.local_experts * parallel_state.get_expert_model_parallel_rank() if self.local_experts else 0
+
+    def seen_together(self, map: WeightMap) -> float:
+        """Micro-batches whose tokens pass through a weight at a time: an expert gets those of several replicas."""
+        layout = self.layout
+        return 1.0 if map.expert is None else layout.expert * layout.expert_tensor_size / layout.tensor
+
+    def part(self, map: WeightMap) -> tuple[int, int]:
+        """This rank's place among those that share a weight's layer or expert, and how many they are."""
+        if map.expert is None:
+            return parallel_state.get_tensor_model_parallel_rank(), self.layout.tensor
+        return parallel_state.get_expert_tensor_parallel_rank(), self.layout.expert_tensor_size
 
     @property
     def layers_per_chunk(self) -> int:
@@ -86,6 +141,18 @@ class PrunableModel:
             chunk * self.layout.pipeline + parallel_state.get_pipeline_model_parallel_rank()
         ) * self.layers_per_chunk
 
+    def holder(self, map: WeightMap) -> int | None:
+        """The first process of those that hold a weight; None where all of them do, in part or in copies.
+
+        megatron-core counts processes by expert-tensor part, then by share of the experts, then by replica, and the
+        stages of the pipeline last.
+        """
+        if self.layout.pipeline == 1 and (map.expert is None or self.layout.expert == 1):
+            return None
+        first = self.stage_of(map) * (dist.get_world_size() // self.layout.pipeline)
+        share = 0 if map.expert is None else map.expert // self.local_experts
+        return first + share * self.layout.expert_tensor_size
+
     def stage_of(self, map: WeightMap) -> int:
         """Pipeline stage that holds a weight."""
         if map.layer is not None:
@@ -94,14 +161,16 @@ class PrunableModel:
 
     def linears(self) -> list[LocalLinear]:
         """This rank's prunable linears in model order."""
-        found = []
+        found, most = [], len(linear_paths(self.config))
+        here = range(self.first_expert, self.first_expert + self.local_experts)
         for chunk, model in enumerate(self.chunks):
             for number, layer in enumerate(model.decoder.layers, start=self.first_layer(chunk)):
-                for kind, path in enumerate(LINEARS):
+                for kind, path in enumerate(linear_paths(self.config, number)):
                     map = self.by_name.get(f"decoder.layers.{number}.{path}.weight")
-                    if map is None:  # this half of the layer is absent
-                        continue
-                    found.append(LocalLinear(map, layer.get_submodule(path), number, number * len(LINEARS) + kind))
+                    if map is None or (map.expert is not None and map.expert not in here):
+                        continue  # this half of the layer is absent, or the expert is another rank's
+                    module = layer.get_submodule(self._renumbered(path, -self.first_expert))
+                    found.append(LocalLinear(map, module, number, number * most + kind))
         return found
 
     def eval(self) -> None:
@@ -111,46 +180,51 @@ class PrunableModel:
 
     def position(self, linear: LocalLinear, m: int) -> Position:
         """Where this rank's shard of a linear lies in the unsharded weight, in groups of `m`."""
-        rows = convert.row_ids(linear.map, self.config, self.tp_rank, self.layout.tensor)
+        part, parts = self.part(linear.map)
+        rows = convert.row_ids(linear.map, self.config, part, parts)
         local_groups = linear.module.weight.shape[1] // m
         split = linear.module.shard_axis == 1
         return Position(
             row_ids=rows.to(linear.module.weight.device),
-            first_group=local_groups * self.tp_rank if split else 0,
-            groups_per_row=local_groups * (self.layout.tensor if split else 1),
+            first_group=local_groups * part if split else 0,
+            groups_per_row=local_groups * (parts if split else 1),
         )
 
     def learn_masks(self, draw: MaskDraw) -> None:
         """Give every prunable linear of this rank mask logits (zeros)."""
         for linear in self.linears():
             linear.module.learn_mask(draw, self.position(linear, draw.m), linear.tensor_id)
+            linear.module.seen_together = self.seen_together(linear.map)
 
     def whole(self, map: WeightMap) -> Tensor:
         """The unsharded Megatron tensor of `map` on every rank, on this rank's device. Collective."""
         return self.gather(map, self.parameters.get(map.megatron))
 
     def gather(self, map: WeightMap, local: Tensor | None) -> Tensor:
-        """As `whole`, for a tensor that is sharded like the weight of `map`; None outside its stage."""
-        stage = self.stage_of(map)
-        here = parallel_state.get_pipeline_model_parallel_rank() == stage
+        """As `whole`, for a tensor that is sharded like the weight of `map`; None where no part of it is."""
+        here = parallel_state.get_pipeline_model_parallel_rank() == self.stage_of(map)
+        if map.expert is not None and self.layout.expert > 1:
+            here = here and self.first_expert <= map.expert < self.first_expert + self.local_experts
         tensor = self._join_shards(map, local) if here else None
-        return self._from_stage(tensor, stage)
+        return self._from_holder(tensor, self.holder(map))
 
     def _join_shards(self, map: WeightMap, local: Tensor | None) -> Tensor:
         assert local is not None, f"{map.megatron} is not on this rank"
-        local = local.detach().contiguous()
-        if self.layout.tensor == 1:
+        local, (_, parts) = local.detach().contiguous(), self.part(map)
+        if parts == 1:
             return convert.unshard(map, [local], self.config)
-        shards = [torch.empty_like(local) for _ in range(self.layout.tensor)]
-        dist.all_gather(shards, local, group=parallel_state.get_tensor_model_parallel_group())
+        shards = [torch.empty_like(local) for _ in range(parts)]
+        group = parallel_state.get_tensor_model_parallel_group
+        dist.all_gather(
+            shards, local, group=group() if map.expert is None else parallel_state.get_expert_tensor_parallel_group()
+        )
         return convert.unshard(map, shards, self.config)
 
-    def _from_stage(self, tensor: Tensor | None, stage: int) -> Tensor:
-        """Bring a tensor from one pipeline stage to all ranks."""
-        if self.layout.pipeline == 1:
+    def _from_holder(self, tensor: Tensor | None, source: int | None) -> Tensor:
+        """Bring a tensor from the process that holds it to all; None: all have it."""
+        if source is None:
             assert tensor is not None
             return tensor
-        source = stage * (dist.get_world_size() // self.layout.pipeline)
         about = [None if tensor is None else (tuple(tensor.shape), tensor.dtype)]
         dist.broadcast_object_list(about, src=source)
         assert about[0] is not None
@@ -175,7 +249,7 @@ class PrunableModel:
 
     def shard(self, map: WeightMap, tensor: Tensor) -> Tensor:
         """This rank's part of an unsharded Megatron tensor."""
-        return convert.shard(map, tensor, self.tp_rank, self.layout.tensor)
+        return convert.shard(map, tensor, *self.part(map))
 
     def load(self, tensors: Iterable[tuple[WeightMap, Tensor]]) -> None:
         """Fill this rank's parameters from unsharded tensors."""

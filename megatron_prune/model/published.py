@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import os
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,48 @@ def plain_entries(
                 f"{directory} holds {shown(plain[short].name)} and {shown(name)}, both for {short}; keep one"
             )
         plain[short] = entry
+    if config.num_moe_experts:
+        plain = _experts_apart(directory, plain, family, config)
     embedding = next(iter(family.weights(config)[0].hf))
     for name in tied:
         if embedding not in plain and name in plain:
             plain[embedding] = plain.pop(name)
     return plain
+
+
+def _experts_apart(directory: Path, entries: dict[str, Entry], family: Family, config: ModelConfig) -> dict[str, Entry]:
+    """The same with the experts of a layer one by one, where a tensor holds them all, as transformers 5 does in memory.
+
+    `...experts.gate_up_proj` [experts, 2 x width, hidden], gate above up, and `...experts.down_proj`.
+    """
+    found = dict(entries)
+    for map in family.weights(config):
+        if map.expert is None:
+            if map.hf[0].endswith(".block_sparse_moe.gate.weight"):
+                other = map.hf[0].replace(".block_sparse_moe.", ".mlp.")
+                found |= {map.hf[0]: found.pop(other)} if other in found and map.hf[0] not in found else {}
+            continue
+        start = map.hf[0].partition(".experts.")[0]
+        field = "gate_up_proj" if len(map.hf) > 1 else "down_proj"
+        for place in {start, start.replace(".block_sparse_moe", ".mlp")}:
+            whole = entries.get(f"{place}.experts.{field}")
+            if whole is None:
+                continue
+            rows, columns = map.shape
+            if whole.shape != (config.num_moe_experts, rows, columns):
+                raise UserError(
+                    f"{shown(whole.name)} in {whole.file} has shape {brief(list(whole.shape))}; config.json asks for "
+                    f"{[config.num_moe_experts, rows, columns]}: one of the two is of another model, fetch both again"
+                )
+            found.pop(f"{place}.experts.{field}", None)
+            for half, (name, shape) in enumerate(zip(map.hf, map.shapes, strict=True)):
+                if name in found:
+                    raise UserError(
+                        f"{directory} holds {shown(whole.name)} and {shown(name)}, one in the other; keep one"
+                    )
+                part = half if len(map.hf) > 1 else None
+                found[name] = replace(whole, shape=shape, expert=map.expert, half=part)
+    return found
 
 
 def unwrapped(name: str) -> str:

@@ -47,6 +47,14 @@ KEY_NORM = WeightPattern(
     MEGATRON + "self_attention.k_layernorm.weight",
     {HF + "self_attn.k_norm.weight": ("head",)},
 )
+WHOLE_QUERY_NORM = WeightPattern(
+    MEGATRON + "self_attention.q_layernorm.weight",
+    {HF + "self_attn.q_norm.weight": ("query",)},
+)
+WHOLE_KEY_NORM = WeightPattern(
+    MEGATRON + "self_attention.k_layernorm.weight",
+    {HF + "self_attn.k_norm.weight": ("key_value",)},
+)
 PROJECTION = WeightPattern(
     MEGATRON + "self_attention.linear_proj.weight",
     {HF + "self_attn.o_proj.weight": ("hidden", "query")},
@@ -80,6 +88,48 @@ DOWN = WeightPattern(
     shard_dim=1,
     prunable=True,
 )
+ROUTER = WeightPattern(
+    MEGATRON + "mlp.router.weight",
+    {HF + "mlp.gate.weight": ("experts", "hidden")},
+)
+EXPERT = MEGATRON + "mlp.experts.local_experts.{expert}."
+"""With the expert's number in the whole model."""
+EXPERT_GATE_UP = WeightPattern(
+    EXPERT + "linear_fc1.weight",
+    {
+        HF + "mlp.experts.{expert}.gate_proj.weight": ("ffn", "hidden"),
+        HF + "mlp.experts.{expert}.up_proj.weight": ("ffn", "hidden"),
+    },
+    transform="gated",
+    shard_dim=0,
+    prunable=True,
+)
+EXPERT_DOWN = WeightPattern(
+    EXPERT + "linear_fc2.weight",
+    {HF + "mlp.experts.{expert}.down_proj.weight": ("hidden", "ffn")},
+    shard_dim=1,
+    prunable=True,
+)
+SHARED_GATE_UP = WeightPattern(
+    MEGATRON + "mlp.shared_experts.linear_fc1.weight",
+    {
+        HF + "mlp.shared_expert.gate_proj.weight": ("shared_ffn", "hidden"),
+        HF + "mlp.shared_expert.up_proj.weight": ("shared_ffn", "hidden"),
+    },
+    transform="gated",
+    shard_dim=0,
+    prunable=True,
+)
+SHARED_DOWN = WeightPattern(
+    MEGATRON + "mlp.shared_experts.linear_fc2.weight",
+    {HF + "mlp.shared_expert.down_proj.weight": ("hidden", "shared_ffn")},
+    shard_dim=1,
+    prunable=True,
+)
+SHARED_GATE = WeightPattern(
+    MEGATRON + "mlp.shared_experts.gate_weight",
+    {HF + "mlp.shared_expert_gate.weight": ("one", "hidden")},
+)
 FINAL_NORM = WeightPattern("decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)})
 OUTPUT = WeightPattern(
     "output_layer.weight",
@@ -99,6 +149,12 @@ LLAMA_KEYS = {
     "max_position_embeddings": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
+}
+EXPERT_KEYS = {
+    "num_moe_experts": "num_experts",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_renormalize": "norm_topk_prob",
 }
 LLAMA_DEFAULTS = {
     "num_key_value_heads": None,

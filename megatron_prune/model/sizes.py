@@ -1,9 +1,10 @@
 """Sizes and constants of one model, in Megatron's names.
 
 Symbolic sizes of the families' tables (``dimensions`` gives the numbers):
-``vocab``, ``positions``, ``hidden``, ``ffn``, ``head`` = kv_channels, ``query`` = heads * kv_channels,
-``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value, ``group_rows`` = rows of one query group in
-linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj. Those of a layer are that layer's own.
+``vocab``, ``positions``, ``hidden``, ``ffn``, ``experts``, ``shared_ffn``, ``head`` = kv_channels,
+``query`` = heads * kv_channels, ``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value,
+``group_rows`` = rows of one query group in linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj.
+Those of a layer are that layer's own: its ``ffn`` is the width of an expert where the layer has experts.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from typing import Any, Literal
 from megatron_prune.errors import UserError
 from megatron_prune.foreign import strict
 from megatron_prune.model.blocks import Block, widest
+
+LATER = (
+    *("blocks", "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_renormalize", "moe_layers"),
+    *("moe_shared_expert_intermediate_size", "qk_layernorm_whole"),
+)
+"""Fields that are written where they are not as usual: descriptions of other models stay what they always were."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,25 @@ class ModelConfig:
     """The query, key and value projections have one."""
     qk_layernorm: bool = False
     """Queries and keys are normalised, head by head, before the rotation."""
+    qk_layernorm_whole: bool = False
+    """They are so over all heads together, before the rotation."""
     position_embedding: Literal["rope", "learned"] = "rope"
     rotary_percent: float = 1.0
     """Share of a head, from its first channel on, that is rotated."""
     sliding_window: int | None = None
     """Tokens that a token sees, itself included; None: all before it."""
+    num_moe_experts: int | None = None
+    """Of every layer that has experts in place of one MLP; None: no layer has."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert (of one of gate and up)."""
+    moe_router_topk: int | None = None
+    """Experts that a token goes to."""
+    moe_renormalize: bool = True
+    """The gates of a token's experts add up to 1; else they are their share of the softmax over all."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of the MLP that all tokens go through besides; None: there is none."""
+    moe_layers: tuple[bool, ...] | None = None
+    """Which layers have experts, where not all have."""
     blocks: tuple[Block, ...] | None = None
     """Sizes of each layer where they differ, as `with_blocks` sets them; then the heads, groups and ffn above are those
     of the smallest layer that holds them all. None: they are every layer's."""
@@ -77,8 +98,18 @@ class ModelConfig:
         if len(self.blocks) != self.num_layers or self._layer_sizes() != widest(self.blocks):
             raise ValueError("the sizes of the layers contradict those of the model; set them by with_blocks")
 
-    def _layer_sizes(self) -> Block:
-        return Block(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
+    def _layer_sizes(self, layer: int | None = None) -> Block:
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if not self.has_experts(layer):
+            return Block(heads, groups, self.ffn_hidden_size)
+        assert self.num_moe_experts and self.moe_ffn_hidden_size
+        return Block(heads, groups, self.moe_ffn_hidden_size, self.num_moe_experts)
+
+    def has_experts(self, layer: int | None = None) -> bool:
+        """Whether a layer has experts in place of one MLP; without its number, whether any has."""
+        if not self.num_moe_experts:
+            return False
+        return self.moe_layers is None or layer is None or self.moe_layers[layer]
 
     @property
     def gain_offset(self) -> float:
@@ -91,21 +122,44 @@ class ModelConfig:
         return self.normalization != "RMSNorm"
 
     def block(self, layer: int | None) -> Block:
-        """Sizes of a layer; of the widest without a number."""
-        return self._layer_sizes() if self.blocks is None or layer is None else self.blocks[layer]
+        """Sizes of a layer; without a number of the widest, or of one with experts."""
+        return self._layer_sizes(layer) if self.blocks is None or layer is None else self.blocks[layer]
 
     def with_blocks(self, blocks: Sequence[Block]) -> ModelConfig:
         """The model with these layers, one entry for each; ``blocks`` stays None when all are alike and whole.
 
-        UserError when no layer keeps its attention, or none its MLP.
+        UserError when no layer keeps its attention, or none its MLP, and where layers with experts differ.
         """
+        if self.num_moe_experts:
+            return self._with_expert_layers(blocks)
         most = widest(blocks)
         for what, count in (("attention", most.num_attention_heads), ("MLP", most.ffn_hidden_size)):
             if not count:
                 raise UserError(f"no layer keeps its {what}; at least one of the {len(blocks)} must")
-        sizes = {name: getattr(most, name) for name in Block.__dataclass_fields__}
+        sizes = {name: getattr(most, name) for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")}
         different = None if set(blocks) == {most} else tuple(blocks)
         return replace(self, num_layers=len(blocks), blocks=different, **sizes)
+
+    def _with_expert_layers(self, blocks: Sequence[Block]) -> ModelConfig:
+        """As `with_blocks`, of a model with experts: software has one size for all of its layers of a kind."""
+        kinds = {bool(block.num_moe_experts): block for block in blocks}
+        heads = {(block.num_attention_heads, block.num_query_groups) for block in blocks}
+        if len(set(blocks)) != len(kinds) or len(heads) != 1 or not all(block.ffn_hidden_size for block in blocks):
+            raise UserError(
+                "layers of a model with experts would come out with different sizes, and no software opens that: "
+                "choose a method and a target that keep as many heads, experts and neurons in every layer"
+            )
+        if True not in kinds:
+            raise UserError("no layer with experts would stay; at least one must")
+        ((heads_kept, groups_kept),) = heads
+        sizes: dict[str, Any] = {"num_attention_heads": heads_kept, "num_query_groups": groups_kept}
+        sizes |= {"num_moe_experts": kinds[True].num_moe_experts, "moe_ffn_hidden_size": kinds[True].ffn_hidden_size}
+        if False in kinds:
+            sizes["ffn_hidden_size"] = kinds[False].ffn_hidden_size
+        elif self.ffn_hidden_size == self.moe_ffn_hidden_size:
+            sizes["ffn_hidden_size"] = sizes["moe_ffn_hidden_size"]
+        which = tuple(bool(block.num_moe_experts) for block in blocks)
+        return replace(self, num_layers=len(blocks), moe_layers=None if all(which) else which, blocks=None, **sizes)
 
     def check_length(self, length: int) -> None:
         """UserError when a sequence is longer than the learned position embeddings."""
@@ -118,9 +172,10 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able copy; ``from_dict`` inverts it."""
         values = copy.deepcopy(asdict(self))
-        if self.blocks is None:
-            del values["blocks"]  # as configs of uniform models have always been written
-        return values
+        for block in values["blocks"] or ():
+            del block["num_moe_experts"]
+        usual = {item.name: item.default for item in fields(self) if item.name in LATER}
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -133,6 +188,8 @@ class ModelConfig:
                 f"{sorted(needed - set(values))}; was it written by another version?"
             )
         given = copy.deepcopy(dict(values))
+        if given.get("moe_layers") is not None:
+            given["moe_layers"] = tuple(given["moe_layers"])
         if given.get("blocks") is not None:
             given["blocks"] = tuple(Block(**block) for block in given["blocks"])
         return cls(**given)
@@ -154,6 +211,8 @@ def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
         "positions": config.max_position_embeddings,
         "hidden": config.hidden_size,
         "ffn": block.ffn_hidden_size,
+        "experts": block.num_moe_experts,
+        "shared_ffn": config.moe_shared_expert_intermediate_size or 0,
         "head": config.kv_channels,
         "query": block.num_attention_heads * config.kv_channels,
         "key_value": block.num_query_groups * config.kv_channels,

@@ -45,6 +45,15 @@ class Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    expert: int | None = None
+    """It is a part of a tensor that all experts of a layer are in: that of this expert."""
+    half: int | None = None
+    """And of its rows the first or the second half."""
+
+    def part(self, whole: Any) -> Any:
+        """What it is of the tensor of that name in the file, which may be read when it is sliced."""
+        found = whole[self.expert]
+        return found if self.half is None else found[self.half * self.shape[0] : (self.half + 1) * self.shape[0]]
 
 
 class _Tensor(TypedDict):

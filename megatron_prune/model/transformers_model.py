@@ -9,6 +9,7 @@ set here. Weights come from safetensors by our own reader: nothing else in the d
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,14 @@ ROTARY = frozenset(
     "partial_rotary_factor".split()
 )
 """Keys inside of those."""
+EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
+"""Names of experts' weights in files."""
+FUSED: dict[str, tuple[str, int | None]] = {
+    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
+    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
+    **dict.fromkeys(("down_proj", "w2"), ("down_proj", None)),
+}
+"""Where transformers 5 keeps them: a parameter for all experts, and which half of its rows."""
 NOT_HANDED_ON = ("quantization_config",)
 
 
@@ -36,6 +45,7 @@ def settings(config: ModelConfig) -> dict[str, Any]:
     family = get_family(config.family)
     written = family.to_hf(config)
     known = {*family.keys.values(), *family.supported, *POSITIONS, "layer_types"} - set(NOT_HANDED_ON)
+    known |= {*family.also.values(), *(("decoder_sparse_step", "mlp_only_layers") if family.sparse_step else ())}
     return {key: _rotary(value) if key in POSITIONS else value for key, value in written.items() if key in known}
 
 
@@ -75,13 +85,35 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     """The same with its weights, in `dtype`; `weights`: every name of the family's table once."""
     model: Any = empty_model(config, dtype)
     missing = dict(model.named_parameters())
+    parts: dict[str, int] = {}
     for name, tensor in weights:
-        owner, _, field = name.rpartition(".")
-        del missing[name]
-        setattr(model.get_submodule(owner), field, Parameter(tensor.to(dtype, copy=True).contiguous()))
-    assert not missing, f"the family's table and transformers name other weights: {sorted(missing)[:3]}"
+        place, expert, half = _place(name)
+        owner, _, field = place.rpartition(".")
+        module = model.get_submodule(owner)
+        if expert is None:
+            del missing[place]
+            setattr(module, field, Parameter(tensor.to(dtype, copy=True).contiguous()))
+            continue
+        if place in missing:
+            setattr(module, field, Parameter(torch.empty(missing.pop(place).shape, dtype=dtype)))
+            parts[place] = 0
+        whole = getattr(module, field).data[expert]
+        part = whole if half is None else whole.chunk(2)[half]
+        part.copy_(tensor)
+        parts[place] += part.numel()
+    filled = all(parts[name] == model.get_parameter(name).numel() for name in parts)
+    assert filled and not missing, f"the family's table and transformers name other weights: {sorted(missing)[:3]}"
     model.tie_weights()  # the parameters are others than those that were tied
     return model
+
+
+def _place(name: str) -> tuple[str, int | None, int | None]:
+    """The parameter that a weight of a file is, or the part of it: all experts' in one, gate and up side by side."""
+    found = EXPERT.fullmatch(name)
+    if found is None:
+        return name.replace(".block_sparse_moe.", ".mlp."), None, None
+    field, half = FUSED[found[3]]
+    return f"{found[1]}.mlp.experts.{field}", int(found[2]), half
 
 
 @contextlib.contextmanager

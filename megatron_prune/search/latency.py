@@ -35,6 +35,8 @@ def measured(config: LatencyConfig) -> tuple[LatencyTable, int]:
         raise UserError(f"{backend.world_size()} processes were started; latency takes one process and one device")
     model = open_model(config.input).config
     model.check_length(config.prompt_length)
+    if model.num_moe_experts:
+        raise UserError(f"latency: {config.input} has experts, whose time depends on the text; allowed: models without")
     with backend.running(backend.Layout()):
         table = measure(model, config)
     return table, table.of(replace(model, dtype=config.dtype or model.dtype))

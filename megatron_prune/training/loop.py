@@ -39,6 +39,7 @@ from megatron_prune.log import say
 from megatron_prune.model import context
 from megatron_prune.model.forward import sequence_parts, window_losses
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.option_groups import Training
 from megatron_prune.training.state import adam_of, load_training_state, training_state, use_fused_kernel
 
@@ -63,6 +64,10 @@ class StepResult:
     """The losses that `loss` is a weighted sum of, when there are several."""
 
 
+BALANCED = "seq_aux_loss"
+"""megatron-core's loss of the router's load (Fedus et al. 2021, arXiv:2101.03961, section 2.2), sequence by sequence:
+the same however sequences are spread.
+"""
 RECOMPUTE: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 """Megatron-core's settings for recomputing every layer in the backward pass."""
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -341,8 +346,25 @@ def make_scheduler(optimizer: Any, t: Training) -> OptimizerParamScheduler:
     )
 
 
-def check_learning(training: Training, layout: backend.Layout) -> None:
+def model_options(training: Training) -> dict[str, Any]:
+    """Of megatron-core's configuration, what training asks for."""
+    found = dict(RECOMPUTE) if training.recompute else {}
+    if training.moe_aux_loss_coeff:
+        found |= {"moe_router_load_balancing_type": BALANCED, "moe_aux_loss_coeff": training.moe_aux_loss_coeff}
+    return found
+
+
+def check_learning(training: Training, layout: backend.Layout, config: ModelConfig) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
+    if training.moe_aux_loss_coeff and not config.num_moe_experts:
+        raise UserError(
+            f"--moe-aux-loss-coeff {training.moe_aux_loss_coeff} was given and the model has no experts: leave it out"
+        )
+    if config.num_moe_experts and layout.tensor > 1 and not layout.sequence_parallel:
+        raise UserError(
+            f"--tensor-model-parallel-size {layout.tensor} was given without --sequence-parallel, and the model has "
+            "experts, whose tokens would be counted several times in training: give --sequence-parallel"
+        )
     parts = sequence_parts(layout)
     if training.seq_length % parts:
         raise UserError(

@@ -64,7 +64,7 @@ def add_adapters(model: PrunableModel, adapters: Adapters, targets: Sequence[str
         chunk.requires_grad_(False)
     chosen = [linear for linear in model.linears() if linear.name.split(".")[-2] in kinds]
     for linear in chosen:
-        _add(linear, adapters, model.tp_rank, model.layout.tensor)
+        _add(linear, adapters, *model.part(linear.map))
     return chosen
 
 
@@ -89,11 +89,11 @@ def linear_kinds(config: ModelConfig, targets: Sequence[str]) -> set[str]:
     return {kind for kind, names in parts.items() if kind in wanted or names <= wanted}
 
 
-def _add(linear: LocalLinear, adapters: Adapters, tp_rank: int, tp_size: int) -> None:
+def _add(linear: LocalLinear, adapters: Adapters, part: int, parts: int) -> None:
     module, (out, inputs) = linear.module, linear.module.weight.shape
     row_parallel = module.shard_axis == 1
-    whole = inputs * tp_size if row_parallel else inputs
-    first = inputs * tp_rank if row_parallel else 0
+    whole = inputs * parts if row_parallel else inputs
+    first = inputs * part if row_parallel else 0
     bound = whole**-0.5
     a = torch.empty(adapters.rank, whole).uniform_(-bound, bound, generator=adapters.generator(START, linear.tensor_id))
     module.lora_a = Parameter(a[:, first : first + inputs].to(module.weight.device, copy=True))
@@ -101,7 +101,7 @@ def _add(linear: LocalLinear, adapters: Adapters, tp_rank: int, tp_size: int) ->
     name, axis = ("lora_a", 1) if row_parallel else ("lora_b", 0)
     set_tensor_model_parallel_attributes(getattr(module, name), True, axis, 1)
     for parameter in (module.lora_a, module.lora_b):
-        parameter.allreduce = True  # type: ignore[attr-defined]
+        parameter.allreduce = getattr(module.weight, "allreduce", True)  # type: ignore[attr-defined]
     module.extra_axes = {name: axis}
     module.changed_weight = partial(_changed, module, adapters, linear.tensor_id, slice(first, first + inputs), whole)
 

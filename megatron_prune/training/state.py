@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -134,10 +135,17 @@ def _distributed_slots(optimizer: DistributedOptimizer) -> Iterator[tuple[Parame
         yield parameter, Slot(optimizer.optimizer, main, slice(owned.start, owned.end), optimizer.data_parallel_group)
 
 
-def _group(optimizer: Any) -> Any:
-    """The ranks over which a distributed optimizer shares its state; None with a plain one."""
+def _group(optimizer: Any, parameter: Parameter) -> Any:
+    """The ranks over which a distributed optimizer shares the state of a parameter; None with a plain one.
+
+    They are the replicas of it: of an expert others than of the rest of the model.
+    """
     inner = getattr(optimizer, "chained_optimizers", [optimizer])[0]
-    return inner.data_parallel_group if isinstance(inner, DistributedOptimizer) else None
+    if not isinstance(inner, DistributedOptimizer):
+        return None
+    if getattr(parameter, "allreduce", True):
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return parallel_state.get_expert_data_parallel_group()
 
 
 def _kinds(parameter: Parameter) -> tuple[str, ...]:
@@ -148,7 +156,7 @@ def _optimizer_state(
     chunks: Sequence[Module], optimizer: Any, parameters: Sharded, is_loading: bool
 ) -> dict[str, dict[str, Any]]:
     """Sharded tensors of the optimizer's state by kind, chunk and parameter, and the number of steps it has done."""
-    slots, group = _slots(optimizer), _group(optimizer)
+    slots = _slots(optimizer)
     state: dict[str, Any] = {"step": _steps(slots)}
     for number, chunk in enumerate(chunks):
         key = f"chunk{number}"
@@ -159,7 +167,7 @@ def _optimizer_state(
                 if is_loading:
                     tensor = torch.empty(parameter.shape, dtype=torch.float32)
                 else:
-                    tensor = _whole(parameter, slots.get(parameter), kind, group)
+                    tensor = _whole(parameter, slots.get(parameter), kind, _group(optimizer, parameter))
                 sharded = make_sharded_optimizer_tensor(parameters[key][name], tensor, f"optimizer.{kind}")
                 state.setdefault(kind, {}).setdefault(key, {})[name] = sharded
     return state

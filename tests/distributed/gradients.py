@@ -33,9 +33,15 @@ class RandomWindows:
         return self.tokens[index]
 
 
-def save_gradients(checkpoint: str, output: str, tensor: str, pipeline: str, sequence_parallel: str) -> None:
-    """Write the gradients of the mean loss over the windows to `output`. Collective."""
-    layout = backend.Layout(int(tensor), int(pipeline), sequence_parallel=sequence_parallel == "True")
+def save_gradients(
+    checkpoint: str, output: str, tensor: str, pipeline: str, sequence_parallel: str, *experts: str
+) -> None:
+    """Write the gradients of the mean loss over the windows to `output`. Collective.
+
+    `experts`: processes that share out the experts, and those that share each of them.
+    """
+    shares = dict(zip(("expert", "expert_tensor"), map(int, experts), strict=False))
+    layout = backend.Layout(int(tensor), int(pipeline), sequence_parallel=sequence_parallel == "True", **shares)
     with backend.running(layout):
         model = load_model(Path(checkpoint), layout)
         training = Training(seq_length=LENGTH, global_batch_size=WINDOWS, train_iters=1, clip_grad=0.0)

@@ -29,12 +29,16 @@ class Layout:
     sequence_parallel: bool = False
     context: int = 1
     virtual: int | None = None
+    expert: int = 1
+    expert_tensor: int | None = None
 
     def flags(self) -> list[str]:
         """Command-line flags of the layout."""
         flags = ["--tensor-model-parallel-size", str(self.tensor), "--pipeline-model-parallel-size", str(self.pipeline)]
         flags += ["--context-parallel-size", str(self.context)]
         flags += ["--virtual-pipeline-model-parallel-size", str(self.virtual)] if self.virtual else []
+        flags += ["--expert-model-parallel-size", str(self.expert)] if self.expert > 1 else []
+        flags += ["--expert-tensor-parallel-size", str(self.expert_tensor)] if self.expert_tensor else []
         return flags + (["--sequence-parallel"] if self.sequence_parallel else [])
 
 
@@ -45,6 +49,11 @@ TP3 = Layout("tp3", 3, tensor=3)
 PP2 = Layout("pp2", 2, pipeline=2)
 DP2 = Layout("dp2", 2)
 TP2_PP2_SP = Layout("tp2pp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True)
+EP2 = Layout("ep2", 2, expert=2)
+EP2_TP2_SP = Layout("ep2tp2sp", 2, tensor=2, sequence_parallel=True, expert=2, expert_tensor=1)
+EP2_ETP2_SP = Layout("ep2etp2sp", 4, tensor=2, sequence_parallel=True, expert=2)
+EP2_PP2 = Layout("ep2pp2", 4, pipeline=2, expert=2)
+EP4 = Layout("ep4", 4, expert=4)
 PP2_VPP2_CP2 = Layout("pp2vpp2cp2", 4, pipeline=2, context=2, virtual=2)
 
 

@@ -4,6 +4,7 @@ and sharded parameters under tensor, sequence and pipeline parallelism.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.gradients import RandomWindows
-from tests.distributed.launch import PP2, TP2, TP2_SP, Layout, launch, must_pass
+from tests.distributed.launch import EP2, EP2_TP2_SP, PP2, TP2, TP2_SP, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -25,6 +26,11 @@ CASES = [
     ("gpt2", TP2),
     ("gpt2", TP2_SP),
     ("gpt2", PP2),
+    ("qwen3_moe", EP2),
+    ("qwen3_moe", EP2_TP2_SP),
+    ("qwen2_moe", EP2),
+    ("olmoe", TP2_SP),
+    ("mixtral", TP2_SP),
 ]
 
 
@@ -38,6 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         commands.append(["import", "--input", str(root / f"{model_type}_hf"), "--output", str(root / model_type)])
     for model_type, layout in CASES:
         parallel = [str(layout.tensor), str(layout.pipeline), str(layout.sequence_parallel)]
+        parallel += [str(layout.expert), str(layout.expert_tensor)] if layout.expert_tensor else [str(layout.expert)]
         output = root / f"{model_type}_{layout.name}.safetensors"
         commands.append(["gradients", str(root / model_type), str(output), *parallel])
     must_pass(launch(2, commands, root / "commands"))
@@ -52,7 +59,19 @@ def reference(directory: Path) -> dict[str, Tensor]:
     tokens = RandomWindows(model.config.vocab_size).tokens
     logits = model(tokens[:, :-1]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return dict(each for name, parameter in model.named_parameters() for each in of_experts(name, parameter.grad))
+
+
+def of_experts(name: str, gradient: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A gradient by its name in files, which have the experts one by one."""
+    start, _, field = name.rpartition(".")
+    if not start.endswith("mlp.experts"):
+        yield name, gradient
+        return
+    for number, of_one in enumerate(gradient):
+        parts = of_one.chunk(2) if field == "gate_up_proj" else [of_one]
+        kinds = ("gate_proj", "up_proj") if field == "gate_up_proj" else ("down_proj",)
+        yield from ((f"{start}.{number}.{kind}.weight", part) for kind, part in zip(kinds, parts, strict=True))
 
 
 @pytest.mark.parametrize(("model_type", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else x.name)
@@ -61,6 +80,10 @@ def test_gradients_equal_transformers(root: Path, model_type: str, layout: Layou
 
     expected = reference(root / f"{model_type}_hf")
     found = load_file(root / f"{model_type}_{layout.name}.safetensors")
+    if model_type == "mixtral":
+        names = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj.", ".block_sparse_moe.": ".mlp."}
+        for old, new in names.items():
+            found = {name.replace(old, new): gradient for name, gradient in found.items()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 1e-6, f"{name} has no gradient to compare"

@@ -8,7 +8,21 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import ONE, PP2, TP2_PP2_SP, TP2_SP, TP3, Layout, launch, must_pass
+from tests.distributed.launch import (
+    EP2,
+    EP2_ETP2_SP,
+    EP2_PP2,
+    EP2_TP2_SP,
+    EP4,
+    ONE,
+    PP2,
+    TP2_PP2_SP,
+    TP2_SP,
+    TP3,
+    Layout,
+    launch,
+    must_pass,
+)
 from tests.models import LLAMA3_ROPE, byte_tokenizer, stories260k, tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -36,12 +50,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {}),
     "gpt2": ("gpt2", {"n_positions": 65}),
     "gpt2_untied": ("gpt2", {"tie_word_embeddings": False, "n_inner": None}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe_mixed": ("qwen3_moe", {"mlp_only_layers": [0], "decoder_sparse_step": 2, "norm_topk_prob": False}),
+    "mixtral": ("mixtral", {}),
+    "olmoe": ("olmoe", {"tie_word_embeddings": True}),
+    "qwen2_moe": ("qwen2_moe", {}),
 }
 OTHER_LAYOUTS = {
     "nine_heads": (TP3,),
     "mistral_without_window": (),
     "gpt2_untied": (),
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "nemotron", "gpt2"), (TP2_SP, PP2)),
+    **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe"), (EP2, EP2_TP2_SP, TP2_SP)),
+    "qwen3_moe": (EP2, EP2_TP2_SP, TP2_SP, EP2_ETP2_SP, EP2_PP2, EP4),
+    "qwen3_moe_mixed": (EP2, PP2),
 }
 """Layouts beside one process, where not all of those that the default of 4 layers and 2 query groups allows."""
 CASES = [(n, layout) for n in MODELS for layout in (ONE, *OTHER_LAYOUTS.get(n, (TP2_SP, PP2, TP2_PP2_SP)))]

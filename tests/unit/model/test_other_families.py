@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_prune.decision.masks import MaskInfo, MaskWriter
 from megatron_prune.errors import UserError
 from megatron_prune.model import convert
 from megatron_prune.model.convert import HFReader
+from megatron_prune.model.cost import active_parameters, parameters
 from megatron_prune.model.families import FAMILIES, ModelConfig, WeightMap, family_of
 from tests.models import TINY_SIZES, edit_config, tiny_model
 
@@ -43,7 +45,31 @@ NEMOTRON: dict[str, Any] = {  # transformers 4
     "norm_eps": 1e-05, "partial_rotary_factor": 0.5, "rope_theta": 10000, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "vocab_size": 256000, "attention_bias": False, "mlp_bias": False,
 }  # fmt: skip
-PUBLISHED = [GPT2, QWEN2, QWEN3, MISTRAL, NEMOTRON]
+QWEN3_MOE = QWEN3 | {  # transformers 4, as Qwen3-30B-A3B has it
+    "model_type": "qwen3_moe", "decoder_sparse_step": 1, "hidden_size": 2048, "intermediate_size": 6144,
+    "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+    "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4,
+    "output_router_logits": False, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+}  # fmt: skip
+MIXTRAL = MISTRAL | {  # as Mixtral-8x7B-v0.1 has it
+    "model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 8, "output_router_logits": False,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+}  # fmt: skip
+OLMOE: dict[str, Any] = {  # as OLMoE-1B-7B-0924 has it
+    "model_type": "olmoe", "attention_bias": False, "clip_qkv": None, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 1024, "max_position_embeddings": 4096, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "vocab_size": 50304,
+}  # fmt: skip
+QWEN2_MOE = QWEN2 | {  # as Qwen1.5-MoE-A2.7B has it
+    "model_type": "qwen2_moe", "decoder_sparse_step": 1, "hidden_size": 2048, "intermediate_size": 5632,
+    "max_position_embeddings": 8192, "max_window_layers": 21, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+    "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "num_key_value_heads": 16,
+    "shared_expert_intermediate_size": 5632, "tie_word_embeddings": False,
+}  # fmt: skip
+SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE]
+PUBLISHED = [GPT2, QWEN2, QWEN3, MISTRAL, NEMOTRON, *SPARSE]
 
 
 def config_of(values: dict[str, Any]) -> ModelConfig:
@@ -66,6 +92,78 @@ def test_what_sets_the_families_apart() -> None:
     assert nemotron.normalization == "LayerNorm1P"
     assert (gpt2.position_embedding, gpt2.linear_bias, gpt2.normalization) == ("learned", True, "LayerNorm")
     assert (gpt2.ffn_hidden_size, gpt2.num_query_groups, gpt2.tie_word_embeddings) == (3072, 12, True)
+
+
+def test_experts_of_published_models() -> None:
+    for values, total, active in zip(SPARSE, (30.5, 46.7, 6.92, 14.3), (3.35, 12.9, 1.28, 2.69), strict=True):
+        config = config_of(values)
+        assert parameters(config) / 1e9 == pytest.approx(total, rel=5e-3)
+        assert active_parameters(config) / 1e9 == pytest.approx(active, rel=5e-3)
+    assert config_of(QWEN3_MOE).moe_renormalize and not config_of(OLMOE).moe_renormalize
+    assert config_of(MIXTRAL).moe_renormalize and config_of(OLMOE).qk_layernorm_whole
+    mixed = config_of(QWEN3_MOE | {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]})
+    assert mixed.moe_layers == (False, True, False, False, False, True)
+    assert [mixed.block(layer).ffn_hidden_size for layer in (0, 1)] == [6144, 768]
+
+
+def test_both_names_of_the_number_of_experts_are_read_and_written() -> None:
+    other = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"} | {"num_local_experts": 128}
+    assert config_of(other).num_moe_experts == 128
+    smaller = replace(config_of(other), num_moe_experts=64)
+    written = family_of(other).to_hf(smaller)
+    assert written["num_experts"] == written["num_local_experts"] == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_experts_per_tok": 129}, "has 128 experts and sends each token to 129"),
+        ({"num_experts_per_tok": 1}, "sends each token to 1 expert with a gate of 1"),
+        ({"num_local_experts": 64}, "num_experts 128 and num_local_experts 64: keep one"),
+        ({"mlp_only_layers": [48]}, "mlp_only_layers = \\[48\\]; it must be a list of layers, from 0 to 47"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step = 0; it must be a whole number"),
+        ({"decoder_sparse_step": 49}, "has experts in 0 layers of 48"),
+        ({"norm_topk_prob": 1}, "moe_renormalize = 1; it must be true or false"),
+        ({"num_experts": 0}, "num_moe_experts = 0; it must be a whole number"),
+        ({"attention_bias": True}, "has attention_bias: True"),
+    ],
+)
+def test_routing_that_is_not_represented_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        config_of(QWEN3_MOE | changes)
+
+
+def test_clipped_queries_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="has clip_qkv: 8.0; the olmoe family supports None only"):
+        config_of(OLMOE | {"clip_qkv": 8.0})
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_in_one_tensor_are_read_as_those_one_by_one(tmp_path: Path, family: str) -> None:
+    """As transformers 5 has them in memory, and as who saves a state dict finds them in the file."""
+    apart, fused = (tiny_model(tmp_path / name, family) for name in ("apart", "fused"))
+    model = AutoModelForCausalLM.from_pretrained(fused)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    assert any(name.endswith("experts.gate_up_proj") for name in state)
+    save_file(state, fused / "model.safetensors", metadata={"format": "pt"})
+    one, other = HFReader(apart), HFReader(fused)
+    assert one.names() == other.names()
+    for name in one.names():
+        assert torch.equal(one.read(name), other.read(name)), name
+        assert torch.equal(one.read_rows(name, 1, 5), other.read_rows(name, 1, 5)), name
+    name = next(name for name in state if name.endswith("experts.down_proj"))
+    save_file(state | {name: state[name][:-1].contiguous()}, fused / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="down_proj in .* has shape .*config.json asks for"):
+        HFReader(fused)
+
+
+def test_a_router_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "hf", "qwen3_moe")
+    weights = load_file(path / "model.safetensors")
+    name = "model.layers.0.mlp.gate.weight"
+    save_file(weights | {name: weights[name][:-1].contiguous()}, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="mlp.gate.weight in .* has shape .7, 32.; config.json asks for .8, 32."):
+        HFReader(path)
 
 
 def test_defaults_of_keys_left_out() -> None:
@@ -151,10 +249,11 @@ def test_table_covers_exactly_what_transformers_saves(tmp_path: Path, model_type
     assert shapes == {name: shape for map in weights for name, shape in zip(map.hf, map.shapes, strict=True)}
     assert ("output_layer.weight" in {map.megatron for map in weights}) is not tied
     prunable = {map.megatron.split(".", 3)[-1] for map in weights if map.prunable}
-    assert prunable == {
-        "self_attention.linear_qkv.weight", "self_attention.linear_proj.weight",
-        "mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
-    }  # fmt: skip
+    assert {"self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"} <= prunable
+    mlps = {name.rsplit(".", 2)[0] for name in prunable if ".linear_fc" in name}
+    experts = {f"mlp.experts.local_experts.{n}" for n in range(reader.model_config.num_moe_experts or 0)}
+    assert mlps - {"mlp.shared_experts"} == (experts or {"mlp"})
+    assert len(prunable) == 2 + 2 * len(mlps)
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
