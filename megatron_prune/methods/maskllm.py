@@ -110,6 +110,12 @@ class MaskLLM(PruningMethod):
 
     def decide(self, work: Workbench, target: NM) -> Kept:
         """Learn the mask logits of every prunable linear and keep each group's best pattern."""
+        if self.mask_draw != "step" and any(work.model.seen_together(map) > 1 for map in work.model.maps):
+            raise UserError(
+                f"maskllm: mask_draw {self.mask_draw} was given and with --expert-model-parallel-size "
+                f"{work.model.layout.expert} the tokens of several micro-batches pass through an expert at a time: "
+                "give --mask-draw step, which draws one mask for all of them in every layout"
+            )
         runner = work.learn()
         draw = runner.learn_masks(
             target.n,

@@ -18,11 +18,15 @@ class InputNorm:
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.needed_tokens = 1
+        """With fewer it says little."""
         self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor) -> None:
-        """Add one calibration window x [tokens, in], any floating dtype."""
+        """Add one calibration window x [tokens, in], any floating dtype; an expert may get none of it."""
         self.tokens += x.shape[0]
+        if not len(x):
+            return
         squares = x.float().square() if x.dtype == torch.float32 else x.float().square_()
         rows = -(-x.shape[0] // TOKENS_IN_FLOAT32)
         first, *rest = squares.split(rows)
@@ -31,8 +35,8 @@ class InputNorm:
         self._squares += first.sum(dim=0, dtype=torch.float64)
 
     def value(self) -> Tensor:
-        """L2 norm of each input, float32 [in]."""
-        return self._squares.sqrt().float()
+        """L2 norm of each input, float32 [in]; ones of no tokens: then no input counts more than another."""
+        return self._squares.sqrt().float() if self.tokens else torch.ones_like(self._squares, dtype=torch.float32)
 
     def tensors(self) -> list[Tensor]:
         """The float64 accumulators to sum over ranks, in place."""

@@ -30,17 +30,23 @@ WIDE_PRODUCTS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >=
 class Hessian:
     """Accumulates X^T X: each window in float32, windows in float64.
 
+    Of fewer tokens than inputs it is singular before it is damped.
+
     The float64 sum keeps the order of windows and ranks out of the rounded float32 result.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.needed_tokens = in_features
+        """With fewer it is singular."""
         fresh = torch.empty(in_features, in_features, dtype=torch.float64, device=device)
         self._gram = expect_writes(fresh).zero_()
 
     def update(self, x: Tensor) -> None:
-        """Add one calibration window x [tokens, in], any floating dtype."""
+        """Add one calibration window x [tokens, in], any floating dtype; an expert may get none of it."""
         self.tokens += x.shape[0]
+        if not len(x):
+            return
         tile = TILE_GPU if x.is_cuda else TILE_CPU
         turned = x.t() if x.is_cuda else x.t().float().contiguous()
         with torch.no_grad(), exact_bf16_products(x) or fast_products():
@@ -49,7 +55,12 @@ class Hessian:
                 self._gram[first : first + tile, first:] += band
 
     def value(self) -> Tensor:
-        """H = 2 X^T X / tokens, float32 [in, in], exactly symmetric; zeros before the first token."""
+        """H = 2 X^T X / tokens, float32 [in, in], exactly symmetric.
+
+        The identity of no tokens: then no input counts more than another, and nothing makes up for what is removed.
+        """
+        if not self.tokens:
+            return torch.eye(len(self._gram), device=self._gram.device)
         scale = 2.0 / self.tokens.clamp(min=1.0)
         whole = expect_writes(torch.empty_like(self._gram, dtype=torch.float32))
         for first in range(0, len(whole), TILE_CPU):

@@ -6,7 +6,7 @@ over fixed units of windows kept in float64, so the decision drawn from them is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prune.decision.masks import Kept, MaskWriter
+from megatron_prune.log import say
 from megatron_prune.model import convert
 from megatron_prune.model.families import WeightMap
-from megatron_prune.model.prunable import LINEARS, PrunableModel
+from megatron_prune.model.prunable import EXPERTS, PrunableModel, linear_groups, linear_paths
 from megatron_prune.statistics.walk import LayerWalk, WholeWeights, inner, sum_over_ranks
 
 
@@ -104,8 +105,13 @@ class Runner:
         for number in range(layers):
             whole = weights.layer(number)
             masks: dict[str, Tensor] = {}
-            there = [path for path in LINEARS if f"{path}.weight" in whole]
-            for paths in [[path] for path in there] if sequential else [there]:
+            groups = (
+                linear_groups(self.model.config, number) if sequential else [linear_paths(self.model.config, number)]
+            )
+            for group in groups:
+                paths = [path for path in group if f"{path}.weight" in whole]
+                if not paths:  # of a half that is absent
+                    continue
                 maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
                 found = _collect(walk, number, whole, statistic, paths) if walk and statistic else [None] * len(maps)
                 linears = [WholeLinear(self, m, whole[inner(m.megatron)], s) for m, s in zip(maps, found, strict=True)]
@@ -151,7 +157,23 @@ def _collect(
     for hidden in walk.hidden:
         seen, _ = walk.watch(paths, hidden)
         for path in paths:
-            found[path].update(seen[path].flatten(0, 1))
+            found[path].update(seen[path].reshape(-1, seen[path].shape[-1]))
     for path in paths:
         sum_over_ranks(found[path].tensors())
+    _tell_of_few_tokens(number, found)
     return list(found.values())
+
+
+def _tell_of_few_tokens(number: int, found: Mapping[str, Any]) -> None:
+    """Name the experts of a layer that too few calibration tokens were sent to, and what is done about them."""
+    counts = {path: int(each.tokens) for path, each in found.items() if path.startswith(EXPERTS)}
+    singular = {path: n for path, n in counts.items() if n < found[path].needed_tokens}
+    told = [f"{path.removeprefix(EXPERTS + '.')} {n}" for path, n in singular.items() if n]
+    none = [path.removeprefix(EXPERTS + ".") for path, n in counts.items() if not n]
+    if none:
+        say(f"layer {number}: no calibration token for experts {', '.join(none)}: pruned by magnitude")
+    if told:
+        say(
+            f"layer {number}: fewer calibration tokens than inputs for experts {', '.join(told)}: pruned all the same, "
+            "their Hessians are singular but for the damping; more --calibration-samples would mend it"
+        )

@@ -135,12 +135,16 @@ class LearningRunner(TrainingSession):
         """
         draw = self.draw
         assert draw is not None
-        sums = torch.zeros(len(LINEARS), 5, dtype=torch.float64, device=backend.device())
+        kinds = [path.split(".")[-1] for path in LINEARS]
+        sums = torch.zeros(len(kinds), 5, dtype=torch.float64, device=backend.device())
         for linear in self.model.linears():
             now, spread = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
             changed, moved = (int((now != before[linear.name]).count_nonzero()) for before in (self.last, self.start))
             values = (*spread.tolist(), changed, moved, now.numel())
-            sums[linear.tensor_id % len(LINEARS)] += torch.tensor(values, dtype=sums.dtype, device=sums.device)
+            counted = self.model.seen_together(linear.map)  # so many replicas of the rest share an expert
+            sums[kinds.index(linear.name.split(".")[-2])] += (
+                torch.tensor(values, dtype=sums.dtype, device=sums.device) * counted
+            )
             self.last[linear.name] = now
         dist.all_reduce(sums)
         best, entropy, changed, moved, count = sums.sum(0).tolist()
@@ -150,8 +154,7 @@ class LearningRunner(TrainingSession):
             "changed_fraction": changed / count,
             "differs_from_start_fraction": moved / count,
         }
-        for path, (best, entropy, changed, _moved, count) in zip(LINEARS, sums.tolist(), strict=True):
-            kind = path.split(".")[-1]
+        for kind, (best, entropy, changed, _moved, count) in zip(kinds, sums.tolist(), strict=True):
             record |= {f"max_probability/{kind}": best / count, f"changed_fraction/{kind}": changed / count}
             record[f"mask_entropy/{kind}"] = entropy / count
         return record
