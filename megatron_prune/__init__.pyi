@@ -28,6 +28,8 @@ def import_(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> Any: ...
 def prune(
@@ -70,6 +72,7 @@ def prune(
     adam_eps: float = 1e-05,
     use_distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
+    moe_aux_loss_coeff: float = 0.0,
     recompute: bool = False,
     seed: int = 0,
     deterministic: bool = False,
@@ -85,6 +88,8 @@ def prune(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
     **options: Any,
 ) -> Any: ...
@@ -129,6 +134,7 @@ def plan(
     adam_eps: float = 1e-05,
     use_distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
+    moe_aux_loss_coeff: float = 0.0,
     recompute: bool = False,
     seed: int = 0,
     deterministic: bool = False,
@@ -144,6 +150,8 @@ def plan(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
     **options: Any,
 ) -> Any: ...
@@ -189,6 +197,7 @@ def train(
     adam_eps: float = 1e-05,
     use_distributed_optimizer: bool = False,
     overlap_grad_reduce: bool = False,
+    moe_aux_loss_coeff: float = 0.0,
     recompute: bool = False,
     seed: int = 0,
     deterministic: bool = False,
@@ -204,6 +213,8 @@ def train(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> Any: ...
 def trim(
@@ -215,6 +226,8 @@ def trim(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> Any: ...
 def export(
@@ -234,6 +247,8 @@ def export(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> Any: ...
 def evaluate(
@@ -258,6 +273,8 @@ def evaluate(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> Any: ...
 def verify(
@@ -274,6 +291,8 @@ def verify(
     virtual_pipeline_model_parallel_size: int | None = None,
     sequence_parallel: bool = False,
     context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> Any: ...
 def bench(

@@ -40,10 +40,7 @@ def cut(model: PrunableModel, units: Units) -> PrunableModel:
     dtype = next(iter(model.parameters.values())).dtype
     smaller = PrunableModel(config, model.layout, build_model(config, model.layout, dtype))
     for map in smaller.maps:
-        name = map.megatron
-        if map.layer is not None:
-            name = name.replace(f"layers.{map.layer}.", f"layers.{units.layers[map.layer]}.", 1)
-        source = model.by_name[name]
+        source = model.by_name[units.source(map)]
         smaller.assign(map, units.cut(model.config, source, model.whole(source), map))
     return smaller
 

@@ -105,6 +105,7 @@ class Shape:
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
+    num_moe_experts: int | None = None
 
     def __post_init__(self) -> None:
         given = self.given()

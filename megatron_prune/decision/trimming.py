@@ -47,13 +47,22 @@ class Sizes:
     ffn_hidden_size: Above0
     num_attention_heads: Above0
     num_query_groups: Above0
+    num_moe_experts: Above0 | None = None
+    moe_ffn_hidden_size: Above0 | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        if (self.num_moe_experts is None) != (self.moe_ffn_hidden_size is None):
+            raise ValueError("num_moe_experts and moe_ffn_hidden_size go together")
+        for name, value in self.given().items():
             if value > LARGEST[name]:
                 raise ValueError(f"{name} is {brief(value)}; allowed: at most {LARGEST[name]}")
-        if self.num_layers * self.ffn_hidden_size > MOST_UNITS:
-            raise ValueError(f"{self.num_layers} layers of {self.ffn_hidden_size} neurons; a report draws {MOST_UNITS}")
+        widest = max(self.ffn_hidden_size, self.moe_ffn_hidden_size or 0, self.num_moe_experts or 0)
+        if self.num_layers * widest > MOST_UNITS:
+            raise ValueError(f"{self.num_layers} layers of {widest} neurons; a report draws {MOST_UNITS}")
+
+    def given(self) -> dict[str, int]:
+        """Those that the model has."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +102,8 @@ class Trim:
         content = {
             "format": _FORMAT,
             **asdict(self.info),
-            "before": asdict(sizes(whole)),
-            "after": asdict(sizes(self.units.config(whole))),
+            "before": sizes(whole).given(),
+            "after": sizes(self.units.config(whole)).given(),
             "parameters": parameters(self.units.config(whole)),
             "sha256": hashlib.sha256((folder / UNITS).read_bytes()).hexdigest(),
         }
@@ -139,16 +148,18 @@ def _tensors(units: Units) -> dict[str, torch.Tensor]:
     tensors = {"layers": units.layers, "hidden": units.hidden}
     for layer, block in zip(units.layers, units.blocks, strict=True):
         for name, numbers in asdict(block).items():
-            tensors[f"layers.{layer:05d}.{name}"] = numbers
+            if numbers or name != "experts":  # as decisions on models without any have always been written
+                tensors[f"layers.{layer:05d}.{name}"] = numbers
     return {name: torch.tensor(numbers, dtype=torch.int32) for name, numbers in tensors.items()}
 
 
 def _units(data: bytes) -> Units:
     found = {name: _numbers(name, tensor) for name, tensor in load(data).items()}
-    blocks = [
-        BlockUnits(**{name: found.pop(f"layers.{layer:05d}.{name}") for name in BlockUnits.__dataclass_fields__})
-        for layer in found["layers"]
-    ]
+    blocks = []
+    for layer in found["layers"]:
+        start = f"layers.{layer:05d}."
+        needed = {name: found.pop(start + name) for name in ("groups", "heads", "ffn")}
+        blocks.append(BlockUnits(**needed, experts=found.pop(start + "experts", ())))
     if set(found) != {"layers", "hidden"}:
         raise ValueError(f"unknown {names(sorted(set(found) - {'layers', 'hidden'}))}")
     return Units(found["layers"], found["hidden"], tuple(blocks))
@@ -164,8 +175,10 @@ def check_units(units: Units, before: Sizes, after: Sizes) -> None:
     """ValueError unless the units are rising numbers below the sizes before, and make the sizes after."""
     rows = [("layers", units.layers, before.num_layers), ("hidden", units.hidden, before.hidden_size)]
     for block in units.blocks:
-        rows += [("heads", block.heads, before.num_attention_heads), ("ffn", block.ffn, before.ffn_hidden_size)]
+        width = (before.moe_ffn_hidden_size or 0) if block.experts else before.ffn_hidden_size
+        rows += [("heads", block.heads, before.num_attention_heads), ("ffn", block.ffn, width)]
         rows += [("groups", block.groups, before.num_query_groups)]
+        rows += [("experts", block.experts, before.num_moe_experts or 0)]
     for what, numbers, count in rows:
         if list(numbers) != sorted(set(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < count):
             raise ValueError(f"{what} are not rising numbers below {count}")

@@ -1,7 +1,8 @@
 """Units of a model that structured pruning removes, and how its weights are cut to those that stay.
 
 Units are numbered as in the unsharded model: decoder layers, and in each of them query heads, query groups (with the
-key and value head their query heads share) and MLP neurons; channels of the residual stream, the same in all layers.
+key and value head their query heads share), MLP neurons and experts; channels of the residual stream, the same in all
+layers.
 What a unit is made of is not listed again: the family's table says, for every Hugging Face tensor, what each of its
 dimensions counts (`WeightMap.symbols`), so one rule cuts every weight, bias, norm and embedding of every family. This
 is the only place that knows which query heads share a group: head h is of group h // (heads / groups).
@@ -28,6 +29,9 @@ class BlockUnits:
     groups: tuple[int, ...]
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
+    """Of the MLP; of every expert where there are experts."""
+    experts: tuple[int, ...] = ()
+    """None: the MLP is dense."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,18 @@ class Units:
         """Sizes of the smaller model. ValueError for units that `whole` does not have or that make no model."""
         self._check(whole)
         smaller = replace(whole, num_layers=len(self.layers), hidden_size=len(self.hidden), blocks=None)
-        sizes = [Block(len(block.heads), len(block.groups), len(block.ffn)) for block in self.blocks]
+        sizes = [Block(len(x.heads), len(x.groups), len(x.ffn), len(x.experts)) for x in self.blocks]
         return smaller.with_blocks(sizes)
+
+    def source(self, map: WeightMap) -> str:
+        """Name in the whole model of the tensor that one of the smaller model is cut from."""
+        if map.layer is None:
+            return map.megatron
+        layer, rest = self.layers[map.layer], map.megatron.removeprefix(f"decoder.layers.{map.layer}.")
+        if map.expert is not None:
+            expert = self.blocks[map.layer].experts[map.expert]
+            rest = rest.replace(f"local_experts.{map.expert}.", f"local_experts.{expert}.", 1)
+        return f"decoder.layers.{layer}.{rest}"
 
     def cut(self, whole: ModelConfig, map: WeightMap, tensor: Tensor, smaller: WeightMap) -> Tensor:
         """An unsharded Megatron tensor of the whole model -> what stays of it, which is `smaller`'s tensor."""
@@ -100,6 +114,7 @@ class Units:
         key_value = channels_of(block.groups, size["head"])
         rows = {
             "ffn": torch.tensor(block.ffn, dtype=torch.int64),
+            "experts": torch.tensor(block.experts, dtype=torch.int64),
             "query": query,
             "key_value": key_value,
             "qkv": torch.cat([query, size["query"] + key_value, size["query"] + size["key_value"] + key_value]),
@@ -113,7 +128,9 @@ class Units:
             raise ValueError(f"{len(self.layers)} layers stay and {len(self.blocks)} are described")
         for layer, block in zip(self.layers, self.blocks, strict=True):
             available = all_of_block(whole, layer)
-            for name in ("groups", "heads", "ffn"):
+            if bool(block.experts) != bool(available.experts):
+                raise ValueError(f"layer {layer} has {len(available.experts)} experts and {len(block.experts)} stay")
+            for name in ("groups", "heads", "ffn", "experts"):
                 kept, there = getattr(block, name), getattr(available, name)
                 if kept:
                     _check_numbers(f"{name} of layer {layer}", kept, len(there))
@@ -143,6 +160,7 @@ def all_of_block(config: ModelConfig, layer: int) -> BlockUnits:
         tuple(range(block.num_query_groups)),
         tuple(range(block.num_attention_heads)),
         tuple(range(block.ffn_hidden_size)),
+        tuple(range(block.num_moe_experts)),
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 from megatron_prune.decision import run_folder
 from megatron_prune.decision.mask_file import mask_npz_pattern
 from megatron_prune.decision.masks import Masks
 from megatron_prune.decision.trimming import Trim, is_trim, read_record
+from megatron_prune.model.cost import active_parameters, parameters
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.given import wrong
 
@@ -35,6 +35,14 @@ def _checkpoint(path: Path) -> list[str]:
         f"{path}: Megatron checkpoint of a {model['family']} model, {model['dtype']}",
         "  " + ", ".join(f"{name} {model[name]}" for name in sizes),
     ]
+    if about.config.num_moe_experts:
+        names = "num_moe_experts moe_ffn_hidden_size moe_router_topk moe_shared_expert_intermediate_size".split()
+        experts = [f"{name} {model[name]}" for name in names if name in model]
+        experts.append(f"{active_parameters(about.config)} of {parameters(about.config)} parameters for each token")
+        if about.config.moe_layers is not None:
+            dense = [str(layer) for layer, sparse in enumerate(about.config.moe_layers) if not sparse]
+            experts.append(f"layers without experts: {' '.join(dense)}")
+        lines.append("  " + ", ".join(experts))
     if about.config.blocks is not None:
         layers = [f"{x.num_attention_heads}/{x.num_query_groups}/{x.ffn_hidden_size}" for x in about.config.blocks]
         lines.append(f"  the largest sizes; heads/groups/ffn of each layer: {' '.join(layers)}")
@@ -64,6 +72,6 @@ def _decision(path: Path) -> list[str]:
 
 def _trim(path: Path) -> list[str]:
     trim, about = Trim.load(path), read_record(path)
-    changes = [f"  {name:<20} {getattr(about.before, name)} -> {after}" for name, after in asdict(about.after).items()]
+    changes = [f"  {name:<20} {getattr(about.before, name)} -> {after}" for name, after in about.after.given().items()]
     layers = " ".join(map(str, trim.units.layers))
     return [f"{path}: {trim.info.method} {trim.info.target}, layers that stay: {layers}", *changes]

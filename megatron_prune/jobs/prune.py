@@ -30,7 +30,7 @@ from megatron_prune.exporting.preflight import check_export, check_result
 from megatron_prune.files import new_folder
 from megatron_prune.jobs.given import check_given
 from megatron_prune.methods.base import DATA, get_method
-from megatron_prune.methods.fit import check_shards, check_target
+from megatron_prune.methods.fit import check_experts, check_shards, check_target
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.layout import layout_of
@@ -47,6 +47,7 @@ def prune(config: PruneConfig) -> str:
     _check_logits(config)
     source = open_model(config.input)
     target = _with_table(config, target)
+    check_experts(source.config, method, target)
     check_target(source.config, target)
     check_export(source.config)
     check_result(source.config, target)

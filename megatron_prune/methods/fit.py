@@ -5,8 +5,30 @@ from __future__ import annotations
 from megatron_prune.decision.cost import budgeted
 from megatron_prune.decision.target import NM, Budget, Shape, StructuredTarget, Target
 from megatron_prune.errors import UserError
+from megatron_prune.methods.base import PruningMethod
 from megatron_prune.model.families import get_family
 from megatron_prune.model.sizes import ModelConfig
+
+
+def check_experts(config: ModelConfig, method: PruningMethod, target: Target | StructuredTarget) -> None:
+    """UserError when a method removes units of a model with experts that it does not know there."""
+    if not isinstance(target, Shape | Budget):
+        return
+    if isinstance(target, Shape) and target.num_moe_experts is not None:
+        if not config.num_moe_experts or config.moe_router_topk is None:
+            raise UserError(f"target {target}: a {config.family} model has no experts; give other sizes")
+        if target.num_moe_experts < config.moe_router_topk:
+            raise UserError(
+                f"target {target}: each token goes to {config.moe_router_topk} experts; keep at least as many"
+            )
+    if not config.num_moe_experts:
+        return
+    sizes = method.sizes_with_experts
+    if isinstance(target, Budget) or not set(target.given()) <= set(sizes):
+        raise UserError(
+            f"method {method.name} cannot prune a model with experts to {target}; it can change "
+            f"{', '.join(sizes) or 'nothing of it'}; `reap` removes experts"
+        )
 
 
 def check_target(config: ModelConfig, target: Target | StructuredTarget) -> None:
@@ -23,7 +45,7 @@ def check_target(config: ModelConfig, target: Target | StructuredTarget) -> None
 
 def _check_shape(config: ModelConfig, target: Shape) -> None:
     for name, wanted in target.given().items():
-        if wanted > getattr(config, name):
+        if wanted > (getattr(config, name) or 0):
             raise UserError(f"target {name}={wanted}: the model has {getattr(config, name)}; give that or less")
     groups = target.num_query_groups or config.num_query_groups
     heads = target.num_attention_heads

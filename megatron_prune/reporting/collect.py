@@ -7,7 +7,7 @@ file that `evaluate`, `verify` or `bench` wrote.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def read_run(path: Path, name: str) -> Run:
 
 def _removed(decision: Path) -> Removed:
     about = read_record(decision)
-    return Removed(Trim.load(decision).units, asdict(about.before), asdict(about.after), about.parameters)
+    return Removed(Trim.load(decision).units, about.before.given(), about.after.given(), about.parameters)
 
 
 def read_model(path: Path, name: str) -> Model:
@@ -148,6 +148,7 @@ def read_model(path: Path, name: str) -> Model:
         form, config, weights = "Hugging Face", HFReader(path).model_config, path
     sizes = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups vocab_size dtype".split()
     files = [file for file in weights.rglob("*") if file.suffix in (".safetensors", ".bin", ".distcp")]
+    sizes += ["num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"] if config.num_moe_experts else []
     shape = {key: getattr(config, key) for key in sizes}
     return Model(name, form, parameters(config), sum(file.stat().st_size for file in files), shape)
 

@@ -84,15 +84,19 @@ class Picture(NamedTuple):
 
 
 def units(removed: Removed) -> list[Picture]:
-    """Heads, groups, neurons and channels."""
+    """Heads, groups, neurons, experts and channels."""
     before, stays = removed.before, removed.units
     layers = dict(zip(stays.layers, stays.blocks, strict=True))
     pictures = []
+    sparse = {layer for layer, block in layers.items() if block.experts}
     kinds = {"heads": "num_attention_heads", "groups": "num_query_groups", "ffn": "ffn_hidden_size"}
+    kinds |= {"experts": "num_moe_experts"} if sparse else {}
     for kind, size in kinds.items():
-        rows = [getattr(layers[layer], kind) if layer in layers else None for layer in range(before["num_layers"])]
-        title = {"heads": "query heads", "groups": "query groups", "ffn": "MLP neurons"}[kind]
-        pictures.append(_picture(title, rows, before[size]))
+        there = {"ffn": layers.keys() - sparse, "experts": sparse}.get(kind, layers.keys())
+        rows = [getattr(layers[layer], kind) if layer in there else None for layer in range(before["num_layers"])]
+        title = {"heads": "query heads", "groups": "query groups", "ffn": "MLP neurons", "experts": "experts"}[kind]
+        if there:
+            pictures.append(_picture(title, rows, before[size]))
     pictures.append(_picture("channels of the residual stream", [stays.hidden], before["hidden_size"]))
     return pictures
 

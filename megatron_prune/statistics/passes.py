@@ -19,6 +19,7 @@ from megatron_prune.decision.units import Units
 from megatron_prune.model.families import ModelConfig, dimensions
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.statistics.channels import RESIDUAL
+from megatron_prune.statistics.experts import ExpertActivity
 from megatron_prune.statistics.gradients import Gradients, gradients
 from megatron_prune.statistics.store import Statistic, StatisticsStore
 from megatron_prune.statistics.walk import Change, CutWeights, LayerWalk, WholeWeights, sum_over_ranks, unchanged
@@ -91,6 +92,27 @@ class Passes:
             self.progress(1)
         if self.store is not None:
             self.store.complete(sites)
+
+    @torch.no_grad()
+    def expert_activity(self) -> list[ExpertActivity | None]:
+        """One forward pass: what the experts of each layer do; None for layers without any. Collective."""
+        weights = WholeWeights(self.model)
+        walk = LayerWalk(weights, self.tokens)
+        found: list[ExpertActivity | None] = []
+        for number in range(self.model.config.num_layers):
+            walk.load(number, weights.layer(number))
+            experts = self.model.config.block(number).num_moe_experts
+            activity = ExpertActivity(experts, walk.device) if experts else None
+            if activity is None:
+                walk.advance()
+            else:
+                for i, hidden in enumerate(walk.hidden):
+                    seen, walk.hidden[i] = walk.watch_experts(hidden)
+                    activity.update(*seen)
+                sum_over_ranks(activity.tensors())
+            found.append(activity)
+            self.progress(1)
+        return found
 
     def _stored(self, store: StatisticsStore, number: int, sites: Mapping[str, Statistic]) -> dict[str, Any]:
         sizes = channels_of(self.model.config, number)

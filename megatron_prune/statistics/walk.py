@@ -93,10 +93,12 @@ class CutWeights:
         """See `Weights`."""
         source = self.units.layers[number]
         tensors = self.change(source, self.whole.layer(source))
-        return {
-            name: self._cut(f"decoder.layers.{source}.{name}", tensor, f"decoder.layers.{number}.{name}")
-            for name, tensor in tensors.items()
-        }
+        found = {}
+        for name, map in self.maps.items():
+            if map.layer == number:
+                whole = self.units.source(map)
+                found[inner(name)] = self._cut(whole, tensors[inner(whole)], name)
+        return found
 
     def outer(self, name: str) -> Tensor | None:
         """See `Weights`."""
@@ -191,6 +193,25 @@ class LayerWalk:
             for handle in handles:
                 handle.remove()
         return seen, output
+
+    @torch.no_grad()
+    def watch_experts(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """What goes through the loaded layer's experts, and its output `[s, b, h]`.
+
+        Counts `[experts]`, gates `[tokens]` and gated outputs `[tokens, h]`, sorted by expert.
+        """
+        seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def remember(_module: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
+            _tokens, counts, gates = inputs
+            seen.append((counts, gates, output[0]))
+
+        handle = self.module.mlp.experts.register_forward_hook(remember)
+        try:
+            output = self.run(hidden)
+        finally:
+            handle.remove()
+        return seen[0], output
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -1,0 +1,48 @@
+"""What the experts of a layer do over the calibration tokens: how many they get, and how much they add for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class ExpertActivity:
+    """Of every expert of a layer, sums over the tokens that are sent to it, float64 `[experts]`.
+
+    They are the router's own choices and gates: renormalised where the model does so.
+    """
+
+    def __init__(self, experts: int, device: torch.device | str | None = None) -> None:
+        self.sums = torch.zeros(4, experts, dtype=torch.float64, device=device)
+
+    def update(self, counts: Tensor, gates: Tensor, outputs: Tensor) -> None:
+        """Add some tokens, sorted by expert: `counts [experts]`, gates `[tokens]`, gated outputs `[tokens, hidden]`."""
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=gates.device), counts.to(gates.device))
+        gated, gates = torch.linalg.vector_norm(outputs.float(), dim=-1).double(), gates.double()
+        plain = torch.where(gates > 0, gated / gates.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        for total, values in zip(self.sums, (torch.ones_like(gates), gates, gated, plain), strict=True):
+            total.index_add_(0, owner, values)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens that each expert gets."""
+        return self.sums[0]
+
+    @property
+    def gates(self) -> Tensor:
+        """Sum of its gates."""
+        return self.sums[1]
+
+    @property
+    def gated_norms(self) -> Tensor:
+        """Sum of gate times Euclidean norm of what it gives: of what reaches the residual stream."""
+        return self.sums[2]
+
+    @property
+    def norms(self) -> Tensor:
+        """Sum of the Euclidean norms of what it gives."""
+        return self.sums[3]
+
+    def tensors(self) -> list[Tensor]:
+        """The float64 accumulators to sum over ranks, in place."""
+        return [self.sums]

@@ -1,0 +1,201 @@
+"""Models with experts: decisions and training are the same however experts, layers and sequences are spread."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from megatron_prune.decision.masks import Masks
+from megatron_prune.decision.trimming import Trim
+from tests.distributed.launch import (
+    EP2,
+    EP2_ETP2_SP,
+    EP2_PP2,
+    EP2_TP2_SP,
+    EP4,
+    ONE,
+    TP2_SP,
+    Layout,
+    launch,
+    must_pass,
+)
+from tests.models import byte_tokenizer, tiny_model, words
+from tests.runs import curve, reopened
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+MODELS = {
+    "mixed": ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1]}),
+    "shared": ("qwen2_moe", {}),
+}
+PAIRS = [("mixed", layout) for layout in (TP2_SP, EP2, EP2_TP2_SP, EP2_ETP2_SP, EP2_PP2, EP4)]
+PAIRS += [("shared", layout) for layout in (EP2, EP2_TP2_SP)]
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A one-shot method and its options."""
+
+    method: str
+    target: str = "2:4"
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        target = self.target.translate(str.maketrans(":=", "--"))
+        return "_".join([self.method, target, *(option.strip("-") for option in self.options)])
+
+
+CASES = [
+    Case("magnitude"),
+    Case("wanda"),
+    Case("wanda", "0.5"),
+    Case("sparsegpt"),
+    Case("sparsegpt", "2:4", ("--true-sequential",)),
+]
+REMOVED = Case("reap", "num_moe_experts=4")
+"""As many as every layout divides."""
+CONTROL = Case("layout_dependent")
+ALL = (*CASES, REMOVED, CONTROL)
+TRAINED = {
+    "learned": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--temperature-end", "2"]
+    + ["--prior", "magnitude", "--weight-regularization", "1e-3"],
+    "masks_and_weights": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--train-weights"]
+    + ["--temperature-end", "2", "--prior", "magnitude", "--use-distributed-optimizer"],
+    "recovered": ["train", "--use-distributed-optimizer", "--moe-aux-loss-coeff", "0.1"],
+    "adapted": ["train", "--lora-rank", "4"],
+}
+TRAINING = [
+    *((name, EP2) for name in TRAINED),
+    *((name, EP2_TP2_SP) for name in ("learned", "recovered", "adapted")),
+    *((name, EP2_ETP2_SP) for name in ("masks_and_weights", "recovered")),
+    ("learned", EP2_PP2),
+    ("recovered", EP4),
+]
+RESUMED = [
+    ("masks_and_weights", EP2, ONE),
+    ("recovered", EP2, ONE),
+    ("masks_and_weights", ONE, EP2_TP2_SP),
+    ("recovered", EP2_ETP2_SP, EP4),
+]
+"""What is gone on with in another layout than it was saved in."""
+
+
+def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[str]:
+    """The `prune` verb of a one-shot case."""
+    text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "7", "--calibration-seq-length", "32"]
+    inputs = ["--input", str(root / model), "--output", str(root / "runs" / model / layout.name / case.name)]
+    calibration = text if case.method in ("wanda", "sparsegpt", "reap") else []
+    choice = ["prune", "--method", case.method, "--target", case.target, *case.options]
+    return [*choice, *inputs, *calibration, *layout.flags()]
+
+
+def train_command(root: Path, name: str, layout: Layout) -> list[str]:
+    """A verb that trains, four windows a step, on a dense model or one that Wanda has pruned."""
+    source = root / ("pruned" if TRAINED[name][0] == "train" else "mixed")
+    inputs = ["--input", str(source), "--output", str(root / "runs" / layout.name / name)]
+    data = ["--data", str(root / "words.jsonl"), "--seq-length", "32", "--global-batch-size", "4"]
+    steps = ["--train-iters", str(STEPS), "--lr", "1e-3", "--save-interval", "2"]
+    return [*TRAINED[name], *inputs, *data, *steps, *layout.flags()]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case run in every layout, one start-up for each number of processes."""
+    root = tmp_path_factory.mktemp("experts")
+    words(root / "words.jsonl")
+    one: list[list[str]] = []
+    for model, (family, sizes) in MODELS.items():
+        byte_tokenizer(tiny_model(root / f"{model}_hf", family, vocab_size=257, **sizes))
+        one.append(["import", "--input", str(root / f"{model}_hf"), "--output", str(root / model)])
+        one += [prune_command(root, model, case, ONE) for case in ALL if fits(model, case)]
+    pruned = root / "runs" / "mixed" / ONE.name / CASES[1].name
+    one.append(["trim", "--input", str(pruned), "--output", str(root / "pruned")])
+    one += [train_command(root, name, ONE) for name in TRAINED]
+    must_pass(launch(1, one, root / "commands"))
+    for processes in (2, 4):
+        commands: list[list[str]] = []
+        for model, layout in PAIRS:
+            if layout.processes == processes:
+                commands += [prune_command(root, model, case, layout) for case in ALL if fits(model, case)]
+        commands += [train_command(root, name, layout) for name, layout in TRAINING if layout.processes == processes]
+        must_pass(launch(processes, commands, root / "commands"))
+    for processes in (1, 2, 4):
+        commands = [resume_command(root, *case) for case in RESUMED if case[2].processes == processes]
+        must_pass(launch(processes, commands, root / "commands"))
+    return root
+
+
+def fits(model: str, case: Case) -> bool:
+    """The model with a shared expert has 4 experts, too few to remove some."""
+    return model == "mixed" or case != REMOVED
+
+
+def resume_command(root: Path, name: str, saved: Layout, goes_on: Layout) -> list[str]:
+    """A run of one layout that goes on, from a checkpoint before its end, in another."""
+    copy = root / "resumed" / f"{name}_{saved.name}_{goes_on.name}"
+    reopened(root / "runs" / saved.name / name, copy, 2)
+    command = train_command(root, name, goes_on)
+    command[command.index("--output") + 1] = str(copy)
+    return [*command, "--resume"]
+
+
+def differing(root: Path, model: str, case: Case, layout: Layout) -> float:
+    """Share of the weights on which a layout decides otherwise than one process."""
+    a, b = (Masks.load(root / "runs" / model / x.name / case.name / "decision") for x in (ONE, layout))
+    assert a.names() == b.names() and any(".experts.5." in name for name in a.names()) == (model == "mixed")
+    pairs = [(a.get(name), b.get(name)) for name in a.names()]
+    return sum(int((x != y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
+
+
+@pytest.mark.parametrize(("model", "layout"), PAIRS, ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_one_shot_decision_is_the_same(root: Path, model: str, case: Case, layout: Layout) -> None:
+    assert differing(root, model, case, layout) == 0.0
+
+
+@pytest.mark.parametrize(("model", "layout"), PAIRS, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_the_comparison_can_fail(root: Path, model: str, layout: Layout) -> None:
+    assert differing(root, model, CONTROL, layout) > 0.1
+
+
+@pytest.mark.parametrize("layout", [layout for model, layout in PAIRS if model == "mixed"], ids=lambda x: x.name)
+def test_the_same_experts_stay(root: Path, layout: Layout) -> None:
+    found, expected = (
+        Trim.load(root / "runs" / "mixed" / x.name / REMOVED.name / "decision").units for x in (layout, ONE)
+    )
+    assert found == expected and len(found.blocks[0].experts) == 4 and not found.blocks[1].experts
+
+
+@pytest.mark.parametrize(("name", "layout"), TRAINING, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_training_follows_one_process(root: Path, name: str, layout: Layout) -> None:
+    here, there = (root / "runs" / x.name / name for x in (layout, ONE))
+    keys = {"loss": 1e-5, "grad_norm": 1e-4}
+    keys |= {"max_probability": 1e-5, "max_probability/linear_fc2": 1e-5} if name == "learned" else {}
+    for key, tolerance in keys.items():
+        found, expected = curve(here, key), curve(there, key)
+        assert len(found) == STEPS and expected[0] != expected[-1]
+        assert found == pytest.approx(expected, abs=tolerance, rel=tolerance), key
+
+
+@pytest.mark.parametrize(("name", "saved", "goes_on"), RESUMED, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_a_run_goes_on_in_another_layout(root: Path, name: str, saved: Layout, goes_on: Layout) -> None:
+    """With the moments of Adam of every expert: they decide the steps that follow."""
+    found = curve(root / "resumed" / f"{name}_{saved.name}_{goes_on.name}")
+    assert found == pytest.approx(curve(root / "runs" / ONE.name / name), abs=1e-5)
+
+
+def test_adapters_and_recovery_keep_zeros(root: Path) -> None:
+    for name in ("recovered", "adapted"):
+        exported = root / f"{name}_hf"
+        shutil.rmtree(exported, ignore_errors=True)
+        run = root / "runs" / EP2_TP2_SP.name / name
+        must_pass(launch(1, [["export", "--input", str(run), "--output", str(exported)]], root / "commands"))
+        after, kept = load_file(exported / "model.safetensors"), Masks.load(root / "runs/mixed/one/wanda_2-4/decision")
+        for weight in kept.names():
+            assert not after[weight][~kept.get(weight)].any() and after[weight].count_nonzero() > 0

@@ -1,0 +1,242 @@
+"""Scores of experts and of their weights against transformers' own model, hooked; and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+import megatron_prune.backend as backend
+from megatron_prune.__main__ import main
+from megatron_prune.decision.masks import Masks
+from megatron_prune.decision.trimming import Trim
+from megatron_prune.methods.reap import reap_score
+from megatron_prune.model.checkpoint import load_model
+from megatron_prune.statistics.passes import Passes
+from tests.models import byte_tokenizer, tiny_model, words
+
+LENGTH, SAMPLES = 32, 5
+FAMILIES = {"qwen3_moe": {}, "olmoe": {}, "mixtral": {}, "qwen2_moe": {"norm_topk_prob": False}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of every family that has experts."""
+    root = tmp_path_factory.mktemp("experts")
+    words(root / "words.jsonl", documents=8)
+    for family, sizes in FAMILIES.items():
+        byte_tokenizer(tiny_model(root / f"{family}_hf", family, vocab_size=257, **sizes))
+        assert main(["import", "--input", str(root / f"{family}_hf"), "--output", str(root / family)]) == 0
+    return root
+
+
+def prune(root: Path, family: str, method: str, target: str, output: Path, *options: str) -> int:
+    """The verb on the calibration text."""
+    text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", str(SAMPLES)]
+    inputs = ["--input", str(root / family), "--output", str(output), "--method", method, "--target", target]
+    return main(["prune", *inputs, *text, "--calibration-seq-length", str(LENGTH), *options])
+
+
+def routed(directory: Path, tokens: Tensor) -> list[dict[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """By layer and expert: inputs, inputs of the down projection, gates and outputs of the tokens that are sent there.
+
+    From transformers' own hidden states and routing, one expert at a time.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    seen: list[Any] = []
+    handles = [
+        layer.mlp.experts.register_forward_hook(lambda module, inputs, _output: seen.append((module, *inputs)))
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    found = []
+    for module, hidden, chosen, gates in seen:
+        layer = {}
+        for expert in range(len(module.gate_up_proj)):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = (hidden[token] @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+            layer[expert] = (hidden[token], inner, gates[token, place], inner @ module.down_proj[expert].T)
+        found.append(layer)
+    return found
+
+
+def calibration(seed: int = 0) -> Tensor:
+    """Some windows."""
+    return torch.randint(0, 257, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activity_is_that_of_transformers_experts(root: Path, family: str) -> None:
+    tokens = calibration()
+    expected = routed(root / f"{family}_hf", tokens)
+    with backend.running(backend.Layout()):
+        found = Passes(load_model(root / family, backend.Layout()), tokens).expert_activity()
+    for activity, layer in zip(found, expected, strict=True):
+        assert activity is not None
+        for expert, (_inputs, _inner, gates, outputs) in layer.items():
+            norms = outputs.norm(dim=-1)
+            assert int(activity.tokens[expert]) == len(gates)
+            mean = float((gates * norms).mean()) if len(gates) else 0.0
+            assert float(reap_score(activity)[expert]) == pytest.approx(mean, rel=1e-5)
+            assert float(activity.norms[expert]) == pytest.approx(float(norms.sum()), rel=1e-5)
+            assert float(activity.gates[expert]) == pytest.approx(float(gates.sum()), rel=1e-5)
+        total = sum(float(gates.sum()) for _, _, gates, _ in layer.values())
+        renormalised = family in ("qwen3_moe", "mixtral")
+        assert (total == pytest.approx(SAMPLES * LENGTH, rel=1e-5)) == renormalised
+
+
+def test_reap_keeps_the_highest_means_and_not_the_highest_sums(root: Path, tmp_path: Path) -> None:
+    from megatron_prune.data.calibration import windows
+    from megatron_prune.data.tokenizer import load_tokenizer
+
+    assert prune(root, "qwen3_moe", "reap", "num_moe_experts=5", tmp_path / "run") == 0
+    kept = Trim.load(tmp_path / "run" / "decision").units
+    tokenizer = load_tokenizer(root / "qwen3_moe" / "tokenizer", 257)
+    tokens = windows([root / "words.jsonl"], tokenizer, SAMPLES, LENGTH, 0).tokens
+    for block, layer in zip(kept.blocks, routed(root / "qwen3_moe_hf", tokens), strict=True):
+        sums = {expert: float((gates * out.norm(dim=-1)).sum()) for expert, (_, _, gates, out) in layer.items()}
+        means = {expert: sums[expert] / max(1, len(layer[expert][2])) for expert in layer}
+        assert block.experts == tuple(sorted(sorted(means, key=means.__getitem__)[-5:]))
+
+
+@pytest.mark.parametrize("score", ["frequency", "ean", "random"])
+def test_other_scores_choose_otherwise(root: Path, tmp_path: Path, score: str) -> None:
+    runs = [tmp_path / "reap", tmp_path / score]
+    assert prune(root, "qwen3_moe", "reap", "num_moe_experts=4", runs[0]) == 0
+    assert prune(root, "qwen3_moe", "reap", "num_moe_experts=4", runs[1], "--score", score) == 0
+    first, second = (Trim.load(run / "decision").units for run in runs)
+    assert first != second and all(len(block.experts) == 4 for block in second.blocks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_with_fewer_experts_is_the_whole_one_without_their_rows(
+    root: Path, tmp_path: Path, family: str
+) -> None:
+    count = 3
+    assert prune(root, family, "reap", f"num_moe_experts={count}", tmp_path / "run") == 0
+    assert main(["trim", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "cut")]) == 0
+    assert main(["export", "--input", str(tmp_path / "cut"), "--output", str(tmp_path / "hf")]) == 0
+    assert main(["verify", "--input", str(tmp_path / "cut"), "--against", str(tmp_path / "hf")]) == 0
+    whole, smaller = (load_file(x / "model.safetensors") for x in (root / f"{family}_hf", tmp_path / "hf"))
+    kept = Trim.load(tmp_path / "run" / "decision").units
+    for name, tensor in smaller.items():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        expected = whole.get(name)
+        if layer is not None and ".experts." in name:
+            number = int(name.split(".experts.")[1].split(".")[0])
+            other = kept.blocks[layer].experts[number]
+            expected = whole[name.replace(f".experts.{number}.", f".experts.{other}.")]
+        elif layer is not None and name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+            expected = whole[name][list(kept.blocks[layer].experts)]
+        assert expected is not None and torch.equal(tensor, expected), name
+    assert sum(".experts." in name for name in smaller) < sum(".experts." in name for name in whole)
+
+
+def test_wanda_weighs_an_experts_inputs_by_the_tokens_sent_to_it(root: Path, tmp_path: Path) -> None:
+    """Not by gates: what enters the down projection is what tools that hook transformers see."""
+    from megatron_prune.data.calibration import windows
+    from megatron_prune.data.tokenizer import load_tokenizer
+
+    assert prune(root, "qwen3_moe", "wanda", "2:4", tmp_path / "run") == 0
+    masks = Masks.load(tmp_path / "run" / "decision")
+    tokenizer = load_tokenizer(root / "qwen3_moe" / "tokenizer", 257)
+    tokens = windows([root / "words.jsonl"], tokenizer, SAMPLES, LENGTH, 0).tokens
+    (first, *_) = routed(root / "qwen3_moe_hf", tokens)
+    weights = load_file(root / "qwen3_moe_hf" / "model.safetensors")
+    compared = 0
+    for expert, (inputs, _inner, _gates, _outputs) in first.items():
+        if len(inputs):
+            for name in (f"model.layers.0.mlp.experts.{expert}.{each}_proj.weight" for each in ("gate", "up")):
+                score = (weights[name].abs() * pruned_norm(root, tmp_path, tokens, expert)).unflatten(1, (-1, 4))
+                best = torch.zeros_like(score).scatter_(2, score.topk(2, dim=2).indices, 1.0).flatten(1).bool()
+                compared += best.numel()
+                assert torch.equal(best, masks.get(name)), name
+    assert compared
+
+
+def pruned_norm(root: Path, folder: Path, tokens: Tensor, expert: int) -> Tensor:
+    """Norms of an expert's inputs in layer 0: statistics of a layer are taken before anything of it is pruned."""
+    del folder
+    inputs = routed(root / "qwen3_moe_hf", tokens)[0][expert][0]
+    return inputs.norm(dim=0)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_experts_with_few_tokens_are_told(
+    root: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words(tmp_path / "one.jsonl", documents=1)
+    text = ["--calibration", str(tmp_path / "one.jsonl"), "--calibration-samples", "1"]
+    inputs = ["--input", str(root / "qwen3_moe"), "--output", str(tmp_path / "run")]
+    choice = ["--method", method, "--target", "2:4", "--calibration-seq-length", "4"]
+    assert main(["prune", *inputs, *choice, *text]) == 0
+    told = capsys.readouterr()
+    said = told.out + told.err
+    assert "no calibration token for experts" in said and "pruned by magnitude" in said
+    assert ("fewer calibration tokens than inputs" in said) == (method == "sparsegpt")
+    masks, weights = Masks.load(tmp_path / "run" / "decision"), load_file(root / "qwen3_moe_hf/model.safetensors")
+    line = next(line for line in said.splitlines() if "layer 0: no calibration token" in line)
+    expert = line.split("experts ")[1].split(",")[0].split(".")[0]
+    name = f"model.layers.0.mlp.experts.{expert}.down_proj.weight"
+    size = weights[name].abs().unflatten(1, (-1, 4))
+    best = torch.zeros_like(size).scatter_(2, size.topk(2, dim=2).indices, 1.0).flatten(1).bool()
+    assert torch.equal(best, masks.get(name))
+
+
+REFUSED = {
+    "fewer than a token needs": ("qwen3_moe", "reap", "num_moe_experts=2", "each token goes to 3 experts"),
+    "more than there are": ("qwen3_moe", "reap", "num_moe_experts=9", "the model has 8; give that or less"),
+    "no experts in the target": ("qwen3_moe", "reap", "num_layers=1", "it can change num_moe_experts"),
+    "width of a model with experts": (
+        "qwen3_moe",
+        "minitron",
+        "ffn_hidden_size=16",
+        "cannot prune a model with expert",
+    ),
+    "a budget": ("qwen3_moe", "flap", "parameters=20000", "cannot prune a model with experts to"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_one_line(root: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    family, method, target, expected = REFUSED[case]
+    assert prune(root, family, method, target, tmp_path / "run") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line and not (tmp_path / "run").exists()
+
+
+def test_expert_flags_without_experts_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.models import tiny_llama
+
+    byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257))
+    flags = ["--expert-tensor-parallel-size", "1"]
+    assert main(["import", "--input", str(tmp_path / "hf"), "--output", str(tmp_path / "x"), *flags]) == 2
+    assert "the model has no experts: drop it" in capsys.readouterr().err
+
+
+def test_a_dense_model_has_no_experts_to_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.models import tiny_llama
+
+    words(tmp_path / "words.jsonl", documents=2)
+    byte_tokenizer(tiny_llama(tmp_path / "llama", vocab_size=257))
+    assert prune(tmp_path, "llama", "reap", "num_moe_experts=2", tmp_path / "run") == 2
+    assert "has no experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "minitron"])
+def test_layers_can_go(root: Path, tmp_path: Path, method: str) -> None:
+    assert prune(root, "qwen3_moe", method, "num_layers=1", tmp_path / "run") == 0
+    assert main(["trim", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "cut")]) == 0
+    assert main(["export", "--input", str(tmp_path / "cut"), "--output", str(tmp_path / "hf")]) == 0
+    assert main(["verify", "--input", str(tmp_path / "cut"), "--against", str(tmp_path / "hf")]) == 0
