@@ -55,6 +55,9 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": LLAMA_SIZES
     | {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
     "mixtral": LLAMA_SIZES | {"num_local_experts": 4},
+    "glm4_moe": LLAMA_SIZES
+    | {"num_hidden_layers": 3, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
+    | {"n_shared_experts": 2, "routed_scaling_factor": 1.5, "attention_bias": True, "use_qk_norm": True},
     "olmoe": LLAMA_SIZES | {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
     "qwen2_moe": LLAMA_SIZES
     | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2},
@@ -86,6 +89,9 @@ def tiny_model(
         for name, parameter in model.named_parameters():
             is_gain = parameter.dim() == 1 and name.endswith("weight")
             parameter.uniform_(0.5, 1.5) if is_gain else parameter.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
     model.save_pretrained(path, max_shard_size=max_shard_size)
     return path
 

@@ -66,6 +66,11 @@ class REAP(PruningMethod):
                 f"method reap cannot prune a {config.family} model to {target}; it removes experts: give a model that "
                 "has some and num_moe_experts=N"
             )
+        if (config.moe_router_num_groups or 1) > 1:
+            raise UserError(
+                f"method reap: the model chooses among {config.moe_router_num_groups} groups of experts, and which are "
+                "neighbours would change: allowed are models without groups"
+            )
 
     def decide(self, work: Workbench, target: Shape) -> Units:
         """The experts of highest score in every layer; all else stays. Collective."""

@@ -322,11 +322,10 @@ def _expert_sizes(config: ModelConfig, layout: backend.Layout) -> list[tuple[str
         return []
     assert config.moe_ffn_hidden_size
     parts, flag = layout.expert_tensor_size, "expert-tensor-parallel-size (tensor-model-parallel-size without it)"
-    shared = config.moe_shared_expert_intermediate_size or 0
     return [
         ("experts", config.num_moe_experts, layout.expert, "expert-model-parallel-size"),
         ("channels of an expert", config.moe_ffn_hidden_size, parts, flag),
-        ("channels of the shared expert", shared, layout.tensor, "tensor-model-parallel-size"),
+        ("channels of the shared expert", config.shared_width, layout.tensor, "tensor-model-parallel-size"),
     ]
 
 

@@ -29,6 +29,9 @@ LARGEST: dict[str, int] = {
     "moe_ffn_hidden_size": 2**22,
     "moe_router_topk": 2**16,
     "moe_shared_expert_intermediate_size": 2**22,
+    "moe_num_shared_experts": 2**10,
+    "moe_router_num_groups": 2**10,
+    "moe_router_group_topk": 2**10,
 }
 """Of ModelConfig's sizes: far beyond any model, and lists and tensors of them still end."""
 LARGEST_NUMBER = 1e30
@@ -140,9 +143,9 @@ def check_number(name: str, value: Any) -> float:
 def check_values(values: Mapping[str, Any]) -> None:
     """Types and ranges of what config.json gives for ModelConfig fields; None is a size that follows from others."""
     for name, value in values.items():
-        if name == "layernorm_epsilon":
+        if name == "layernorm_epsilon" or name == "moe_router_topk_scaling_factor":
             check_number(name, value)
-        elif name in ("tie_word_embeddings", "moe_renormalize"):
+        elif name in ("tie_word_embeddings", "moe_renormalize", "qkv_bias", "qk_layernorm"):
             if not isinstance(value, bool):
                 raise UserError(f"config.json gives {name} = {brief(value)}; it must be true or false")
         elif name == "activation":

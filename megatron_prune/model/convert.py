@@ -230,7 +230,8 @@ class HFReader:
                 self._check_tensor(name, shape)
         family = get_family(self.model_config.family)
         tied = family.tied_names(self.model_config)
-        check_names(self._entries, {*self.names(), *tied}, family)
+        beyond = [name for name in self._entries if family.beyond(name, self.model_config)]
+        check_names(self._entries, {*self.names(), *tied, *beyond}, family)
         for name in set(tied) & set(self._entries):
             self._check_tied(name, self._maps[0].hf[0])
 

@@ -80,8 +80,15 @@ def expert_fields(config: ModelConfig, layout: backend.Layout) -> dict[str, Any]
         moe_router_pre_softmax=not config.moe_renormalize,
         moe_router_load_balancing_type="none",
         moe_layer_freq=1 if config.moe_layers is None else [int(sparse) for sparse in config.moe_layers],
-        moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
-        moe_shared_expert_gate=config.moe_shared_expert_intermediate_size is not None,
+        moe_shared_expert_intermediate_size=config.shared_width or None,
+        moe_shared_expert_gate=config.moe_shared_expert_gate,
+        moe_router_score_function=config.moe_router_score_function,
+        moe_router_enable_expert_bias=config.moe_router_expert_bias,
+        moe_router_bias_update_rate=0.0,  # it is the model's own; another step would be no step of the optimizer
+        moe_router_topk_scaling_factor=config.moe_router_topk_scaling_factor,
+        moe_router_num_groups=config.moe_router_num_groups if (config.moe_router_num_groups or 1) > 1 else None,
+        moe_router_group_topk=config.moe_router_group_topk if (config.moe_router_num_groups or 1) > 1 else None,
+        moe_router_dtype="fp32" if config.moe_router_score_function == "sigmoid" else None,
         moe_token_dispatcher_type="alltoall" if backend.has_cuda() else "allgather",  # gloo gathers equal parts alone
         moe_grouped_gemm=False,
         expert_model_parallel_size=layout.expert,

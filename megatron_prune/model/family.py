@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,6 +115,8 @@ class WeightPattern:
     prunable: bool = False
     untied_only: bool = False
     """Absent when the output layer shares the embedding's weight."""
+    when: str = ""
+    """A field of ModelConfig without which it is absent."""
 
     def present(self, block: Block) -> bool:
         """Whether a layer of these sizes has the part that this row is of."""
@@ -154,8 +157,12 @@ class Family:
     """With `use_sliding_window` the layers from `max_window_layers` on see `sliding_window` tokens only."""
     also: Mapping[str, str] = field(default_factory=dict)
     """config.json key -> another that means the same; both are read, and written where a size has changed."""
-    sparse_step: bool = False
-    """`decoder_sparse_step` and `mlp_only_layers` say which layers have experts."""
+    sparse_layers: Literal["all", "step", "first_dense"] = "all"
+    """Which layers have experts: by `decoder_sparse_step` and `mlp_only_layers`, or those after
+    `first_k_dense_replace`.
+    """
+    more_layers: bool = False
+    """Files may have layers behind the last, which predict further tokens and which transformers leaves out."""
     ignored: tuple[str, ...] = ()
     """Hugging Face name patterns (fnmatch) that carry no weights and may be in a file."""
 
@@ -174,7 +181,7 @@ class Family:
             **sizes,
             **self._positions(hf_config),
             **self.constants,
-            moe_layers=read_sparse_layers(hf_config, sizes["num_layers"]) if self.sparse_step else None,
+            moe_layers=self._sparse_layers(hf_config, sizes["num_layers"]),
             family=self.name,
             dtype=read_dtype(hf_config),
             hf_config=copy.deepcopy(dict(hf_config)),
@@ -214,9 +221,11 @@ class Family:
             written |= {other: written[key] for key, other in self.also.items() if other in written}
             if "layer_types" in written:
                 written["layer_types"] = [FULL_ATTENTION] * config.num_layers
-            if self.sparse_step:
-                dense = [layer for layer in range(config.num_layers) if not config.has_experts(layer)]
+            dense = [layer for layer in range(config.num_layers) if not config.has_experts(layer)]
+            if self.sparse_layers == "step":
                 written |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+            if self.sparse_layers == "first_dense":
+                written["first_k_dense_replace"] = len(dense)
         if original.dtype != config.dtype:
             written |= dict.fromkeys([key for key in DTYPE_KEYS if key in written] or DTYPE_KEYS[:1], config.dtype)
         if replace(self.from_hf(written), hf_config={}) != replace(config, hf_config={}):
@@ -277,9 +286,10 @@ class Family:
 
     def weights(self, config: ModelConfig) -> list[WeightMap]:
         """Every Megatron tensor of the model, in model order; none for the absent halves of layers."""
-        layers = [row for row in self.table if "{layer}" in row.megatron]
-        first = self.table.index(layers[0])
-        before, after = self.table[:first], [row for row in self.table[first:] if row not in layers]
+        table = [row for row in self.table if not row.when or getattr(config, row.when)]
+        layers = [row for row in table if "{layer}" in row.megatron]
+        first = table.index(layers[0])
+        before, after = table[:first], [row for row in table[first:] if row not in layers]
         after = [row for row in after if not (row.untied_only and config.tie_word_embeddings)]
         return [
             *(_weight_map(row, config, None, self.conv1d) for row in before),
@@ -318,6 +328,25 @@ class Family:
                 raise UserError(f"config.json has layers of type {brief(kind)}; supported: {FULL_ATTENTION!r} only")
         if self.windowed and not hf_config.get("layer_types"):
             check_windows(hf_config)
+
+    def _sparse_layers(self, hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
+        """Which layers have experts; None: all, or none in a family without."""
+        if self.sparse_layers == "step":
+            return read_sparse_layers(hf_config, layers)
+        if self.sparse_layers == "all":
+            return None
+        first = hf_config.get("first_k_dense_replace", self.defaults["first_k_dense_replace"])
+        if type(first) is not int or not 0 <= first < layers:
+            raise UserError(
+                f"config.json gives first_k_dense_replace = {brief(first)}; it must be a whole number from 0 to "
+                f"{layers - 1}"
+            )
+        return tuple(layer >= first for layer in range(layers)) if first else None
+
+    def beyond(self, name: str, config: ModelConfig) -> bool:
+        """Whether a tensor of a file is of a layer that the model does not have and need not."""
+        found = re.match(r"model\.layers\.(\d{1,6})\.", name) if self.more_layers else None
+        return found is not None and int(found[1]) >= config.num_layers
 
     def _positions(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """The ModelConfig fields of the rotary embedding."""
@@ -385,6 +414,8 @@ def check_config(config: ModelConfig, family: Family) -> None:
         "qk_layernorm_whole",
         "position_embedding",
     ):
+        if name in family.keys:
+            continue
         if getattr(config, name) != constants[name]:
             raise UserError(f"{name} is {getattr(config, name)}; of a {family.name} model it is {constants[name]}")
     activations = family.supported.get(family.keys.get("activation", ""), (constants["activation"],))
@@ -416,6 +447,17 @@ def _check_experts(config: ModelConfig) -> None:
         raise UserError(
             "config.json sends each token to 1 expert with a gate of 1 whatever the router says; megatron-core has no "
             "such routing: give a model with num_experts_per_tok of 2 or more, or norm_topk_prob false"
+        )
+    groups, together = config.moe_router_num_groups or 1, config.moe_router_group_topk or 1
+    if (
+        experts % groups
+        or together > groups
+        or (groups > together and (experts // groups < 2 or chosen != 2 * together))
+    ):
+        raise UserError(
+            f"config.json chooses {chosen} of {experts} experts from {together} of {groups} groups; megatron-core and "
+            "transformers choose groups alike only where all are taken, or 2 experts for each group that is: give a "
+            "model without groups (n_group 1, topk_group 1)"
         )
     if config.moe_layers is not None and (len(config.moe_layers) != config.num_layers or not any(config.moe_layers)):
         raise UserError(

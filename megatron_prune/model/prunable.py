@@ -57,7 +57,7 @@ def linear_paths(config: ModelConfig, layer: int | None = None) -> tuple[str, ..
     if not config.has_experts(layer):
         return LINEARS
     assert config.num_moe_experts
-    mlps = [SHARED] if config.moe_shared_expert_intermediate_size else []
+    mlps = [SHARED] if config.shared_width else []
     mlps += [f"{EXPERTS}.{expert}" for expert in range(config.num_moe_experts)]
     return QKV, PROJECTION, *(f"{mlp}.{linear}" for mlp in mlps for linear in ("linear_fc1", "linear_fc2"))
 
@@ -68,6 +68,11 @@ def linear_groups(config: ModelConfig, layer: int) -> list[list[str]]:
     for path in linear_paths(config, layer):
         found.setdefault(path.split(".")[-1], []).append(path)
     return list(found.values())
+
+
+def _router_biases(chunk: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """What of a chunk's weights is trained by no gradient."""
+    yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(".router.expert_bias"))
 
 
 class PrunableModel:
@@ -84,10 +89,10 @@ class PrunableModel:
         self.by_name = {m.megatron: m for m in self.maps}
         self.parameters = dict(self._local_parameters())
 
-    def _local_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    def _local_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Unsharded Megatron name and this rank's shard of every weight of the table."""
         for number, chunk in enumerate(self.chunks):
-            for name, parameter in chunk.named_parameters():
+            for name, parameter in (*chunk.named_parameters(), *_router_biases(chunk)):
                 match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
                 if match:
                     path = self._renumbered(match[2], self.first_expert)

@@ -92,6 +92,10 @@ ROUTER = WeightPattern(
     MEGATRON + "mlp.router.weight",
     {HF + "mlp.gate.weight": ("experts", "hidden")},
 )
+ROUTER_BIAS = WeightPattern(
+    MEGATRON + "mlp.router.expert_bias",
+    {HF + "mlp.gate.e_score_correction_bias": ("experts",)},
+)
 EXPERT = MEGATRON + "mlp.experts.local_experts.{expert}."
 """With the expert's number in the whole model."""
 EXPERT_GATE_UP = WeightPattern(

@@ -22,7 +22,9 @@ from megatron_prune.model.blocks import Block, widest
 
 LATER = (
     *("blocks", "num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_renormalize", "moe_layers"),
-    *("moe_shared_expert_intermediate_size", "qk_layernorm_whole"),
+    *("moe_shared_expert_intermediate_size", "moe_num_shared_experts", "moe_shared_expert_gate"),
+    *("moe_router_score_function", "moe_router_expert_bias", "moe_router_topk_scaling_factor"),
+    *("moe_router_num_groups", "moe_router_group_topk", "qk_layernorm_whole"),
 )
 """Fields that are written where they are not as usual: descriptions of other models stay what they always were."""
 
@@ -84,8 +86,22 @@ class ModelConfig:
     """Experts that a token goes to."""
     moe_renormalize: bool = True
     """The gates of a token's experts add up to 1; else they are their share of the softmax over all."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the router's logits; sigmoids are divided by their sum over a token's experts."""
+    moe_router_expert_bias: bool = False
+    """The router has a bias, in float32, by which experts are chosen and which gates do not have."""
+    moe_router_topk_scaling_factor: float | None = None
+    """Of the gates."""
+    moe_router_num_groups: int | None = None
+    """Experts stand in so many groups."""
+    moe_router_group_topk: int | None = None
+    """Groups that a token's experts are chosen from: those with the highest two experts together."""
     moe_shared_expert_intermediate_size: int | None = None
-    """Width of the MLP that all tokens go through besides; None: there is none."""
+    """Width of the MLP that all tokens go through besides; None: there is none, or the next field says."""
+    moe_num_shared_experts: int | None = None
+    """The same as a number of experts of the others' width, which are one MLP."""
+    moe_shared_expert_gate: bool = False
+    """It has a gate of its own."""
     moe_layers: tuple[bool, ...] | None = None
     """Which layers have experts, where not all have."""
     blocks: tuple[Block, ...] | None = None
@@ -120,6 +136,13 @@ class ModelConfig:
     def centred_norm(self) -> bool:
         """Whether norms take off the mean of their channels, and divide by the standard deviation."""
         return self.normalization != "RMSNorm"
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the MLP that all tokens go through beside their experts; 0 without one."""
+        return self.moe_shared_expert_intermediate_size or (
+            (self.moe_num_shared_experts or 0) * (self.moe_ffn_hidden_size or 0)
+        )
 
     def block(self, layer: int | None) -> Block:
         """Sizes of a layer; without a number of the widest, or of one with experts."""
@@ -212,7 +235,7 @@ def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
         "hidden": config.hidden_size,
         "ffn": block.ffn_hidden_size,
         "experts": block.num_moe_experts,
-        "shared_ffn": config.moe_shared_expert_intermediate_size or 0,
+        "shared_ffn": config.shared_width,
         "head": config.kv_channels,
         "query": block.num_attention_heads * config.kv_channels,
         "key_value": block.num_query_groups * config.kv_channels,

@@ -45,7 +45,7 @@ def settings(config: ModelConfig) -> dict[str, Any]:
     family = get_family(config.family)
     written = family.to_hf(config)
     known = {*family.keys.values(), *family.supported, *POSITIONS, "layer_types"} - set(NOT_HANDED_ON)
-    known |= {*family.also.values(), *(("decoder_sparse_step", "mlp_only_layers") if family.sparse_step else ())}
+    known |= {*family.also.values(), "decoder_sparse_step", "mlp_only_layers", "first_k_dense_replace"}
     return {key: _rotary(value) if key in POSITIONS else value for key, value in written.items() if key in known}
 
 
@@ -85,11 +85,15 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     """The same with its weights, in `dtype`; `weights`: every name of the family's table once."""
     model: Any = empty_model(config, dtype)
     missing = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
     parts: dict[str, int] = {}
     for name, tensor in weights:
         place, expert, half = _place(name)
         owner, _, field = place.rpartition(".")
         module = model.get_submodule(owner)
+        if place in buffers:
+            buffers[place].copy_(tensor)
+            continue
         if expert is None:
             del missing[place]
             setattr(module, field, Parameter(tensor.to(dtype, copy=True).contiguous()))

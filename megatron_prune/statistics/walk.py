@@ -161,8 +161,11 @@ class LayerWalk:
         if block not in self.modules:
             self.modules[block] = whole_layer(config, self.weights.dtype, number)
         self.module = self.modules[block]
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(tensors[name])
+        places = dict(self.module.named_parameters())
+        assert places.keys() <= tensors.keys()
+        places |= dict(self.module.named_buffers())  # a router's bias is one
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
 
     def run(self, hidden: Tensor) -> Tensor:
         """The layer that was loaded last: `[s, b, hidden]` in and out."""

@@ -71,6 +71,8 @@ def gathered(model: PrunableModel) -> dict[str, Tensor]:
     """Hugging Face name -> gradient; replicas that differ between tensor-parallel ranks are an error. Collective."""
     found: dict[str, Tensor] = {}
     for map in model.maps:
+        if map.megatron.endswith("router.expert_bias"):  # no gradient trains it
+            continue
         parameter = model.parameters.get(map.megatron)
         whole = model.gather(map, None if parameter is None else parameter.main_grad)  # type: ignore[attr-defined]
         found.update(zip(map.hf, convert.split(map, whole.clone(), model.config), strict=True))

@@ -194,7 +194,7 @@ def test_adapters_and_recovery_keep_zeros(root: Path) -> None:
     for name in ("recovered", "adapted"):
         exported = root / f"{name}_hf"
         shutil.rmtree(exported, ignore_errors=True)
-        run = root / "runs" / EP2_TP2_SP.name / name
+        run = root / "runs" / EP2_TP2_SP.name / name / "weights"
         must_pass(launch(1, [["export", "--input", str(run), "--output", str(exported)]], root / "commands"))
         after, kept = load_file(exported / "model.safetensors"), Masks.load(root / "runs/mixed/one/wanda_2-4/decision")
         for weight in kept.names():

@@ -29,6 +29,7 @@ CASES = [
     ("qwen3_moe", EP2),
     ("qwen3_moe", EP2_TP2_SP),
     ("qwen2_moe", EP2),
+    ("glm4_moe", EP2_TP2_SP),
     ("olmoe", TP2_SP),
     ("mixtral", TP2_SP),
 ]

@@ -55,13 +55,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {}),
     "olmoe": ("olmoe", {"tie_word_embeddings": True}),
     "qwen2_moe": ("qwen2_moe", {}),
+    "glm4_moe": ("glm4_moe", {}),
+    "glm4_moe_groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "attention_bias": False}),
 }
 OTHER_LAYOUTS = {
     "nine_heads": (TP3,),
     "mistral_without_window": (),
     "gpt2_untied": (),
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "nemotron", "gpt2"), (TP2_SP, PP2)),
-    **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe"), (EP2, EP2_TP2_SP, TP2_SP)),
+    **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "glm4_moe"), (EP2, EP2_TP2_SP, TP2_SP)),
+    "glm4_moe_groups": (),
     "qwen3_moe": (EP2, EP2_TP2_SP, TP2_SP, EP2_ETP2_SP, EP2_PP2, EP4),
     "qwen3_moe_mixed": (EP2, PP2),
 }

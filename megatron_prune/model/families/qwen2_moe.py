@@ -39,8 +39,8 @@ FAMILY = Family(
     nullable=("num_key_value_heads",),
     supported=GATED_SILU | {"qkv_bias": (True, None)},
     windowed=True,
-    constants={"qkv_bias": True},
-    sparse_step=True,
+    constants={"qkv_bias": True, "moe_shared_expert_gate": True},
+    sparse_layers="step",
     table=(
         *(EMBEDDING, INPUT_NORM, QKV, QKV_BIAS, PROJECTION, MLP_NORM),
         *(ROUTER, SHARED_GATE_UP, SHARED_DOWN, SHARED_GATE, EXPERT_GATE_UP, EXPERT_DOWN),

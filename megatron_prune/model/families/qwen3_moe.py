@@ -37,7 +37,7 @@ FAMILY = Family(
     supported=GATED_SILU | {"attention_bias": (False,), "use_sliding_window": (False, None)},
     constants={"qk_layernorm": True},
     also={"num_experts": "num_local_experts"},
-    sparse_step=True,
+    sparse_layers="step",
     table=(
         *(EMBEDDING, INPUT_NORM, QKV, QUERY_NORM, KEY_NORM, PROJECTION, MLP_NORM),
         *(ROUTER, EXPERT_GATE_UP, EXPERT_DOWN, GATE_UP, DOWN, FINAL_NORM, OUTPUT),

@@ -68,7 +68,16 @@ QWEN2_MOE = QWEN2 | {  # as Qwen1.5-MoE-A2.7B has it
     "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4, "num_key_value_heads": 16,
     "shared_expert_intermediate_size": 5632, "tie_word_embeddings": False,
 }  # fmt: skip
-SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE]
+GLM4_MOE: dict[str, Any] = {  # as GLM-4.5-Air has it
+    "model_type": "glm4_moe", "attention_bias": True, "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408,
+    "n_group": 1, "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 96,
+    "num_experts_per_tok": 8, "num_hidden_layers": 46, "num_key_value_heads": 8, "num_nextn_predict_layers": 1,
+    "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "torch_dtype": "bfloat16",
+    "use_qk_norm": False, "vocab_size": 151552,
+}  # fmt: skip
+SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE, GLM4_MOE]
 PUBLISHED = [GPT2, QWEN2, QWEN3, MISTRAL, NEMOTRON, *SPARSE]
 
 
@@ -95,7 +104,9 @@ def test_what_sets_the_families_apart() -> None:
 
 
 def test_experts_of_published_models() -> None:
-    for values, total, active in zip(SPARSE, (30.5, 46.7, 6.92, 14.3), (3.35, 12.9, 1.28, 2.69), strict=True):
+    for values, total, active in zip(
+        SPARSE, (30.5, 46.7, 6.92, 14.3, 107), (3.35, 12.9, 1.28, 2.69, 13.42), strict=True
+    ):
         config = config_of(values)
         assert parameters(config) / 1e9 == pytest.approx(total, rel=5e-3)
         assert active_parameters(config) / 1e9 == pytest.approx(active, rel=5e-3)
@@ -131,6 +142,33 @@ def test_both_names_of_the_number_of_experts_are_read_and_written() -> None:
 def test_routing_that_is_not_represented_is_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         config_of(QWEN3_MOE | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"norm_topk_prob": False}, "has norm_topk_prob: False"),
+        ({"n_group": 8, "topk_group": 2}, "chooses 8 of 128 experts from 2 of 8 groups"),
+        ({"n_group": 3}, "from 1 of 3 groups"),
+        ({"first_k_dense_replace": 46}, "first_k_dense_replace = 46; it must be a whole number from 0 to 45"),
+        ({"routed_scaling_factor": 0}, "moe_router_topk_scaling_factor = 0; it must be a number above 0"),
+    ],
+)
+def test_sigmoid_routing_that_is_not_represented_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        config_of(GLM4_MOE | changes)
+
+
+def test_layers_that_predict_further_tokens_are_told_and_left_out(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "hf", "glm4_moe")
+    weights = load_file(path / "model.safetensors")
+    save_file(weights | {"model.layers.3.eh_proj.weight": torch.ones(4, 8)}, path / "model.safetensors")
+    reader = HFReader(path)
+    told = reader.left_behind()
+    assert told is not None and "model.layers.3.eh_proj.weight" in told
+    save_file(weights | {"model.layers.2.eh_proj.weight": torch.ones(4, 8)}, path / "model.safetensors")
+    with pytest.raises(UserError, match="does not have"):
+        HFReader(path)
 
 
 def test_clipped_queries_are_refused_by_name() -> None:
@@ -252,7 +290,7 @@ def test_table_covers_exactly_what_transformers_saves(tmp_path: Path, model_type
     assert {"self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"} <= prunable
     mlps = {name.rsplit(".", 2)[0] for name in prunable if ".linear_fc" in name}
     experts = {f"mlp.experts.local_experts.{n}" for n in range(reader.model_config.num_moe_experts or 0)}
-    assert mlps - {"mlp.shared_experts"} == (experts or {"mlp"})
+    assert mlps - {"mlp.shared_experts"} - ({"mlp"} if model_type == "glm4_moe" else set()) == (experts or {"mlp"})
     assert len(prunable) == 2 + 2 * len(mlps)
 
 
