@@ -20,7 +20,11 @@ from megatron_prune.log import say
 from megatron_prune.model import convert
 from megatron_prune.model.families import WeightMap
 from megatron_prune.model.prunable import EXPERTS, PrunableModel, linear_groups, linear_paths
+from megatron_prune.statistics.hessian import Hessian
 from megatron_prune.statistics.walk import LayerWalk, WholeWeights, inner, sum_over_ranks
+
+HELD_BYTES = 8 * 2**30
+"""Statistics of a layer that a process holds at a time, or those of one linear."""
 
 
 def row_span(rows: int, part: int, parts: int) -> tuple[int, int]:
@@ -109,14 +113,15 @@ class Runner:
                 linear_groups(self.model.config, number) if sequential else [linear_paths(self.model.config, number)]
             )
             for group in groups:
-                paths = [path for path in group if f"{path}.weight" in whole]
-                if not paths:  # of a half that is absent
-                    continue
-                maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
-                found = _collect(walk, number, whole, statistic, paths) if walk and statistic else [None] * len(maps)
-                linears = [WholeLinear(self, m, whole[inner(m.megatron)], s) for m, s in zip(maps, found, strict=True)]
-                yield from linears
-                masks.update(self._settle(linears, whole))
+                unpruned = dict(whole)
+                for paths in _shares([path for path in group if f"{path}.weight" in whole], whole, statistic):
+                    maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
+                    none = [None] * len(maps)
+                    found = _collect(walk, number, unpruned, statistic, paths) if walk and statistic else none
+                    tensors = [whole[inner(map.megatron)] for map in maps]
+                    linears = [WholeLinear(self, *each) for each in zip(maps, tensors, found, strict=True)]
+                    yield from linears
+                    masks.update(self._settle(linears, whole))
             if self.writer is not None and masks:
                 self.writer.add_layer(number, masks)
             if walk:
@@ -146,6 +151,30 @@ class Runner:
             self.size += mask.numel()
             hf_masks.update(zip(linear.map.hf, convert.split(linear.map, mask, self.model.config), strict=True))
         return hf_masks
+
+
+def _is_quadratic(statistic: Any) -> bool:
+    """Whether a statistic takes the square of its linear's inputs."""
+    return isinstance(statistic, type) and issubclass(statistic, Hessian)
+
+
+def _shares(paths: list[str], whole: dict[str, Tensor], statistic: Any) -> Iterator[list[str]]:
+    """Linears whose statistics are held together, in their order: all of a layer, or some of its experts at a time.
+
+    What is decided does not depend on it: statistics of a later share come from the layer as it was before the first.
+    """
+    share: list[str] = []
+    held = 0
+    for path in paths:
+        width = whole[f"{path}.weight"].shape[1]
+        needed = 8 * width * (width if _is_quadratic(statistic) else 1)
+        if share and held + needed > HELD_BYTES:
+            yield share
+            share, held = [], 0
+        share.append(path)
+        held += needed
+    if share:
+        yield share
 
 
 def _collect(

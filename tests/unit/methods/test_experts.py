@@ -198,6 +198,27 @@ def test_experts_with_few_tokens_are_told(
     assert torch.equal(best, masks.get(name))
 
 
+def test_experts_taken_some_at_a_time_are_pruned_alike(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_prune.statistics import runner
+
+    passes: list[int] = []
+    collect = runner._collect
+    monkeypatch.setattr(runner, "_collect", lambda *given: passes.append(len(given[-1])) or collect(*given))
+    assert prune(root, "qwen3_moe", "sparsegpt", "2:4", tmp_path / "together") == 0
+    assert passes == [18, 18]
+    monkeypatch.setattr(runner, "HELD_BYTES", 5 * 8 * 32 * 32)
+    assert prune(root, "qwen3_moe", "sparsegpt", "2:4", tmp_path / "shares") == 0
+    assert len(passes) > 8 and sum(passes[2:]) == 36
+    one, other = (Masks.load(tmp_path / name / "decision") for name in ("together", "shares"))
+    assert all(torch.equal(one.get(name), other.get(name)) for name in one.names())
+    with backend.running(backend.Layout()):
+        runs = (tmp_path / name / "weights" for name in ("together", "shares"))
+        a, b = (load_model(run, backend.Layout()) for run in runs)
+        assert all(torch.equal(x, b.parameters[name]) for name, x in a.parameters.items())
+
+
 REFUSED = {
     "fewer than a token needs": ("qwen3_moe", "reap", "num_moe_experts=2", "each token goes to 3 experts"),
     "more than there are": ("qwen3_moe", "reap", "num_moe_experts=9", "the model has 8; give that or less"),

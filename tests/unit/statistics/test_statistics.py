@@ -60,9 +60,16 @@ def test_input_norm_does_not_depend_on_the_shard() -> None:
     assert collected(InputNorm, parts).value().equal(torch.cat(halves))
 
 
-def test_nothing_seen() -> None:
-    assert not Hessian(4).value().any()
-    assert not InputNorm(4).value().any()
+def test_of_no_tokens_no_input_counts_more_than_another() -> None:
+    """An expert may get none: methods then prune it by magnitude."""
+    for statistic in (Hessian(4), InputNorm(4)):
+        statistic.update(torch.zeros(0, 4))
+        assert int(statistic.tokens) == 0
+    hessian, norm = Hessian(4), InputNorm(4)
+    assert torch.equal(hessian.value(), torch.eye(4)) and torch.equal(norm.value(), torch.ones(4))
+    hessian.update(torch.zeros(1, 4))
+    norm.update(torch.zeros(1, 4))
+    assert not hessian.value().any() and not norm.value().any()
 
 
 def test_precision_setting_is_left_as_it_was() -> None:
