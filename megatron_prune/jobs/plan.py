@@ -147,14 +147,20 @@ class Job:
         return self.tokens * self.model.hidden_size // (self.tensor if self.layout.sequence_parallel else 1)
 
 
-def job_of(config: PruneConfig, processes: int) -> Job:
-    """What `prune` with these options would be on that many processes; UserError when it learns no masks."""
+def asked_pattern(config: PruneConfig) -> NM:
+    """The pattern of options that learn masks; UserError for others."""
     method, target = get_method(config.method, **config.method_options), parse_target(config.target)
     if not isinstance(target, NM):
         raise UserError(f"--target {target} was given; plan knows learned masks, allowed: N:M such as 2:4")
     check_learnable(target)
     if DATA not in method.needs:
         raise UserError(f"--method {method.name} was given; plan knows learned masks, allowed: maskllm")
+    return target
+
+
+def job_of(config: PruneConfig, processes: int) -> Job:
+    """What `prune` with these options would be on that many processes; UserError when it learns no masks."""
+    target = asked_pattern(config)
     return Job(
         read_config(config.input),
         config.parallelism,

@@ -1,4 +1,4 @@
-"""The `plan` verb: memory of each process of a mask-learning run, before it is begun."""
+"""The `plan` verb: memory of each process of a mask-learning run, or of each TPU, before it is begun."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_prune.config import PruneConfig
+from megatron_prune.errors import UserError
 from megatron_prune.option_groups import MOST_PROCESSES
 from megatron_prune.options import REQUIRED, MayExist, option
 from megatron_prune.verbs import Verb, deliver
@@ -20,7 +21,18 @@ class PlanConfig(PruneConfig):
 
     input: Path = option(REQUIRED, "Megatron checkpoint, or Hugging Face directory with config.json")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")  # type: ignore[assignment]
-    processes: int = option(REQUIRED, "processes of the job, over all nodes", at_least=1, at_most=MOST_PROCESSES)
+    processes: int | None = option(
+        None, "processes of the job, over all nodes: one a GPU", at_least=1, at_most=MOST_PROCESSES
+    )
+    tpu: str | None = option(
+        None, "in place of processes, a slice of TPUs that MaxText would train and learn on: v5p-64"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.processes is None) == (self.tpu is None):
+            given = "both were given" if self.tpu is not None else "neither was given"
+            raise UserError(f"--processes (GPUs) or --tpu (a slice, such as v5p-64): {given}; give one of them")
 
 
 VERB = Verb("plan", PlanConfig, "memory that learning masks will take on each GPU", 40, alone=True, light=True)
@@ -28,10 +40,24 @@ VERB = Verb("plan", PlanConfig, "memory that learning masks will take on each GP
 
 def run(config: PlanConfig) -> dict[str, Any]:
     """Print the memory of each pipeline stage's processes; the largest is what a GPU needs."""
+    if config.tpu is not None:
+        return _tpu(config, config.tpu)
     from megatron_prune.jobs.plan import job_of, plan, told
 
+    assert config.processes is not None, "checked by the configuration"
     job = job_of(config, config.processes)
     stages = plan(job)
     result = {"processes": config.processes, "stages": [asdict(stage) for stage in stages]}
     deliver(told(job, stages), result, config.output)
+    return result
+
+
+def _tpu(config: PlanConfig, name: str) -> dict[str, Any]:
+    from megatron_prune.jobs.plan import asked_pattern
+    from megatron_prune.jobs.plan_tpu import plan_tpu, told
+
+    target = asked_pattern(config)
+    found = plan_tpu(config.input, target, name)
+    result = asdict(found)
+    deliver(told(found, target), result, config.output)
     return result
