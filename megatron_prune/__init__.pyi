@@ -97,7 +97,6 @@ def plan(
     input: str | Path,
     method: str,
     target: str | Mapping[str, int],
-    processes: int,
     *,
     output: str | Path | None = None,
     prior: str | None = None,
@@ -153,6 +152,8 @@ def plan(
     expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
+    processes: int | None = None,
+    tpu: str | None = None,
     **options: Any,
 ) -> Any: ...
 def train(
@@ -237,6 +238,7 @@ def export(
     format: Literal["hf", "fms", "mask-npz", "maxtext"] = "hf",
     layers: Literal["padded", "custom", "blocks"] | None = None,
     quantize: Literal["fp8", "int4_awq", "nvfp4"] | None = None,
+    weights_dtype: Literal["float32", "bfloat16"] = "float32",
     calibration: Sequence[str | Path] = (),
     calibration_samples: int = 128,
     calibration_seq_length: int = 2048,
@@ -261,6 +263,7 @@ def evaluate(
     dtype: Literal["bfloat16", "float32"] | Literal["float16"] | None = None,
     micro_batch_size: int = 1,
     checkpoint: str | Path | None = None,
+    settings: Sequence[str] = (),
     tasks: Sequence[str] = (),
     tasks_folder: Sequence[str | Path] = (),
     num_fewshot: int | None = None,

@@ -17,6 +17,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.option_groups import (
     MOST_BATCH,
     MOST_LENGTH,
+    WEIGHTS_DTYPE,
     Calibration,
     Dtype,
     LoRA,
@@ -144,11 +145,17 @@ class ExportConfig(Options):
         "quantise the decoder's linears with nvidia-modelopt, for TensorRT-LLM, fp8 and nvfp4 for vLLM too; ranges are "
         "measured on --calibration, zeros stay zeros",
     )
+    weights_dtype: Literal["float32", "bfloat16"] = option("float32", WEIGHTS_DTYPE)
     calibration: Calibration = group(Calibration)
     parallelism: Parallelism = group(Parallelism)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.weights_dtype != "float32" and self.format != "maxtext":
+            raise UserError(
+                f"--weights-dtype {self.weights_dtype} was given with --format {self.format}, whose weights have the "
+                "model's own type; allowed: --format maxtext"
+            )
         if self.quantize is None:
             return
         given = f"--quantize {self.quantize}"
@@ -188,6 +195,7 @@ class EvaluateConfig(Options):
     )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1, at_most=MOST_BATCH)
     checkpoint: Path | None = option(None, "of a model for MaxText: the run that has trained it, or one step of it")
+    settings: tuple[str, ...] = option((), "of a model for MaxText: more of MaxText's settings, KEY=VALUE ...")
     tasks: TaskOptions = group(TaskOptions)
     parallelism: Parallelism = group(Parallelism)
 

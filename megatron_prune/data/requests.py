@@ -18,7 +18,7 @@ computes one answer for each question of a batch, and `collect` puts them back i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -138,19 +138,21 @@ def plan(
     tokens_per_batch: int,
     *,
     pair_cost: float = PAIR_COST,
-    multiple: int = 1,
+    multiple: int | Callable[[int], int] = 1,
     share: bool = True,
 ) -> list[Batch]:
     """Batches that answer all requests, in the order in which they are best computed: longest rows first.
 
     `longest`: tokens that the model reads; `tokens_per_batch`: rows x length, exceeded only by a single row, at most
-    twice as long as a request; `multiple`: what the length of a batch must be a multiple of; `share`: compute common
-    beginnings once.
+    twice as long as a request; `multiple`: what the length of a batch must be a multiple of, which may depend on the
+    length of its longest row; `share`: compute common beginnings once.
     """
     rows = sorted(_rows(requests, longest, tokens_per_batch, pair_cost, share), key=lambda row: -len(row.tokens))
     batches, start = [], 0
     while start < len(rows):
-        length = -(-len(rows[start].tokens) // multiple) * multiple
+        longest_row = len(rows[start].tokens)
+        unit = multiple if isinstance(multiple, int) else multiple(longest_row)
+        length = -(-longest_row // unit) * unit
         count = max(1, tokens_per_batch // length)
         batches.append(_batch(rows[start : start + count], length))
         start += count

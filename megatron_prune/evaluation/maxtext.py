@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.requests import Request, Scores
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.maxtext import call, maxtext_python
@@ -19,13 +20,30 @@ from megatron_prune.maxtext.folder import TOKENIZER, Folder
 from megatron_prune.maxtext.score import read_answers, write_requests
 
 
+def refuse_options(config: EvaluateConfig, model: str) -> None:
+    """UserError for what only a model for MaxText has a use for."""
+    for key, given in (("checkpoint", config.checkpoint), ("settings", config.settings)):
+        if given:
+            raise UserError(f"--{key} was given and {model} is no model for MaxText: leave it out")
+
+
 class MaxTextScorer:
     """A model for MaxText, in any number of devices; one process asks."""
 
-    def __init__(self, path: Path, checkpoint: Path | None, tokens_per_batch: int, dtype: str | None) -> None:
-        """`checkpoint`: the run that has trained it; `dtype`: of the computation, None: the model's own."""
+    def __init__(
+        self,
+        path: Path,
+        checkpoint: Path | None,
+        tokens_per_batch: int,
+        dtype: str | None,
+        settings: Sequence[str] = (),
+    ) -> None:
+        """`checkpoint`: the run that has trained it; `dtype`: of the computation, None: the model's own; `settings`:
+        MaxText's.
+        """
         self.path = path
         self.checkpoint = checkpoint
+        self.settings = settings
         self.config = Folder.open(path).config
         self.longest = self.config.max_position_embeddings
         self.tokenizer = path / TOKENIZER
@@ -48,6 +66,7 @@ class MaxTextScorer:
         words: list[object] = ["--input", self.path, "--requests", asked, "--output", answered]
         words += ["--tokens-per-batch", self.tokens_per_batch, "--dtype", self.dtype]
         words += ["--checkpoint", self.checkpoint] if self.checkpoint else []
+        words += ["--settings", *self.settings] if self.settings else []
         call(self.python, "score", *words, on_cpu=False)
 
     def window_losses(self, windows: np.ndarray) -> tuple[float, int]:

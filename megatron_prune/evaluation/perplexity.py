@@ -20,6 +20,7 @@ from megatron_prune.data.dataset import EvaluationText, evaluation_windows
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
+from megatron_prune.evaluation.maxtext import MaxTextScorer, refuse_options
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
@@ -33,8 +34,10 @@ LARGEST_LOSS = 700.0
 def perplexity(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity of `config.input`, whatever form it has, and how it was measured. Collective."""
     path = Path(config.input)
-    kind = _megatron if is_checkpoint(path) else _maxtext if is_folder(path) else _hugging_face
-    return kind(config)
+    if is_folder(path):
+        return _maxtext(config)
+    refuse_options(config, config.input)
+    return _megatron(config) if is_checkpoint(path) else _hugging_face(config)
 
 
 def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> EvaluationText:
@@ -78,10 +81,8 @@ def _check_length(window: int, longest: int) -> None:
 
 
 def _maxtext(config: EvaluateConfig) -> dict[str, Any]:
-    from megatron_prune.evaluation.maxtext import MaxTextScorer
-
     tokens_per_batch = max(config.window, 1024) * config.micro_batch_size
-    scorer = MaxTextScorer(Path(config.input), config.checkpoint, tokens_per_batch, config.dtype)
+    scorer = MaxTextScorer(Path(config.input), config.checkpoint, tokens_per_batch, config.dtype, config.settings)
     text = _text(config, scorer.tokenizer, scorer.config.vocab_size)
     _check_length(config.window, scorer.longest)
     loss, tokens = scorer.window_losses(text.tokens.numpy())

@@ -22,6 +22,7 @@ from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
+from megatron_prune.evaluation.maxtext import MaxTextScorer, refuse_options
 from megatron_prune.files import new_file
 from megatron_prune.log import environment
 from megatron_prune.maxtext.folder import is_folder
@@ -57,6 +58,8 @@ def evaluate_tasks(config: EvaluateConfig) -> tuple[dict[str, Any], Samples]:
     from megatron_prune.evaluation import harness
 
     tasks = harness.load_tasks(options.names, options.tasks_folder, options.num_fewshot)
+    if not any(is_folder(Path(model)) for model in (config.input, options.dense or config.input)):
+        refuse_options(config, config.input)
     dense = _finished(Path(options.dense)) if options.dense and options.dense.endswith(".json") else None
     models = [config.input] if options.dense is None or dense else [options.dense, config.input]
     found = [_evaluate(config, model, tasks) for model in models]
@@ -98,10 +101,10 @@ def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalu
 
 def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evaluated:
     from megatron_prune.evaluation.harness import Harness, evaluate
-    from megatron_prune.evaluation.maxtext import MaxTextScorer
 
     tokens = config.tasks.tokens_per_batch or MAXTEXT_TOKENS
-    scorer = MaxTextScorer(Path(path), config.checkpoint, tokens, config.dtype)
+    checkpoint = config.checkpoint if path == config.input else None
+    scorer = MaxTextScorer(Path(path), checkpoint, tokens, config.dtype, config.settings)
     tokenizer = load_tokenizer(scorer.tokenizer, scorer.config.vocab_size)
     about = {"kind": "maxtext", "dtype": scorer.dtype}
     scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)

@@ -77,7 +77,7 @@ def export_maxtext(config: ExportConfig) -> None:
         with new_folder(config.output, alone=True) as folder:
             handover, made = folder / "handover", folder / "made"
             write_hf(handover / "hf", written, weights, source.tokenizer)
-            arguments = ["--input", handover / "hf", "--output", made]
+            arguments = ["--input", handover / "hf", "--output", made, "--weights-dtype", config.weights_dtype]
             if masks is not None or form == "padded":
                 names = prunable_shapes(written)
                 found = dict(kept.masks(written if form == "padded" else None))
@@ -147,4 +147,9 @@ def call(python: Path, *arguments: object, on_cpu: bool = True) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         complaint = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if "ModuleNotFoundError" in complaint:
+            raise UserError(
+                f"{python} is not the Python of MaxText's environment ({complaint}): make that with "
+                f"tools/setup_maxtext.sh, or name its python in {VARIABLE}"
+            )
         raise UserError(f"{python} could not {arguments[0]} it: {complaint.partition('error: ')[2] or complaint}")

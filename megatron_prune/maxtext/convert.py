@@ -21,7 +21,7 @@ def convert(config: ConvertConfig) -> None:
     source = HFDirectory(config.input)
     layout.check(source.config)
     masks = PackedMasks(config.masks, source.config) if config.masks else None
-    tree = layout.to_maxtext(source.read, source.config, {} if masks is None else masks)
+    tree = layout.to_maxtext(source.read, source.config, {} if masks is None else masks, config.weights_dtype)
     write_folder(config.output, tree, source.config, masks, config.input)
     print(f"{config.output}: {source.config.num_layers} layers, {'masks' if masks else 'no masks'}, for MaxText 0.2.5")
 

@@ -2,7 +2,7 @@
 
 megatron_prune_maxtext.json   what it is: sizes and constants, and the Hugging Face config they came from
 maxtext.yml                   MaxText's configuration: sizes, rotary embedding, where the weights are
-weights/0/                    an Orbax checkpoint with scanned layers in float32
+weights/0/                    an Orbax checkpoint with scanned layers, in float32 or bfloat16
 masks.npz                     which weights stay zero; absent where none do
 tokenizer/                    tokenizer, chat template and generation config
 
@@ -24,8 +24,9 @@ from typing_extensions import TypedDict
 from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, write_json, write_text
-from megatron_prune.foreign import read_format, strict
+from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.maxtext import layout
+from megatron_prune.maxtext.checkpoints import damaged, fault
 from megatron_prune.maxtext.masks import PackedMasks
 from megatron_prune.model.description import checked_config
 from megatron_prune.model.families import ModelConfig
@@ -140,7 +141,11 @@ def read_weights(step: Path, config: ModelConfig) -> dict[str, np.ndarray]:
     items = step.resolve() / "items"
     if not items.is_dir():
         raise UserError(f"{step} is no step of a MaxText checkpoint; give RUN/checkpoints/NUMBER")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    wrong = fault(step)
+    if wrong is not None:
+        raise damaged(step, wrong)
+    told = f"{step} cannot be read", "it is damaged: restore it, or give an older step, RUN/checkpoints/NUMBER"
+    with fenced(*told), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         stored: dict[str, Any] = reader.metadata(items).item_metadata.tree
         wanted = {"params": {"params": (stored.get("params") or {}).get("params") or {}}}
         layout.check_tree(flatten(wanted["params"]["params"]), config)

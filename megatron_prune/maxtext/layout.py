@@ -6,7 +6,8 @@ MaxText scans over layers, so a weight of all of them is one array, with the lay
     q_proj [H * D, E] of every layer  ->  decoder/layers/self_attention/query/kernel [E, L, H, D]
 
 Three things change beside the shape:
-- MaxText does not divide by sqrt(D) when it attends: the query weight has the factor in it.
+- MaxText's decoder for LLaMA does not divide by sqrt(D) when it attends: the query weight has the factor in it. Its
+  decoders for Qwen2 (biases of query, key and value) and Qwen3 (norms of query and key) divide.
 - Where the rotary embedding is the plain one, MaxText rotates the halves of a head against each other, as transformers
   does. With llama3 scaling it rotates neighbours, so the rows of every query and key head are interleaved:
 
@@ -45,13 +46,13 @@ class Leaf:
     shape: str
     """Of one layer, in the letters above; what the Hugging Face weight has transposed."""
     query: bool = False
-    """Has the factor 1 / sqrt(D) in it."""
+    """Of the queries: in LLaMA's decoder it has the factor 1 / sqrt(D) in it."""
     rotated: bool = False
 
     @property
     def prunable(self) -> bool:
         """Whether masks apply to it."""
-        return "{layer}" in self.hf and len(self.shape) > 1
+        return "{layer}" in self.hf and self.path.endswith("/kernel")
 
 
 _LAYER = "model.layers.{layer}."
@@ -76,24 +77,55 @@ LEAVES = (
     Leaf("decoder/logits_dense/kernel", "lm_head.weight", "EV"),
 )
 _EMBEDDING, _HEAD = LEAVES[0], LEAVES[-1]
+_ATTENTION = "decoder/layers/self_attention/"
+BIASES = (
+    Leaf(_ATTENTION + "query/bias", _LAYER + "self_attn.q_proj.bias", "HD"),
+    Leaf(_ATTENTION + "key/bias", _LAYER + "self_attn.k_proj.bias", "KD"),
+    Leaf(_ATTENTION + "value/bias", _LAYER + "self_attn.v_proj.bias", "KD"),
+)
+"""Of Qwen2's decoder."""
+NORMS = (
+    Leaf(_ATTENTION + "query_norm/scale", _LAYER + "self_attn.q_norm.weight", "D"),
+    Leaf(_ATTENTION + "key_norm/scale", _LAYER + "self_attn.k_norm.weight", "D"),
+)
+"""Of Qwen3's decoder."""
+
+
+def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
+    """The arrays of the tree of a model, the output layer last."""
+    more = {"llama2": (), "qwen2": BIASES, "qwen3": NORMS}[decoder(config)]
+    return (*LEAVES[:-1], *more, _HEAD)
+
+
+def decoder(config: ModelConfig) -> str:
+    """MaxText's name of the decoder that computes what the model does; Mistral's is LLaMA's."""
+    return "qwen2" if config.qkv_bias else "qwen3" if config.qk_layernorm else "llama2"
+
+
+def factor(leaf: Leaf, config: ModelConfig) -> float:
+    """By what an array is smaller than the weight: LLaMA's decoder does not divide by sqrt(D), the others do."""
+    return math.sqrt(config.kv_channels) if leaf.query and decoder(config) == "llama2" else 1.0
 
 
 def check(config: ModelConfig) -> None:
-    """UserError for a model that MaxText's Llama decoder cannot be, before anything is read or written."""
+    """UserError for a model that MaxText's decoders cannot be, before anything is read or written."""
     wrong = {
         f"layers of the {config.family} family": config.activation != "silu" or not config.gated,
         f"{config.normalization}": config.normalization != "RMSNorm",
-        "biases": config.linear_bias or config.qkv_bias,
-        "normalised queries and keys": config.qk_layernorm,
+        "biases": config.linear_bias,
+        "biases and normalised queries and keys": config.qkv_bias and config.qk_layernorm,
         "learned positions": config.position_embedding != "rope",
         f"a rotation of {config.rotary_percent:.0%} of a head": config.rotary_percent != 1.0,
         f"a sliding window of {config.sliding_window} tokens": config.sliding_window is not None,
         "layers of different sizes (pad them: export --layers padded)": config.blocks is not None,
+        "llama3 rope scaling without LLaMA's decoder": config.rope_scaling is not None and decoder(config) != "llama2",
         f"rope_theta {config.rotary_base} (MaxText's is a whole number)": config.rotary_base != int(config.rotary_base),
     }
     for what, present in wrong.items():
         if present:
-            raise UserError(f"the model has {what}; MaxText export is for models of LLaMA's shape: use --format hf")
+            raise UserError(
+                f"the model has {what}; MaxText export is for LLaMA, Mistral, Qwen2 and Qwen3: use --format hf"
+            )
     scaling = config.rope_scaling
     if scaling is not None and any(scaling[key] != value for key, value in LLAMA3.items()):
         given = ", ".join(f"{key} {scaling[key]}" for key in LLAMA3)
@@ -110,7 +142,7 @@ def settings(config: ModelConfig) -> dict[str, Any]:
     """MaxText's configuration of the model, by its keys."""
     return {
         "model_name": "default",
-        "decoder_block": "llama2",
+        "decoder_block": decoder(config),
         "base_emb_dim": config.hidden_size,
         "base_mlp_dim": config.ffn_hidden_size,
         "base_num_decoder_layers": config.num_layers,
@@ -125,6 +157,8 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "rope_max_timescale": int(config.rotary_base),
         "logits_via_embedding": False,
         "normalize_embedding_logits": False,
+        "attention_bias": config.qkv_bias,
+        "use_qk_norm": config.qk_layernorm,
         "fused_qkv": False,
         "fused_mlp": False,
         "scan_layers": True,
@@ -135,30 +169,46 @@ def settings(config: ModelConfig) -> dict[str, Any]:
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every array of the tree."""
-    return {leaf.path: _stacked(leaf, config) for leaf in LEAVES}
+    return {leaf.path: _stacked(leaf, config) for leaf in leaves(config)}
 
 
-def to_maxtext(read: Callable[[str], np.ndarray], config: ModelConfig, masks: Mapping[str, np.ndarray]) -> Tree:
-    """The tree in float32 of Hugging Face weights, which are read one at a time by name.
+def to_maxtext(
+    read: Callable[[str], np.ndarray],
+    config: ModelConfig,
+    masks: Mapping[str, np.ndarray],
+    dtype: str = "float32",
+) -> Tree:
+    """The tree of Hugging Face weights, which are read one at a time by name; stored as `dtype` (`stored_as`).
 
     `masks`: Hugging Face name -> bool in the weight's shape, True = kept, or empty. Removed weights become +0.0, and
     zeros that are kept become `TINY`. ValueError for a shape that is not the model's.
     """
     tree: Tree = {}
-    for leaf in LEAVES:
-        array = np.empty(_stacked(leaf, config), np.float32)
+    for leaf in leaves(config):
+        array = np.empty(_stacked(leaf, config), stored_as(leaf, config, dtype))
         for layer in range(_count(leaf, config)):
             name = leaf.hf.format(layer=layer)
             source = _EMBEDDING.hf if leaf is _HEAD and config.tie_word_embeddings else name
             values = positive_zeros(kernel(leaf, read(source), config))
-            if leaf.query:
-                values *= np.float32(1 / math.sqrt(config.kv_channels))
+            values = (values * np.float32(1 / factor(leaf, config))).astype(array.dtype)
             if name in masks:
                 kept = kernel(leaf, masks[name], config)
                 values = np.where(kept, np.where(values == 0, TINY, values), np.float32(0))
             _layer(leaf, array, layer)[...] = values
         tree[leaf.path] = array
     return tree
+
+
+def stored_as(leaf: Leaf, config: ModelConfig, dtype: str) -> Any:
+    """numpy's type of an array that is asked for as float32 or bfloat16.
+
+    Queries stay in float32 where their factor is no power of two: with it they would be rounded once more.
+    """
+    if dtype == "float32" or not math.log2(factor(leaf, config)).is_integer():
+        return np.dtype(np.float32)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def from_maxtext(
@@ -169,14 +219,13 @@ def from_maxtext(
     The output layer comes whether it was tied or not. UserError when the tree is not that of the model.
     """
     check_tree(tree, config)
-    for leaf in LEAVES:
+    for leaf in leaves(config):
         for layer in range(_count(leaf, config)):
             name = leaf.hf.format(layer=layer)
             values = np.array(_layer(leaf, tree[leaf.path], layer), np.float32)
             if name in masks:
                 values[np.abs(values) <= TINY] = 0.0
-            if leaf.query:
-                values *= np.float32(math.sqrt(config.kv_channels))
+            values *= np.float32(factor(leaf, config))
             yield name, positive_zeros(weight(leaf, values, config))
 
 
@@ -217,14 +266,18 @@ def weight(leaf: Leaf, array: np.ndarray, config: ModelConfig) -> np.ndarray:
         array = pairs.swapaxes(-1, -2).reshape(shape)
     if leaf is _EMBEDDING:
         return array
+    if not leaf.path.endswith("/kernel"):
+        return array.reshape(-1)
     return np.ascontiguousarray(array.reshape(weight_shape(leaf, config)[::-1]).T)
 
 
 def weight_shape(leaf: Leaf, config: ModelConfig) -> tuple[int, ...]:
     """Shape of the Hugging Face weight: the inputs last."""
     shape = _shape(leaf, config)
-    if len(shape) == 1 or leaf is _EMBEDDING:
+    if leaf is _EMBEDDING:
         return shape
+    if not leaf.path.endswith("/kernel"):
+        return (math.prod(shape),)
     inputs = shape[0] if leaf.shape[0] == "E" else math.prod(shape[:-1])
     return (math.prod(shape) // inputs, inputs)
 

@@ -11,8 +11,6 @@ divides. The result is a mask .npz, for `convert --masks` and `megatron-prune im
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -23,19 +21,25 @@ import numpy as np
 
 from megatron_prune.claims import claimed
 from megatron_prune.decision.mask_npz import write_masks
+from megatron_prune.decision.run_folder import RunDescription
 from megatron_prune.errors import UserError
+from megatron_prune.foreign import quiet
 from megatron_prune.kernels import definition
 from megatron_prune.kernels.definition import linear_schedule, pattern_table
 from megatron_prune.maxtext import layout
+from megatron_prune.maxtext.checkpoints import CHECKPOINTS, set_aside_damaged
 from megatron_prune.maxtext.folder import MASKS, Folder
 from megatron_prune.maxtext.keys import keys, row_ids
 from megatron_prune.maxtext.masks import PackedMasks
 from megatron_prune.maxtext.model import LoadedModel, load
 from megatron_prune.maxtext.options import LearnConfig
+from megatron_prune.maxtext.record import RunRecord
 from megatron_prune.maxtext.train import data_settings, leaf_of, users_settings
 from megatron_prune.model.families import ModelConfig
 
 LEAVES = tuple(leaf for leaf in layout.LEAVES if leaf.prunable)
+ITEMS = "default"
+"""Where Orbax's manager keeps the arrays of a step."""
 KEPT = 2
 """Newest checkpoints that stay."""
 Logits = dict[str, Any]
@@ -55,30 +59,43 @@ def learn(config: LearnConfig) -> None:
     model = load(config.input, None, length, batch, [f"steps={config.steps}", *data, *more])
     import jax
     import orbax.checkpoint as ocp
+
+    start = _start(config, folder.config, prior, model)
+    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+    alone = claimed(config.output, may_exist=True) if jax.process_index() == 0 else nullcontext()
+    checkpoints = (config.output / CHECKPOINTS).resolve()
+    with alone, model.sharded(), quiet():
+        set_aside_damaged(config.output, ITEMS)
+        with ocp.CheckpointManager(checkpoints, options=options) as saver:
+            _loop(config, folder.config, model, saver, start)
+
+
+def _loop(config: LearnConfig, about: ModelConfig, model: LoadedModel, saver: Any, logits: Logits) -> None:
+    """All steps from the newest checkpoint on, and the masks that come out."""
+    import jax
+    import orbax.checkpoint as ocp
     from maxtext.input_pipeline.input_pipeline_interface import create_data_iterator
 
     optimizer = _optimizer(config)
-    start = _start(config, folder.config, prior, model)
-    state = (start, optimizer.init(start))
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
-    alone = claimed(config.output, may_exist=True) if jax.process_index() == 0 else nullcontext()
-    checkpoints = (config.output / "checkpoints").resolve()
-    with alone, model.sharded(), ocp.CheckpointManager(checkpoints, options=options) as saver:
-        done = 0
-        if saver.latest_step() is not None:
-            done = int(saver.latest_step())
-            state = saver.restore(done, args=ocp.args.StandardRestore(state))
-        batches, _ = create_data_iterator(model.config, model.mesh)
-        for _ in range(done):  # the order of the data is a function of its seed
-            next(batches)
-        step_of = jax.jit(partial(_step, config, folder.config, model, optimizer), donate_argnums=0)
-        for step in range(done, config.steps):
-            began = time.perf_counter()
-            state, metrics = step_of(state, model.state, next(batches), _inputs(config, folder.config, step))
-            _log(config, step, {key: float(value) for key, value in metrics.items()}, time.perf_counter() - began)
-            if (step + 1) % config.save_interval == 0 or step + 1 == config.steps:
-                saver.save(step + 1, args=ocp.args.StandardSave(state))
-    _write(config, folder.config, state[0])
+    state = (logits, optimizer.init(logits))
+    done = int(saver.latest_step() or 0)
+    if done:
+        state = saver.restore(done, args=ocp.args.StandardRestore(state))
+    asked = RunDescription(str(config.input.resolve()), "maskllm", f"{config.n}:{config.m}", "learning")
+    record = RunRecord(config.output, asked, config, done)
+    batches, _ = create_data_iterator(model.config, model.mesh)
+    for _ in range(done):  # the order of the data is a function of its seed
+        next(batches)
+    step_of = jax.jit(partial(_step, config, about, model, optimizer), donate_argnums=0)
+    for step in range(done, config.steps):
+        began = time.perf_counter()
+        state, metrics = step_of(state, model.state, next(batches), _inputs(config, about, step))
+        found = {key: float(value) for key, value in metrics.items()}
+        record.write(step + 1, found | _course(config, step, time.perf_counter() - began))
+        if (step + 1) % config.save_interval == 0 or step + 1 == config.steps:
+            saver.save(step + 1, args=ocp.args.StandardSave(state))
+    _write(config, about, state[0])
+    record.close("decided")
 
 
 def schedule(config: LearnConfig, step: int) -> tuple[float, float, float]:
@@ -113,7 +130,7 @@ def masked_state(state: Any, logits: Logits, inputs: Mapping[str, Any], shape: t
         leaf = leaf_of(path)
         if leaf is None:
             return array
-        factor = math.sqrt(config.kv_channels) if leaf.query else 1.0  # regularization is of weights as they were
+        factor = layout.factor(leaf, config)  # regularization is of weights as they were
         weights = rows(leaf, array, config) * factor
         ids = row_ids(leaf, config)
 
@@ -229,18 +246,12 @@ def _step(
     return (optax.apply_updates(logits, updates), moments), metrics
 
 
-def _log(config: LearnConfig, step: int, metrics: dict[str, float], seconds: float) -> None:
-    import jax
-
-    if jax.process_index():
-        return
+def _course(config: LearnConfig, step: int, seconds: float) -> dict[str, float]:
+    """The schedule of a step, and its speed."""
     scale, temperature, regularization = schedule(config, step)
     tokens = config.global_batch_size * config.seq_length
-    record = {"step": step + 1, **metrics, "scale": scale, "temperature": temperature}
-    record |= {"weight_regularization": regularization, "tokens_per_s": tokens / seconds}
-    with (config.output / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
-    print(f"step {step + 1}/{config.steps} " + " ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    found = {"scale": scale, "temperature": temperature, "weight_regularization": regularization}
+    return found | {"tokens_per_s": tokens / seconds}
 
 
 def _write(config: LearnConfig, model: ModelConfig, logits: Logits) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,9 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from megatron_prune.errors import UserError
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import quiet, reason
+from megatron_prune.maxtext.checkpoints import refuse_damaged
 from megatron_prune.maxtext.folder import Folder
 
+COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+"""The variable that JAX itself reads."""
+MULTIPLE = 32
+"""Tokens that the length of a batch is a multiple of."""
+LANES = 128
+"""Of a TPU's vector registers; also the shortest sequence that MaxText gives to its kernel."""
+BLOCKS = ("sa_block_q", "sa_block_kv", "sa_block_kv_compute")
+"""MaxText's settings of the blocks of its kernel for TPUs."""
 QUIET = ("log_config=False", "enable_goodput_recording=False", "monitor_goodput=False")
 
 
@@ -24,6 +36,7 @@ def prepare() -> None:
     os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from absl import flags
 
     flags.FLAGS(["maxtext"])
@@ -39,9 +52,25 @@ def machine() -> list[str]:
     return ["hardware=cpu", "attention=dot_product", "skip_jax_distributed_system=True"]
 
 
-def accelerated() -> bool:
-    """Whether this environment has JAX's part for an accelerator and may use it."""
-    plugins = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
+def join() -> None:
+    """Find the other hosts, where this is one of several. Before anything asks JAX for its devices.
+
+    TPU hosts know each other; elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT), JAX_NUM_PROCESSES and JAX_PROCESS_ID say
+    who there is.
+    """
+    import jax
+
+    if not jax.distributed.is_initialized():
+        if COORDINATOR in os.environ:
+            count, number = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(os.environ[COORDINATOR], count, number)
+        elif accelerated("libtpu"):
+            jax.distributed.initialize()
+
+
+def accelerated(*plugins: str) -> bool:
+    """Whether this environment has JAX's part for an accelerator (one of these) and may use it."""
+    plugins = plugins or ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     return os.environ.get("JAX_PLATFORMS") != "cpu" and any(importlib.util.find_spec(name) for name in plugins)
 
 
@@ -67,6 +96,17 @@ class LoadedModel:
     def knows_trees(self) -> bool:
         """Whether `states` may be given ends: the plain attention has a mask, the kernels of accelerators have none."""
         return self.config.attention == "dot_product"
+
+    def length_multiple(self, length: int) -> int:
+        """What the length of sequences must be a multiple of, where the longest has `length` tokens.
+
+        The kernel of TPUs computes in blocks, whose sizes are MaxText's settings; a sequence shorter than a block is
+        one block, of a multiple of a register's lanes. Below 128 tokens MaxText takes the plain attention.
+        """
+        if self.knows_trees or length <= LANES - MULTIPLE:
+            return MULTIPLE
+        block = math.lcm(*(getattr(self.config, name) for name in BLOCKS))
+        return LANES if length <= min(getattr(self.config, name) for name in BLOCKS) else block
 
     def states(self) -> Callable[[Any, Any, Any, Any], Any]:
         """A pure function of the state, tokens, positions and ends, all [batch, length]: [batch, length, hidden].
@@ -151,11 +191,9 @@ def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings:
     step = folder.step(checkpoint)
     import jax
     from flax import nnx
-    from maxtext.configs import pyconfig
     from maxtext.utils import model_creation_utils
 
-    if accelerated() and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    join()
     devices = jax.device_count()
     if batch % devices:
         raise UserError(f"a batch of {batch} was given; allowed: a multiple of the {devices} devices")
@@ -172,10 +210,33 @@ def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings:
             *machine(),
             *settings,
         ]
-        config = pyconfig.initialize(["", *last_of_each(arguments)])
-        model, mesh = model_creation_utils.from_pretrained(config)
+        config = configured(last_of_each(arguments))
+        refuse_damaged(step)
+        with quiet():
+            model, mesh = model_creation_utils.from_pretrained(config)
     graph, state = nnx.split(model)
     return LoadedModel(config, mesh, graph, state)
+
+
+def configured(arguments: Sequence[str], initialize: Callable[[list[str]], Any] | None = None) -> Any:
+    """MaxText's configuration of KEY=VALUE arguments, after a YAML file; UserError for what it refuses.
+
+    `initialize`: MaxText's function for it, where that has been replaced.
+    """
+    from maxtext.configs import pyconfig, types
+
+    known = types.MaxTextConfig.model_fields
+    unknown = [key for key in (text.partition("=")[0] for text in arguments[1:]) if key not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"--settings {brief(unknown[0])} is no setting of MaxText 0.2.5{hint}; its base.yml has all")
+    try:
+        return (initialize or pyconfig.initialize)(["", *arguments])
+    except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
+        given: list[Any] = getattr(error, "errors", list)()
+        why = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in given) or reason(error)
+        raise UserError(f"MaxText refuses its settings ({why}); change --settings") from error
 
 
 def last_of_each(arguments: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import MAX_M
-from megatron_prune.option_groups import Training, check_schedule
+from megatron_prune.option_groups import WEIGHTS_DTYPE, Training, check_schedule
 from megatron_prune.options import REQUIRED, MayExist, Options, option, same_as
 
 
@@ -16,9 +16,10 @@ from megatron_prune.options import REQUIRED, MayExist, Options, option, same_as
 class ConvertConfig(Options):
     """A Hugging Face directory -> a model for MaxText"""
 
-    input: Path = option(REQUIRED, "Hugging Face directory (safetensors) of a model of LLaMA's shape")
+    input: Path = option(REQUIRED, "Hugging Face directory (safetensors): LLaMA, Mistral, Qwen2 or Qwen3")
     output: Path = option(REQUIRED, "folder to write; must not exist")
     masks: Path | None = option(None, "mask .npz: which weights are removed and stay zero; left out: none")
+    weights_dtype: Literal["float32", "bfloat16"] = option("float32", WEIGHTS_DTYPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,13 @@ class TrainConfig(Data):
 
     output_may_exist: ClassVar[MayExist] = "always"
 
-    input: str = option(REQUIRED, "model for MaxText: the folder from convert or export --format maxtext")
-    output: str = option(REQUIRED, "run folder (or gs://...): MaxText writes OUTPUT/checkpoints and goes on from there")
+    input: Path = option(REQUIRED, "model for MaxText: the folder from convert or export --format maxtext")
+    output: Path = option(
+        REQUIRED, "run folder, seen by all hosts; a run that is there goes on from its newest checkpoint"
+    )
     steps: int = option(REQUIRED, "optimizer steps, over all continuations", at_least=1, at_most=10**8)
     save_interval: int = same_as(Training, "save_interval")
+    keep_checkpoints: int = same_as(Training, "keep_checkpoints")
     keep_zeros: bool = option(True, "removed weights stay zero, by the masks beside the model")
     settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...: learning_rate=1e-4 ...")
 
@@ -114,7 +118,7 @@ class ScoreConfig(Options):
     output: Path = option(REQUIRED, "answers (.npz)")
     tokens_per_batch: int = option(1024, "tokens in a forward pass", at_least=1, at_most=2**30)
     rows_multiple: int | None = option(
-        None, "devices that share the rows; left out: this host's", at_least=1, at_most=2**20
+        None, "devices that share the rows; left out: those of all hosts", at_least=1, at_most=2**20
     )
     dtype: Literal["bfloat16", "float32", "float16"] = option("float32", "of the computation")
     settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...")

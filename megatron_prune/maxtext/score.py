@@ -19,26 +19,30 @@ import numpy as np
 from megatron_prune.data.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.errors import UserError
 from megatron_prune.maxtext.folder import Folder
-from megatron_prune.maxtext.model import load
+from megatron_prune.maxtext.model import MULTIPLE, join, load
 from megatron_prune.maxtext.options import ScoreConfig
 from megatron_prune.npz import Npz
+from megatron_prune.telling import process
 
 MOST_BYTES = 2**36
 """Of the tokens of all requests."""
-MULTIPLE = 32
-"""Tokens that the length of a batch is a multiple of."""
 PLACES = 64
 """Places at which the output layer is computed at once, or as many more as the devices divide."""
 
 
 def score(config: ScoreConfig) -> None:
-    """Answer the requests of `config.requests` in `config.output`."""
+    """Answer the requests of `config.requests` in `config.output`; every host is given the same ones and answers."""
     import jax
 
     requests = read_requests(config.requests)
+    join()
+    if jax.process_count() > 1 and process() != jax.process_index():
+        raise UserError(
+            f"this is host {jax.process_index()} of {jax.process_count()} and was started as number {process()}, so "
+            "that its result would meet another's: set RANK to its number on each host, as examples/tpu/run.sh does"
+        )
     total, greedy = JaxScorer(config).score(requests)
-    if jax.process_index() == 0:
-        write_answers(config.output, total, greedy)
+    write_answers(config.output, total, greedy)
 
 
 class JaxScorer:
@@ -47,9 +51,10 @@ class JaxScorer:
     def __init__(self, config: ScoreConfig) -> None:
         import jax
 
+        join()
         self.longest = Folder.open(config.input).config.max_position_embeddings
         self.tokens_per_batch = config.tokens_per_batch
-        self.devices = jax.local_device_count() if config.rows_multiple is None else config.rows_multiple
+        self.devices = jax.device_count() if config.rows_multiple is None else config.rows_multiple
         settings = [f"dtype={config.dtype}", *config.settings]
         self.model = load(config.input, config.checkpoint, MULTIPLE, self.devices, settings)
         self._states = jax.jit(self.model.states())
@@ -57,11 +62,15 @@ class JaxScorer:
 
     def score(self, requests: Sequence[Request]) -> Scores:
         """See `evaluation.requests.Scorer`. Collective over the hosts."""
-        trees = self.model.knows_trees
-        batches = plan(requests, self.longest, self.tokens_per_batch, multiple=MULTIPLE, share=trees)
+        batches = self.plan(requests)
         choices = max((int(np.max(np.bincount(batch.asked))) for batch in batches), default=1)
         with self.model.sharded():
             return collect(len(requests), batches, (self._answers(batch, choices) for batch in batches))
+
+    def plan(self, requests: Sequence[Request]) -> list[Batch]:
+        """Batches of lengths that the model's attention takes."""
+        model, budget = self.model, self.tokens_per_batch
+        return plan(requests, self.longest, budget, multiple=model.length_multiple, share=model.knows_trees)
 
     def _answers(self, batch: Batch, choices: int) -> tuple[Any, Any]:
         """For each question of a batch the log-probability of its target, and whether none is more probable."""

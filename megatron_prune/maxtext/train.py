@@ -13,7 +13,7 @@ weights is compared with the masks.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ from typing import Any
 import numpy as np
 
 from megatron_prune.data.about import read_about
-from megatron_prune.errors import UserError
+from megatron_prune.decision.run_folder import RunDescription
+from megatron_prune.errors import UserError, one_line
 from megatron_prune.maxtext import layout
+from megatron_prune.maxtext.checkpoints import last_step, refuse_damaged, set_aside_damaged
 from megatron_prune.maxtext.folder import Folder
 from megatron_prune.maxtext.masks import PackedMasks, stacked
-from megatron_prune.maxtext.model import QUIET, last_of_each, machine, prepare
+from megatron_prune.maxtext.model import QUIET, configured, join, last_of_each, machine, prepare
 from megatron_prune.maxtext.options import Data, TrainConfig
+from megatron_prune.maxtext.record import RunRecord, watched
 from megatron_prune.model.families import ModelConfig
 
 CLIP = "gradient_clipping_threshold"
@@ -36,48 +39,44 @@ CLIP_DEFAULT = 1.0
 
 def train(config: TrainConfig) -> None:
     """Train the model `config.input` into the run `config.output`, or go on where that run was saved last."""
-    folder = Folder.open(Path(config.input))
+    folder = Folder.open(config.input)
     arguments = settings(config, folder)
     masks = folder.masks() if config.keep_zeros else None
+    join()
     with ExitStack() as changes:
+        stops = changes.enter_context(_noted_stops())
+        changes.enter_context(_begun(config, folder, masks))
         if masks is not None:
             clip = float(value(arguments, CLIP) or CLIP_DEFAULT)
             arguments = last_of_each([*arguments, f"{CLIP}=0"])  # `keep_zeros` clips
-            changes.enter_context(_kept_zeros(clip, lambda state: check_state(state, masks, folder.config)))
+            changes.enter_context(_kept_zeros(clip))
         from absl import logging
+        from maxtext.configs import pyconfig
         from maxtext.trainers.pre_train import train as trainer
 
-        logging.set_verbosity(logging.INFO)  # MaxText tells its progress through absl
         logging.use_absl_handler()
+        changes.enter_context(replaced(pyconfig, "initialize", _configured(pyconfig.initialize)))
         trainer.main(["", *arguments])
     done = last_step(config.output)
     if done < config.steps - 1:  # MaxText takes an error of the data for the end of the data
-        raise UserError(f"MaxText stopped after step {done} of {config.steps} (see above): give more data, or go on")
-
-
-def last_step(output: str) -> int:
-    """The newest step saved in a run folder, on any storage; -1 where there is none."""
-    from etils import epath
-
-    folder = epath.Path(output) / "checkpoints"
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-    return max(steps, default=-1)
+        why = f" ({one_line(stops[-1], 200)})" if stops else ""
+        raise UserError(f"MaxText stopped after step {done} of {config.steps}{why}: give more data, or go on")
 
 
 def settings(config: TrainConfig, folder: Folder) -> list[str]:
     """MaxText's arguments: the model's, then ours, then those of the user, which win."""
     prepare()
-    base, _, name = config.output.rstrip("/").rpartition("/")
-    if "://" not in config.output:
-        base = str(Path(base or ".").resolve())
+    output = config.output.resolve()
     ours = [
         *folder.arguments(),
-        f"run_name={name}",
-        f"base_output_directory={base}",
+        f"run_name={output.name}",
+        f"base_output_directory={output.parent}",
         f"steps={config.steps}",
         f"max_target_length={config.seq_length}",
         "enable_checkpointing=True",
         f"checkpoint_period={config.save_interval}",
+        f"max_num_checkpoints_to_keep={config.keep_checkpoints}",
+        "enable_tensorboard=False",  # `RunRecord` writes its events
         *QUIET,
         *machine(),
         *data_settings(config, folder.config),
@@ -190,26 +189,93 @@ def check_state(state: Any, masks: PackedMasks, config: ModelConfig) -> None:
 
 
 @contextmanager
-def _kept_zeros(clip: float, check: Callable[[Any], None]) -> Iterator[None]:
-    """While active, MaxText's trainer uses `keep_zeros`, and looks at the weights once they are loaded."""
+def _kept_zeros(clip: float) -> Iterator[None]:
+    """While active, MaxText's trainer uses `keep_zeros`."""
     from maxtext.optimizers import optimizers
-    from maxtext.utils import train_utils
 
-    original, setup = optimizers.get_optimizer, train_utils.setup_train_loop
+    original = optimizers.get_optimizer
 
     def get_optimizer(*args: Any, **kwargs: Any) -> Any:
         return keep_zeros(original(*args, **kwargs), clip)
 
+    with replaced(optimizers, "get_optimizer", get_optimizer):
+        yield
+
+
+@contextmanager
+def _begun(config: TrainConfig, folder: Folder, masks: PackedMasks | None) -> Iterator[None]:
+    """While active, MaxText's trainer goes on from a checkpoint that can be read, its weights are compared with the
+    masks, and the run folder is told of.
+    """
+    from maxtext.utils import train_utils
+
+    run, setup = config.output, train_utils.setup_train_loop
+    record: RunRecord | None = None
+
     def setup_train_loop(*args: Any, **kwargs: Any) -> Any:
+        nonlocal record
+        set_aside_damaged(run)
+        done = last_step(run) + 1
+        if not done:
+            refuse_damaged(folder.step(None))
         result = setup(*args, **kwargs)
-        check(result[-1])
+        if masks is not None:
+            check_state(result[-1], masks, folder.config)
+        about = RunDescription(str(config.input.resolve()), "train", pattern(masks), "training")
+        record = RunRecord(run, about, config, done)
         return result
 
-    optimizers.get_optimizer, train_utils.setup_train_loop = get_optimizer, setup_train_loop
+    def write(step: int, numbers: Any) -> None:
+        if record is not None:
+            record.write(step, numbers)
+
+    with replaced(train_utils, "setup_train_loop", setup_train_loop), watched(write):
+        try:
+            yield
+        finally:
+            if record is not None:
+                record.close("trained" if last_step(run) >= config.steps - 1 else "training")
+
+
+@contextmanager
+def _noted_stops() -> Iterator[list[str]]:
+    """Why MaxText's trainer has ended before its last step, newest last: it tells its log alone."""
+    from maxtext.utils import exceptions
+
+    told: list[str] = []
+
+    class Noted(exceptions.StopTraining):  # type: ignore[misc]
+        def __init__(self, *words: Any) -> None:
+            super().__init__(*words)
+            told.append(str(self))
+
+    with replaced(exceptions, "StopTraining", Noted):
+        yield told
+
+
+def _configured(initialize: Any) -> Any:
+    """MaxText's `initialize`, with a UserError for settings that it refuses."""
+
+    def checked(argv: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        return configured(argv[1:], initialize)
+
+    return checked
+
+
+@contextmanager
+def replaced(module: Any, name: str, new: Any) -> Iterator[None]:
+    """While active, `module.name` is `new`."""
+    original = getattr(module, name)
+    setattr(module, name, new)
     try:
         yield
     finally:
-        optimizers.get_optimizer, train_utils.setup_train_loop = original, setup
+        setattr(module, name, original)
+
+
+def pattern(masks: PackedMasks | None) -> str | None:
+    """What the masks of a model say of themselves."""
+    return None if masks is None else masks.pattern
 
 
 def value(arguments: Sequence[str], key: str) -> str | None:

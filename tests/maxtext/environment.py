@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -24,11 +25,38 @@ def python() -> Path:
         pytest.skip(f"no environment for MaxText: {error}")
 
 
-def run(folder: Path, calls: list[list[object]]) -> list[str]:
-    """Make calls (see worker.py) one after the other in one process, and return what each of them said or returned."""
-    (folder / "calls.json").write_text(json.dumps([[str(word) for word in call] for call in calls]))
+def run(folder: Path, calls: list[list[object]], hosts: int = 1, devices: int = 1) -> list[str]:
+    """Make calls (see worker.py) one after the other in one process, and return what each of them said or returned.
+
+    `hosts`: that many processes do so together, of `devices` each; their answers follow each other.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    running = [_start(folder, calls, number, hosts, devices, address) for number in range(hosts)]
+    answers: list[str] = []
+    for number, process in enumerate(running):
+        try:
+            said, complaint = process.communicate(timeout=1800)
+            assert process.returncode == 0, said[-3000:] + complaint[-6000:]
+        except BaseException:
+            for other in running:
+                other.kill()
+            raise
+        answers += json.loads((folder / f"answers_{number}.json").read_text())
+    return answers
+
+
+def _start(
+    folder: Path, calls: list[list[object]], number: int, hosts: int, devices: int, address: str
+) -> subprocess.Popen[str]:
+    words = [[str(word).replace("HOST", str(number)) for word in call] for call in calls]
+    (folder / f"calls_{number}.json").write_text(json.dumps(words))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    command = [str(python()), str(WORKER), str(folder / "calls.json"), str(folder / "answers.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads((folder / "answers.json").read_text())
+    environment |= {"JAX_NUM_CPU_DEVICES": str(devices)} if devices > 1 else {}
+    if hosts > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
+        environment |= {"JAX_PROCESS_ID": str(number), "RANK": str(number)}
+    files = [str(folder / f"{what}_{number}.json") for what in ("calls", "answers")]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([str(python()), str(WORKER), *files], env=environment, stdout=pipe, stderr=pipe, text=True)

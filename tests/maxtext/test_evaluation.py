@@ -78,3 +78,22 @@ def test_trees_on_two_devices_and_rows_of_one_request(root: Path, monkeypatch: p
         with np.load(root / f"{name}.npz") as found:
             assert found["log_likelihood"] == pytest.approx(total, abs=1e-4), name
             assert found["greedy"].tolist() == greedy.tolist()
+
+
+def test_lengths_are_those_that_a_tpus_attention_takes(root: Path) -> None:
+    """Compiled for TPUs, as MaxText chooses there; controls are lengths that were asked for before."""
+    byte_tokenizer(tiny_llama(root / "long_hf", vocab_size=257, max_position_embeddings=2048, num_hidden_layers=1))
+    verb("export", "--input", root / "long_hf", "--output", root / "long", "--format", "maxtext")
+    (answer,) = environment.run(root, [["call", "tests.maxtext.kernels", "lengths", root / "long", 2047]])
+    found = json.loads(answer)
+    assert found["planned"] == [32, 64, 96, 128, 256, 384, 512, 1024, 1536, 2048]
+    assert set(found["refused"]) == {"160", "544"}
+
+
+def test_settings_are_handed_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--text", str(root / "text.txt"), "--window", "64", "--windows", "2"]
+    assert main(["evaluate", "--input", str(root / "maxtext"), *text, "--settings", "attentoin=flash"]) == 2
+    assert "is no setting of MaxText 0.2.5 (did you mean attention?)" in capsys.readouterr().err
+    for flag, value in (("--settings", "attention=flash"), ("--checkpoint", "run")):
+        assert main(["evaluate", "--input", str(root / "hf"), *text, flag, value]) == 2
+        assert f"{flag} was given and {root / 'hf'} is no model for MaxText" in capsys.readouterr().err

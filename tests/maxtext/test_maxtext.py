@@ -38,7 +38,13 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"intermediate_size": 88, "num_hidden_layers": 3},
     "rope": {"head_dim": 16, "rope_parameters": ROPE},
 }
-CONVERTED = [*KINDS, "sparse", "padded"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None, "vocab_size": 257},
+    "qwen2": {"vocab_size": 257, "tie_word_embeddings": True},
+    "qwen3": {"vocab_size": 257},
+}
+"""Other families, by model_type."""
+CONVERTED = [*KINDS, *FAMILIES, "sparse", "padded"]
 STEPS = ["per_device_batch_size=4", "learning_rate=1e-3", "dtype=float32", "async_checkpointing=False"]
 STEPS += ["learning_rate_schedule_steps=5", "warmup_steps_fraction=0", "grain_worker_count=0"]
 
@@ -82,6 +88,8 @@ def prepare(root: Path) -> None:
     """Models, references and text: everything that needs PyTorch."""
     for name, sizes in KINDS.items():
         byte_tokenizer(tiny_llama(root / name, **sizes))
+    for name, sizes in FAMILIES.items():
+        byte_tokenizer(tiny_model(root / name, name, **sizes))
     tiny_blocks(root / "padded")
     verb("prune", "--input", root / "dense", "--output", root / "run", "--method", "magnitude", "--target", "2:4")
     verb("trim", "--input", root / "run", "--output", root / "trimmed")
@@ -98,7 +106,7 @@ def prepare(root: Path) -> None:
     random = np.random.default_rng(0)
     logits = {name: random.normal(0, 0.01, (out, size // 4, 6)).astype(np.float32) for name, (out, size) in shapes}
     np.savez(root / "logits.npz", **logits)
-    tiny_model(root / "qwen2", "qwen2")
+    tiny_model(root / "nemotron", "nemotron")
     byte_tokenizer(tiny_llama(root / "factor", rope_parameters=ROPE | {"factor": 32.0}))
     shutil.copytree(root / "dense", root / "lying")
     edit_config(root / "lying", intermediate_size=96)
@@ -111,8 +119,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("maxtext")
     prepare(root)
     calls: dict[str, list[object]] = {}
-    for name in (*KINDS, "qwen2", "factor", "lying"):
-        calls[f"convert {name}"] = ["main", "convert", "--input", root / name, "--output", root / f"{name}_maxtext"]
+    for name in (*KINDS, *FAMILIES, "nemotron", "factor", "lying"):
+        half = ["--weights-dtype", "bfloat16"] if name == "tied" else []
+        places = ["--input", root / name, "--output", root / f"{name}_maxtext"]
+        calls[f"convert {name}"] = ["main", "convert", *places, *half]
     for name in CONVERTED:
         calls[name] = ["logits", root / f"{name}_maxtext", root / f"{name}.npz", root / f"{name}_out.npz"]
         calls[f"{name} back"] = ["main", "export", "--input", root / f"{name}_maxtext", "--output", root / f"{name}_hf"]
@@ -120,6 +130,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         calls[name] = [*calls[name.split()[0]][:3], root / f"{name}.npz", *wrong]
     calls |= training_calls(root)
     calls |= learning_calls(root)
+    for width in (16, 8):
+        calls[f"16 bits {width}"] = ["call", "tests.maxtext.doctored", "sixteen_bits", width]
     calls["wrong shape"] = ["call", "tests.maxtext.doctored", "change_model", root / "dense_maxtext", root / "doctored"]
     answers = environment.run(root, list(calls.values()))
     (root / "answers").write_text(json.dumps(dict(zip(calls, answers, strict=True))))
@@ -202,7 +214,7 @@ def test_another_rotary_embedding_shows(root: Path, name: str) -> None:
     assert difference(root, name.split()[0], name)[0] > 1e-3
 
 
-@pytest.mark.parametrize("name", [*KINDS, "sparse"])
+@pytest.mark.parametrize("name", [*KINDS, "qwen2", "qwen3", "sparse"])
 def test_the_way_back_is_bit_equal(root: Path, name: str) -> None:
     """Heads as wide as a power of four, or a 16-bit type: the factor 1 / sqrt(D) is undone exactly."""
     assert said(root, f"{name} back").startswith("0 ")
@@ -214,6 +226,12 @@ def test_the_way_back_is_bit_equal(root: Path, name: str) -> None:
     assert {file.name for file in (root / f"{name}_hf").iterdir()} == files and "generation_config.json" in files
     configs = (json.loads((root / folder / "config.json").read_text()) for folder in (name, f"{name}_hf"))
     assert next(configs) == next(configs)
+
+
+@pytest.mark.parametrize(("width", "query"), [(16, "bfloat16"), (8, "float32")])
+def test_weights_of_16_bits(root: Path, width: int, query: str) -> None:
+    """Half the room, every bit of a model of that type, and zeros that are kept are told from removed ones."""
+    assert said(root, f"16 bits {width}") == f"{{'bfloat16'}} {query} 0 True"
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -269,7 +287,7 @@ def test_plain_training_loses_zeros_and_all_notice(root: Path) -> None:
 
 
 @pytest.mark.parametrize("call, message", [
-    ("convert qwen2", "the model has biases; MaxText export is for models of LLaMA's shape"),
+    ("convert nemotron", "the model has layers of the nemotron family; MaxText export is for LLaMA, Mistral, Qwen2"),
     ("convert factor", "llama3 rope scaling with factor 32.0, .* MaxText has factor 8, "),
     ("convert lying", "gate_proj.weight in .* config.json asks for [[]96, 32]"),
     ("other sizes", "--settings base_mlp_dim=128: allowed"),

@@ -85,6 +85,32 @@ def test_back_is_bit_equal(changes: dict[str, Any]) -> None:
     assert np.array_equal(back["lm_head.weight"], given.get("lm_head.weight", given["model.embed_tokens.weight"]))
 
 
+@pytest.mark.parametrize("family, more", [
+    ("qwen2", {"query/bias": (4, 3, 6), "key/bias": (2, 3, 6), "value/bias": (2, 3, 6)}),
+    ("qwen3", {"query_norm/scale": (16, 3), "key_norm/scale": (16, 3)}),
+])  # fmt: skip
+def test_decoders_of_other_families(family: str, more: dict[str, tuple[int, ...]]) -> None:
+    """Their own arrays, queries without LLaMA's factor, and the way back bit for bit."""
+    hf = {"model_type": family, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "vocab_size": 51}
+    hf |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+    model = FAMILIES[family].from_hf(hf | ({"head_dim": 16} if family == "qwen3" else {}))
+    layout.check(model)
+    given = weights(model)
+    tree = layout.to_maxtext(given.__getitem__, model, {})
+    start = "decoder/layers/self_attention/"
+    assert {path: tree[start + path].shape for path in more} == more and set(tree) == set(layout.shapes(model))
+    query, width = given["model.layers.1.self_attn.q_proj.weight"], model.kv_channels
+    assert np.array_equal(tree[start + "query/kernel"][:, 1, 3], query[3 * width : 4 * width].T)
+    vector = "q_proj.bias" if family == "qwen2" else "q_norm.weight"
+    values = given[f"model.layers.2.self_attn.{vector}"].reshape(tree[start + next(iter(more))][..., 0].shape[0], -1)
+    assert np.array_equal(tree[start + next(iter(more))][:, 2].reshape(values.shape), values)
+    back = dict(layout.from_maxtext(tree, model, {}))
+    assert all(np.array_equal(back[key], given[key]) for key in given)
+    said = layout.settings(model)
+    assert said["decoder_block"] == family
+    assert (said["attention_bias"], said["use_qk_norm"]) == (family == "qwen2", family == "qwen3")
+
+
 @pytest.mark.parametrize("width, exact", [(64, True), (128, False), (10, False)])
 def test_the_factor_is_undone_exactly_for_16_bits_or_powers_of_four(width: int, exact: bool) -> None:
     model = config(head_dim=width)
@@ -136,7 +162,7 @@ def test_rotary_embeddings_that_maxtext_lacks(changes: dict[str, Any], what: str
 
 
 @pytest.mark.parametrize("model_type, what", [
-    ("qwen2", "biases"), ("qwen3", "normalised queries and keys"), ("mistral", "sliding window of 7"),
+    ("mistral", "sliding window of 7"),
     ("nemotron", "layers of the nemotron family"), ("gpt2", "layers of the gpt2 family"),
 ])  # fmt: skip
 def test_other_families_are_refused_before_anything_is_written(
@@ -198,7 +224,7 @@ def test_masks_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_here_needs_torch_or_jax() -> None:
-    modules = "convert folder hf keys layout learn masks model options score train __main__".split()
+    modules = "checkpoints convert folder hf keys layout learn masks model options record score train __main__".split()
     code = "import sys; sys.modules.update(torch=None, jax=None, maxtext=None)\n"
     code += "\n".join(f"import megatron_prune.maxtext.{module}" for module in modules)
     subprocess.run([sys.executable, "-c", code], check=True)

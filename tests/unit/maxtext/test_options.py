@@ -83,6 +83,7 @@ def refused(options: Callable[..., object], **given: object) -> bool:
 
 @pytest.mark.parametrize("words, message", [
     (["lern"], "unknown verb 'lern'; allowed: convert, export, train, learn"),
+    (["train", "--input", "a", "--output", "gs://b/run", "--steps", "1"], "'gs://b/run' was given; allowed: places on"),
     (["verify", "--input", "nothing"], "nothing is not a model for MaxText"),
     (["learn", "--input", "a", "--output", "b", "--n", "4"], "--n 4 --m 4 given; N:M keeps N"),
     (["learn", "--input", "a", "--output", "b", "--lr", "1e-6"], "5e-06 given; allowed: at most --lr (1e-06)"),
@@ -130,7 +131,9 @@ def test_text_becomes_maxtexts_settings(tmp_path: Path) -> None:
     one, two = text(tmp_path, "one"), text(tmp_path, "two")
 
     def settings(*data: str) -> list[str]:
-        given = TrainConfig(input="a", output="b", steps=1, data=data, data_cache=tmp_path / "cache", seed=4)
+        given = TrainConfig(
+            input=Path("a"), output=Path("b"), steps=1, data=data, data_cache=tmp_path / "cache", seed=4
+        )
         return data_settings(given, config())
 
     single, blend = (f"grain_train_files={tmp_path}/cache/one|{one}", f"{tmp_path}/cache/two|{two}")
