@@ -112,6 +112,8 @@ def check(config: ModelConfig) -> None:
     wrong = {
         f"layers of the {config.family} family": config.activation != "silu" or not config.gated,
         f"{config.normalization}": config.normalization != "RMSNorm",
+        "experts": config.num_moe_experts is not None,
+        "norms over all heads of queries and keys": config.qk_layernorm_whole,
         "biases": config.linear_bias,
         "biases and normalised queries and keys": config.qkv_bias and config.qk_layernorm,
         "learned positions": config.position_embedding != "rope",

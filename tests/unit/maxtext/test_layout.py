@@ -162,7 +162,7 @@ def test_rotary_embeddings_that_maxtext_lacks(changes: dict[str, Any], what: str
 
 
 @pytest.mark.parametrize("model_type, what", [
-    ("mistral", "sliding window of 7"),
+    ("mistral", "sliding window of 7"), ("mixtral", "experts"), ("qwen2_moe", "experts"), ("qwen3_moe", "experts"),
     ("nemotron", "layers of the nemotron family"), ("gpt2", "layers of the gpt2 family"),
 ])  # fmt: skip
 def test_other_families_are_refused_before_anything_is_written(
