@@ -24,7 +24,7 @@ setup(
         "torch>=2.6",
         "megatron-core>=0.16,<0.17; python_version < '3.12'",
         "megatron-core>=0.16,!=0.17.*,!=0.18.*,<0.20; python_version >= '3.12'",
-        "transformers>=5.0,<6",
+        "transformers>=5.6,<6",
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
         "protobuf",  # with which transformers reads SentencePiece models

@@ -6,6 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from megatron_prune.backend import core_version
 from megatron_prune.log import read_metrics
 
@@ -13,6 +18,16 @@ from megatron_prune.log import read_metrics
 def curve(run: Path, key: str = "loss") -> list[float]:
     """The values of a metric, step by step."""
     return [record[key] for record in read_metrics(run) if key in record]
+
+
+def saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint of one process, as PyTorch reads them."""
+    reader = dcp.FileSystemReader(folder)
+    found = reader.read_metadata().state_dict_metadata
+    tensors = {name: each for name, each in found.items() if isinstance(each, TensorStorageMetadata)}
+    state = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in tensors.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def set_state(run: Path, state: str) -> None:

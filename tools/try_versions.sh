@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 TESTS=(tests/parity tests/unit/model tests/unit/export tests/unit/data/test_tokenizer.py tests/unit/training
     tests/unit/test_backend.py tests/unit/statistics)
 specs=("$@")
-if [ $# = 0 ]; then specs=('torch==2.13.0 transformers==5.0.*' 'torch==2.13.0 transformers' 'torch transformers'); fi
+if [ $# = 0 ]; then specs=('torch==2.13.0 transformers==5.6.*' 'torch==2.13.0 transformers' 'torch transformers'); fi
 
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 bash tools/setup_env.sh || exit $?

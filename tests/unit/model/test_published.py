@@ -375,15 +375,6 @@ def test_one_file_counts_where_shards_are_beside_it(tmp_path: Path) -> None:
     assert "model-00001-of-00007.safetensors" in (reader.left_behind() or "")
 
 
-def test_a_tensor_in_two_shards_is_the_one_of_the_index(tmp_path: Path) -> None:
-    directory = tiny_llama(tmp_path / "hf", max_shard_size="20KB")
-    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
-    expected = HFReader(directory).read("model.norm.weight")
-    other = next(file for file in index.values() if file != index["model.norm.weight"])
-    save_file(load_file(directory / other) | {"model.norm.weight": torch.zeros(32)}, directory / other)
-    assert torch.equal(HFReader(directory).read("model.norm.weight"), expected)
-
-
 def test_a_snapshot_of_the_hub_is_made_of_links(tmp_path: Path) -> None:
     directory = byte_tokenizer(tiny_llama(tmp_path / "blobs"))
     snapshot = tmp_path / "snapshots" / "0123"
