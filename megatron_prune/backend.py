@@ -418,6 +418,11 @@ class Layout:
         """Number of data-parallel replicas."""
         return dist.get_world_size() // (self.tensor * self.pipeline * self.context)
 
+    @property
+    def replicas_meet(self) -> bool:
+        """Whether experts get tokens of several replicas at a time, which must then make the same passes together."""
+        return self.expert * self.expert_tensor_size > self.tensor
+
     def describe(self) -> str:
         """`tp2 pp1 cp1 dp4 sp`, for logs."""
         sequence = " sp" if self.sequence_parallel else ""

@@ -129,7 +129,11 @@ class Trim:
                 "was pruned"
             )
         try:
-            self.units.config(config)
+            smaller = self.units.config(config)
+            if smaller.num_moe_experts and smaller.num_moe_experts < (smaller.moe_router_topk or 0):
+                raise ValueError(
+                    f"{smaller.num_moe_experts} experts stay and each token goes to {smaller.moe_router_topk}"
+                )
         except ValueError as error:
             raise UserError(f"the decision's units make no model ({error}); restore the run, or prune again") from None
 
@@ -182,5 +186,11 @@ def check_units(units: Units, before: Sizes, after: Sizes) -> None:
     for what, numbers, count in rows:
         if list(numbers) != sorted(set(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < count):
             raise ValueError(f"{what} are not rising numbers below {count}")
+    for block in units.blocks:
+        sparse = (len(block.experts), len(block.ffn)) == (after.num_moe_experts, after.moe_ffn_hidden_size)
+        if block.experts and not sparse:
+            raise ValueError(f"{len(block.experts)} experts of {len(block.ffn)} neurons stay; {FILE} has other sizes")
+    if after.num_moe_experts and not any(block.experts for block in units.blocks):
+        raise ValueError(f"no layer has experts; {FILE} has {after.num_moe_experts}")
     if (len(units.layers), len(units.hidden)) != (after.num_layers, after.hidden_size):
         raise ValueError(f"{len(units.layers)} layers and {len(units.hidden)} channels stay; {FILE} has other sizes")

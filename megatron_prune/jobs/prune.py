@@ -88,7 +88,7 @@ def _run_folder(config: PruneConfig, work: Workbench) -> Iterator[None]:
     if config.resume:
         check_resume(config.output, _about(config))
         _forget_unfinished_decision(config.output)
-    check_shards(work.config, work.target, work.layout.tensor)
+    check_shards(work.config, work.target, work.layout.tensor, work.layout.expert_tensor)
     work.prepare()
     with begun(config, _about(config, "learning" if DATA in work.method.needs else "searching")):
         yield

@@ -166,7 +166,7 @@ class PruningMethod:
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults of this method for options of `prune` that are not its own, by key: its paper's, where they differ. A
     value or a `Share` of another option."""
-    sizes_with_experts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    sizes_with_experts: ClassVar[tuple[str, ...]] = ()
     """Those that it can change of a model with experts, where it removes units."""
     mask_only: ClassVar[Mapping[str, Any]] = {}
     """Hyper-parameters under which it leaves the kept weights alone, as a prior of mask learning."""

@@ -27,7 +27,8 @@ def check_experts(config: ModelConfig, method: PruningMethod, target: Target | S
     if isinstance(target, Budget) or not set(target.given()) <= set(sizes):
         raise UserError(
             f"method {method.name} cannot prune a model with experts to {target}; it can change "
-            f"{', '.join(sizes) or 'nothing of it'}; `reap` removes experts"
+            f"{', '.join(sizes) or 'nothing of one'}; allowed: num_moe_experts=N by reap, num_layers=N by shortgpt, "
+            "shortened_llama and minitron"
         )
 
 
@@ -64,14 +65,21 @@ def _check_widths(config: ModelConfig, target: Target) -> None:
             target.check(map.shape[1], map.megatron)
 
 
-def check_shards(config: ModelConfig, target: Target | StructuredTarget, tensor: int) -> None:
-    """UserError when a group of M inputs would lie across `tensor` tensor-parallel ranks, where none could learn it."""
+def check_shards(
+    config: ModelConfig, target: Target | StructuredTarget, tensor: int, expert_tensor: int | None = None
+) -> None:
+    """UserError when a group of M inputs would lie across `tensor` tensor-parallel ranks, where none could learn it.
+
+    `expert_tensor`: ranks that share an expert; None: as many.
+    """
     for map in get_family(config.family).weights(config):
         if map.prunable and map.shard_dim == 1 and isinstance(target, NM):
-            width, rest = divmod(map.shape[1], tensor)
+            own = map.expert is not None and expert_tensor is not None
+            parts = expert_tensor if own and expert_tensor is not None else tensor
+            width, rest = divmod(map.shape[1], parts)
             if rest or width % target.m:
                 raise UserError(
-                    f"--tensor-model-parallel-size {tensor} gives each rank {map.shape[1] / tensor:g} inputs of "
-                    f"{map.megatron}, not a multiple of {target.m} as {target} needs: use a smaller size or another "
-                    "pattern"
+                    f"--{'expert-tensor' if own else 'tensor-model'}-parallel-size {parts} gives each rank "
+                    f"{map.shape[1] / parts:g} inputs of {map.megatron}, not a multiple of {target.m} as {target} "
+                    "needs: use a smaller size or another pattern"
                 )

@@ -50,6 +50,7 @@ class Minitron(Refitted):
     """Keep the layers, heads, groups, neurons and channels of largest importance, as many as the target says."""
 
     paper: ClassVar[str] = "Muralidharan et al. 2024, arXiv:2407.14679"
+    sizes_with_experts: ClassVar[tuple[str, ...]] = ("num_layers",)
     targets: ClassVar[Mapping[type, str]] = {
         Shape: f"a smaller shape: {', '.join(SIZES)}",
         Budget: f"the best shape within a budget: {', '.join(MEASURES)}",

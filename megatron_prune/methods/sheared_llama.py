@@ -36,7 +36,6 @@ class ShearedLLaMA(Refitted):
     """
 
     paper: ClassVar[str] = "Xia et al. 2023, arXiv:2310.06694"
-    sizes_with_experts: ClassVar[tuple[str, ...]] = ()
     targets: ClassVar[Mapping[type, str]] = {Shape: "sizes: any of them, together; every layer comes out equal"}
     needs: ClassVar[tuple[str, ...]] = (DATA,)
     takes: ClassVar[tuple[str, ...]] = ()

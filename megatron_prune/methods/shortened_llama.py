@@ -35,6 +35,7 @@ class ShortenedLlama(Refitted):
     """Rank layers by the calibration loss without each, or by a Taylor expansion of it, and remove the lowest."""
 
     paper: ClassVar[str] = "Kim et al. 2024, arXiv:2402.02834"
+    sizes_with_experts: ClassVar[tuple[str, ...]] = ("num_layers",)
     targets: ClassVar[Mapping[type, str]] = {Shape: "fewer layers: num_layers=N"}
     takes: ClassVar[tuple[str, ...]] = ()
     defaults: ClassVar[Mapping[str, Any]] = {"calibration_samples": 10, "calibration_seq_length": 128}

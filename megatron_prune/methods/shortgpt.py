@@ -22,6 +22,7 @@ class ShortGPT(Refitted):
     """Remove the layers of lowest block influence, in one shot; they need not be neighbours."""
 
     paper: ClassVar[str] = "Men et al. 2024, arXiv:2403.03853"
+    sizes_with_experts: ClassVar[tuple[str, ...]] = ("num_layers",)
     targets: ClassVar[Mapping[type, str]] = {Shape: "fewer layers: num_layers=N"}
 
     def choose(self, config: Any, passes: Passes, target: StructuredTarget) -> Units:

@@ -53,6 +53,7 @@ from megatron_prune.model.experts import expert_fields, expert_spec
 from megatron_prune.model.masked_linear import (
     MaskedColumnParallelLinear,
     MaskedGatedLinear,
+    MaskedLinear,
     MaskedRowParallelLinear,
 )
 from megatron_prune.model.sizes import ModelConfig, rotary_channels
@@ -449,12 +450,17 @@ def _hide_padding(model: GPTModel, vocab_size: int, layout: backend.Layout) -> N
     model.output_layer.register_forward_hook(hook)
 
 
-def _mark_shards(model: GPTModel) -> None:
+def _mark_shards(model: GPTModel, layout: backend.Layout) -> None:
     """Say which weights tensor parallelism splits; megatron-core does so only where it also initialises them.
 
     Unmarked ones count once, as replicated ones do, in the gradient norm: it comes out too small, and nothing says so.
+    Gradients of experts are added up over other processes than those of the rest as soon as they are shared otherwise;
+    megatron-core 0.16 sees that only with expert parallelism.
     """
+    own_replicas = layout.expert > 1 or layout.expert_tensor_size != layout.tensor
     for module in model.modules():
+        if isinstance(module, MaskedLinear) and module.is_expert:
+            module.weight.allreduce = not own_replicas  # type: ignore[attr-defined]
         axis = 1 if isinstance(module, RowParallelLinear) else 0
         weight = getattr(module, "weight", None)
         split = isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
@@ -500,7 +506,7 @@ def _build_chunk(
     elif model.pre_process:
         model.embedding.position_embeddings.to(dtype)  # megatron-core makes them float32
     _hide_padding(model, config.vocab_size, layout)
-    _mark_shards(model)
+    _mark_shards(model, layout)
     return model.to(backend.device())
 
 

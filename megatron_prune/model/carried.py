@@ -24,7 +24,7 @@ _LIMIT = 400
 def told(directory: Path, hf_config: Mapping[str, Any], configs: Sequence[str], buffers: Sequence[str]) -> str | None:
     """One line about what does not come along; None when everything does.
 
-    `configs`: the files that the model's sizes come from; `buffers`: tensors that carry no weights.
+    `configs`: the files that the model's sizes come from; `buffers`: tensors that carry no weights of the model.
     """
     files, keys = left_files(directory, configs), left_keys(hf_config)
     parts = [names(files, 8)] if files else []
@@ -33,7 +33,7 @@ def told(directory: Path, hf_config: Mapping[str, Any], configs: Sequence[str], 
         code = ": the model is transformers' own, its code stays here" if own else ""
         parts.append(f"of {configs[0]} {', '.join(keys)}{code}")
     if buffers:
-        parts.append(f"{len(buffers)} tensors without weights such as {shown(buffers[0])}")
+        parts.append(f"{len(buffers)} tensors that no weight of the model is in, such as {shown(buffers[0])}")
     return one_line(f"not carried along from {directory}: {'; '.join(parts)}", _LIMIT) if parts else None
 
 

@@ -25,7 +25,7 @@ LARGEST: dict[str, int] = {
     "vocab_size": 2**24,
     "max_position_embeddings": 2**31 - 1,
     "sliding_window": 2**31 - 1,
-    "num_moe_experts": 2**16,
+    "num_moe_experts": 2**12,
     "moe_ffn_hidden_size": 2**22,
     "moe_router_topk": 2**16,
     "moe_shared_expert_intermediate_size": 2**22,

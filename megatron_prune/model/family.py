@@ -40,13 +40,21 @@ if TYPE_CHECKING:  # environments without PyTorch read these tables too
     from torch import Tensor
 
 Transform = Literal["copy", "qkv", "fused_qkv", "gated"]
-FIXED = ("tie_word_embeddings", "rotary_base", "rope_scaling", "rotary_percent", "sliding_window", "layernorm_epsilon")
+FIXED = (
+    *("tie_word_embeddings", "rotary_base", "rope_scaling", "rotary_percent", "sliding_window", "layernorm_epsilon"),
+    *("moe_router_topk", "moe_renormalize", "moe_router_score_function", "moe_router_expert_bias"),
+    *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "moe_num_shared_experts"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+)
 """Fields of a ModelConfig that no pruning changes."""
 _ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
 """Start of the Megatron names of a layer's first half; the rest of the layer is the MLP."""
 _DENSE = "decoder.layers.{layer}.mlp.linear_"
 _SPARSE = tuple(f"decoder.layers.{{layer}}.mlp.{part}." for part in ("router", "experts", "shared_experts"))
 """Start of the Megatron names in one MLP, and in experts in its place."""
+MOST_EXPERTS = 2**17
+"""Of a model; beyond any, and lists of them still end."""
+MORE_LAYERS = "num_nextn_predict_layers"
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "per_layer_config": (None, [], {}),
     "is_causal": (None, True),
@@ -346,7 +354,10 @@ class Family:
     def beyond(self, name: str, config: ModelConfig) -> bool:
         """Whether a tensor of a file is of a layer that the model does not have and need not."""
         found = re.match(r"model\.layers\.(\d{1,6})\.", name) if self.more_layers else None
-        return found is not None and int(found[1]) >= config.num_layers
+        more = config.hf_config.get(MORE_LAYERS, 1)
+        if found is None or type(more) is not int:
+            return False
+        return config.num_layers <= int(found[1]) < config.num_layers + more
 
     def _positions(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """The ModelConfig fields of the rotary embedding."""
@@ -439,6 +450,11 @@ def _check_experts(config: ModelConfig) -> None:
     experts, chosen = config.num_moe_experts, config.moe_router_topk
     if experts is None:
         return
+    if experts * config.num_layers > MOST_EXPERTS:
+        raise UserError(
+            f"config.json has {config.num_layers} layers of {experts} experts; allowed: {MOST_EXPERTS} of all layers "
+            "together"
+        )
     if chosen is None or chosen > experts or config.moe_ffn_hidden_size is None:
         raise UserError(
             f"config.json has {experts} experts and sends each token to {chosen} of them; give at least as many"

@@ -71,15 +71,18 @@ def window_losses(model: PrunableModel, windows: Tensor, micro_batch_size: int =
     replicas; the loss is in float32, its sum in float64. Collective.
     """
     model.eval()
-    replicas = parallel_state.get_data_parallel_world_size()
-    mine = windows[parallel_state.get_data_parallel_rank() :: replicas]
+    replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    mine = windows[replica::replicas]
+    counted = mine.shape[0]
+    if model.layout.replicas_meet:  # as many passes as the others, of the same sizes: one window may come once more
+        mine = torch.cat([mine, windows[: -(-windows.shape[0] // replicas) - counted]])
     totals = torch.zeros(2, dtype=torch.float64, device=backend.device())
     micro_batch_size *= model.layout.pipeline if model.layout.virtual_pipeline else 1
     for start in range(0, mine.shape[0], micro_batch_size):
         batch = mine[start : start + micro_batch_size]
         output = forward_only(model, batch, torch.roll(batch, -1, dims=1))
         if output is not None and model.tp_rank == 0 and parallel_state.get_context_parallel_rank() == 0:
-            losses = output[:, :-1].double()
+            losses = output[: max(0, counted - start), :-1].double()
             totals += torch.stack([losses.sum(), totals.new_tensor(float(losses.numel()))])
     dist.all_reduce(totals)
     return float(totals[0]), int(totals[1])

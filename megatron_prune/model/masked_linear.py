@@ -99,6 +99,7 @@ class MaskedLinear(torch.nn.Module):
     """Axis of weight and mask logits that tensor parallelism splits: 0 column-parallel, 1 row-parallel."""
     weight: torch.nn.Parameter
     tp_group: Any
+    is_expert: bool
 
     changed_weight: Callable[[Tensor], Tensor] | None = None
     """Makes a forward pass's weight from the stored one (adapters of `training.lora`)."""

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_prune.errors import UserError, brief, shown
 from megatron_prune.foreign import read_json
 from megatron_prune.model import quantised
-from megatron_prune.model.family import Family
+from megatron_prune.model.family import Family, WeightMap
 from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.model.stored import Entry
 
@@ -70,6 +70,7 @@ def plain_entries(
     embedding may be stored as the output layer alone.
     """
     known = {name for map in family.weights(config) for name in map.hf}
+    known |= {name for map in family.weights(config) if map.expert == 0 for name in _in_one(map)}
     tied = family.tied_names(config)
     plain: dict[str, Entry] = {}
     for name, entry in entries.items():
@@ -86,6 +87,14 @@ def plain_entries(
         if embedding not in plain and name in plain:
             plain[embedding] = plain.pop(name)
     return plain
+
+
+def _in_one(map: WeightMap) -> list[str]:
+    """Names of the tensor that has this weight of all experts of a layer, and of the router beside it."""
+    start = map.hf[0].partition(".experts.")[0]
+    field = "gate_up_proj" if len(map.hf) > 1 else "down_proj"
+    places = [start, start.replace(".block_sparse_moe", ".mlp")]
+    return [name for place in places for name in (f"{place}.experts.{field}", f"{place}.gate.weight")]
 
 
 def _experts_apart(directory: Path, entries: dict[str, Entry], family: Family, config: ModelConfig) -> dict[str, Entry]:

@@ -39,7 +39,14 @@ class Zeros:
     def check(self, when: str) -> int:
         """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        return check_zeros(((_used(linear)[self.masks[linear.name]], replica == 0) for linear in self.linears), when)
+        of_expert = parallel_state.get_expert_data_parallel_rank()
+        return check_zeros(
+            (
+                (_used(x)[self.masks[x.name]], (replica if x.map.expert is None else of_expert) == 0)
+                for x in self.linears
+            ),
+            when,
+        )
 
 
 def check_zeros(found: Iterable[tuple[Tensor, bool]], when: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from tests.distributed.launch import (
     EP2_PP2,
     EP2_TP2_SP,
     EP4,
+    ETP2,
     ONE,
     TP2_SP,
+    TP2_SP_ETP1,
     Layout,
     launch,
     must_pass,
@@ -73,6 +76,8 @@ TRAINED = {
 TRAINING = [
     *((name, EP2) for name in TRAINED),
     *((name, EP2_TP2_SP) for name in ("learned", "recovered", "adapted")),
+    ("recovered", TP2_SP_ETP1),
+    ("learned", ETP2),
     *((name, EP2_ETP2_SP) for name in ("masks_and_weights", "recovered")),
     ("learned", EP2_PP2),
     ("recovered", EP4),
@@ -101,6 +106,7 @@ def train_command(root: Path, name: str, layout: Layout) -> list[str]:
     inputs = ["--input", str(source), "--output", str(root / "runs" / layout.name / name)]
     data = ["--data", str(root / "words.jsonl"), "--seq-length", "32", "--global-batch-size", "4"]
     steps = ["--train-iters", str(STEPS), "--lr", "1e-3", "--save-interval", "2"]
+    steps += ["--eval-data", str(root / "words.jsonl"), "--eval-windows", "3", "--eval-interval", "4"]
     return [*TRAINED[name], *inputs, *data, *steps, *layout.flags()]
 
 
@@ -125,10 +131,32 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 commands += [prune_command(root, model, case, layout) for case in ALL if fits(model, case)]
         commands += [train_command(root, name, layout) for name, layout in TRAINING if layout.processes == processes]
         must_pass(launch(processes, commands, root / "commands"))
+    for processes in (1, 2):
+        commands = [evaluate_command(root, layout) for layout in (ONE, EP2) if layout.processes == processes]
+        must_pass(launch(processes, commands, root / "commands"))
     for processes in (1, 2, 4):
         commands = [resume_command(root, *case) for case in RESUMED if case[2].processes == processes]
         must_pass(launch(processes, commands, root / "commands"))
     return root
+
+
+def evaluate_command(root: Path, layout: Layout) -> list[str]:
+    """Perplexity of windows that two replicas cannot share out evenly."""
+    text = root / "held_out.txt"
+    text.write_text((root / "words.jsonl").read_text()[:4000])
+    output = root / f"evaluated_{layout.name}.json"
+    windows = ["--window", "32", "--windows", "5", "--micro-batch-size", "2"]
+    return [
+        "evaluate",
+        "--input",
+        str(root / "mixed"),
+        "--text",
+        str(text),
+        *windows,
+        "--output",
+        str(output),
+        *layout.flags(),
+    ]
 
 
 def fits(model: str, case: Case) -> bool:
@@ -176,6 +204,8 @@ def test_the_same_experts_stay(root: Path, layout: Layout) -> None:
 def test_training_follows_one_process(root: Path, name: str, layout: Layout) -> None:
     here, there = (root / "runs" / x.name / name for x in (layout, ONE))
     keys = {"loss": 1e-5, "grad_norm": 1e-4}
+    assert curve(here, "eval_loss") == pytest.approx(curve(there, "eval_loss"), abs=1e-5)
+    assert curve(here, "eval_loss")
     keys |= {"max_probability": 1e-5, "max_probability/linear_fc2": 1e-5} if name == "learned" else {}
     for key, tolerance in keys.items():
         found, expected = curve(here, key), curve(there, key)
@@ -188,6 +218,12 @@ def test_a_run_goes_on_in_another_layout(root: Path, name: str, saved: Layout, g
     """With the moments of Adam of every expert: they decide the steps that follow."""
     found = curve(root / "resumed" / f"{name}_{saved.name}_{goes_on.name}")
     assert found == pytest.approx(curve(root / "runs" / ONE.name / name), abs=1e-5)
+
+
+def test_perplexity_with_shared_out_experts_is_that_of_one_process(root: Path) -> None:
+    found, expected = (json.loads((root / f"evaluated_{x.name}.json").read_text()) for x in (EP2, ONE))
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert found["predicted_tokens"] == expected["predicted_tokens"] == 5 * 31
 
 
 def test_adapters_and_recovery_keep_zeros(root: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import megatron_prune.backend as backend
@@ -258,6 +260,45 @@ def test_a_dense_model_has_no_experts_to_remove(tmp_path: Path, capsys: pytest.C
     byte_tokenizer(tiny_llama(tmp_path / "llama", vocab_size=257))
     assert prune(tmp_path, "llama", "reap", "num_moe_experts=2", tmp_path / "run") == 2
     assert "has no experts" in capsys.readouterr().err
+
+
+def edited(run: Path, experts: list[list[int]], **after: int) -> None:
+    """Change the experts that a decision keeps, layer by layer, and what it says of them, with the right checksum."""
+    folder = run / "decision"
+    tensors = load_file(folder / "units.safetensors")
+    for layer, numbers in enumerate(experts):
+        tensors[f"layers.{layer:05d}.experts"] = torch.tensor(numbers, dtype=torch.int32)
+    save_file(tensors, folder / "units.safetensors")
+    about = json.loads((folder / "trim.json").read_text())
+    about["sha256"] = hashlib.sha256((folder / "units.safetensors").read_bytes()).hexdigest()
+    about["after"] |= after
+    (folder / "trim.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("experts", "after", "expected"),
+    [
+        ([[0, 1], [0, 1]], {"num_moe_experts": 2}, "each token goes to 3"),
+        ([[0, 1, 2, 3, 4]] * 2, {"num_moe_experts": 7}, "5 experts of 24 neurons stay; trim.json has other sizes"),
+        ([[0, 1, 2, 3], [0, 1, 2, 3, 4]], {}, "4 experts of 24 neurons stay"),
+        ([[0, 1, 2, 3, 8]] * 2, {}, "experts are not rising numbers below 8"),
+        ([[], []], {}, "no layer has experts"),
+    ],
+)
+def test_decisions_on_experts_that_make_no_model_are_refused(
+    root: Path,
+    tmp_path: Path,
+    experts: list[list[int]],
+    after: dict[str, int],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert prune(root, "qwen3_moe", "reap", "num_moe_experts=5", tmp_path / "run") == 0
+    edited(tmp_path / "run", experts, **after)
+    capsys.readouterr()
+    assert main(["trim", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "cut")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line and not (tmp_path / "cut").exists()
 
 
 @pytest.mark.parametrize("method", ["shortgpt", "minitron"])

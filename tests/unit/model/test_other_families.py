@@ -136,6 +136,8 @@ def test_both_names_of_the_number_of_experts_are_read_and_written() -> None:
         ({"decoder_sparse_step": 49}, "has experts in 0 layers of 48"),
         ({"norm_topk_prob": 1}, "moe_renormalize = 1; it must be true or false"),
         ({"num_experts": 0}, "num_moe_experts = 0; it must be a whole number"),
+        ({"num_experts": 2**13}, "num_moe_experts = 8192; it must be a whole number of at least 1 and at most 4096"),
+        ({"num_experts": 4096}, "has 48 layers of 4096 experts; allowed: 131072 of all layers together"),
         ({"attention_bias": True}, "has attention_bias: True"),
     ],
 )
@@ -166,8 +168,13 @@ def test_layers_that_predict_further_tokens_are_told_and_left_out(tmp_path: Path
     reader = HFReader(path)
     told = reader.left_behind()
     assert told is not None and "model.layers.3.eh_proj.weight" in told
-    save_file(weights | {"model.layers.2.eh_proj.weight": torch.ones(4, 8)}, path / "model.safetensors")
-    with pytest.raises(UserError, match="does not have"):
+    for name in ("model.layers.2.eh_proj.weight", "model.layers.4.eh_proj.weight"):
+        save_file(weights | {name: torch.ones(4, 8)}, path / "model.safetensors")
+        with pytest.raises(UserError, match="does not have"):
+            HFReader(path)
+    save_file(weights, path / "model.safetensors")
+    edit_config(path, num_hidden_layers=2, num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match=r"model\.layers\.2\..* does not have"):
         HFReader(path)
 
 
@@ -186,6 +193,12 @@ def test_experts_in_one_tensor_are_read_as_those_one_by_one(tmp_path: Path, fami
     save_file(state, fused / "model.safetensors", metadata={"format": "pt"})
     one, other = HFReader(apart), HFReader(fused)
     assert one.names() == other.names()
+    bare = {name.removeprefix("model."): tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    save_file(
+        bare | {"lm_head.weight": state["lm_head.weight"]}, fused / "model.safetensors", metadata={"format": "pt"}
+    )
+    assert HFReader(fused).names() == one.names()
+    save_file(state, fused / "model.safetensors", metadata={"format": "pt"})
     for name in one.names():
         assert torch.equal(one.read(name), other.read(name)), name
         assert torch.equal(one.read_rows(name, 1, 5), other.read_rows(name, 1, 5)), name
