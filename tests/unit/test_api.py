@@ -17,11 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatron_prune as mp
 from megatron_prune.api import NAMES, _words, function
+from megatron_prune.errors import UserError
 from megatron_prune.verbs import VERBS
 from tests.models import TINY_SIZES, byte_tokenizer, tiny_model, words
 
 ROOT = Path(__file__).parents[2]
 LENGTH, SAMPLES = 24, 4
+
+DENSE = [name for name, sizes in TINY_SIZES.items() if not any("experts" in key for key in sizes)]
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -133,7 +136,7 @@ MASKS = [("magnitude", "0.5"), ("wanda", "2:4"), ("sparsegpt", "2:4")]
 UNITS = [("minitron", {"ffn_hidden_size": 40}), ("shortgpt", "num_layers=1")]
 
 
-@pytest.mark.parametrize("family", list(TINY_SIZES))
+@pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize(("method", "target"), [*MASKS, *UNITS])
 def test_a_model_in_memory_is_pruned_as_by_the_commands(
     tmp_path: Path, family: str, method: str, target: str | dict[str, int]
@@ -237,3 +240,11 @@ def test_what_cannot_be_done_in_memory_is_refused(tmp_path: Path, options: dict[
         mp.prune_model(model, **options)
     with pytest.raises(mp.UserError, match="allowed: a language model of transformers"):
         mp.prune_model("gpt2", method="magnitude", target="2:4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", sorted(TINY_SIZES.keys() - set(DENSE)))
+def test_models_with_experts_in_memory_are_refused(tmp_path: Path, family: str) -> None:
+    path = byte_tokenizer(tiny_model(tmp_path / "hf", family, vocab_size=257))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    with pytest.raises(UserError, match="a model with experts was given; save it, and use `import` and `prune`"):
+        mp.prune_model(model, tokenizer, method="magnitude", target="2:4")

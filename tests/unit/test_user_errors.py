@@ -159,7 +159,9 @@ def test_a_truncated_safetensors_file(root: Path, capsys: pytest.CaptureFixture[
 def test_an_unsupported_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tiny_llama(root / "other_hf")
     edit_config(other, model_type="mamba")
-    assert "supported: gpt2, llama" in refused(["import", "--input", str(other), "--output", str(root / "x")], capsys)
+    assert "supported: glm4_moe, gpt2, llama" in refused(
+        ["import", "--input", str(other), "--output", str(root / "x")], capsys
+    )
 
 
 def test_float16_weights(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,18 +262,21 @@ def test_a_resumed_run_may_have_another_learning_rate(root: Path) -> None:
 
 def test_a_decision_of_another_run_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By all that read it."""
-    for name, target in (("half", "0.5"), ("two", "2:4")):
+    for name, target in (("unstructured", "0.5"), ("two", "2:4")):
         command = ["prune", "--input", str(root / "model"), "--output", str(root / name), "--target", target]
         assert main([*command, "--method", "magnitude"]) == 0
-    shutil.rmtree(root / "half" / "decision")
-    shutil.copytree(root / "two" / "decision", root / "half" / "decision")
-    given, said = ["--input", str(root / "half")], "run.json says magnitude 0.5, decision/decision.json magnitude 2:4"
+    shutil.rmtree(root / "unstructured" / "decision")
+    shutil.copytree(root / "two" / "decision", root / "unstructured" / "decision")
+    given, said = (
+        ["--input", str(root / "unstructured")],
+        "run.json says magnitude 0.5, decision/decision.json magnitude 2:4",
+    )
     for verb in (["trim", "--output", str(root / "x")], ["verify"], ["inspect"]):
         assert said in refused([verb[0], *given, *verb[1:]], capsys)
-    assert said in refused(["report", str(root / "half"), "--output", str(root / "x.html")], capsys)
+    assert said in refused(["report", str(root / "unstructured"), "--output", str(root / "x.html")], capsys)
     mask = ["export", *given, "--format", "mask-npz", "--output", str(root / "x.npz")]
     assert said in refused(mask, capsys)
-    learned = ["--prior", str(root / "half")]
+    learned = ["--prior", str(root / "unstructured")]
     assert said in refused(learn(root, "from_half", *learned), capsys)
     assert untouched(root, "x")
 

@@ -83,6 +83,39 @@ GPT2: dict[str, Any] = {
 }  # fmt: skip
 
 
+EXPERTS = {"decoder_sparse_step": 1, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2,
+    "output_router_logits": False, "router_aux_loss_coef": 0.001}  # fmt: skip
+QWEN3_MOE = QWEN3 | EXPERTS | {
+    "architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [], "model_type": "qwen3_moe", "norm_topk_prob": True,
+}  # fmt: skip
+QWEN2_MOE = {key: value for key, value in QWEN2.items() if key != "use_mrope"} | EXPERTS | {
+    "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "norm_topk_prob": False,
+    "shared_expert_intermediate_size": 40, "tie_word_embeddings": False,
+}  # fmt: skip
+MIXTRAL = MISTRAL | {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_experts_per_tok": 2, "num_local_experts": 4,
+    "output_router_logits": False, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+}  # fmt: skip
+OLMOE: dict[str, Any] = SIZES | {
+    "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+    "eos_token_id": 3, "hidden_act": "silu", "initializer_range": 0.02, "intermediate_size": 24,
+    "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": False, "num_experts": 4,
+    "num_experts_per_tok": 2, "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True,
+}  # fmt: skip
+GLM4_MOE: dict[str, Any] = SIZES | {
+    "architectures": ["Glm4MoeForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": [3, 4],
+    "first_k_dense_replace": 1, "head_dim": 16, "hidden_act": "silu", "initializer_range": 0.02,
+    "max_position_embeddings": 131072, "model_type": "glm4_moe", "moe_intermediate_size": 24, "n_group": 1,
+    "n_routed_experts": 4, "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 1, "pad_token_id": 5, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "rope_theta": 1000000, "routed_scaling_factor": 2.5, "tie_word_embeddings": False,
+    "topk_group": 1, "torch_dtype": "bfloat16", "transformers_version": "4.54.0", "use_cache": True,
+    "use_qk_norm": True,
+}  # fmt: skip
+
+
 def in_style_of_5(config: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The same model as transformers 5 writes it."""
     old = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype")
@@ -128,6 +161,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": QWEN3,
     "Qwen3-8B": QWEN3 | {"tie_word_embeddings": False, "head_dim": 8},
     "Qwen3 of transformers 5": in_style_of_5(QWEN3, layer_types=["full_attention"] * 2),
+    "Qwen3-30B-A3B": QWEN3_MOE,
+    "Qwen3-30B-A3B of transformers 5": in_style_of_5(
+        {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"}, num_local_experts=4),
+    "Qwen1.5-MoE-A2.7B": QWEN2_MOE,
+    "Mixtral-8x7B-v0.1": MIXTRAL,
+    "OLMoE-1B-7B-0924": OLMOE,
+    "GLM-4.5": GLM4_MOE,
+    "GLM-4.5-Air": GLM4_MOE | {"routed_scaling_factor": 1.0, "use_qk_norm": False},
     "Minitron-4B": NEMOTRON,
     "Nemotron of transformers 5": in_style_of_5(NEMOTRON),
     "gpt2": GPT2,
@@ -230,7 +271,7 @@ NOT_REPRESENTED: list[tuple[dict[str, Any], str]] = [
     (LLAMA3 | {"dtype": {"": "bfloat16"}}, "config.json has dtype .*save the model in one"),
     (LLAMA3 | {"dtype": "float64"}, "dtype 'float64'.*save the model in one"),
     ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, "text_config is of a mistral model: save"),
-    ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported: gpt2"),
+    ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported: glm4_moe, gpt2"),
 ]  # fmt: skip
 
 
