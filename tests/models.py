@@ -65,6 +65,8 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     | {"bos_token_id": 0, "eos_token_id": 0},
 }
 """Config fields of a tiny model of every family, by its model_type."""
+DENSE = [name for name, sizes in TINY_SIZES.items() if not any("experts" in key for key in sizes)]
+"""Those without experts."""
 
 
 def tiny_model(

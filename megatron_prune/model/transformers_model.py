@@ -86,6 +86,7 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     model: Any = empty_model(config, dtype)
     missing = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
+    wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # routers, in some families
     parts: dict[str, int] = {}
     for name, tensor in weights:
         place, expert, half = _place(name)
@@ -96,7 +97,8 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
             continue
         if expert is None:
             del missing[place]
-            setattr(module, field, Parameter(tensor.to(dtype, copy=True).contiguous()))
+            kind = torch.float32 if place.endswith(wide) else dtype
+            setattr(module, field, Parameter(tensor.to(kind, copy=True).contiguous()))
             continue
         if place in missing:
             setattr(module, field, Parameter(torch.empty(missing.pop(place).shape, dtype=dtype)))

@@ -19,12 +19,10 @@ import megatron_prune as mp
 from megatron_prune.api import NAMES, _words, function
 from megatron_prune.errors import UserError
 from megatron_prune.verbs import VERBS
-from tests.models import TINY_SIZES, byte_tokenizer, tiny_model, words
+from tests.models import DENSE, TINY_SIZES, byte_tokenizer, tiny_model, words
 
 ROOT = Path(__file__).parents[2]
 LENGTH, SAMPLES = 24, 4
-
-DENSE = [name for name, sizes in TINY_SIZES.items() if not any("experts" in key for key in sizes)]
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -18,7 +18,7 @@ from megatron_prune.exporting.preflight import check_export, check_result
 from megatron_prune.jobs import prune
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import ModelConfig, family_of
-from tests.models import BLOCKS, TINY_SIZES, byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model
+from tests.models import BLOCKS, DENSE, TINY_SIZES, byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model
 
 OPENS_LAYER_TYPES = Version(transformers.__version__) < Version("5.10")
 
@@ -33,7 +33,8 @@ def config_of(path: Path, model_type: str = "llama", **changes: Any) -> ModelCon
 def test_every_family_can_be_exported(tmp_path: Path, model_type: str) -> None:
     check_export(config_of(tmp_path / "hf", model_type))
     assert len(BLOCKS) == 4
-    check_export(HFReader(tiny_blocks(tmp_path / "blocks", model_type)).model_config)
+    if model_type in DENSE:  # layers with experts are alike
+        check_export(HFReader(tiny_blocks(tmp_path / "blocks", model_type)).model_config)
 
 
 @pytest.mark.parametrize(
