@@ -6,6 +6,19 @@ from megatron_prune.model.family import WeightPattern
 
 HF = "model.layers.{layer}."
 MEGATRON = "decoder.layers.{layer}."
+
+
+def gate_up(mlp: str, gate: str, up: str, width: str = "ffn") -> WeightPattern:
+    """`linear_fc1` of a gated MLP: start of its Megatron names, Hugging Face names of both matrices, its width."""
+    names = {f"{name}.weight": (width, "hidden") for name in (gate, up)}
+    return WeightPattern(f"{mlp}linear_fc1.weight", names, transform="gated", shard_dim=0, prunable=True)
+
+
+def down(mlp: str, name: str, width: str = "ffn") -> WeightPattern:
+    """`linear_fc2` of an MLP; see `gate_up`."""
+    return WeightPattern(f"{mlp}linear_fc2.weight", {f"{name}.weight": ("hidden", width)}, shard_dim=1, prunable=True)
+
+
 EMBEDDING = WeightPattern(
     "embedding.word_embeddings.weight",
     {"model.embed_tokens.weight": ("vocab", "hidden")},
@@ -66,28 +79,15 @@ MLP_NORM = WeightPattern(
     MEGATRON + "pre_mlp_layernorm.weight",
     {HF + "post_attention_layernorm.weight": ("hidden",)},
 )
-GATE_UP = WeightPattern(
-    MEGATRON + "mlp.linear_fc1.weight",
-    {
-        HF + "mlp.gate_proj.weight": ("ffn", "hidden"),
-        HF + "mlp.up_proj.weight": ("ffn", "hidden"),
-    },
-    transform="gated",
-    shard_dim=0,
-    prunable=True,
-)
+MLP = MEGATRON + "mlp."
+GATE_UP = gate_up(MLP, HF + "mlp.gate_proj", HF + "mlp.up_proj")
 UP = WeightPattern(
     MEGATRON + "mlp.linear_fc1.weight",
     {HF + "mlp.up_proj.weight": ("ffn", "hidden")},
     shard_dim=0,
     prunable=True,
 )
-DOWN = WeightPattern(
-    MEGATRON + "mlp.linear_fc2.weight",
-    {HF + "mlp.down_proj.weight": ("hidden", "ffn")},
-    shard_dim=1,
-    prunable=True,
-)
+DOWN = down(MLP, HF + "mlp.down_proj")
 ROUTER = WeightPattern(
     MEGATRON + "mlp.router.weight",
     {HF + "mlp.gate.weight": ("experts", "hidden")},
@@ -98,38 +98,11 @@ ROUTER_BIAS = WeightPattern(
 )
 EXPERT = MEGATRON + "mlp.experts.local_experts.{expert}."
 """With the expert's number in the whole model."""
-EXPERT_GATE_UP = WeightPattern(
-    EXPERT + "linear_fc1.weight",
-    {
-        HF + "mlp.experts.{expert}.gate_proj.weight": ("ffn", "hidden"),
-        HF + "mlp.experts.{expert}.up_proj.weight": ("ffn", "hidden"),
-    },
-    transform="gated",
-    shard_dim=0,
-    prunable=True,
-)
-EXPERT_DOWN = WeightPattern(
-    EXPERT + "linear_fc2.weight",
-    {HF + "mlp.experts.{expert}.down_proj.weight": ("hidden", "ffn")},
-    shard_dim=1,
-    prunable=True,
-)
-SHARED_GATE_UP = WeightPattern(
-    MEGATRON + "mlp.shared_experts.linear_fc1.weight",
-    {
-        HF + "mlp.shared_expert.gate_proj.weight": ("shared_ffn", "hidden"),
-        HF + "mlp.shared_expert.up_proj.weight": ("shared_ffn", "hidden"),
-    },
-    transform="gated",
-    shard_dim=0,
-    prunable=True,
-)
-SHARED_DOWN = WeightPattern(
-    MEGATRON + "mlp.shared_experts.linear_fc2.weight",
-    {HF + "mlp.shared_expert.down_proj.weight": ("hidden", "shared_ffn")},
-    shard_dim=1,
-    prunable=True,
-)
+EXPERT_GATE_UP = gate_up(EXPERT, HF + "mlp.experts.{expert}.gate_proj", HF + "mlp.experts.{expert}.up_proj")
+EXPERT_DOWN = down(EXPERT, HF + "mlp.experts.{expert}.down_proj")
+SHARED = MEGATRON + "mlp.shared_experts."
+SHARED_GATE_UP = gate_up(SHARED, HF + "mlp.shared_expert.gate_proj", HF + "mlp.shared_expert.up_proj", "shared_ffn")
+SHARED_DOWN = down(SHARED, HF + "mlp.shared_expert.down_proj", "shared_ffn")
 SHARED_GATE = WeightPattern(
     MEGATRON + "mlp.shared_experts.gate_weight",
     {HF + "mlp.shared_expert_gate.weight": ("one", "hidden")},

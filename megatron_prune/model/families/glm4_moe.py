@@ -29,11 +29,12 @@ from megatron_prune.model.rows import (
     ROTARY_TABLES,
     ROUTER,
     ROUTER_BIAS,
-    SHARED_DOWN,
-    SHARED_GATE_UP,
+    SHARED,
+    down,
+    gate_up,
 )
 
-SHARED = HF + "mlp.shared_experts."
+NAMES = HF + "mlp.shared_experts."
 KEYS = {
     "num_moe_experts": "n_routed_experts",
     "moe_ffn_hidden_size": "moe_intermediate_size",
@@ -65,10 +66,8 @@ FAMILY = Family(
         *(EMBEDDING, INPUT_NORM, QKV, replace(QKV_BIAS, when="qkv_bias")),
         *(replace(norm, when="qk_layernorm") for norm in (QUERY_NORM, KEY_NORM)),
         *(PROJECTION, MLP_NORM, ROUTER, ROUTER_BIAS),
-        replace(
-            SHARED_GATE_UP, hf={f"{SHARED}{name}_proj.weight": ("shared_ffn", "hidden") for name in ("gate", "up")}
-        ),
-        replace(SHARED_DOWN, hf={SHARED + "down_proj.weight": ("hidden", "shared_ffn")}),
+        gate_up(SHARED, NAMES + "gate_proj", NAMES + "up_proj", "shared_ffn"),
+        down(SHARED, NAMES + "down_proj", "shared_ffn"),
         *(EXPERT_GATE_UP, EXPERT_DOWN, GATE_UP, DOWN, FINAL_NORM, OUTPUT),
     ),
     ignored=ROTARY_TABLES,

@@ -19,26 +19,14 @@ from megatron_prune.model.rows import (
     PROJECTION,
     QKV,
     ROTARY_TABLES,
+    down,
+    gate_up,
 )
 
 SPARSE = HF + "block_sparse_moe."
 ROUTER = WeightPattern(MEGATRON + "mlp.router.weight", {SPARSE + "gate.weight": ("experts", "hidden")})
-GATE_UP = WeightPattern(
-    EXPERT + "linear_fc1.weight",
-    {
-        SPARSE + "experts.{expert}.w1.weight": ("ffn", "hidden"),
-        SPARSE + "experts.{expert}.w3.weight": ("ffn", "hidden"),
-    },
-    transform="gated",
-    shard_dim=0,
-    prunable=True,
-)
-DOWN = WeightPattern(
-    EXPERT + "linear_fc2.weight",
-    {SPARSE + "experts.{expert}.w2.weight": ("hidden", "ffn")},
-    shard_dim=1,
-    prunable=True,
-)
+GATE_UP = gate_up(EXPERT, SPARSE + "experts.{expert}.w1", SPARSE + "experts.{expert}.w3")
+DOWN = down(EXPERT, SPARSE + "experts.{expert}.w2")
 KEYS = {
     "num_moe_experts": "num_local_experts",
     "moe_ffn_hidden_size": "intermediate_size",
