@@ -106,12 +106,8 @@ class TrainConfig(Options):
         super().__post_init__()
         if self.engine != "fsdp":
             return
-        p = self.parallelism
         given = {
-            "--tensor-model-parallel-size": p.tensor_model_parallel_size > 1,
-            "--pipeline-model-parallel-size": p.pipeline_model_parallel_size > 1,
-            "--virtual-pipeline-model-parallel-size": p.virtual_pipeline_model_parallel_size is not None,
-            "--context-parallel-size": p.context_parallel_size > 1,
+            **dict.fromkeys(self.parallelism.several(), True),
             "--use-distributed-optimizer": self.training.use_distributed_optimizer,
             "--overlap-grad-reduce": self.training.overlap_grad_reduce,
             "--lora-rank": self.lora.rank > 0,
@@ -159,7 +155,6 @@ class ExportConfig(Options):
         if self.quantize is None:
             return
         given = f"--quantize {self.quantize}"
-        p = self.parallelism
         if self.format != "hf":
             raise UserError(f"{given} was given with --format {self.format}; allowed: --format hf")
         if self.layers in ("custom", "blocks"):
@@ -167,7 +162,7 @@ class ExportConfig(Options):
                 f"{given} was given with --layers {self.layers}, which no engine opens: use --layers padded, or "
                 "prune to layers that are alike"
             )
-        if max(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size) > 1:
+        if self.parallelism.several():
             raise UserError(
                 f"{given} was given with a layout of several processes and one quantises, which holds the whole model: "
                 "leave the layout out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,11 @@ class Parallelism(Options):
         super().__post_init__()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise UserError("--sequence-parallel: true given; it needs --tensor-model-parallel-size above 1")
+
+    def several(self) -> dict[str, int]:
+        """Flags that ask for several processes, or for parts of a stage, with their sizes: no layout of one has any."""
+        sizes = {entry.name: getattr(self, entry.name) for entry in fields(self) if "parallel_size" in entry.name}
+        return {f"--{name.replace('_', '-')}": size for name, size in sizes.items() if size is not None and size > 1}
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` processes; a world that does not divide is an error."""

@@ -24,9 +24,8 @@ def open_alone(name: str | Path, layout: Parallelism) -> HFReader:
             f"{name} is a Hugging Face model and {backend.world_size()} processes were started: use one process, or "
             "import it and evaluate the Megatron checkpoint"
         )
-    sizes = [layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size]
-    sizes += [layout.expert_model_parallel_size, layout.expert_tensor_parallel_size or 1]
-    if max(sizes) > 1:
+    sizes = [size for flag, size in layout.several().items() if not flag.startswith("--virtual")]
+    if sizes:
         raise UserError(
             f"{name} is a Hugging Face model and a layout of {math.prod(sizes)} processes was given: leave it out, or "
             "import it and evaluate the Megatron checkpoint"

@@ -66,6 +66,10 @@ CASES = {
         [*"evaluate --input ROOT/hf --text ROOT/words.jsonl --window 16 --tensor-model-parallel-size 2".split()],
         "a layout of 2 processes was given",
     ),
+    "experts_of_a_hugging_face_model": (
+        [*"evaluate --input ROOT/hf --text ROOT/words.jsonl --window 16 --expert-model-parallel-size 2".split()],
+        "a layout of 2 processes was given",
+    ),
     "existing_output": (["import", "--input", "ROOT/hf", "--output", "ROOT/model"], "already exists"),
     "misspelt_flag": (["import", "--inptu", "ROOT/hf", "--output", "ROOT/x"], "input"),
     "misspelt_verb": (["improt"], "did you mean import"),

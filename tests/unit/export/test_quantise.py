@@ -260,6 +260,7 @@ REFUSED = {
     f"--quantize fp8 --layers custom {CALIBRATION}": "with --layers custom, which no engine opens",
     f"--quantize fp8 --layers blocks {CALIBRATION}": "with --layers blocks, which no engine opens",
     f"--quantize fp8 --tensor-model-parallel-size 2 {CALIBRATION}": "a layout of several processes and one quantises",
+    f"--quantize fp8 --expert-model-parallel-size 2 {CALIBRATION}": "a layout of several processes and one quantises",
     "--calibration text.jsonl": "--calibration was given and has no effect without --quantize: leave it out",
     "--calibration-samples 3": "--calibration-samples was given and has no effect without --quantize",
     f"--quantize int8 {CALIBRATION}": "--quantize",

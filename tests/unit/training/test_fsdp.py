@@ -279,6 +279,7 @@ def test_every_family(tmp_path: Path, family: str) -> None:
 
 MISTAKES = {
     "layout": (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size given; FSDP shards all"),
+    "experts": (["--expert-tensor-parallel-size", "2"], "--expert-tensor-parallel-size given; FSDP shards all"),
     "overlap": (["--overlap-grad-reduce"], "--overlap-grad-reduce given"),
     "optimizer": (["--use-distributed-optimizer"], "--use-distributed-optimizer given"),
     "adapters": (["--lora-rank", "4"], "--lora-rank given"),
