@@ -101,6 +101,17 @@ class WeightMap:
         """Shape of each Hugging Face tensor with its rows, the outputs, first."""
         return tuple(shape[::-1] for shape in self.shapes) if self.transposed else self.shapes
 
+    def fused(self) -> Iterator[tuple[str, str, int | None]]:
+        """Of an expert's weight each Hugging Face name, the tensor in which transformers 5 has that of all experts of
+        the layer, and which half of its rows it is, gate above up; nothing of other weights.
+        """
+        if self.expert is None:
+            return
+        pair = len(self.hf) > 1
+        for half, name in enumerate(self.hf):
+            start = name.partition(".experts.")[0].replace(".block_sparse_moe", ".mlp")
+            yield name, f"{start}.experts.{'gate_up_proj' if pair else 'down_proj'}", half if pair else None
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the unsharded Megatron tensor: the Hugging Face tensors stacked along their rows."""

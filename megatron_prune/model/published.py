@@ -70,7 +70,7 @@ def plain_entries(
     embedding may be stored as the output layer alone.
     """
     known = {name for map in family.weights(config) for name in map.hf}
-    known |= {name for map in family.weights(config) if map.expert == 0 for name in _in_one(map)}
+    known |= {name for map in family.weights(config) if map.expert == 0 for name in _places_of_all(map)}
     tied = family.tied_names(config)
     plain: dict[str, Entry] = {}
     for name, entry in entries.items():
@@ -89,12 +89,16 @@ def plain_entries(
     return plain
 
 
-def _in_one(map: WeightMap) -> list[str]:
-    """Names of the tensor that has this weight of all experts of a layer, and of the router beside it."""
+def _in_one(map: WeightMap) -> set[str]:
+    """Names that a tensor may have which has this weight of all experts of a layer."""
     start = map.hf[0].partition(".experts.")[0]
-    field = "gate_up_proj" if len(map.hf) > 1 else "down_proj"
-    places = [start, start.replace(".block_sparse_moe", ".mlp")]
-    return [name for place in places for name in (f"{place}.experts.{field}", f"{place}.gate.weight")]
+    names = {name for _, name, _ in map.fused()}
+    return names | {f"{start}.experts.{name.rpartition('.')[2]}" for name in names}
+
+
+def _places_of_all(map: WeightMap) -> set[str]:
+    """The same, and of the router beside it."""
+    return {name for one in _in_one(map) for name in (one, f"{one.rpartition('.experts.')[0]}.gate.weight")}
 
 
 def _experts_apart(directory: Path, entries: dict[str, Entry], family: Family, config: ModelConfig) -> dict[str, Entry]:
@@ -109,26 +113,21 @@ def _experts_apart(directory: Path, entries: dict[str, Entry], family: Family, c
                 other = map.hf[0].replace(".block_sparse_moe.", ".mlp.")
                 found |= {map.hf[0]: found.pop(other)} if other in found and map.hf[0] not in found else {}
             continue
-        start = map.hf[0].partition(".experts.")[0]
-        field = "gate_up_proj" if len(map.hf) > 1 else "down_proj"
-        for place in {start, start.replace(".block_sparse_moe", ".mlp")}:
-            whole = entries.get(f"{place}.experts.{field}")
-            if whole is None:
-                continue
+        for place in _in_one(map) & entries.keys():
+            whole = entries[place]
             rows, columns = map.shape
             if whole.shape != (config.num_moe_experts, rows, columns):
                 raise UserError(
                     f"{shown(whole.name)} in {whole.file} has shape {brief(list(whole.shape))}; config.json asks for "
                     f"{[config.num_moe_experts, rows, columns]}: one of the two is of another model, fetch both again"
                 )
-            found.pop(f"{place}.experts.{field}", None)
-            for half, (name, shape) in enumerate(zip(map.hf, map.shapes, strict=True)):
+            found.pop(place, None)
+            for (name, _, half), shape in zip(map.fused(), map.shapes, strict=True):
                 if name in found:
                     raise UserError(
                         f"{directory} holds {shown(whole.name)} and {shown(name)}, one in the other; keep one"
                     )
-                part = half if len(map.hf) > 1 else None
-                found[name] = replace(whole, shape=shape, expert=map.expert, half=part)
+                found[name] = replace(whole, shape=shape, expert=map.expert, half=half)
     return found
 
 

@@ -9,7 +9,6 @@ set here. Weights come from safetensors by our own reader: nothing else in the d
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,14 +28,6 @@ ROTARY = frozenset(
     "partial_rotary_factor".split()
 )
 """Keys inside of those."""
-EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
-"""Names of experts' weights in files."""
-FUSED: dict[str, tuple[str, int | None]] = {
-    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
-    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
-    **dict.fromkeys(("down_proj", "w2"), ("down_proj", None)),
-}
-"""Where transformers 5 keeps them: a parameter for all experts, and which half of its rows."""
 NOT_HANDED_ON = ("quantization_config",)
 
 
@@ -87,9 +78,14 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     missing = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # routers, in some families
+    fused = {
+        name: (place, map.expert, half)
+        for map in get_family(config.family).weights(config)
+        for name, place, half in map.fused()
+    }
     parts: dict[str, int] = {}
     for name, tensor in weights:
-        place, expert, half = _place(name)
+        place, expert, half = fused.get(name, (name.replace(".block_sparse_moe.", ".mlp."), None, None))
         owner, _, field = place.rpartition(".")
         module = model.get_submodule(owner)
         if place in buffers:
@@ -111,15 +107,6 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     assert filled and not missing, f"the family's table and transformers name other weights: {sorted(missing)[:3]}"
     model.tie_weights()  # the parameters are others than those that were tied
     return model
-
-
-def _place(name: str) -> tuple[str, int | None, int | None]:
-    """The parameter that a weight of a file is, or the part of it: all experts' in one, gate and up side by side."""
-    found = EXPERT.fullmatch(name)
-    if found is None:
-        return name.replace(".block_sparse_moe.", ".mlp."), None, None
-    field, half = FUSED[found[3]]
-    return f"{found[1]}.mlp.experts.{field}", int(found[2]), half
 
 
 @contextlib.contextmanager
