@@ -419,9 +419,9 @@ class Layout:
         return dist.get_world_size() // (self.tensor * self.pipeline * self.context)
 
     @property
-    def replicas_meet(self) -> bool:
-        """Whether experts get tokens of several replicas at a time, which must then make the same passes together."""
-        return self.expert * self.expert_tensor_size > self.tensor
+    def replicas_together(self) -> float:
+        """Replicas whose tokens an expert gets at a time; above 1 they must make the same passes together."""
+        return self.expert * self.expert_tensor_size / self.tensor
 
     def describe(self) -> str:
         """`tp2 pp1 cp1 dp4 sp`, for logs."""

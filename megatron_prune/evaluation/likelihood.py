@@ -78,7 +78,9 @@ class MegatronScorer:
         budget, multiple = self.tokens_per_batch * self.micro_batches, sequence_parts(self.model.layout)
         batches = plan(requests, self.longest, budget, multiple=multiple)
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        together = self.model.layout.replicas_meet  # then all replicas make the same passes, and one of them answers
+        together = (
+            self.model.layout.replicas_together > 1
+        )  # then all replicas make the same passes, and one of them answers
         mine = batches if together else batches[replica::replicas]
         speaks = parallel_state.is_pipeline_last_stage() and self.model.tp_rank == 0 and not (together and replica)
         with fast_products(), self._placing(), progress("evaluate", len(mine), "batches") as advance:

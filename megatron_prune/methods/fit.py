@@ -74,8 +74,8 @@ def check_shards(
     """
     for map in get_family(config.family).weights(config):
         if map.prunable and map.shard_dim == 1 and isinstance(target, NM):
-            own = map.expert is not None and expert_tensor is not None
-            parts = expert_tensor if own and expert_tensor is not None else tensor
+            own = expert_tensor if map.expert is not None else None
+            parts = own or tensor
             width, rest = divmod(map.shape[1], parts)
             if rest or width % target.m:
                 raise UserError(

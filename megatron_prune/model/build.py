@@ -291,9 +291,8 @@ def check_divisible(config: ModelConfig, layout: backend.Layout) -> None:
             for what, count in (
                 ("attention heads", block.num_attention_heads),
                 ("query groups", block.num_query_groups),
-                ("ffn channels", config.ffn_hidden_size if block.num_moe_experts else block.ffn_hidden_size),
+                ("ffn channels", 0 if block.num_moe_experts else block.ffn_hidden_size),
             )
-            if not (block.num_moe_experts and config.moe_layers is None and what == "ffn channels")
         ),
         *_expert_sizes(config, layout),
         ("layers", config.num_layers, layout.pipeline, "pipeline-model-parallel-size"),
@@ -332,9 +331,9 @@ def _expert_sizes(config: ModelConfig, layout: backend.Layout) -> list[tuple[str
 
 def _different_blocks(config: ModelConfig) -> list[tuple[str, Block]]:
     """The sizes that layers have, and words for where the first layer of these sizes is."""
-    if config.blocks is None:
-        return [("", config.block(None))]
-    return [(f" in layer {config.blocks.index(block)}", block) for block in dict.fromkeys(config.blocks)]
+    blocks = [config.block(layer) for layer in range(config.num_layers)]
+    different = list(dict.fromkeys(blocks))
+    return [(f" in layer {blocks.index(block)}" if len(different) > 1 else "", block) for block in different]
 
 
 def transformer_config(

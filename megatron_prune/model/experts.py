@@ -73,6 +73,7 @@ def expert_fields(config: ModelConfig, layout: backend.Layout) -> dict[str, Any]
     """
     if not config.num_moe_experts:
         return {}
+    grouped = (config.moe_router_num_groups or 1) > 1
     return dict(
         num_moe_experts=config.num_moe_experts,
         moe_ffn_hidden_size=config.moe_ffn_hidden_size,
@@ -86,8 +87,8 @@ def expert_fields(config: ModelConfig, layout: backend.Layout) -> dict[str, Any]
         moe_router_enable_expert_bias=config.moe_router_expert_bias,
         moe_router_bias_update_rate=0.0,  # it is the model's own; another step would be no step of the optimizer
         moe_router_topk_scaling_factor=config.moe_router_topk_scaling_factor,
-        moe_router_num_groups=config.moe_router_num_groups if (config.moe_router_num_groups or 1) > 1 else None,
-        moe_router_group_topk=config.moe_router_group_topk if (config.moe_router_num_groups or 1) > 1 else None,
+        moe_router_num_groups=config.moe_router_num_groups if grouped else None,
+        moe_router_group_topk=config.moe_router_group_topk if grouped else None,
         moe_router_dtype="fp32" if config.moe_router_score_function == "sigmoid" else None,
         moe_token_dispatcher_type="alltoall" if backend.has_cuda() else "allgather",  # gloo gathers equal parts alone
         moe_grouped_gemm=False,

@@ -74,7 +74,9 @@ def window_losses(model: PrunableModel, windows: Tensor, micro_batch_size: int =
     replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     mine = windows[replica::replicas]
     counted = mine.shape[0]
-    if model.layout.replicas_meet:  # as many passes as the others, of the same sizes: one window may come once more
+    if (
+        model.layout.replicas_together > 1
+    ):  # as many passes as the others, of the same sizes: one window may come once more
         mine = torch.cat([mine, windows[: -(-windows.shape[0] // replicas) - counted]])
     totals = torch.zeros(2, dtype=torch.float64, device=backend.device())
     micro_batch_size *= model.layout.pipeline if model.layout.virtual_pipeline else 1

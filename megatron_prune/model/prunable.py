@@ -126,8 +126,7 @@ class PrunableModel:
 
     def seen_together(self, map: WeightMap) -> float:
         """Micro-batches whose tokens pass through a weight at a time: an expert gets those of several replicas."""
-        layout = self.layout
-        return 1.0 if map.expert is None else layout.expert * layout.expert_tensor_size / layout.tensor
+        return 1.0 if map.expert is None else self.layout.replicas_together
 
     def part(self, map: WeightMap) -> tuple[int, int]:
         """This rank's place among those that share a weight's layer or expert, and how many they are."""

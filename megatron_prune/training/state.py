@@ -99,8 +99,6 @@ class Slot:
     """What it updates: the parameter, its float32 master, or a flat part of either."""
     part: slice | None = None
     """This rank's part of the flattened parameter; None when it has all of it."""
-    group: Any = None
-    """The ranks that have the other parts."""
 
     @property
     def state(self) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def _distributed_slots(optimizer: DistributedOptimizer) -> Iterator[tuple[Parame
     for parameter, (group, place) in optimizer.model_param_group_index_map.items():
         main = optimizer.optimizer.param_groups[group]["params"][place]
         owned = optimizer._get_model_param_range_map(parameter)["param"]
-        yield parameter, Slot(optimizer.optimizer, main, slice(owned.start, owned.end), optimizer.data_parallel_group)
+        yield parameter, Slot(optimizer.optimizer, main, slice(owned.start, owned.end))
 
 
 def _group(optimizer: Any, parameter: Parameter) -> Any:

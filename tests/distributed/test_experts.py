@@ -207,6 +207,8 @@ def test_training_follows_one_process(root: Path, name: str, layout: Layout) -> 
     assert curve(here, "eval_loss") == pytest.approx(curve(there, "eval_loss"), abs=1e-5)
     assert curve(here, "eval_loss")
     keys |= {"max_probability": 1e-5, "max_probability/linear_fc2": 1e-5} if name == "learned" else {}
+    assert curve(here, "zeros") == curve(there, "zeros")
+    assert all(curve(here, "zeros")) and bool(curve(here, "zeros")) == (TRAINED[name][0] == "train")
     for key, tolerance in keys.items():
         found, expected = curve(here, key), curve(there, key)
         assert len(found) == STEPS and expected[0] != expected[-1]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.__main__ import main
-from tests.distributed.launch import DP2, PP2, TP2, TP2_SP, Layout, launch, must_pass
-from tests.models import byte_tokenizer, tiny_llama
+from tests.distributed.launch import DP2, EP2, EP2_TP2_SP, PP2, TP2, TP2_SP, Layout, launch, must_pass
+from tests.models import byte_tokenizer, tiny_llama, tiny_model
 from tests.tasks import write_tasks
 from tests.unit.evaluation.test_tasks import evaluate, largest_difference, read, samples
 
@@ -28,7 +28,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         byte_tokenizer(tiny_llama(root / f"{name}_hf", vocab_size=257, num_hidden_layers=4, seed=seed))
         assert main(["import", "--input", str(root / f"{name}_hf"), "--output", str(root / name)]) == 0
         assert main(command(root, name, name)) == 0
-    must_pass(launch(2, [[*command(root, "model", layout.name), *layout.flags()] for layout in LAYOUTS], root / "logs"))
+    byte_tokenizer(tiny_model(root / "experts_hf", "qwen3_moe", vocab_size=257))
+    assert main(["import", "--input", str(root / "experts_hf"), "--output", str(root / "experts")]) == 0
+    assert main(command(root, "experts", "experts")) == 0
+    commands = [[*command(root, "model", layout.name), *layout.flags()] for layout in LAYOUTS]
+    commands += [[*command(root, "experts", f"experts_{x.name}"), *x.flags()] for x in (EP2, EP2_TP2_SP)]
+    must_pass(launch(2, commands, root / "logs"))
     return root
 
 
@@ -48,6 +53,13 @@ def test_answers_are_those_of_one_process(layout: Layout, root: Path) -> None:
         assert same["tasks"][task]["items_sha256"] == about["items_sha256"]
         assert same["tasks"][task]["metrics"] == pytest.approx(about["metrics"], rel=1e-5)
     assert same["layout"] != one["layout"]
+
+
+@pytest.mark.parametrize("layout", [EP2, EP2_TP2_SP], ids=lambda layout: layout.name)
+def test_answers_are_the_same_with_experts_shared_out(layout: Layout, root: Path) -> None:
+    """Replicas whose tokens meet in an expert make the same passes, however few batches there are."""
+    expected = [line["log_likelihoods"] for line in read(root / "experts.jsonl")]
+    assert largest_difference(read(root / f"experts_{layout.name}.jsonl"), expected) < TOLERANCE
 
 
 def test_another_model_is_told_apart(root: Path) -> None:

@@ -99,3 +99,19 @@ def test_no_group_lies_across_two_ranks(model: ModelConfig, tensor: int) -> None
                 check_shards(model, NM(1, m), tensor)
     check_shards(model, Unstructured(0.5), tensor)
     check_shards(model, Shape(num_layers=2), tensor)
+
+
+def test_groups_of_an_expert_may_lie_where_it_is_shared() -> None:
+    """Of an expert by its own flag, and of the rest of the model by the other."""
+    from tests.models import TINY_SIZES
+
+    tiny = {"model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6, **TINY_SIZES["qwen3_moe"]}
+    model = family_of(tiny).from_hf(tiny | {"moe_intermediate_size": 12})
+    check_shards(model, NM(2, 4), 2, expert_tensor=1)
+    check_shards(model, NM(2, 4), 1)
+    for tensor, expert_tensor, flag in (
+        (1, 2, "--expert-tensor-parallel-size 2"),
+        (2, None, "--tensor-model-parallel"),
+    ):
+        with pytest.raises(UserError, match=rf"{flag}.* gives each rank 6 inputs of .*local_experts\.0\.linear_fc2"):
+            check_shards(model, NM(2, 4), tensor, expert_tensor)
