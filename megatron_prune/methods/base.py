@@ -280,7 +280,8 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
                 f"method {name} has no hyper-parameter {brief(given)}{_nearest(given, allowed)}; "
                 f"it has: {', '.join(allowed) or 'none'}"
             )
-        check_kind(f"{name}: {given}", value, kinds[given])
+        single = str | int  # a list in words may be of one number, which YAML reads as a number
+        check_kind(f"{name}: {given}", value, single if kinds[given] is str else kinds[given])
     made = known[name](**hyperparameters)
     for entry in fields(made):
         check_value(entry.name, getattr(made, entry.name), entry.metadata)

@@ -110,7 +110,7 @@ class MaskLLM(PruningMethod):
 
     def decide(self, work: Workbench, target: NM) -> Kept:
         """Learn the mask logits of every prunable linear and keep each group's best pattern."""
-        if self.mask_draw != "step" and any(work.model.seen_together(map) > 1 for map in work.model.maps):
+        if self.mask_draw != "step" and work.model.layout.replicas_together > 1:
             raise UserError(
                 f"maskllm: mask_draw {self.mask_draw} was given and with --expert-model-parallel-size "
                 f"{work.model.layout.expert} the tokens of several micro-batches pass through an expert at a time: "

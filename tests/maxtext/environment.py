@@ -53,7 +53,8 @@ def _start(
     words = [[str(word).replace("HOST", str(number)) for word in call] for call in calls]
     (folder / f"calls_{number}.json").write_text(json.dumps(words))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    environment |= {"JAX_NUM_CPU_DEVICES": str(devices)} if devices > 1 else {}
+    if devices > 1:  # each waits for the others within a collective, and needs a thread to do so
+        environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(8 * devices)}
     if hosts > 1:
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
         environment |= {"JAX_PROCESS_ID": str(number), "RANK": str(number)}

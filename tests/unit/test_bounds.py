@@ -44,7 +44,8 @@ def arguments(verb: type[Options], *more: str) -> list[str]:
     """A verb's required options and some more."""
     needed = [entry.key for entry in entries(verb) if entry.required]
     found = [word for key in needed for word in (flag(key), REQUIRED_ARGUMENTS[key])]
-    return [*found, *(["--text", "t"] if verb is config.EvaluateConfig else []), *more]
+    one_of = {config.EvaluateConfig: ["--text", "t"], VERBS["plan"].config: ["--processes", "2"]}
+    return [*found, *one_of.get(verb, []), *more]
 
 
 def numeric(entry: Entry) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from megatron_prune.backend import Layout
 from megatron_prune.decision.target import NM, Unstructured
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.gumbel import decode, patterns
@@ -109,25 +114,37 @@ def test_unstructured_targets_are_refused() -> None:
 
 def test_what_is_asked_for_reaches_the_training_session() -> None:
     """Options that are named here, and the mask that is kept: of each group the likeliest pattern."""
-    from types import SimpleNamespace
-    from unittest.mock import Mock
-
     runner = Mock(microbatches=4)
     runner.keep.side_effect = lambda decide: decide(torch.tensor([[[0.0, 3.0, 1.0, 0.0, 0.0, 0.0]]]))
-    work, target = SimpleNamespace(learn=lambda: runner), NM(2, 4)
+    work: Any = SimpleNamespace(learn=lambda: runner, model=SimpleNamespace(layout=Layout()))
+    target = NM(2, 4)
     method = MaskLLM(hard=True, mask_draw="step", logits_dtype="bfloat16", train_weights=True, lr_multiplier=7.0)
-    kept = method.decide(work, target)  # type: ignore[arg-type]
+    kept: Any = method.decide(work, target)
     runner.learn_masks.assert_called_once_with(2, 4, True, hard=True, per_step=True, logits_dtype=torch.bfloat16)
-    assert torch.equal(kept, patterns(2, 4)[1][None].bool())  # type: ignore[arg-type]
+    assert torch.equal(kept, patterns(2, 4)[1][None].bool())
     start, std = runner.start_logits.call_args.args
     mask = torch.tensor([[False, True, True, False]])
     assert std == 0.01 and torch.equal(start(mask), prior_logits(mask, 2, 4, 3.0, 0.01))
     assert runner.optimize.call_args.kwargs["multipliers"] == {"*mask_logits": 7.0}
     moved = runner.optimize.call_args.kwargs["on_step"](0, 10)
     assert moved["weight_regularization"] == 1e-5 and runner.learn_masks.return_value.regularization == 1e-5 / 4
-    MaskLLM().decide(work, target)  # type: ignore[arg-type]
+    MaskLLM().decide(work, target)
     plain = {"hard": False, "per_step": False, "logits_dtype": torch.float32}
     runner.learn_masks.assert_called_with(2, 4, False, **plain)
+
+
+def test_experts_that_meet_several_micro_batches_take_one_draw() -> None:
+    """Said before anything is learned; experts cut over tensor ranks alone see one micro-batch at a time."""
+    runner = Mock(microbatches=4)
+    shared: Any = SimpleNamespace(learn=Mock(return_value=runner), model=SimpleNamespace(layout=Layout(expert=2)))
+    with pytest.raises(UserError, match="give --mask-draw step"):
+        MaskLLM(mask_draw="microbatch").decide(shared, NM(2, 4))
+    assert not shared.learn.called
+    MaskLLM(mask_draw="step").decide(shared, NM(2, 4))
+    cut = Layout(tensor=2, expert_tensor=1)
+    alone: Any = SimpleNamespace(learn=Mock(return_value=runner), model=SimpleNamespace(layout=cut))
+    MaskLLM(mask_draw="microbatch").decide(alone, NM(2, 4))
+    assert shared.learn.call_count == alone.learn.call_count == 1
 
 
 def test_what_the_start_does_not_need_is_idle() -> None:
