@@ -19,6 +19,14 @@ groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, e
     MLP                   5 x n b f / t x e          gate and up (2 f), activation, up + 0, their product
     masked weights        prunable weights / t x e   mask * weight, one copy for each micro-batch
 
+Experts are taken to get equally many tokens, T = n b k' e' / t of a micro-batch on each process, k' experts a token and
+e' processes that share an expert; who gets more takes more. A layer of E experts keeps, in place of the MLP's rows:
+
+    tokens and outputs    2 x T h x e              what enters the experts, and what they give before their gates
+    experts               5 x T f / e' x e
+    router                n b / t x (9 E + 24 k')  logits, gates, who goes where
+    shared experts        as an MLP, and their output with a gate
+
 With `--mask-draw step` there is one copy of the masked weights for a whole step, with recomputation too, and from the
 first backward pass on a float32 sum of their gradients. Both are counted at each pass of the schedule.
 
@@ -43,6 +51,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.foreign import read_json
 from megatron_prune.methods.base import DATA, check_learnable, get_method
 from megatron_prune.methods.fit import check_shards, check_target
+from megatron_prune.model.blocks import Block
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
 from megatron_prune.model.family import WeightMap
@@ -137,6 +146,37 @@ class Job:
         return together if self.training.use_distributed_optimizer else 1
 
     @property
+    def own_replicas(self) -> bool:
+        """Whether experts have other replicas than the rest of the model."""
+        return self.layout.expert_model_parallel_size > 1 or self.expert_tensor != self.tensor
+
+    @property
+    def expert_sharers(self) -> int:
+        """As `sharers`, of the optimizer state of experts."""
+        if not self.own_replicas or not self.training.use_distributed_optimizer:
+            return self.sharers
+        processes = self.replicas * self.layout.context_parallel_size * self.tensor
+        return processes // (self.expert_tensor * self.layout.expert_model_parallel_size)
+
+    @property
+    def expert_tensor(self) -> int:
+        """Processes that share an expert."""
+        return self.layout.expert_tensor_parallel_size or self.tensor
+
+    @property
+    def experts(self) -> int:
+        """Of a layer, on one process."""
+        return (self.model.num_moe_experts or 0) // self.layout.expert_model_parallel_size
+
+    def local_size(self, map: WeightMap) -> int:
+        """Elements of a weight on one of the processes that have a part of it; vocabulary rows are padded."""
+        parts = self.tensor if map.expert is None else self.expert_tensor
+        rows, *rest = map.shape
+        rows = -(-rows // parts) * parts if map.pad_rows else rows
+        size = math.prod((rows, *rest))
+        return size if map.shard_dim is None else size // parts
+
+    @property
     def tokens(self) -> int:
         """Of a micro-batch on one process, outside the sequence-parallel parts."""
         return self.training.seq_length * self.training.micro_batch_size // self.layout.context_parallel_size
@@ -181,19 +221,19 @@ def plan(job: Job) -> list[Memory]:
 
 def _check(job: Job) -> None:
     model, layout = job.model, job.layout
-    if model.num_moe_experts:
-        raise UserError(
-            "a model with experts was given; plan does not know how many tokens each will get: allowed: others"
-        )
+    _check_experts(job)
     if layout.virtual_pipeline_model_parallel_size and job.stages == 1:
         raise UserError(
             "--virtual-pipeline-model-parallel-size was given; it needs --pipeline-model-parallel-size above 1"
         )
     halves = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
-    blocks = dict.fromkeys(model.blocks or [model.block(None)])
+    blocks = dict.fromkeys(model.block(layer) for layer in range(model.num_layers))
     for what, size, parts in (
         *(("query groups", block.num_query_groups, job.tensor) for block in blocks),
-        *(("ffn channels", block.ffn_hidden_size, job.tensor) for block in blocks),
+        *(
+            ("ffn channels", block.ffn_hidden_size, job.expert_tensor if block.num_moe_experts else job.tensor)
+            for block in blocks
+        ),
         ("layers", model.num_layers, job.stages * job.chunks),
         ("tokens of a window", job.training.seq_length, halves * (job.tensor if layout.sequence_parallel else 1)),
         ("micro-batches", job.training.num_microbatches(job.replicas), job.stages if job.chunks > 1 else 1),
@@ -202,24 +242,61 @@ def _check(job: Job) -> None:
             raise UserError(f"{size} {what} were given; this layout needs a multiple of {parts}")
     model.check_length(job.training.seq_length)
     check_target(model, job.target)
-    check_shards(model, job.target, job.tensor)
+    check_shards(model, job.target, job.tensor, job.layout.expert_tensor_parallel_size)
+
+
+def _check_experts(job: Job) -> None:
+    experts, shares = job.model.num_moe_experts or 0, job.layout.expert_model_parallel_size
+    if not experts and (shares > 1 or job.layout.expert_tensor_parallel_size is not None):
+        raise UserError(
+            f"a {job.model.family} model has no experts: drop --expert-model-parallel-size and "
+            "--expert-tensor-parallel-size"
+        )
+    if not experts:
+        return
+    processes = job.replicas * job.layout.context_parallel_size * job.tensor
+    for what, size, parts in (
+        ("experts", experts, shares),
+        ("processes of a pipeline stage", processes, shares * job.expert_tensor),
+    ):
+        if size % parts:
+            raise UserError(f"{size} {what} were given; this layout needs a multiple of {parts}")
+    if job.tensor > 1 and not job.layout.sequence_parallel:
+        raise UserError("--tensor-model-parallel-size was given with a model that has experts: add --sequence-parallel")
+    if shares * job.expert_tensor > job.tensor and not job.one_draw:
+        raise UserError(
+            f"--expert-model-parallel-size {shares} was given: an expert sees several micro-batches at a time; add "
+            "--mask-draw step"
+        )
 
 
 def _stage(job: Job, stage: int) -> Memory:
     maps = _maps_of(job, stage)
+    parts = [([map for map in maps if map.expert is None], job.sharers)]
+    parts.append(([map for map in maps if map.expert is not None], job.expert_sharers))
+    if not job.own_replicas:
+        parts = [(maps, job.sharers)]
+    state = Counter[str]()
+    for some, sharers in parts:
+        state.update(_state(job, some, sharers))
+    weights = sum(job.local_size(map) * (FLOAT32 if map.always_float32 else job.element) for map in maps)
+    return Memory(weights=weights, **state, **_kept(job, stage, _layers(job, stage, maps)))
+
+
+def _state(job: Job, maps: list[WeightMap], sharers: int) -> dict[str, int]:
+    """Bytes of what is learned, of weights that have the same replicas."""
     prunable = _prunable(job, maps)
     logits = [[size // job.target.m * math.comb(job.target.m, job.target.n) for size in sizes] for sizes in prunable]
     none: list[list[int]] = [[] for _ in prunable]
     weights = prunable if job.train_weights else none
     masters = FLOAT32 if job.element != FLOAT32 else 0
-    return Memory(
-        weights=sum(_local_size(map, job.tensor) for map in maps) * job.element,
-        mask_logits=sum(map(sum, logits)) * (2 if job.narrow_logits else FLOAT32),
-        gradients=_buffers(job, logits, weights) * FLOAT32,
-        optimizer=_buffers(job, logits, weights) // job.sharers * 2 * FLOAT32
-        + _buffers(job, logits if job.narrow_logits else none, weights) // job.sharers * masters,
-        **_kept(job, stage, _layers(job, stage, maps)),
-    )
+    buffers = _buffers(job, logits, weights, sharers)
+    masters *= _buffers(job, logits if job.narrow_logits else none, weights, sharers) // sharers
+    return {
+        "mask_logits": sum(map(sum, logits)) * (2 if job.narrow_logits else FLOAT32),
+        "gradients": buffers * FLOAT32,
+        "optimizer": buffers // sharers * 2 * FLOAT32 + masters,
+    }
 
 
 def _maps_of(job: Job, stage: int) -> list[WeightMap]:
@@ -232,7 +309,8 @@ def _maps_of(job: Job, stage: int) -> list[WeightMap]:
         else:
             where = 0 if map.megatron.startswith("embedding") else last
         copied = job.model.tie_word_embeddings and map.megatron == "embedding.word_embeddings.weight"
-        if where == stage or (copied and stage == last):
+        elsewhere = map.expert is not None and map.expert >= job.experts
+        if not elsewhere and (where == stage or (copied and stage == last)):
             found.append(map)
     return found
 
@@ -242,30 +320,22 @@ def _prunable(job: Job, maps: list[WeightMap]) -> list[list[int]]:
     sizes: list[list[int]] = [[] for _ in range(job.chunks)]
     for map in maps:
         if map.prunable and map.layer is not None:
-            sizes[map.layer // job.layers // job.stages].append(_local_size(map, job.tensor))
+            sizes[map.layer // job.layers // job.stages].append(job.local_size(map))
     return sizes
 
 
-def _local_size(map: WeightMap, tensor: int) -> int:
-    """Elements of a weight on one of `tensor` processes; vocabulary rows are padded to a multiple."""
-    rows, *rest = map.shape
-    rows = -(-rows // tensor) * tensor if map.pad_rows else rows
-    size = math.prod((rows, *rest))
-    return size if map.shard_dim is None else size // tensor
-
-
-def _buffers(job: Job, logits: list[list[int]], weights: list[list[int]]) -> int:
+def _buffers(job: Job, logits: list[list[int]], weights: list[list[int]], sharers: int) -> int:
     """Elements of megatron-core's gradient buffers: one for each chunk and type of parameter."""
     together = job.narrow_logits or job.element == FLOAT32
     buffers = [a + b for a, b in zip(logits, weights, strict=True)] if together else [*logits, *weights]
-    return sum(_buffer(job, sizes) for sizes in buffers)
+    return sum(_buffer(job, sizes, sharers) for sizes in buffers)
 
 
-def _buffer(job: Job, sizes: list[int]) -> int:
+def _buffer(job: Job, sizes: list[int], sharers: int) -> int:
     """Elements of one such buffer, with the padding that lets it be shared."""
     if not job.training.use_distributed_optimizer:
         return sum(sizes)
-    return _up(sum(_up(size, 64) for size in sizes), math.lcm(job.sharers, 128))
+    return _up(sum(_up(size, 64) for size in sizes), math.lcm(sharers, 128))
 
 
 def _up(size: int, unit: int) -> int:
@@ -298,7 +368,7 @@ def _layers(job: Job, stage: int, maps: list[WeightMap]) -> list[list[tuple[int,
     masked: Counter[int] = Counter()
     for map in maps:
         if map.prunable and map.layer is not None:
-            masked[map.layer] += _local_size(map, job.tensor) * job.element
+            masked[map.layer] += job.local_size(map) * job.element
     starts = range(stage * job.layers, job.model.num_layers, job.stages * job.layers)
     return [[(_layer(job, number), masked[number]) for number in range(i, i + job.layers)] for i in starts]
 
@@ -359,9 +429,25 @@ def _norm(job: Job) -> int:
 def _layer(job: Job, layer: int) -> int:
     """Bytes kept of one micro-batch by a decoder layer."""
     block = job.model.block(layer)
-    mlp = _mlp_tensors(job.model) * job.tokens * block.ffn_hidden_size // job.tensor * job.element
+    if block.num_moe_experts:
+        mlp = _experts(job, block)
+    else:
+        mlp = _mlp_tensors(job.model) * job.tokens * block.ffn_hidden_size // job.tensor * job.element
     halves = bool(block.num_attention_heads) + bool(block.ffn_hidden_size)
     return halves * (_norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp
+
+
+def _experts(job: Job, block: Block) -> int:
+    """Bytes kept of one micro-batch by a layer's experts and its router, where tokens spread evenly."""
+    model, each = job.model, job.tokens // job.tensor
+    sent = each * (model.moe_router_topk or 1) * job.expert_tensor
+    inner = _mlp_tensors(model) * block.ffn_hidden_size // job.expert_tensor
+    kept = sent * (2 * model.hidden_size + inner) * job.element
+    kept += each * (9 * block.num_moe_experts + 24 * (model.moe_router_topk or 1))
+    if model.shared_width:
+        kept += _mlp_tensors(model) * job.tokens * model.shared_width // job.tensor * job.element
+        kept += job.hidden * job.element if model.moe_shared_expert_gate else 0
+    return kept
 
 
 def _attention(job: Job, layer: int) -> int:
@@ -398,10 +484,12 @@ def told(job: Job, stages: list[Memory]) -> list[str]:
     """The memory of each stage's processes as a table."""
     model, interleaved = job.model, f" of {job.chunks} interleaved chunks" if job.chunks > 1 else ""
     dtype = "float16, imported as bfloat16" if model.dtype == "float16" else model.dtype
+    shares, each = job.layout.expert_model_parallel_size, job.layout.expert_tensor_parallel_size
+    experts = f" x experts {shares}{f', each over {each},' if each else ''}" if model.num_moe_experts else ""
     head = (
         f"{model.family}, {model.num_layers} layers of {model.hidden_size}, {dtype}; tensor {job.tensor} x "
         f"pipeline {job.stages}{interleaved} x context {job.layout.context_parallel_size} x {job.replicas} replicas"
-        f"{', distributed optimizer' if job.training.use_distributed_optimizer else ''}. GiB on each process:"
+        f"{experts}{', distributed optimizer' if job.training.use_distributed_optimizer else ''}. GiB on each process:"
     )
     lines = [head, "  " + "".join([f"{'stage':<16}"] + [f"{number:>9}" for number in range(len(stages))])]
     for name in [field.name for field in fields(Memory)] + ["total"]:

@@ -44,7 +44,7 @@ FIXED = (
     *("tie_word_embeddings", "rotary_base", "rope_scaling", "rotary_percent", "sliding_window", "layernorm_epsilon"),
     *("moe_router_topk", "moe_renormalize", "moe_router_score_function", "moe_router_expert_bias"),
     *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "moe_num_shared_experts"),
-    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
+    "moe_shared_expert_gate",
 )
 """Fields of a ModelConfig that no pruning changes."""
 _ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
@@ -95,6 +95,11 @@ class WeightMap:
     """Global number of the expert that it is of."""
     transposed: bool = False
     """The Hugging Face tensors are stored `[in, out]`."""
+
+    @property
+    def always_float32(self) -> bool:
+        """Whether it is in float32 in a model of another type."""
+        return self.megatron.endswith(".router.expert_bias")
 
     @property
     def row_shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -108,9 +108,10 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
             trainer.step(0)
         named = dict(chunks.named_parameters())
         logits = sum(p.nbytes for name, p in named.items() if name.endswith("mask_logits"))
-        buffers = [buffer for chunk in trainer.chunks for buffer in chunk.buffers]
+        buffers = [buffer for chunk in trainer.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        biases = [buffer.nbytes for name, buffer in chunks.named_buffers() if name.endswith("router.expert_bias")]
         return {
-            "weights": sum(p.nbytes for p in named.values()) - logits,
+            "weights": sum(p.nbytes for p in named.values()) - logits + sum(biases),
             "mask_logits": logits,
             "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
             "padding": 4 * sum(buffer.numel - sum(p.numel() for p in buffer.params) for buffer in buffers),

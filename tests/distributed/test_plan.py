@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TOLERANCE = 0.03
 """Of activations, masked weights and loss together; measured: index tensors and the norms' inverse roots, below 0.3%,
 and with recomputation in so small a model the rotary table, below 3%."""
+TOLERANCE_WITH_EXPERTS = 0.05
+"""Where experts are shared out; measured: what gloo gathers of the routing, 3.6% in so narrow a model."""
 MEASURE = Path(__file__).with_name("measure.py")
 TRAINING = dict(seq_length=64, micro_batch_size=2, global_batch_size=8, train_iters=2)
 
@@ -44,6 +46,8 @@ class Case:
     train_weights: bool = False
     logits: str = "float32"
     one_draw: bool = False
+    expert: int = 1
+    expert_tensor: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """More fields of `Training`."""
 
@@ -55,6 +59,8 @@ class Case:
             virtual_pipeline_model_parallel_size=self.virtual,
             context_parallel_size=self.context,
             sequence_parallel=self.sequence_parallel,
+            expert_model_parallel_size=self.expert,
+            expert_tensor_parallel_size=self.expert_tensor,
         )
 
     def stage(self, rank: int) -> int:
@@ -98,6 +104,15 @@ CASES = [
     Case("blocks_tp2_pp2", "blocks", 4, tensor=2, pipeline=2, train_weights=True),
     Case("blocks_pp2_vpp2_dp2", "blocks", 4, pipeline=2, virtual=2, options=SHARED),
     Case("blocks_recomputed", "blocks_bf16", options=RECOMPUTE),
+    Case("experts", "experts"),
+    Case("shared_experts", "shared_experts", one_draw=True),
+    Case("sigmoid_router", "sigmoid", train_weights=True),
+    Case("experts_recomputed", "experts", options=RECOMPUTE),
+    Case("experts_ep2", "experts", 2, one_draw=True, expert=2),
+    Case("experts_ep2_tp2_sp", "experts", 2, tensor=2, sequence_parallel=True, expert=2, expert_tensor=1),
+    Case("experts_etp2_sp", "shared_experts", 2, tensor=2, sequence_parallel=True),
+    Case("experts_ep2_dp4", "experts", 4, one_draw=True, expert=2, train_weights=True, options=SHARED),
+    Case("experts_ep2_pp2", "experts", 4, pipeline=2, one_draw=True, expert=2),
 ]
 
 
@@ -113,6 +128,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_blocks(root / "blocks", **shape)
     tiny_blocks(root / "blocks_bf16", dtype=torch.bfloat16, **shape)
     tiny_model(root / "mistral", "mistral", **shape, dtype=torch.bfloat16, sliding_window=24)
+    several = shape | dict(moe_intermediate_size=48)
+    tiny_model(root / "experts", "qwen3_moe", **several, dtype=torch.bfloat16, mlp_only_layers=[1])
+    tiny_model(root / "shared_experts", "qwen2_moe", **several)
+    tiny_model(root / "sigmoid", "glm4_moe", **several, dtype=torch.bfloat16)
     cases = [
         dict(
             model=str(root / case.model),
@@ -161,7 +180,8 @@ def test_shared_optimizer_state_is_exact_but_for_padding(root: Path, case: Case)
     shared, whole = plan(case.job(root)), plan(case.job(root, use_distributed_optimizer=False))
     for stage in range(case.pipeline):
         parts = [found for rank, found in enumerate(measured(root, case)) if case.stage(rank) == stage]
-        assert sum(found["optimizer"] for found in parts) == whole[stage].optimizer
+        if case.expert == 1:  # else experts have fewer replicas than the rest
+            assert sum(found["optimizer"] for found in parts) == whole[stage].optimizer
         assert (parts[0]["padding"] > 0) == (case.model == "ragged")
         largest, padding = max(found["optimizer"] for found in parts), 3 * parts[0]["padding"]  # moments and master
         assert largest <= shared[stage].optimizer <= largest + padding
@@ -169,11 +189,14 @@ def test_shared_optimizer_state_is_exact_but_for_padding(root: Path, case: Case)
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_activations_are_within_the_bound(root: Path, case: Case) -> None:
-    stages = plan(case.job(root))
-    for rank, found in enumerate(measured(root, case)):
-        said = stages[case.stage(rank)]
-        total = said.masked_weights + said.masked_gradients + said.activations + said.loss
-        assert total == pytest.approx(found["kept"], rel=TOLERANCE), f"process {rank}"
+    """Of each process, and where experts are shared out of all of a stage: a router sends tokens where it wants."""
+    stages, kept = plan(case.job(root)), [found["kept"] for found in measured(root, case)]
+    totals = [said.masked_weights + said.masked_gradients + said.activations + said.loss for said in stages]
+    for stage, total in enumerate(totals):
+        found = [size for rank, size in enumerate(kept) if case.stage(rank) == stage]
+        found = [sum(found) / len(found)] if case.expert > 1 else found
+        tolerance = TOLERANCE_WITH_EXPERTS if case.expert > 1 else TOLERANCE
+        assert found == pytest.approx([total] * len(found), rel=tolerance), f"stage {stage}"
 
 
 def test_an_interleaved_stage_holds_more() -> None:
@@ -191,6 +214,14 @@ def test_layouts_that_do_not_fit_are_refused(root: Path) -> None:
         (Case("", processes=2, virtual=2), "needs --pipeline-model-parallel-size above 1"),
         (Case("", processes=6, context=6), "64 tokens of a window"),
         (Case("", processes=2, pipeline=2, virtual=2, options={"global_batch_size": 2}), "1 micro-batches"),
+        (Case("", processes=2, expert=2), "has no experts: drop --expert-model-parallel-size"),
+        (
+            Case("", "experts", processes=3, one_draw=True, expert=3),
+            "8 experts were given; this layout needs a multiple of 3",
+        ),
+        (Case("", "experts", processes=2, one_draw=True, expert=4), "2 processes of a pipeline stage"),
+        (Case("", "experts", processes=2, expert=2), "add --mask-draw step"),
+        (Case("", "experts", processes=2, tensor=2), "add --sequence-parallel"),
     ):
         with pytest.raises(UserError, match=said):
             plan(case.job(root))
