@@ -189,6 +189,7 @@ class EvaluateConfig(Options):
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1, at_most=MOST_BATCH)
+    expert_load: bool = option(False, "of a Megatron checkpoint: count the tokens that each expert gets; a pass more")
     checkpoint: Path | None = option(None, "of a model for MaxText: the run that has trained it, or one step of it")
     settings: tuple[str, ...] = option((), "of a model for MaxText: more of MaxText's settings, KEY=VALUE ...")
     tasks: TaskOptions = group(TaskOptions)
@@ -202,7 +203,7 @@ class EvaluateConfig(Options):
 
     def idle(self) -> Mapping[str, str]:
         """Windows are of a text."""
-        keys = ("window", "windows", "micro_batch_size")
+        keys = ("window", "windows", "micro_batch_size", "expert_load")
         return dict.fromkeys(keys, "with --tasks") if self.tasks.names else {}
 
 

@@ -22,6 +22,10 @@ class _Text(TypedDict):
     sha256: str
 
 
+_Load = Annotated[list[Count], Field(min_length=1, max_length=4096)]
+"""Tokens of each expert of a layer."""
+
+
 class Perplexity(TypedDict):
     """Of `evaluate --text`."""
 
@@ -29,6 +33,8 @@ class Perplexity(TypedDict):
     protocol: str
     input: str
     text: _Text
+    expert_tokens: NotRequired[Annotated[list[_Load | None], Field(min_length=1, max_length=10_000)]]
+    """Of each layer, None without experts."""
 
 
 class Scores(TypedDict):

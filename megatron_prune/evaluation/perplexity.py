@@ -23,9 +23,11 @@ from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.maxtext import MaxTextScorer, refuse_options
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.checkpoint import load_model
-from megatron_prune.model.description import is_checkpoint
+from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.layout import layout_of
+from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.statistics.passes import Passes
 
 LARGEST_LOSS = 700.0
 """In nats per token; a float cannot hold the perplexity of a larger one."""
@@ -34,6 +36,8 @@ LARGEST_LOSS = 700.0
 def perplexity(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity of `config.input`, whatever form it has, and how it was measured. Collective."""
     path = Path(config.input)
+    if config.expert_load and not is_checkpoint(path):
+        raise UserError(f"--expert-load was given and {path} is no Megatron checkpoint: import it, or leave it out")
     if is_folder(path):
         return _maxtext(config)
     refuse_options(config, config.input)
@@ -64,13 +68,39 @@ def _result(
 def _megatron(config: EvaluateConfig) -> dict[str, Any]:
     path = Path(config.input)
     layout = layout_of(config.parallelism)
+    family = read_description(path).config
+    if config.expert_load and not family.num_moe_experts:
+        raise UserError(f"--expert-load was given and a {family.family} model has no experts: leave it out")
     with backend.running(layout):
         model = load_model(path, layout, config.dtype)
         text = _text(config, path / "tokenizer", model.config.vocab_size)
         _check_length(config.window, model.config.max_position_embeddings)
         loss, tokens = window_losses(model, text.tokens, config.micro_batch_size)
-        about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
+        about: dict[str, Any] = {"kind": "megatron", "layout": layout.describe()}
+        about["dtype"] = config.dtype or model.config.dtype
+        if config.expert_load:
+            about["expert_tokens"] = expert_tokens(model, text.tokens)
         return _result(config, text, loss, tokens, about)
+
+
+def expert_tokens(model: PrunableModel, tokens: Tensor) -> list[list[int] | None]:
+    """How many tokens of windows `[n, s]` each expert of each layer gets; None for layers without any. Collective.
+
+    On whole layers (`statistics/walk.py`): the same numbers in every layout.
+    """
+    found = Passes(model, tokens).expert_activity()
+    return [None if layer is None else layer.tokens.long().tolist() for layer in found]
+
+
+def load_told(layers: list[list[int] | None]) -> str:
+    """How evenly experts are used, in a line: the fullest expert against an even share, and those without a token."""
+    sparse = [layer for layer in layers if layer is not None]
+    fullest = [max(layer) * len(layer) / sum(layer) for layer in sparse]
+    empty = sum(layer.count(0) for layer in sparse)
+    return (
+        f"the fullest expert of a layer gets {sum(fullest) / len(fullest):.2f} times an even share (mean of "
+        f"{len(sparse)} layers, most {max(fullest):.2f}); {empty} of {sum(map(len, sparse))} experts get no token"
+    )
 
 
 def _check_length(window: int, longest: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_prune.decision.units import BlockUnits
 from megatron_prune.errors import UserError
 from megatron_prune.reporting.collect import Removed, Run
 
@@ -91,14 +92,41 @@ def units(removed: Removed) -> list[Picture]:
     sparse = {layer for layer, block in layers.items() if block.experts}
     kinds = {"heads": "num_attention_heads", "groups": "num_query_groups", "ffn": "ffn_hidden_size"}
     kinds |= {"experts": "num_moe_experts"} if sparse else {}
+    inner = {layer: block for layer, block in layers.items() if block.expert_ffn}
     for kind, size in kinds.items():
         there = {"ffn": layers.keys() - sparse, "experts": sparse}.get(kind, layers.keys())
         rows = [getattr(layers[layer], kind) if layer in there else None for layer in range(before["num_layers"])]
         title = {"heads": "query heads", "groups": "query groups", "ffn": "MLP neurons", "experts": "experts"}[kind]
         if there:
             pictures.append(_picture(title, rows, before[size]))
+    if inner:
+        each = before["moe_ffn_hidden_size"]
+        rows = [_of_experts(layers[n], each) if n in inner else None for n in range(before["num_layers"])]
+        pictures.append(_picture("neurons of experts, side by side", rows, before["num_moe_experts"] * each))
     pictures.append(_picture("channels of the residual stream", [stays.hidden], before["hidden_size"]))
     return pictures
+
+
+def _of_experts(block: BlockUnits, width: int) -> list[int]:
+    """Neurons that stay in a layer's experts, those of each behind those of the one before."""
+    pairs = zip(block.experts, block.expert_ffn, strict=True)
+    return [expert * width + neuron for expert, neurons in pairs for neuron in neurons]
+
+
+def load(layers: Sequence[Sequence[int]]) -> Picture:
+    """Tokens of experts: a row for each layer, a column for each expert; the darker the more, blue twice an even share.
+
+    `kept` are the experts that get any.
+    """
+    width = max(map(len, layers))
+    image = np.full((len(layers), width, 3), ABSENT, np.uint8)
+    full, empty = np.array(KEPT, np.float64), np.array((255, 255, 255), np.float64)
+    for number, layer in enumerate(layers):
+        share = np.minimum(1.0, np.array(layer, np.float64) * len(layer) / max(1, sum(layer)) / 2)[:, None]
+        image[number, : len(layer)] = np.rint(share * full + (1 - share) * empty)
+    used = sum(count > 0 for layer in layers for count in layer)
+    size = (min(900, 16 * width), max(14, 10 * len(layers)))
+    return Picture("tokens of experts", _png(image), used, sum(map(len, layers)), *size)
 
 
 def _picture(title: str, rows: Sequence[Sequence[int] | None], width: int) -> Picture:

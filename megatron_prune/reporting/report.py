@@ -24,6 +24,7 @@ def render(found: Collected, title: str) -> str:
         totals={run.name: (sum(r.kept for r in run.masks), sum(r.size for r in run.masks)) for run in found.runs},
         units={run.name: pictures.units(run.removed) for run in found.runs if run.removed},
         perplexity=perplexity_rows(found.of("evaluate")),
+        loads=load_rows(found.of("evaluate")),
         tasks=task_table(found.of("tasks")),
         bench=bench_rows(found.of("bench")),
     )
@@ -67,6 +68,19 @@ def perplexity_rows(results: list[Result]) -> list[dict[str, Any]]:
         reference = first.setdefault(key, about["perplexity"])
         row = {"file": result.name, "model": about["input"], "text": text["source"], "protocol": about["protocol"]}
         rows.append(row | {"perplexity": about["perplexity"], "times": about["perplexity"] / reference})
+    return rows
+
+
+def load_rows(results: list[Result]) -> list[dict[str, Any]]:
+    """How evenly each model's experts are used, where that was counted; the picture has a row for each layer."""
+    rows = []
+    for result in results:
+        layers = [layer for layer in result.content.get("expert_tokens", []) if layer and any(layer)]
+        if layers:
+            fullest = max(max(layer) * len(layer) / sum(layer) for layer in layers)
+            idle = sum(layer.count(0) for layer in layers)
+            row = {"file": result.name, "model": result.content["input"], "fullest": fullest, "idle": idle}
+            rows.append(row | {"experts": sum(map(len, layers)), "picture": pictures.load(layers)})
     return rows
 
 

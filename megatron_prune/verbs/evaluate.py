@@ -16,11 +16,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _text(config: EvaluateConfig) -> dict[str, Any]:
-    from megatron_prune.evaluation.perplexity import perplexity
+    from megatron_prune.evaluation.perplexity import load_told, perplexity
 
     result = perplexity(config)
     line = f"perplexity {result['perplexity']:.3f}  ({result['predicted_tokens']} tokens, {result['protocol']})"
-    deliver([line], result, config.output)
+    load = result.get("expert_tokens")
+    deliver([line, load_told(load)] if load else [line], result, config.output)
     return result
 
 
