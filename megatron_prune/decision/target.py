@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 MAX_M = 16
 LARGEST = 2**63 - 1
 """Of sizes and budgets."""
-MEASURES = ("parameters", "forward_flops", "kv_cache_bytes")
-"""What a budget may limit: weights of the model; of a token, FLOPs with 2048 before it and bytes of key-value cache."""
+MEASURES = ("parameters", "active_parameters", "forward_flops", "kv_cache_bytes")
+"""What a budget may limit: weights of the model, all or those that a token meets; of a token, FLOPs with 2048 before it
+and bytes of key-value cache.
+"""
 LATENCY = "latency_us"
 """Another measure: microseconds by a table that was measured; see `decision/latency.py`."""
 _ALLOWED = (
@@ -106,6 +108,9 @@ class Shape:
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
     num_moe_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    """Of each expert."""
+    moe_shared_expert_intermediate_size: int | None = None
 
     def __post_init__(self) -> None:
         given = self.given()

@@ -2,7 +2,8 @@
 
     DIR/trim.json           what decided (method, target, seed, calibration), sizes before and after, checksum
     DIR/units.safetensors   int32: layers, hidden, and for each layer that stays its heads, groups and ffn
-                            ("layers.00017.heads", numbered as in the whole model)
+                            ("layers.00017.heads", numbered as in the whole model); with experts these too, and
+                            where they lost neurons expert_ffn, those of one expert after those of the other
 
 The folder appears whole or not at all.
 """
@@ -10,6 +11,7 @@ The folder appears whole or not at all.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +34,8 @@ from megatron_prune.schema import Above0, Sha256
 FILE = "trim.json"
 UNITS = "units.safetensors"
 _FORMAT = 1
+ADDED = ("experts", "expert_ffn", "shared_ffn")
+"""Units that a layer without them has no tensor of: decisions on other models are written as they always were."""
 MOST_UNITS = 2**28
 """Neurons of all layers together."""
 
@@ -49,6 +53,7 @@ class Sizes:
     num_query_groups: Above0
     num_moe_experts: Above0 | None = None
     moe_ffn_hidden_size: Above0 | None = None
+    moe_shared_expert_intermediate_size: Above0 | None = None
 
     def __post_init__(self) -> None:
         if (self.num_moe_experts is None) != (self.moe_ffn_hidden_size is None):
@@ -151,8 +156,9 @@ def sizes(config: ModelConfig) -> Sizes:
 def _tensors(units: Units) -> dict[str, torch.Tensor]:
     tensors = {"layers": units.layers, "hidden": units.hidden}
     for layer, block in zip(units.layers, units.blocks, strict=True):
-        for name, numbers in asdict(block).items():
-            if numbers or name != "experts":  # as decisions on models without any have always been written
+        flat = asdict(block) | {"expert_ffn": tuple(itertools.chain(*block.expert_ffn))}
+        for name, numbers in flat.items():
+            if numbers or name not in ADDED:
                 tensors[f"layers.{layer:05d}.{name}"] = numbers
     return {name: torch.tensor(numbers, dtype=torch.int32) for name, numbers in tensors.items()}
 
@@ -163,10 +169,22 @@ def _units(data: bytes) -> Units:
     for layer in found["layers"]:
         start = f"layers.{layer:05d}."
         needed = {name: found.pop(start + name) for name in ("groups", "heads", "ffn")}
-        blocks.append(BlockUnits(**needed, experts=found.pop(start + "experts", ())))
+        added = {name: found.pop(start + name, ()) for name in ADDED}
+        expert_ffn = _of_each(added.pop("expert_ffn"), len(added["experts"]))
+        blocks.append(BlockUnits(**needed, **added, expert_ffn=expert_ffn))
     if set(found) != {"layers", "hidden"}:
         raise ValueError(f"unknown {names(sorted(set(found) - {'layers', 'hidden'}))}")
     return Units(found["layers"], found["hidden"], tuple(blocks))
+
+
+def _of_each(numbers: tuple[int, ...], experts: int) -> tuple[tuple[int, ...], ...]:
+    """Neurons of each expert, from those of one after those of the other; none where there are none."""
+    if not numbers:
+        return ()
+    if not experts or len(numbers) % experts:
+        raise ValueError(f"{len(numbers)} neurons of {experts} experts: not equally many")
+    width = len(numbers) // experts
+    return tuple(numbers[start : start + width] for start in range(0, len(numbers), width))
 
 
 def _numbers(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
@@ -177,19 +195,22 @@ def _numbers(name: str, tensor: torch.Tensor) -> tuple[int, ...]:
 
 def check_units(units: Units, before: Sizes, after: Sizes) -> None:
     """ValueError unless the units are rising numbers below the sizes before, and make the sizes after."""
+    most = LARGEST["moe_shared_expert_intermediate_size"]  # of models that count shared experts: `Units` compares
     rows = [("layers", units.layers, before.num_layers), ("hidden", units.hidden, before.hidden_size)]
     for block in units.blocks:
         width = (before.moe_ffn_hidden_size or 0) if block.experts else before.ffn_hidden_size
         rows += [("heads", block.heads, before.num_attention_heads), ("ffn", block.ffn, width)]
         rows += [("groups", block.groups, before.num_query_groups)]
         rows += [("experts", block.experts, before.num_moe_experts or 0)]
+        rows += [("ffn of an expert", neurons, width) for neurons in block.expert_ffn]
+        rows += [("shared ffn", block.shared_ffn, before.moe_shared_expert_intermediate_size or most)]
     for what, numbers, count in rows:
         if list(numbers) != sorted(set(numbers)) or (numbers and not 0 <= numbers[0] <= numbers[-1] < count):
             raise ValueError(f"{what} are not rising numbers below {count}")
     for block in units.blocks:
-        sparse = (len(block.experts), len(block.ffn)) == (after.num_moe_experts, after.moe_ffn_hidden_size)
+        sparse = (len(block.experts), block.ffn_width) == (after.num_moe_experts, after.moe_ffn_hidden_size)
         if block.experts and not sparse:
-            raise ValueError(f"{len(block.experts)} experts of {len(block.ffn)} neurons stay; {FILE} has other sizes")
+            raise ValueError(f"{len(block.experts)} experts of {block.ffn_width} neurons stay; {FILE} has other sizes")
     if after.num_moe_experts and not any(block.experts for block in units.blocks):
         raise ValueError(f"no layer has experts; {FILE} has {after.num_moe_experts}")
     if (len(units.layers), len(units.hidden)) != (after.num_layers, after.hidden_size):

@@ -29,9 +29,18 @@ class BlockUnits:
     groups: tuple[int, ...]
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
-    """Of the MLP; of every expert where there are experts."""
+    """Of the MLP; of every expert where there are experts and `expert_ffn` does not say."""
     experts: tuple[int, ...] = ()
     """None: the MLP is dense."""
+    expert_ffn: tuple[tuple[int, ...], ...] = ()
+    """Neurons of each expert that stays, equally many; none: those in `ffn`."""
+    shared_ffn: tuple[int, ...] = ()
+    """Of the MLP that all tokens go through beside their experts; none: all of it."""
+
+    @property
+    def ffn_width(self) -> int:
+        """Neurons of the MLP, or of each expert."""
+        return len(self.expert_ffn[0]) if self.expert_ffn else len(self.ffn)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,12 @@ class Units:
         layers = range(config.num_layers)
         return cls(tuple(layers), tuple(range(config.hidden_size)), tuple(all_of_block(config, n) for n in layers))
 
+    def keeps(self, layer: int, expert: int | None = None) -> bool:
+        """Whether a layer stays, and an expert in it, by their numbers in the whole model."""
+        if layer not in self.layers:
+            return False
+        return expert is None or expert in self.blocks[self.layers.index(layer)].experts
+
     def without_layers(self, removed: Iterable[int]) -> Units:
         """The same without some layers, by their numbers in the whole model."""
         gone = set(removed)
@@ -63,8 +78,20 @@ class Units:
         """Sizes of the smaller model. ValueError for units that `whole` does not have or that make no model."""
         self._check(whole)
         smaller = replace(whole, num_layers=len(self.layers), hidden_size=len(self.hidden), blocks=None)
-        sizes = [Block(len(x.heads), len(x.groups), len(x.ffn), len(x.experts)) for x in self.blocks]
-        return smaller.with_blocks(sizes)
+        sizes = [Block(len(x.heads), len(x.groups), x.ffn_width, len(x.experts)) for x in self.blocks]
+        return self._with_shared_width(whole, smaller.with_blocks(sizes))
+
+    def _with_shared_width(self, whole: ModelConfig, smaller: ModelConfig) -> ModelConfig:
+        """With the width of the shared experts' MLP, which is one in all layers."""
+        widths = {len(block.shared_ffn) or whole.shared_width for block in self.blocks if block.experts}
+        if not whole.shared_width or widths == {smaller.shared_width}:
+            return smaller
+        if len(widths) > 1 or whole.moe_shared_expert_intermediate_size is None:
+            raise ValueError(
+                f"shared experts of {sorted(widths)} neurons; allowed: one width in all layers, and where the model "
+                "counts them, that of so many experts"
+            )
+        return replace(smaller, moe_shared_expert_intermediate_size=widths.pop())
 
     def source(self, map: WeightMap) -> str:
         """Name in the whole model of the tensor that one of the smaller model is cut from."""
@@ -83,7 +110,7 @@ class Units:
         for part, symbols in zip(parts, map.symbols, strict=True):
             rows_first = part.t() if map.transposed else part
             for dim, symbol in enumerate(symbols):
-                kept = self.indices(whole, map.layer, symbol)
+                kept = self.indices(whole, map.layer, symbol, map.expert)
                 if kept is not None:
                     rows_first = rows_first.index_select(dim, kept.to(part.device))
             cut.append(rows_first.t() if map.transposed else rows_first)
@@ -95,25 +122,33 @@ class Units:
         for shape, symbols in zip(map.row_shapes, map.symbols, strict=True):
             part = torch.ones(shape, dtype=torch.bool)
             for dim, symbol in enumerate(symbols):
-                kept = self.indices(whole, map.layer, symbol)
+                kept = self.indices(whole, map.layer, symbol, map.expert)
                 if kept is not None:
                     stays = torch.zeros(shape[dim], dtype=torch.bool).index_fill_(0, kept, True)
                     part &= stays.unflatten(0, (-1, *[1] * (len(shape) - dim - 1)))
             parts.append(part.t() if map.transposed else part)
         return convert.merge(map, parts, whole)
 
-    def indices(self, whole: ModelConfig, layer: int | None, symbol: str) -> Tensor | None:
-        """Numbers int64 of what stays along a dimension of that symbolic size; None: all of it."""
+    def indices(self, whole: ModelConfig, layer: int | None, symbol: str, expert: int | None = None) -> Tensor | None:
+        """Numbers int64 of what stays along a dimension of that symbolic size; None: all of it.
+
+        `expert`: by its number in the whole model, one that stays, where the size is of one.
+        """
         if symbol == "hidden":
             return torch.tensor(self.hidden)
         if layer is None:
             return None
         block = self.blocks[self.layers.index(layer)]
+        if symbol == "shared_ffn":
+            return torch.tensor(block.shared_ffn) if block.shared_ffn else None
         size = dimensions(whole, layer)
+        ffn = block.ffn
+        if expert is not None and block.expert_ffn:
+            ffn = block.expert_ffn[block.experts.index(expert)]
         query = channels_of(block.heads, size["head"])
         key_value = channels_of(block.groups, size["head"])
         rows = {
-            "ffn": torch.tensor(block.ffn, dtype=torch.int64),
+            "ffn": torch.tensor(ffn, dtype=torch.int64),
             "experts": torch.tensor(block.experts, dtype=torch.int64),
             "query": query,
             "key_value": key_value,
@@ -134,12 +169,29 @@ class Units:
                 kept, there = getattr(block, name), getattr(available, name)
                 if kept:
                     _check_numbers(f"{name} of layer {layer}", kept, len(there))
+            self._check_experts(whole, layer, block)
             counts = dict.fromkeys(block.groups, 0)
             for head in block.heads:
                 group = group_of(whole, layer, head)
                 counts[group] = counts.get(group, 0) + 1
             if len(set(counts.values())) > 1 or set(counts) != set(block.groups):
                 raise ValueError(f"query groups of layer {layer} keep different numbers of heads: {counts}")
+
+    @staticmethod
+    def _check_experts(whole: ModelConfig, layer: int, block: BlockUnits) -> None:
+        width, shared = whole.block(layer).ffn_hidden_size, whole.shared_width if block.experts else 0
+        if block.shared_ffn:
+            _check_numbers(f"shared neurons of layer {layer}", block.shared_ffn, shared)
+        if not block.expert_ffn:
+            return
+        for neurons in block.expert_ffn:
+            _check_numbers(f"neurons of an expert of layer {layer}", neurons, width)
+        counts = sorted(set(map(len, block.expert_ffn)))
+        if block.ffn or len(block.expert_ffn) != len(block.experts) or len(counts) > 1:
+            raise ValueError(
+                f"layer {layer}: neurons of {len(block.expert_ffn)} experts, {counts} of each, and {len(block.ffn)} of "
+                f"all; {len(block.experts)} experts stay, and each keeps equally many"
+            )
 
 
 def group_of(config: ModelConfig, layer: int, head: int) -> int:

@@ -168,6 +168,8 @@ class PruningMethod:
     value or a `Share` of another option."""
     sizes_with_experts: ClassVar[tuple[str, ...]] = ()
     """Those that it can change of a model with experts, where it removes units."""
+    budget_with_experts: ClassVar[bool] = False
+    """Whether it knows such models within a budget."""
     mask_only: ClassVar[Mapping[str, Any]] = {}
     """Hyper-parameters under which it leaves the kept weights alone, as a prior of mask learning."""
 

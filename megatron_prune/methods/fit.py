@@ -24,12 +24,35 @@ def check_experts(config: ModelConfig, method: PruningMethod, target: Target | S
     if not config.num_moe_experts:
         return
     sizes = method.sizes_with_experts
-    if isinstance(target, Budget) or not set(target.given()) <= set(sizes):
+    known = method.budget_with_experts if isinstance(target, Budget) else set(target.given()) <= set(sizes)
+    if not known or (isinstance(target, Budget) and target.table is not None):
         raise UserError(
             f"method {method.name} cannot prune a model with experts to {target}; it can change "
-            f"{', '.join(sizes) or 'nothing of one'}; allowed: num_moe_experts=N by reap, num_layers=N by shortgpt, "
-            "shortened_llama and minitron"
+            f"{', '.join(sizes) or 'nothing of one'}; allowed: num_moe_experts=N by reap, num_layers=N by shortgpt and "
+            "shortened_llama, either, widths and budgets (not of latency) by minitron"
         )
+    _check_parts(config, target)
+
+
+def _check_parts(config: ModelConfig, target: Shape | Budget) -> None:
+    """UserError for the size of a part that a model with experts does not have, or that may not change there."""
+    fewer = isinstance(target, Budget) or target.num_moe_experts is not None
+    if fewer and (config.moe_router_num_groups or 1) > 1:
+        raise UserError(
+            f"target {target}: the model chooses among {config.moe_router_num_groups} groups of experts, and which are "
+            "neighbours would change: allowed are models without groups, or other sizes"
+        )
+    if isinstance(target, Budget):
+        return
+    if target.ffn_hidden_size is not None and config.moe_layers is None:
+        raise UserError(
+            f"target {target}: every layer of the model has experts; their width is moe_ffn_hidden_size, not "
+            "ffn_hidden_size"
+        )
+    shared = "moe_shared_expert_intermediate_size"
+    if target.moe_shared_expert_intermediate_size is not None and config.moe_shared_expert_intermediate_size is None:
+        why = "counts its shared experts, which are as wide as the others" if config.shared_width else "has none"
+        raise UserError(f"target {target}: the model {why}; allowed: other sizes than {shared}")
 
 
 def check_target(config: ModelConfig, target: Target | StructuredTarget) -> None:

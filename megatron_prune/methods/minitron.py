@@ -7,6 +7,10 @@ windows; the same number of units stays in every layer:
     head              L2 norm over its channels of what enters the output projection; ranked inside its query group
     query group       L2 norm over its heads
     residual channel  what the two norms of every layer give out, summed over layers
+    expert            mean over its tokens of the norm of what it adds, gate included (REAP's score, `methods/reap.py`)
+
+An expert's neurons are judged by the tokens that are sent to it, each expert's by themselves; a window without any does
+not count. Experts that get none keep their first neurons.
 
 Heads and groups may instead be chosen by what a least-squares refit of the output projection cannot make up for
 (`statistics/reconstruction.py`), which is ours. For a number of parameters instead of a shape, shapes are searched
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,9 +32,10 @@ from megatron_prune.decision.units import BlockUnits, Units, all_of_block, heads
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
 from megatron_prune.methods.depth import CRITERIA, layers_to_remove
+from megatron_prune.methods.reap import keep_experts, reap_score
 from megatron_prune.methods.shape_search import Refit, best_shape, settled, sites
 from megatron_prune.methods.structured import Refitted, allowed_sizes, keep_best, removed_layers
-from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
+from megatron_prune.model.prunable import EXPERTS, FC1, FC2, PROJECTION, QKV, SHARED
 from megatron_prune.statistics.channels import AGGREGATIONS, ChannelActivations, ChannelMoments
 from megatron_prune.statistics.reconstruction import Reconstruction, groups_to_keep, heads_to_keep
 
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
     from megatron_prune.statistics.store import Statistic
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+EXPERT_SIZES = ("num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+"""Of models with experts; `ffn_hidden_size` is that of their other layers."""
 HEADS = ("reconstruction", "activations")
 AUTO = "auto"
 """Reconstruction where a refit follows: what it chooses is worse than anything without one."""
@@ -50,9 +57,10 @@ class Minitron(Refitted):
     """Keep the layers, heads, groups, neurons and channels of largest importance, as many as the target says."""
 
     paper: ClassVar[str] = "Muralidharan et al. 2024, arXiv:2407.14679"
-    sizes_with_experts: ClassVar[tuple[str, ...]] = ("num_layers",)
+    sizes_with_experts: ClassVar[tuple[str, ...]] = (*SIZES, *EXPERT_SIZES)
+    budget_with_experts: ClassVar[bool] = True
     targets: ClassVar[Mapping[type, str]] = {
-        Shape: f"a smaller shape: {', '.join(SIZES)}",
+        Shape: f"a smaller shape: {', '.join((*SIZES, *EXPERT_SIZES))}",
         Budget: f"the best shape within a budget: {', '.join(MEASURES)}",
     }
 
@@ -72,11 +80,13 @@ class Minitron(Refitted):
         """The units that stay; width is scored in the whole model."""
         if isinstance(target, Budget):
             return self._search(config, passes, target)
-        wanted = allowed_sizes(target, SIZES, self.name)
+        wanted = allowed_sizes(target, (*SIZES, *EXPERT_SIZES), self.name)
         units = Units.all(config)
-        if set(wanted.given()) - {"num_layers"}:
+        if set(wanted.given()) - {"num_layers", "num_moe_experts"}:
             found = passes.observe_each(self._sites(passes, wanted))
             units = self.width(config, passes, map(settled, found), wanted)
+        if wanted.num_moe_experts is not None:
+            units = keep_experts(units, expert_scores(passes), wanted.num_moe_experts)
         return units.without_layers(layers_to_remove(passes, removed_layers(config, wanted), self.depth))
 
     @property
@@ -93,10 +103,16 @@ class Minitron(Refitted):
 
     def _search(self, config: Any, passes: Passes, budget: Budget) -> Units:
         width = functools.partial(self.width, config, passes, known={})
+        experts = expert_scores(passes) if config.num_moe_experts else []
         refit = Refit(None if self.refit in ("none", "mean") else self.refit_damping, self.norm_gain)
-        shape, found = best_shape(config, passes, budget, width, refit)
+
+        def cut(found: Iterable[Mapping[str, Any]], shape: Shape) -> Units:
+            units = width(found, shape)
+            return keep_experts(units, experts, shape.num_moe_experts) if shape.num_moe_experts else units
+
+        shape, found = best_shape(config, passes, budget, cut, refit)
         removed = layers_to_remove(passes, removed_layers(config, shape), self.depth)
-        return width(found, shape).without_layers(removed)
+        return cut(found, shape).without_layers(removed)
 
     def width(
         self,
@@ -131,9 +147,27 @@ class Minitron(Refitted):
                 known[layer, counts] = self._attention(config, passes, layer, seen[PROJECTION], target)
             groups, heads = known[layer, counts]
         if FC2 in seen:
-            scores = seen[FC2].importance(self.batch, self.sequence)
-            ffn = keep_best(scores, min(target.ffn_hidden_size or len(ffn), len(ffn)))
-        return BlockUnits(groups, heads, ffn)
+            ffn = self._neurons(seen[FC2], target.ffn_hidden_size or len(ffn))
+        if not block.experts:
+            return BlockUnits(groups, heads, ffn)
+        return self._experts(config, replace(block, groups=groups, heads=heads), seen, target)
+
+    def _experts(self, config: Any, block: BlockUnits, seen: Mapping[str, Any], target: Shape) -> BlockUnits:
+        """A layer's experts at the target's width, all of them; shared ones that are counted become as wide."""
+        width, shared = target.moe_ffn_hidden_size, target.moe_shared_expert_intermediate_size
+        if width is not None and config.moe_num_shared_experts:
+            shared = min(width, len(block.ffn)) * config.moe_num_shared_experts
+        if width is not None and width < len(block.ffn):
+            each = (self._neurons(seen[f"{EXPERTS}.{expert}.linear_fc2"], width) for expert in block.experts)
+            block = replace(block, ffn=(), expert_ffn=tuple(each))
+        if shared is not None:
+            block = replace(block, shared_ffn=self._neurons(seen[f"{SHARED}.linear_fc2"], shared))
+        return block
+
+    def _neurons(self, seen: Any, count: int) -> tuple[int, ...]:
+        """The neurons that stay of those that enter a linear."""
+        scores = seen.importance(self.batch, self.sequence)
+        return keep_best(scores, min(count, len(scores))) if seen.windows > 0 else tuple(range(count))
 
     def _attention(
         self, config: Any, passes: Passes, layer: int, seen: Any, target: Shape
@@ -148,6 +182,11 @@ class Minitron(Refitted):
         kept = groups_to_keep(config, layer, linear, groups)
         members = {group: heads_of(config, layer, group) for group in kept}
         return kept, heads_to_keep(config, layer, linear, members, heads)
+
+
+def expert_scores(passes: Passes) -> list[Tensor | None]:
+    """Of the experts of each layer, float64 `[experts]`; None for layers without any. Collective."""
+    return [None if activity is None else reap_score(activity) for activity in passes.expert_activity()]
 
 
 def head_scores(channels: Tensor, width: int) -> Tensor:

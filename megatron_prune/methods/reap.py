@@ -12,14 +12,15 @@ compares with: how often an expert is chosen, the sum of the norms of what it gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from megatron_prune.decision.target import Shape
+from megatron_prune.decision.cost import budgeted
+from megatron_prune.decision.target import Budget, Shape
 from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import PruningMethod, hyperparameter, register
@@ -28,6 +29,7 @@ from megatron_prune.ranks import from_leader
 
 if TYPE_CHECKING:
     from megatron_prune.methods.base import Workbench
+    from megatron_prune.model.sizes import ModelConfig
     from megatron_prune.statistics.experts import ExpertActivity
 
 SCORES = ("reap", "frequency", "ean", "random")
@@ -38,14 +40,30 @@ def reap_score(activity: ExpertActivity) -> Tensor:
     return activity.gated_norms / activity.tokens.clamp(min=1.0)
 
 
+def keep_experts(units: Units, scores: Sequence[Tensor | None], count: int) -> Units:
+    """`units`, which still have all of them, with the `count` experts of highest score `[experts]` in every layer."""
+    blocks = list(units.blocks)
+    for place, (layer, block) in enumerate(zip(units.layers, units.blocks, strict=True)):
+        score = scores[layer]
+        if score is not None:
+            kept = keep_best(score, count)
+            neurons = tuple(block.expert_ffn[expert] for expert in kept) if block.expert_ffn else ()
+            blocks[place] = replace(block, experts=kept, expert_ffn=neurons)
+    return replace(units, blocks=tuple(blocks))
+
+
 @register("reap")
 @dataclass(frozen=True)
 class REAP(PruningMethod):
     """Remove the experts whose gated outputs are smallest on average over the tokens that they get."""
 
     paper: ClassVar[str] = "Lasby et al. 2025, arXiv:2510.13999"
-    targets: ClassVar[Mapping[type, str]] = {Shape: "fewer experts in every layer that has any: num_moe_experts=N"}
+    targets: ClassVar[Mapping[type, str]] = {
+        Shape: "fewer experts in every layer that has any: num_moe_experts=N",
+        Budget: "as many experts as a budget has room for: parameters",
+    }
     sizes_with_experts: ClassVar[tuple[str, ...]] = ("num_moe_experts",)
+    budget_with_experts: ClassVar[bool] = True
 
     score: str = hyperparameter("reap", f"of an expert: {', '.join(SCORES)}")
     random_seed: int = hyperparameter(0, "of the score `random`")
@@ -59,29 +77,38 @@ class REAP(PruningMethod):
         del settings
         return {} if self.score == "random" else {"random_seed": f"with --score {self.score}"}
 
-    def check(self, config: Any, target: Shape) -> None:
-        """UserError for a model without experts, and other sizes."""
-        if not config.num_moe_experts or set(target.given()) != {"num_moe_experts"}:
+    def check(self, config: Any, target: Shape | Budget) -> None:
+        """UserError for a model without experts, other sizes, and a budget that no number of them meets."""
+        wanted = target.measure if isinstance(target, Budget) else ",".join(target.given())
+        if not config.num_moe_experts or wanted not in ("num_moe_experts", "parameters"):
             raise UserError(
                 f"method reap cannot prune a {config.family} model to {target}; it removes experts: give a model that "
-                "has some and num_moe_experts=N"
+                "has some and num_moe_experts=N or parameters=N"
             )
-        if (config.moe_router_num_groups or 1) > 1:
-            raise UserError(
-                f"method reap: the model chooses among {config.moe_router_num_groups} groups of experts, and which are "
-                "neighbours would change: allowed are models without groups"
-            )
+        if isinstance(target, Budget):
+            self._count(config, target)
 
-    def decide(self, work: Workbench, target: Shape) -> Units:
+    @staticmethod
+    def _count(config: ModelConfig, target: Shape | Budget) -> int:
+        """How many experts stay in a layer; UserError when a budget leaves fewer than a token goes to."""
+        if isinstance(target, Shape):
+            assert target.num_moe_experts is not None
+            return target.num_moe_experts
+        most, least = config.num_moe_experts or 1, config.moe_router_topk or 1
+        for count in range(most, least - 1, -1):
+            if budgeted(replace(config, num_moe_experts=count), target) <= target.limit:
+                return count
+        smallest = budgeted(replace(config, num_moe_experts=least), target)
+        raise UserError(
+            f"target {target}: with {least} experts in a layer, which each token goes to, {smallest} are left; give "
+            "more, or prune to fewer layers first"
+        )
+
+    def decide(self, work: Workbench, target: Shape | Budget) -> Units:
         """The experts of highest score in every layer; all else stays. Collective."""
-        assert target.num_moe_experts is not None
-        units = Units.all(work.config)
-        blocks = list(units.blocks)
-        for layer, activity in enumerate(work.passes.expert_activity()):
-            if activity is not None:
-                scores = self._scores(activity, layer)
-                blocks[layer] = replace(blocks[layer], experts=keep_best(scores, target.num_moe_experts))
-        return from_leader(replace(units, blocks=tuple(blocks)))
+        found = work.passes.expert_activity()
+        scores = [None if each is None else self._scores(each, layer) for layer, each in enumerate(found)]
+        return from_leader(keep_experts(Units.all(work.config), scores, self._count(work.config, target)))
 
     def _scores(self, activity: ExpertActivity, layer: int) -> Tensor:
         if self.score == "reap":

@@ -27,7 +27,7 @@ from megatron_prune.log import say
 from megatron_prune.methods.structured import lowest, removed_layers
 from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV
+from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV, SHARED, expert_of, second_linears
 from megatron_prune.search.held_out import split
 from megatron_prune.search.racing import looks, race
 from megatron_prune.statistics.channels import (
@@ -117,25 +117,41 @@ def candidates(config: ModelConfig, budget: Budget) -> list[Shape]:
 
 
 def _shapes(config: ModelConfig, budget: Budget) -> Iterator[Shape]:
-    """Every combination, each with the widest MLP that the budget has room for."""
+    """Every combination, each with the widest MLP, or experts, that the budget has room for."""
+    name = "moe_ffn_hidden_size" if config.num_moe_experts else "ffn_hidden_size"
+    widest = getattr(config, name)
     family = get_family(config.family)
-    ffn_step = 2 ** max(0, int(math.log2(config.ffn_hidden_size / 32)))
+    ffn_step = 2 ** max(0, int(math.log2(widest / 32)))
     depth_step = max(1, round(config.num_layers / 10))
     depths = range(config.num_layers, math.ceil(config.num_layers * FEWEST) - 1, -depth_step)
     groups = _shares(config.num_query_groups, (1, 0.75, FEWEST))
     per_group = _shares(config.num_attention_heads // config.num_query_groups, (1, 0.75, FEWEST))
-    for layers, share, group_count, heads in itertools.product(depths, (1, 7 / 8, 3 / 4), groups, per_group):
+    experts = _expert_counts(config)
+    for layers, share, group_count, heads, of in itertools.product(
+        depths, (1, 7 / 8, 3 / 4), groups, per_group, experts
+    ):
         unit = math.lcm(group_count * heads, 8)  # Hugging Face wants a whole number of channels for each head
         hidden = config.hidden_size if share == 1 else int(config.hidden_size * share) // unit * unit
         if not hidden or not family.opens(replace(config, hidden_size=hidden), group_count * heads):
             continue
-        shape = Shape(layers, hidden, ffn_step, group_count * heads, group_count)
+        others = {"num_attention_heads": group_count * heads, "num_query_groups": group_count, "num_moe_experts": of}
+        shape = Shape(layers, hidden, **others, **{name: ffn_step})
         least = cost(_sized(config, shape), budget.measure)
-        each = (cost(_sized(config, replace(shape, ffn_hidden_size=2 * ffn_step)), budget.measure) - least) // ffn_step
-        room = (budget.limit - least) // each // ffn_step * ffn_step if each else config.ffn_hidden_size
-        ffn = min(room + ffn_step, config.ffn_hidden_size)
-        if ffn >= config.ffn_hidden_size / 4:
-            yield replace(shape, ffn_hidden_size=ffn)
+        wider: dict[str, Any] = {name: 2 * ffn_step}
+        each = (cost(_sized(config, replace(shape, **wider)), budget.measure) - least) // ffn_step
+        room = (budget.limit - least) // each // ffn_step * ffn_step if each else widest
+        ffn = min(room + ffn_step, widest)
+        if ffn >= widest / 4:
+            found: dict[str, Any] = {name: ffn}
+            yield replace(shape, **found)
+
+
+def _expert_counts(config: ModelConfig) -> list[int | None]:
+    """How many experts may stay: no fewer than a token goes to."""
+    if not config.num_moe_experts:
+        return [None]
+    most = config.num_moe_experts
+    return [count for count in _shares(most, (1, 0.75, FEWEST)) if count >= (config.moe_router_topk or 1)] or [most]
 
 
 def _shares(count: int, shares: Sequence[float]) -> list[int]:
@@ -180,10 +196,13 @@ def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Uni
             if name in changed:  # as before the last MLP: what it sees was not looked at
                 changed[name] = scaled(tensors[name], gain(FC1, found[-1]))
             return changed
-        for path, symbol in ((PROJECTION, "query"), (FC2, "ffn")):
-            kept = units.indices(config, layer, symbol)
+        for path in [PROJECTION, *second_linears(config, layer)]:
             weight = tensors.get(f"{path}.weight")
-            if refit.damping is None or weight is None or kept is None or len(kept) == weight.shape[1]:
+            if refit.damping is None or weight is None or not units.keeps(layer, expert_of(path)):
+                continue
+            symbol = "query" if path == PROJECTION else "shared_ffn" if path.startswith(SHARED) else "ffn"
+            kept = units.indices(config, layer, symbol, expert_of(path))
+            if kept is None or len(kept) == weight.shape[1] or not found[layer][path].windows:
                 continue
             kept = kept.to(weight.device)
             gram = found[layer][path].settled.to(weight.device, torch.float64)

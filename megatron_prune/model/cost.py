@@ -45,7 +45,8 @@ def cost(config: ModelConfig, measure: str) -> int:
     """One of the measures that a budget may limit."""
     if measure == "forward_flops":
         return forward_flops(config, min(CONTEXT, config.max_position_embeddings))
-    return {"parameters": parameters, "kv_cache_bytes": kv_cache_bytes}[measure](config)
+    counts = {"parameters": parameters, "active_parameters": active_parameters, "kv_cache_bytes": kv_cache_bytes}
+    return counts[measure](config)
 
 
 def _over_layers(config: ModelConfig, symbol: str) -> int:

@@ -62,6 +62,17 @@ def linear_paths(config: ModelConfig, layer: int | None = None) -> tuple[str, ..
     return QKV, PROJECTION, *(f"{mlp}.{linear}" for mlp in mlps for linear in ("linear_fc1", "linear_fc2"))
 
 
+def second_linears(config: ModelConfig, layer: int) -> list[str]:
+    """The paths of the linears of a layer's MLP, or of each of its experts, that write to the residual stream."""
+    return [path for path in linear_paths(config, layer) if path.endswith("linear_fc2")]
+
+
+def expert_of(path: str) -> int | None:
+    """The number of the expert that something in a layer is of."""
+    start = EXPERTS + "."
+    return int(path.removeprefix(start).split(".", 1)[0]) if path.startswith(start) else None
+
+
 def linear_groups(config: ModelConfig, layer: int) -> list[list[str]]:
     """The same by what data passes through one after the other: experts of a layer work side by side."""
     found: dict[str, list[str]] = {}

@@ -20,11 +20,18 @@ import torch
 from torch import Tensor
 
 from megatron_prune.decision.units import Units
-from megatron_prune.model.prunable import LINEARS, PrunableModel
+from megatron_prune.model.prunable import PrunableModel, expert_of, linear_groups
 from megatron_prune.statistics.channels import NormRatio, Regression
-from megatron_prune.statistics.passes import NORMS
+from megatron_prune.statistics.passes import HELD_BYTES, NORMS
 from megatron_prune.statistics.reconstruction import damped_factor
-from megatron_prune.statistics.walk import FINAL_NORM, CutWeights, LayerWalk, WholeWeights, sum_over_ranks
+from megatron_prune.statistics.walk import (
+    FINAL_NORM,
+    CutWeights,
+    LayerWalk,
+    WholeWeights,
+    shares,
+    sum_over_ranks,
+)
 
 
 def least_squares(weight: Tensor, kept: Tensor, cross: Tensor, gram: Tensor, damping: float) -> Tensor:
@@ -85,9 +92,10 @@ class Compensation:
         self.changed = {}
         if self.norm_gain:
             self._gains(tensors)
-        for path in LINEARS if self.refit != "none" else ():
-            if self._thinned(number, path):
-                self._fit(number, place, path, tensors)
+        for group in linear_groups(self.model.config, number) if self.refit != "none" else ():
+            thinned = [path for path in group if self._thinned(number, path)]
+            for paths in shares(thinned, lambda path: self._needed(number, path), HELD_BYTES):
+                self._fit(number, place, paths, tensors)
         if self.pruned is not None:
             self.pruned.load(place, self.cut.layer(place))
             self.pruned.advance()
@@ -98,11 +106,18 @@ class Compensation:
     def _kept_inputs(self, number: int, path: str) -> Tensor | None:
         """Which inputs of a linear stay; None where it has none to lose."""
         map = self.model.by_name[f"decoder.layers.{number}.{path}.weight"]
-        return self.units.indices(self.model.config, number, map.symbols[0][1])
+        return self.units.indices(self.model.config, number, map.symbols[0][1], map.expert)
+
+    def _needed(self, number: int, path: str) -> int:
+        """Bytes of a linear's sums."""
+        kept = self._kept_inputs(number, path)
+        assert kept is not None
+        wide = self.model.by_name[f"decoder.layers.{number}.{path}.weight"].shape[1]
+        return 8 * len(kept) * (len(kept) + wide)
 
     def _thinned(self, number: int, path: str) -> bool:
         map = self.model.by_name.get(f"decoder.layers.{number}.{path}.weight")
-        if map is None:
+        if map is None or not self.units.keeps(number, map.expert):
             return False
         if self.refit == "mean" and f"decoder.layers.{number}.{path}.bias" not in self.model.by_name:
             return False
@@ -126,22 +141,32 @@ class Compensation:
         offset = self.model.config.gain_offset
         return ((gain.double() + offset) * ratio - offset).to(gain.dtype)
 
-    def _fit(self, number: int, place: int, path: str, tensors: dict[str, Tensor]) -> None:
-        """Fit one linear to its outputs in the whole model; the ones before it in the layer are fitted already."""
-        kept = self._kept_inputs(number, path)
-        assert kept is not None
-        weight = tensors[f"{path}.weight"]
-        sums = Regression(weight.shape[1], len(kept), self.dense.device)
-        if self.pruned is not None:
+    def _fit(self, number: int, place: int, paths: list[str], tensors: dict[str, Tensor]) -> None:
+        """Fit linears to their outputs in the whole model; the ones before them in the layer are fitted already.
+
+        An expert gets other tokens in the pruned model: its linears are fitted on the channels of `a` that stay.
+        """
+        inputs = {path: kept for path in paths if (kept := self._kept_inputs(number, path)) is not None}
+        found = {
+            path: Regression(tensors[f"{path}.weight"].shape[1], len(kept), self.dense.device)
+            for path, kept in inputs.items()
+        }
+        followed = [path for path in paths if self.pruned is not None and expert_of(path) is None]
+        if self.pruned is not None and followed:
             self.pruned.load(place, self.cut.layer(place))
         for i, hidden in enumerate(self.dense.hidden):
-            wide = self.dense.watch([path], hidden)[0][path]
-            if self.pruned is None:
-                narrow = wide.index_select(-1, kept.to(wide.device))
-            else:
-                narrow = self.pruned.watch([path], self.pruned.hidden[i])[0][path]
-            sums.update(wide, narrow)
-        sum_over_ranks(sums.tensors())
+            wide = self.dense.watch(paths, hidden)[0]
+            narrow = self.pruned.watch(followed, self.pruned.hidden[i])[0] if self.pruned and followed else {}
+            for path, kept in inputs.items():
+                own = narrow[path] if path in narrow else wide[path].index_select(-1, kept.to(wide[path].device))
+                found[path].update(wide[path], own)
+        for path, sums in found.items():
+            sum_over_ranks(sums.tensors())
+            if sums.count > 0:  # of an expert without any token the columns that stay do
+                self._replace(path, inputs[path], sums, tensors)
+
+    def _replace(self, path: str, kept: Tensor, sums: Regression, tensors: dict[str, Tensor]) -> None:
+        weight = tensors[f"{path}.weight"]
         kept = kept.to(weight.device)
         fitted = weight.index_select(1, kept)
         if self.refit != "mean":

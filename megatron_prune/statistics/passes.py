@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_prune.decision.units import Units
 from megatron_prune.model.families import ModelConfig, dimensions
-from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV, SHARED, PrunableModel, second_linears
 from megatron_prune.statistics.channels import RESIDUAL
 from megatron_prune.statistics.experts import ExpertActivity
 from megatron_prune.statistics.gradients import Gradients, gradients
@@ -62,7 +62,8 @@ class Passes:
         """One forward pass: a statistic `sites[path](channels, device)` of each layer, by site.
 
         A path names a submodule of the layer and sees its input `[s, b, channels]`; `RESIDUAL` sees the layer's input
-        and output. With a store that has them all nothing is run.
+        and output. In a layer with experts `FC1` is what enters all of them, and `FC2` stands for the second linear of
+        each, by their own paths; an expert sees the tokens sent to it. With a store that has them all nothing is run.
         """
         if self.store is not None and self.store.has(sites):
             yield from (self._stored(self.store, number, sites) for number in range(self.model.config.num_layers))
@@ -71,21 +72,17 @@ class Passes:
         walk = LayerWalk(weights, self.tokens)
         for number in range(self.model.config.num_layers):
             walk.load(number, weights.layer(number))
-            paths = [path for path in sites if path != RESIDUAL and self._has(number, path)]
-            here: dict[str, Any] = {}
+            here = self._fresh(number, sites)
+            places = {path: _place(self.model.config, number, path) for path in here if path != RESIDUAL}
             for i, hidden in enumerate(walk.hidden):
-                seen, walk.hidden[i] = walk.watch(paths, hidden, whole=True)
-                for path, x in seen.items():
-                    here.setdefault(path, None)
-                    here[path] = here[path] or sites[path](x.shape[-1], walk.device)
-                    here[path].update(x)
+                seen, walk.hidden[i] = walk.watch_windows(list(places.values()), hidden)
+                for path, place in places.items():
+                    for x in seen[place]:
+                        here[path].update(x)
                 if RESIDUAL in sites:
-                    here[RESIDUAL] = here.get(RESIDUAL) or sites[RESIDUAL](hidden.shape[-1], walk.device)
                     here[RESIDUAL].update(hidden, walk.hidden[i])
-            sizes = channels_of(self.model.config, number)
-            for path in [*paths, *(site for site in sites if site == RESIDUAL)]:
-                here[path] = here.get(path) or sites[path](sizes[path], walk.device)  # a rank may have no windows
-                sum_over_ranks(here[path].tensors())
+            for statistic in here.values():
+                sum_over_ranks(statistic.tensors())
             if self.store is not None:
                 self.store.write(number, here)
             yield here
@@ -115,12 +112,27 @@ class Passes:
         return found
 
     def _stored(self, store: StatisticsStore, number: int, sites: Mapping[str, Statistic]) -> dict[str, Any]:
-        sizes = channels_of(self.model.config, number)
-        paths = [path for path in sites if path == RESIDUAL or self._has(number, path)]
-        found = {path: sites[path](sizes[path], backend.device()) for path in paths}
+        found = self._fresh(number, sites)
         store.read(number, found)
         self.progress(1)
         return found
+
+    def _fresh(self, number: int, sites: Mapping[str, Statistic]) -> dict[str, Any]:
+        """Empty statistics of a layer, by the names under which they are found."""
+        sizes = channels_of(self.model.config, number)
+        return {
+            path: kind(sizes[path], backend.device())
+            for site, kind in sites.items()
+            for path in self._paths(number, site)
+        }
+
+    def _paths(self, number: int, site: str) -> list[str]:
+        """What a site stands for in a layer; nothing where the half that it is of is absent."""
+        config = self.model.config
+        if site == FC2 and config.has_experts(number):
+            return second_linears(config, number)
+        there = site == RESIDUAL or self._has(number, site) or (site == FC1 and config.has_experts(number))
+        return [site] if there else []
 
     def weight(self, layer: int, path: str) -> Tensor:
         """A linear's whole weight `[out, in]`."""
@@ -198,6 +210,13 @@ class Passes:
 def channels_of(config: ModelConfig, layer: int) -> dict[str, int]:
     """Channels that enter each site of a layer."""
     size = dimensions(config, layer)
-    hidden = [RESIDUAL, *NORMS, "self_attention.linear_qkv", "mlp.linear_fc1"]
-    inner = {"self_attention.linear_proj": size["query"], "mlp.linear_fc2": size["ffn"]}
+    hidden = [RESIDUAL, *NORMS, QKV, FC1]
+    inner = {PROJECTION: size["query"]}
+    for path in second_linears(config, layer):
+        inner[path] = size["shared_ffn" if path.startswith(SHARED) else "ffn"]
     return dict.fromkeys(hidden, size["hidden"]) | inner
+
+
+def _place(config: ModelConfig, layer: int, path: str) -> str:
+    """The submodule whose input a site sees."""
+    return "mlp.router" if path == FC1 and config.has_experts(layer) else path

@@ -21,7 +21,7 @@ from megatron_prune.model import convert
 from megatron_prune.model.families import WeightMap
 from megatron_prune.model.prunable import EXPERTS, PrunableModel, linear_groups, linear_paths
 from megatron_prune.statistics.hessian import Hessian
-from megatron_prune.statistics.walk import LayerWalk, WholeWeights, inner, sum_over_ranks
+from megatron_prune.statistics.walk import LayerWalk, WholeWeights, inner, shares, sum_over_ranks
 
 HELD_BYTES = 8 * 2**30
 """Statistics of a layer that a process holds at a time, or those of one linear."""
@@ -114,7 +114,9 @@ class Runner:
             )
             for group in groups:
                 unpruned = dict(whole)
-                for paths in _shares([path for path in group if f"{path}.weight" in whole], whole, statistic):
+                there = [path for path in group if f"{path}.weight" in whole]
+                # Statistics of a later share come from the layer as it was before the first: it decides nothing.
+                for paths in shares(there, _needed(whole, statistic), HELD_BYTES):
                     maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
                     none = [None] * len(maps)
                     found = _collect(walk, number, unpruned, statistic, paths) if walk and statistic else none
@@ -153,28 +155,19 @@ class Runner:
         return hf_masks
 
 
+def _needed(whole: Mapping[str, Tensor], statistic: Any) -> Callable[[str], int]:
+    """Bytes of a linear's statistic."""
+
+    def needed(path: str) -> int:
+        width = whole[f"{path}.weight"].shape[1]
+        return 8 * width * (width if _is_quadratic(statistic) else 1)
+
+    return needed
+
+
 def _is_quadratic(statistic: Any) -> bool:
     """Whether a statistic takes the square of its linear's inputs."""
     return isinstance(statistic, type) and issubclass(statistic, Hessian)
-
-
-def _shares(paths: list[str], whole: dict[str, Tensor], statistic: Any) -> Iterator[list[str]]:
-    """Linears whose statistics are held together, in their order: all of a layer, or some of its experts at a time.
-
-    What is decided does not depend on it: statistics of a later share come from the layer as it was before the first.
-    """
-    share: list[str] = []
-    held = 0
-    for path in paths:
-        width = whole[f"{path}.weight"].shape[1]
-        needed = 8 * width * (width if _is_quadratic(statistic) else 1)
-        if share and held + needed > HELD_BYTES:
-            yield share
-            share, held = [], 0
-        share.append(path)
-        held += needed
-    if share:
-        yield share
 
 
 def _collect(

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_prune.decision.units import Units
 from megatron_prune.model.build import rotary, whole_layer, whole_norm
 from megatron_prune.model.families import Block, ModelConfig, get_family
-from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.prunable import PrunableModel, expert_of
 
 UNIT_TOKENS = 2048
 """Calibration windows are run and accumulated in units of about so many tokens, the same units in every layout."""
@@ -198,6 +198,33 @@ class LayerWalk:
         return seen, output
 
     @torch.no_grad()
+    def watch_windows(self, paths: Sequence[str], hidden: Tensor) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """Inputs of the layer's submodules at `paths`, in pieces `[tokens, windows, in]`, and the layer's output.
+
+        Those of a linear of an expert window by window, `[tokens, 1, in]`: of the tokens that a window sends there;
+        nothing of windows that send none.
+        """
+        routed: list[Tensor] = []
+        handle = None
+        if any(expert_of(path) is not None for path in paths):
+            router = self.module.get_submodule("mlp.router")
+            handle = router.register_forward_hook(lambda _module, _inputs, output: routed.append(output[1]))
+        try:
+            seen, output = self.watch(paths, hidden, whole=True)
+        finally:
+            if handle is not None:
+                handle.remove()
+        found = {}
+        for path, x in seen.items():
+            expert = expert_of(path)
+            if expert is not None:
+                window = routed[0][:, expert].nonzero()[:, 0] % hidden.shape[1]
+                found[path] = [x[window == number][:, None] for number in window.unique().tolist()]
+            else:
+                found[path] = [x]
+        return found, output
+
+    @torch.no_grad()
     def watch_experts(self, hidden: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
         """What goes through the loaded layer's experts, and its output `[s, b, h]`.
 
@@ -270,6 +297,20 @@ class Head:
 def inner(name: str) -> str:
     """`decoder.layers.3.mlp.linear_fc2.weight` -> `mlp.linear_fc2.weight`."""
     return name.split(".", 3)[3]
+
+
+def shares(paths: Sequence[str], needed: Callable[[str], int], most: int) -> Iterator[list[str]]:
+    """`paths` in their order, in groups that need at most so many bytes together, or one at a time."""
+    share: list[str] = []
+    held = 0
+    for path in paths:
+        if share and held + needed(path) > most:
+            yield share
+            share, held = [], 0
+        share.append(path)
+        held += needed(path)
+    if share:
+        yield share
 
 
 def sum_over_ranks(tensors: Sequence[Tensor]) -> None:

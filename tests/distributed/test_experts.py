@@ -63,8 +63,10 @@ CASES = [
 ]
 REMOVED = Case("reap", "num_moe_experts=4")
 """As many as every layout divides."""
+NARROWED = Case("minitron", "num_moe_experts=4,moe_ffn_hidden_size=12,hidden_size=24,num_attention_heads=2")
+SHARED = Case("minitron", "moe_shared_expert_intermediate_size=20,moe_ffn_hidden_size=12", ("--refit", "propagated"))
 CONTROL = Case("layout_dependent")
-ALL = (*CASES, REMOVED, CONTROL)
+ALL = (*CASES, REMOVED, NARROWED, SHARED, CONTROL)
 TRAINED = {
     "learned": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--temperature-end", "2"]
     + ["--prior", "magnitude", "--weight-regularization", "1e-3"],
@@ -95,7 +97,7 @@ def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[st
     """The `prune` verb of a one-shot case."""
     text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "7", "--calibration-seq-length", "32"]
     inputs = ["--input", str(root / model), "--output", str(root / "runs" / model / layout.name / case.name)]
-    calibration = text if case.method in ("wanda", "sparsegpt", "reap") else []
+    calibration = text if case.method not in ("magnitude", "layout_dependent") else []
     choice = ["prune", "--method", case.method, "--target", case.target, *case.options]
     return [*choice, *inputs, *calibration, *layout.flags()]
 
@@ -160,8 +162,8 @@ def evaluate_command(root: Path, layout: Layout) -> list[str]:
 
 
 def fits(model: str, case: Case) -> bool:
-    """The model with a shared expert has 4 experts, too few to remove some."""
-    return model == "mixed" or case != REMOVED
+    """The model with a shared expert has 4 experts, too few to remove some; the other one has none."""
+    return case not in ((SHARED,) if model == "mixed" else (REMOVED, NARROWED))
 
 
 def resume_command(root: Path, name: str, saved: Layout, goes_on: Layout) -> list[str]:
@@ -192,12 +194,18 @@ def test_the_comparison_can_fail(root: Path, model: str, layout: Layout) -> None
     assert differing(root, model, CONTROL, layout) > 0.1
 
 
-@pytest.mark.parametrize("layout", [layout for model, layout in PAIRS if model == "mixed"], ids=lambda x: x.name)
-def test_the_same_experts_stay(root: Path, layout: Layout) -> None:
-    found, expected = (
-        Trim.load(root / "runs" / "mixed" / x.name / REMOVED.name / "decision").units for x in (layout, ONE)
-    )
-    assert found == expected and len(found.blocks[0].experts) == 4 and not found.blocks[1].experts
+@pytest.mark.parametrize(
+    ("model", "layout", "case"),
+    [(*pair, case) for case in (REMOVED, NARROWED, SHARED) for pair in PAIRS if fits(pair[0], case)],
+    ids=lambda x: x if isinstance(x, str) else x.name[:16],
+)
+def test_the_same_units_stay(root: Path, model: str, layout: Layout, case: Case) -> None:
+    found, expected = (Trim.load(root / "runs" / model / x.name / case.name / "decision").units for x in (layout, ONE))
+    assert found == expected
+    if model == "mixed":
+        assert len(found.blocks[0].experts) == 4 and not found.blocks[1].experts
+    if case != REMOVED:
+        assert len(set(found.blocks[0].expert_ffn)) > 1
 
 
 @pytest.mark.parametrize(("name", "layout"), TRAINING, ids=lambda x: x if isinstance(x, str) else x.name)

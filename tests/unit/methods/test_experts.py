@@ -227,7 +227,7 @@ REFUSED = {
     "no experts in the target": ("qwen3_moe", "reap", "num_layers=1", "it can change num_moe_experts"),
     "width of a model with experts": (
         "qwen3_moe",
-        "minitron",
+        "llm_pruner",
         "ffn_hidden_size=16",
         "cannot prune a model with expert",
     ),
