@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from megatron_prune.decision.run_folder import read_run
 from megatron_prune.errors import UserError
 from megatron_prune.kernels import definition, gumbel
 from megatron_prune.kernels.philox import gumbel_noise
+from megatron_prune.log import say
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
@@ -32,6 +34,15 @@ from megatron_prune.training.state import load_parameters, trained_parameters
 
 NOISE_AT_ONCE = 2**22
 """Logits whose start is drawn together, with some 50 bytes of temporaries each."""
+
+
+def _gap(logits: Tensor) -> float:
+    """The least distance of the best and the next pattern of a group, over groups `[rows, groups, patterns]`."""
+    least = math.inf
+    for some in logits.split(max(1, NOISE_AT_ONCE // max(1, logits[0].numel()))):
+        best = some.float().topk(2, dim=-1).values
+        least = min(least, float((best[..., 0] - best[..., 1]).min()))
+    return least
 
 
 class LearningRunner(TrainingSession):
@@ -58,6 +69,8 @@ class LearningRunner(TrainingSession):
         self.weights_trained = False
         self.start: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
+        self.moved: float | None = None
+        """Share of the groups that had left their start when the masks were last looked at."""
 
     def learn_masks(self, n: int, m: int, train_weights: bool, **draw: Any) -> MaskDraw:
         """Give every prunable linear mask logits and freeze everything else (but the weights, on request).
@@ -122,7 +135,35 @@ class LearningRunner(TrainingSession):
 
         trainer = Trainer(self.model, self.training, self.data, multipliers, on_microbatch)
         self.microbatches = trainer.microbatches
+        if not self.resume:
+            self._warn_of_short_steps(multipliers["*mask_logits"])
         self.take_steps(trainer, on_step)
+        moved = self.moved if self.moved is not None else self._mask_statistics()["differs_from_start_fraction"]
+        say(
+            f"{moved:.2%} of the groups have left their start"
+            if moved
+            else "no group has left its start: the masks are those that learning began with; give more steps, a larger "
+            "--lr or --lr-multiplier, or a smaller --prior-strength"
+        )
+
+    @torch.no_grad()
+    def _warn_of_short_steps(self, multiplier: float) -> None:
+        """Say so when no group will change: Adam hardly moves a logit by more than the learning rate in a step, and the
+        best and the next pattern of a group may come so much closer from both sides. Collective.
+        """
+        reach = 2 * multiplier * self.training.lr * self.training.train_iters
+        gap = torch.full((), math.inf, dtype=torch.float64, device=backend.device())
+        for linear in self.model.linears():
+            gap.clamp_(max=_gap(linear.module.mask_logits))
+        dist.all_reduce(gap, dist.ReduceOp.MIN)
+        least = float(gap)
+        if reach < least:
+            say(
+                f"warning: the best pattern of every group starts {least:.3g} above the next, and "
+                f"{self.training.train_iters} steps of --lr {self.training.lr:g} x --lr-multiplier {multiplier:g} can "
+                f"close about {reach:.3g}: no mask will change; give more steps, a larger --lr or --lr-multiplier, "
+                "or a smaller --prior-strength"
+            )
 
     def measure(self) -> dict[str, float]:
         """What has become of the masks."""
@@ -148,11 +189,12 @@ class LearningRunner(TrainingSession):
             self.last[linear.name] = now
         dist.all_reduce(sums)
         best, entropy, changed, moved, count = sums.sum(0).tolist()
+        self.moved = moved / count
         record = {
             "max_probability": best / count,
             "mask_entropy": entropy / count,
             "changed_fraction": changed / count,
-            "differs_from_start_fraction": moved / count,
+            "differs_from_start_fraction": self.moved,
         }
         for kind, (best, entropy, changed, _moved, count) in zip(kinds, sums.tolist(), strict=True):
             record |= {f"max_probability/{kind}": best / count, f"changed_fraction/{kind}": changed / count}
