@@ -262,6 +262,7 @@ def evaluate(
     windows: int = 32,
     dtype: Literal["bfloat16", "float32"] | Literal["float16"] | None = None,
     micro_batch_size: int = 1,
+    expert_load: bool = False,
     checkpoint: str | Path | None = None,
     settings: Sequence[str] = (),
     tasks: Sequence[str] = (),
