@@ -99,6 +99,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "kernels/memory.py": (f"{KERNELS}/test_memory.py",),
     "kernels/philox.py": (f"{KERNELS}/test_philox.py",),
     "kernels/products.py": (f"{KERNELS}/test_products.py",),
+    "kernels/descent.py": (f"{KERNELS}/test_descent.py",),
     "kernels/second_order.py": (SECOND_ORDER,),
     "kernels/second_order_kernels.py": (SECOND_ORDER,),
     "kernels/selection.py": (f"{KERNELS}/test_selection.py",),

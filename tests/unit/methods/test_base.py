@@ -23,6 +23,7 @@ def test_listing_describes_every_method() -> None:
         "update_weights": True,
         "percdamp": 0.01,
         "block_size": 128,
+        "descent_passes": 0,
         "true_sequential": False,
     }
 
