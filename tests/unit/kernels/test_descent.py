@@ -146,3 +146,27 @@ def test_what_is_given_stays_as_it_was() -> None:
 
 def test_patterns_that_can_be_tried() -> None:
     assert fits(2, 4) and fits(4, 8) and not fits(5, 10) and fits(1, 16) and not fits(8, 16)
+
+
+def test_what_descent_cannot_do_is_refused() -> None:
+    from megatron_prune.decision.target import NM, Unstructured
+    from megatron_prune.errors import UserError
+    from megatron_prune.methods.base import get_method
+    from megatron_prune.model.families import family_of
+    from tests.models import TINY_SIZES
+
+    found = {"model_type": "llama", "rms_norm_eps": 1e-6, **TINY_SIZES["llama"]}
+    config = family_of(found).from_hf(found)
+    odd = family_of(found).from_hf(found | {"intermediate_size": 66})
+    method = get_method("sparsegpt", descent_passes=2)
+    method.check(config, NM(4, 8))
+    method.check(config, Unstructured(0.5))
+    get_method("sparsegpt").check(odd, Unstructured(0.5))
+    for model, target, said in (
+        (config, NM(8, 16), "8:16 has 12870 patterns; allowed: at most 70"),
+        (odd, Unstructured(0.5), "has 66 inputs; allowed: multiples of 4"),
+    ):
+        with pytest.raises(UserError, match=said):
+            method.check(model, target)
+    with pytest.raises(UserError, match="descent_passes -1 was given; allowed: 0 or more"):
+        get_method("sparsegpt", descent_passes=-1)
