@@ -61,6 +61,8 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     "olmoe": LLAMA_SIZES | {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
     "qwen2_moe": LLAMA_SIZES
     | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": LLAMA_SIZES
+    | {"head_dim": 16, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
     "gpt2": {"vocab_size": 128, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
     | {"bos_token_id": 0, "eos_token_id": 0},
 }

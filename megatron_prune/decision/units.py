@@ -77,7 +77,10 @@ class Units:
     def config(self, whole: ModelConfig) -> ModelConfig:
         """Sizes of the smaller model. ValueError for units that `whole` does not have or that make no model."""
         self._check(whole)
-        smaller = replace(whole, num_layers=len(self.layers), hidden_size=len(self.hidden), blocks=None)
+        windows = whole.window_layers and tuple(whole.window_layers[layer] for layer in self.layers)
+        windows = None if windows and all(windows) else windows
+        sizes_of_all = {"num_layers": len(self.layers), "hidden_size": len(self.hidden), "window_layers": windows}
+        smaller = replace(whole, **sizes_of_all, blocks=None)
         sizes = [Block(len(x.heads), len(x.groups), x.ffn_width, len(x.experts)) for x in self.blocks]
         return self._with_shared_width(whole, smaller.with_blocks(sizes))
 
@@ -150,6 +153,7 @@ class Units:
         rows = {
             "ffn": torch.tensor(ffn, dtype=torch.int64),
             "experts": torch.tensor(block.experts, dtype=torch.int64),
+            "heads": torch.tensor(block.heads, dtype=torch.int64),
             "query": query,
             "key_value": key_value,
             "qkv": torch.cat([query, size["query"] + key_value, size["query"] + size["key_value"] + key_value]),

@@ -76,7 +76,9 @@ class MegatronScorer:
         """See `Scorer`."""
         _check_agreement(requests)
         budget, multiple = self.tokens_per_batch * self.micro_batches, sequence_parts(self.model.layout)
-        batches = plan(requests, self.longest, budget, multiple=multiple)
+        # Where windows differ from layer to layer no mask serves all of them, so rows must not branch.
+        share = self.model.config.window_layers is None
+        batches = plan(requests, self.longest, budget, multiple=multiple, share=share)
         replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         together = (
             self.model.layout.replicas_together > 1
@@ -146,17 +148,22 @@ class MegatronScorer:
 class TransformersScorer:
     """A transformers model in this process."""
 
-    def __init__(self, model: Any, longest: int, tokens_per_batch: int, window: int | None = None) -> None:
-        """`window`: tokens that its attention reaches back, itself among them; None: all."""
+    def __init__(
+        self, model: Any, longest: int, tokens_per_batch: int, window: int | None = None, share: bool = True
+    ) -> None:
+        """`window`: tokens that its attention reaches back, itself among them; None: all. `share`: it does so in all
+        layers, and requests may share a row.
+        """
         self.model = model
         self.longest = longest
         self.tokens_per_batch = tokens_per_batch
         self.window = window
+        self.share = share
         self._whole = _Float32()
 
     def score(self, requests: Sequence[Request]) -> Scores:
         """See `Scorer`."""
-        batches = plan(requests, self.longest, self.tokens_per_batch)
+        batches = plan(requests, self.longest, self.tokens_per_batch, share=self.share)
         with fast_products(), progress("evaluate", len(batches), "batches") as advance:
             return collect(len(requests), batches, (self._answer(batch, advance) for batch in batches))
 

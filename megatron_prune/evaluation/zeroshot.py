@@ -119,8 +119,8 @@ def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> E
     tokenizer = load_tokenizer(reader.directory, about.vocab_size)
     dtype = config.dtype or about.dtype
     model = hugging_face.load(reader, dtype)
-    longest, window = about.max_position_embeddings, about.sliding_window
-    scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window)
+    longest, window, alike = about.max_position_embeddings, about.sliding_window, about.window_layers is None
+    scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window, share=alike)
     scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
     return hugging_face.about(reader, dtype) | scores, samples
 

@@ -14,6 +14,7 @@ from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced
 from megatron_prune.imports import without_triton
 from megatron_prune.log import say
+from megatron_prune.model.config_json import read_rope
 from megatron_prune.model.families import ModelConfig, get_family
 
 _ADVICE = "correct that key, as the model's source has it, or import the model again"
@@ -53,8 +54,11 @@ def _differences(config: ModelConfig, keys: Mapping[str, str], read: Any) -> Ite
             yield key, value, meant
     if config.position_embedding == "rope":
         rope = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
+        given = read.rope_parameters
+        if given.get("rope_type") == "yarn":  # what is left out follows from the rest
+            given = {**given, **(read_rope({"rope_parameters": given}, ("yarn",))[1] or {})}
         for key, meant in rope.items():
-            if (value := read.rope_parameters.get(key)) != meant:
+            if (value := given.get(key)) != meant:
                 yield key, value, meant
 
 

@@ -460,7 +460,7 @@ def _attention(job: Job, layer: int) -> int:
     kept = 3 * (query + key_value) if context == 1 else 2 * (query + key_value * context)
     if model.position_embedding == "rope":
         kept += 4 * length // context * rotary_channels(model)
-    if context > 1 or (model.sliding_window or length) < length:
+    if context > 1 or model.attention_sinks or (model.window(layer) or length) < length:
         kept += length // context * length
     wide = job.tokens * heads // job.tensor  # of the softmax, for each query
     if model.qk_layernorm:

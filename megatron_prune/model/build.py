@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
@@ -70,6 +71,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
 }
 """Activations by their names in transformers."""
 
@@ -222,21 +224,22 @@ def _norm_and_attention(config: TransformerConfig) -> tuple[Any, Any]:
     return norm, attention
 
 
-def layer_spec(config: TransformerConfig, block: Block, whole_norm: bool = False) -> ModuleSpec:
-    """One decoder layer: unfused norms, masked linears, the machine's best attention; absent halves are identities.
-
-    `whole_norm`: queries and keys are normalised over all heads together.
-    """
-    halves = (_attention_half(config, whole_norm) if block.num_attention_heads else {}) | (
+def layer_spec(config: TransformerConfig, model: ModelConfig, layer: int) -> ModuleSpec:
+    """One decoder layer: unfused norms, masked linears, the machine's best attention; absent halves are identities."""
+    block = model.block(layer)
+    halves = (_attention_half(config, model, layer) if block.num_attention_heads else {}) | (
         _mlp_half(config, block) if block.ffn_hidden_size else {}
     )
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**halves))
 
 
-def _attention_half(config: TransformerConfig, whole_norm: bool) -> dict[str, Any]:
+def _attention_half(config: TransformerConfig, model: ModelConfig, layer: int) -> dict[str, Any]:
     norm, attention = _norm_and_attention(config)
+    if model.attention_sinks or model.window_layers is not None:
+        own = {"window": model.window(layer), "sinks": model.attention_sinks}
+        attention = ModuleSpec(module=SDPACoreAttention, params=own)
     head_norm = norm if config.qk_layernorm else None
-    query_norm, key_norm = (QueryNorm, KeyNorm) if whole_norm else (head_norm, head_norm)
+    query_norm, key_norm = (QueryNorm, KeyNorm) if model.qk_layernorm_whole else (head_norm, head_norm)
     return {
         "input_layernorm": norm,
         "self_attention": ModuleSpec(
@@ -272,7 +275,7 @@ def block_spec(
     norm, _ = _norm_and_attention(core)
     first = get_transformer_layer_offset(core, virtual_stage)
     here = range(first, first + layers_in_chunk(core))
-    layers = [layer_spec(core, config.block(number), config.qk_layernorm_whole) for number in here]
+    layers = [layer_spec(core, config, number) for number in here]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
@@ -321,6 +324,11 @@ def _expert_sizes(config: ModelConfig, layout: backend.Layout) -> list[tuple[str
             )
         return []
     assert config.moe_ffn_hidden_size
+    if config.linear_bias and layout.expert_tensor_size > 1:
+        raise UserError(
+            f"experts have biases and each would be split over {layout.expert_tensor_size} processes, which megatron-core "
+            "does not do: add --expert-tensor-parallel-size 1"
+        )
     parts, flag = layout.expert_tensor_size, "expert-tensor-parallel-size (tensor-model-parallel-size without it)"
     return [
         ("experts", config.num_moe_experts, layout.expert, "expert-model-parallel-size"),
@@ -355,7 +363,10 @@ def transformer_config(
         activation_func=ACTIVATIONS[config.activation],
         add_bias_linear=config.linear_bias,
         add_qkv_bias=config.qkv_bias,
-        window_size=(config.sliding_window - 1, 0) if config.sliding_window else None,
+        glu_linear_offset=config.glu_linear_offset,
+        activation_func_clamp_value=config.activation_func_clamp_value,
+        softmax_scale=_softmax_scale(config),
+        window_size=(config.sliding_window - 1, 0) if config.sliding_window and config.window_layers is None else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor,
@@ -391,8 +402,17 @@ def transformer_config(
     return BlocksTransformerConfig(**fields, blocks=config.blocks, heterogeneous_layers_config_encoded_json=listed)
 
 
+def _softmax_scale(config: ModelConfig) -> float | None:
+    """Of the attention scores; None: 1 / sqrt(width of a head). YaRN multiplies rotated queries and keys by a factor,
+    and whole heads are rotated.
+    """
+    factor = (config.rope_scaling or {}).get("attention_factor", 1.0)
+    return None if factor == 1.0 else factor**2 / math.sqrt(config.kv_channels)
+
+
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """RoPE frequencies `[rotated channels / 2]` (float32), with LLaMA-3.1's scaling by wavelength where config asks.
+    """RoPE frequencies `[rotated channels / 2]` (float32), scaled by wavelength as LLaMA-3.1 or YaRN have it where
+    config asks.
 
     Wavelengths longer than `original / low_freq_factor` are slowed by `factor`, those shorter than
     `original / high_freq_factor` are kept, and between the two the change is linear in `original / wavelength`.
@@ -403,6 +423,8 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     scaling = config.rope_scaling
     if not scaling:
         return frequencies.to(device)
+    if scaling["rope_type"] == "yarn":
+        return _yarn(frequencies, config.rotary_base, scaling).to(device)
     original = float(scaling["original_max_position_embeddings"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     slowed = frequencies / float(scaling["factor"])
@@ -411,6 +433,24 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     wavelength = 2 * math.pi / frequencies
     scaled = torch.where(wavelength > original / low, slowed, smooth)
     return torch.where(wavelength < original / high, frequencies, scaled).to(device)
+
+
+def _yarn(frequencies: Tensor, base: float, scaling: dict[str, Any]) -> Tensor:
+    """YaRN's `h(theta)` (arXiv:2309.00071, definition 2): those that turn more than `beta_fast` times within the
+    original length are kept, those that turn less than `beta_slow` times slowed by `factor`, and between the two the
+    change is linear in their number.
+    """
+    count = len(frequencies)
+
+    def number(turns: float) -> float:
+        return count * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / math.log(base)
+
+    first, last = number(scaling["beta_fast"]), number(scaling["beta_slow"])
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * count - 1)
+    slowed = ((torch.arange(count).float() - first) / (last - first or 0.001)).clamp(0, 1)
+    return frequencies / scaling["factor"] * slowed + frequencies * (1 - slowed)
 
 
 def rotary(config: ModelConfig, length: int, cp_group: Any) -> Tensor | None:
@@ -459,7 +499,10 @@ def _mark_shards(model: GPTModel, layout: backend.Layout) -> None:
     own_replicas = layout.expert > 1 or layout.expert_tensor_size != layout.tensor
     for module in model.modules():
         if isinstance(module, MaskedLinear) and module.is_expert:
-            module.weight.allreduce = not own_replicas  # type: ignore[attr-defined]
+            for parameter in module.parameters():
+                parameter.allreduce = not own_replicas  # type: ignore[attr-defined]
+                # A bias is not split where an expert is on one rank, which has all of its tokens.
+                parameter.sequence_parallel = False  # type: ignore[attr-defined]
         axis = 1 if isinstance(module, RowParallelLinear) else 0
         weight = getattr(module, "weight", None)
         split = isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding))
@@ -515,7 +558,7 @@ def whole_layer(config: ModelConfig, dtype: torch.dtype, layer: int = 0) -> Tran
     `layer` matters only where layers differ.
     """
     core = transformer_config(config, backend.Layout(), dtype)
-    spec = layer_spec(core, config.block(layer), config.qk_layernorm_whole)
+    spec = layer_spec(core, config, layer)
     if config.blocks is not None:
         core = core.get_config_for_layer(layer + 1)
     module = TransformerLayer(core, spec.submodules, layer_number=1, pg_collection=backend.alone())

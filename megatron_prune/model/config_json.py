@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 """Of transformers 5 and 4; where both are given, the first is read."""
 FULL_ATTENTION = "full_attention"
+WINDOW = "sliding_attention"
 LARGEST: dict[str, int] = {
     "num_layers": 10_000,
     "hidden_size": 2**20,
@@ -36,9 +38,12 @@ LARGEST: dict[str, int] = {
 """Of ModelConfig's sizes: far beyond any model, and lists and tensors of them still end."""
 LARGEST_NUMBER = 1e30
 """Of its constants; squared, a float64 still holds it."""
-_LARGEST_NUMBERS = {"layernorm_epsilon": 1.0, "factor": 1e6, "low_freq_factor": 1e6, "high_freq_factor": 1e6}
+_LARGEST_NUMBERS = {"layernorm_epsilon": 1.0} | dict.fromkeys(
+    ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), 1e6
+)
 """Of those constants that are small in any model."""
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+YARN_KEYS = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor", "truncate")
 
 
 def implied_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,8 +66,10 @@ def _implied_kv_channels(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def read_rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, float | None]:
-    """Rotary base, llama3 scaling and share of a head, from ``rope_parameters`` (transformers 5) or ``rope_theta`` +
+def read_rope(
+    hf_config: Mapping[str, Any], kinds: Sequence[str]
+) -> tuple[float, dict[str, Any] | None, float | None]:
+    """Rotary base, scaling of one of the `kinds` and share of a head, from ``rope_parameters`` (transformers 5) or ``rope_theta`` +
     ``rope_scaling`` + ``partial_rotary_factor``. Where both are there, ``rope_scaling`` counts, as in transformers.
     """
     given = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
@@ -79,14 +86,42 @@ def read_rope(hf_config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | Non
     if percent is not None and not check_number("partial_rotary_factor", percent) <= 1:
         raise UserError(f"config.json has partial_rotary_factor {brief(percent)}; it must be at most 1")
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind == "default":
-        return base, None, percent
-    if kind != "llama3":
+    if kind not in kinds:
         raise UserError(
-            f"config.json has rope type {brief(kind)}; supported: 'default', 'llama3'. To prune the model for texts "
+            f"config.json has rope type {brief(kind)}; supported: {', '.join(map(repr, kinds))}. To prune the model for texts "
             "of the length that it was first trained on, take rope_scaling out, and put it into the export again"
         )
-    return base, _llama3(given, hf_config), percent
+    if kind == "default":
+        return base, None, percent
+    return base, (_llama3 if kind == "llama3" else _yarn)(given, hf_config), percent
+
+
+def _yarn(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scaling of that type (Peng et al. 2023, arXiv:2309.00071, 3.2 to 3.4), with the values that are implied."""
+    needed = {"factor": given.get("factor"), YARN_KEYS[3]: given.get(YARN_KEYS[3])}
+    missing = [key for key, value in needed.items() if value is None]
+    if missing or given.get("mscale") is not None or given.get("mscale_all_dim") is not None:
+        raise UserError(
+            "config.json has rope type 'yarn' "
+            + (f"without {', '.join(missing)}; add what the model has" if missing else "with mscale or mscale_all_dim")
+            + ("" if missing else "; supported: attention_factor, or none of them")
+        )
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0} | {key: value for key, value in needed.items() if value is not None}
+    numbers = {key: given[key] if given.get(key) is not None else usual[key] for key in YARN_KEYS[:4]}
+    for key, value in numbers.items():
+        check_number(key, value)
+    implied = 0.1 * math.log(numbers["factor"]) + 1.0 if numbers["factor"] > 1 else 1.0
+    scale = implied if given.get("attention_factor") is None else given["attention_factor"]
+    truncate = given.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise UserError(f"config.json gives truncate = {brief(truncate)}; it must be true or false")
+    if numbers["beta_slow"] >= numbers["beta_fast"]:
+        raise UserError(
+            f"config.json has beta_slow {numbers['beta_slow']} and beta_fast {numbers['beta_fast']}; the first must be "
+            "below the second"
+        )
+    about = {"attention_factor": float(check_number("attention_factor", scale)), "truncate": truncate}
+    return {"rope_type": "yarn", **numbers, **about}
 
 
 def _llama3(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +155,15 @@ def read_sparse_layers(hf_config: Mapping[str, Any], layers: int) -> tuple[bool,
     return None if all(found) else found
 
 
+def read_window_layers(hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
+    """Which layers see `sliding_window` tokens only, by `layer_types`; without it every other one; None: all."""
+    kinds = hf_config.get("layer_types") or [FULL_ATTENTION if layer % 2 else WINDOW for layer in range(layers)]
+    if len(kinds) != layers:
+        raise UserError(f"config.json has {layers} layers and {len(kinds)} layer_types; there is one for each")
+    found = tuple(kind == WINDOW for kind in kinds)
+    return None if all(found) else found
+
+
 def read_dtype(hf_config: Mapping[str, Any]) -> str:
     """``dtype`` or ``torch_dtype``; float32 when config.json says nothing, as transformers 4 had it."""
     given = hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
@@ -143,7 +187,7 @@ def check_number(name: str, value: Any) -> float:
 def check_values(values: Mapping[str, Any]) -> None:
     """Types and ranges of what config.json gives for ModelConfig fields; None is a size that follows from others."""
     for name, value in values.items():
-        if name == "layernorm_epsilon" or name == "moe_router_topk_scaling_factor":
+        if name in ("layernorm_epsilon", "moe_router_topk_scaling_factor", "activation_func_clamp_value"):
             check_number(name, value)
         elif name in ("tie_word_embeddings", "moe_renormalize", "qkv_bias", "qk_layernorm"):
             if not isinstance(value, bool):

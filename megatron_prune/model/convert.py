@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -131,6 +131,31 @@ def row_blocks(map: WeightMap, config: ModelConfig) -> dict[str, Tensor]:
     return dict(zip(map.hf, split(map, torch.arange(map.shape[0]), config), strict=True))
 
 
+def experts_together(config: ModelConfig, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights by their Hugging Face names -> the same with those of all experts of a layer in one tensor each.
+
+    A tensor is given as soon as all of its parts have come.
+    """
+    maps = get_family(config.family).weights(config)
+    places = {name: (place, part) for map in maps for name, place, part in map.fused()}
+    shapes = {place: shape for map in maps for place, shape in map.fused_shapes(config).items()}
+    whole: dict[str, Tensor] = {}
+    missing: dict[str, int] = {}
+    for name, tensor in weights:
+        if name not in places:
+            yield name, tensor
+            continue
+        place, part = places[name]
+        if place not in whole:
+            whole[place] = tensor.new_empty(shapes[place])
+            missing[place] = whole[place].numel()
+        part.of(whole[place]).copy_(tensor)
+        missing[place] -= tensor.numel()
+        if not missing[place]:
+            yield place, whole.pop(place)
+    assert not whole, f"parts of {sorted(whole)[:3]} did not come"
+
+
 def _pad_rows(tensor: Tensor, count: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(count, *tensor.shape[1:])]) if count else tensor
 
@@ -207,8 +232,8 @@ class HFReader:
             raise UserError(f"{self.directory} has no tensor {name}{nearest(name, self._entries)}")
         entry = self._entries[name]
         with fenced(f"cannot read {name} from {entry.file}", "fetch it again"), safe_open(entry.file, "pt") as opened:
-            if entry.expert is not None:
-                tensor = entry.part(opened.get_slice(entry.name))
+            if entry.part is not None:
+                tensor = entry.part.of(opened.get_slice(entry.name))
                 return (tensor if part is None else part(tensor)).contiguous()
             return opened.get_tensor(entry.name) if part is None else part(opened.get_slice(entry.name))
 

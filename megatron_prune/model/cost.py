@@ -33,8 +33,13 @@ def kv_cache_bytes(config: ModelConfig) -> int:
 def forward_flops(config: ModelConfig, context: int) -> int:
     """FLOPs of one token that sees `context` tokens, a multiply-add being 2: linear layers, output layer, attention."""
     linears = sum(_passed(config, map) for map in get_family(config.family).weights(config) if map.prunable)
-    attention = 2 * _over_layers(config, "query") * min(context, config.sliding_window or context)
-    return 2 * (linears + config.vocab_size * config.hidden_size + attention)
+    return 2 * (linears + config.vocab_size * config.hidden_size + 2 * channels_seen(config, context))
+
+
+def channels_seen(config: ModelConfig, context: int) -> int:
+    """Query channels times the tokens that one of `context` tokens sees, over all layers."""
+    layers = range(config.num_layers)
+    return sum(dimensions(config, n)["query"] * min(context, config.window(n) or context) for n in layers)
 
 
 CONTEXT = 2048

@@ -23,6 +23,8 @@ from megatron_prune.model.config_json import (
     FULL_ATTENTION,
     LARGEST,
     LLAMA3_KEYS,
+    WINDOW,
+    YARN_KEYS,
     among,
     check_number,
     check_types,
@@ -33,8 +35,10 @@ from megatron_prune.model.config_json import (
     read_dtype,
     read_rope,
     read_sparse_layers,
+    read_window_layers,
 )
 from megatron_prune.model.sizes import ModelConfig, dimensions, rotary_channels
+from megatron_prune.model.stored import Part
 
 if TYPE_CHECKING:  # environments without PyTorch read these tables too
     from torch import Tensor
@@ -95,6 +99,8 @@ class WeightMap:
     """Global number of the expert that it is of."""
     transposed: bool = False
     """The Hugging Face tensors are stored `[in, out]`."""
+    alternating: bool = False
+    """Files have it in a tensor of all experts, as `Part.alternating` says; the names are those of its parts."""
 
     @property
     def always_float32(self) -> bool:
@@ -106,16 +112,22 @@ class WeightMap:
         """Shape of each Hugging Face tensor with its rows, the outputs, first."""
         return tuple(shape[::-1] for shape in self.shapes) if self.transposed else self.shapes
 
-    def fused(self) -> Iterator[tuple[str, str, int | None]]:
+    def fused(self) -> Iterator[tuple[str, str, Part]]:
         """Of an expert's weight each Hugging Face name, the tensor in which transformers 5 has that of all experts of
-        the layer, and which half of its rows it is, gate above up; nothing of other weights.
+        the layer, and which part of it it is; nothing of other weights.
         """
         if self.expert is None:
             return
         pair = len(self.hf) > 1
         for half, name in enumerate(self.hf):
             start = name.partition(".experts.")[0].replace(".block_sparse_moe", ".mlp")
-            yield name, f"{start}.experts.{'gate_up_proj' if pair else 'down_proj'}", half if pair else None
+            end = ("gate_up_proj" if pair else "down_proj") + ("_bias" if name.endswith(".bias") else "")
+            yield name, f"{start}.experts.{end}", Part(self.expert, half if pair else None, self.alternating)
+
+    def fused_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Shapes of those tensors by their names."""
+        one = self.shape[::-1] if self.alternating else self.shape
+        return {name: (config.block(self.layer).num_moe_experts, *one) for _, name, _ in self.fused()}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -171,6 +183,8 @@ class Family:
     """config.json keys whose null has a meaning of its own and does not stand for the default."""
     partial_rotary: float | None = None
     """Share of a head that is rotated when config.json does not say; None: whole heads are, always."""
+    alternating: bool = False
+    """Files have the experts of a layer in one tensor each, `[experts, in, out]`, gate and up alternating."""
     conv1d: bool = False
     """Linear weights are stored `[in, out]`, as transformers' Conv1D has them."""
     head: str = "ForCausalLM"
@@ -179,6 +193,12 @@ class Family:
     """Start of the names that a checkpoint saved from the bare transformer, without its output layer, lacks."""
     windowed: bool = False
     """With `use_sliding_window` the layers from `max_window_layers` on see `sliding_window` tokens only."""
+    mixed_windows: bool = False
+    """`layer_types` says which layers see `sliding_window` tokens only; without it the first does, the third, ..."""
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of config.json about rotary positions that are meant where it has none of them."""
+    rope_types: tuple[str, ...] = ("default", "llama3")
+    """Scalings of rotary positions that it may have."""
     also: Mapping[str, str] = field(default_factory=dict)
     """config.json key -> another that means the same; both are read, and written where a size has changed."""
     sparse_layers: Literal["all", "step", "first_dense"] = "all"
@@ -206,6 +226,7 @@ class Family:
             **self._positions(hf_config),
             **self.constants,
             moe_layers=self._sparse_layers(hf_config, sizes["num_layers"]),
+            window_layers=read_window_layers(hf_config, sizes["num_layers"]) if self.mixed_windows else None,
             family=self.name,
             dtype=read_dtype(hf_config),
             hf_config=copy.deepcopy(dict(hf_config)),
@@ -239,13 +260,15 @@ class Family:
                 "only sizes and dtype may change"
             )
         changed = [name for name in self.keys if getattr(original, name) != getattr(config, name)]
+        layers = range(config.num_layers)
         if changed:  # all of them: a head_dim left out would follow a changed hidden_size
             _check_loadable(config)
             written |= {key: getattr(config, name) for name, key in self.keys.items()}
             written |= {other: written[key] for key, other in self.also.items() if other in written}
-            if "layer_types" in written:
-                written["layer_types"] = [FULL_ATTENTION] * config.num_layers
-            dense = [layer for layer in range(config.num_layers) if not config.has_experts(layer)]
+            if self.mixed_windows or "layer_types" in written:
+                kinds = [WINDOW if self.mixed_windows and config.window(n) else FULL_ATTENTION for n in layers]
+                written["layer_types"] = kinds
+            dense = [layer for layer in layers if not config.has_experts(layer)]
             if self.sparse_layers == "step":
                 written |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
             if self.sparse_layers == "first_dense":
@@ -316,9 +339,9 @@ class Family:
         before, after = table[:first], [row for row in table[first:] if row not in layers]
         after = [row for row in after if not (row.untied_only and config.tie_word_embeddings)]
         return [
-            *(_weight_map(row, config, None, self.conv1d) for row in before),
+            *(self._weight_map(row, config) for row in before),
             *(map for layer in range(config.num_layers) for map in self._layer_weights(layers, config, layer)),
-            *(_weight_map(row, config, None, self.conv1d) for row in after),
+            *(self._weight_map(row, config) for row in after),
         ]
 
     def _layer_weights(self, rows: list[WeightPattern], config: ModelConfig, layer: int) -> Iterator[WeightMap]:
@@ -328,7 +351,29 @@ class Family:
         for of_experts, group in itertools.groupby(there, lambda row: "{expert}" in row.megatron):
             several = list(group)
             for expert in range(block.num_moe_experts) if of_experts else [None]:
-                yield from (_weight_map(row, config, layer, self.conv1d, expert) for row in several)
+                yield from (self._weight_map(row, config, layer, expert) for row in several)
+
+    def _weight_map(
+        self, row: WeightPattern, config: ModelConfig, layer: int | None = None, expert: int | None = None
+    ) -> WeightMap:
+        size = dimensions(config, layer)
+        transposed = self.conv1d and row.prunable
+        shapes = tuple(tuple(size[symbol] for symbol in shape) for shape in row.hf.values())
+        return WeightMap(
+            megatron=row.megatron.format(layer=layer, expert=expert),
+            hf=tuple(name.format(layer=layer, expert=expert) for name in row.hf),
+            shapes=tuple(shape[::-1] for shape in shapes) if transposed else shapes,
+            symbols=tuple(tuple(shape) for shape in row.hf.values()),
+            transform=row.transform,
+            shard_dim=row.shard_dim,
+            shard_unit=size[row.shard_unit],
+            pad_rows=row.pad_rows,
+            prunable=row.prunable,
+            layer=layer,
+            expert=expert,
+            transposed=transposed,
+            alternating=self.alternating and expert is not None,
+        )
 
     def as_rows(self, tensor: Tensor) -> Tensor:
         """A prunable Hugging Face weight, or its mask, as `[out, in]`."""
@@ -347,9 +392,11 @@ class Family:
                     f"config.json has {key}: {brief(hf_config[key])}; the {self.name} family supports "
                     f"{' or '.join(repr(value) for value in allowed)} only: give a model without it"
                 )
+        kinds = (FULL_ATTENTION, WINDOW) if self.mixed_windows else (FULL_ATTENTION,)
         for kind in hf_config.get("layer_types") or ():
-            if kind != FULL_ATTENTION:
-                raise UserError(f"config.json has layers of type {brief(kind)}; supported: {FULL_ATTENTION!r} only")
+            if kind not in kinds:
+                allowed_kinds = " and ".join(map(repr, kinds))
+                raise UserError(f"config.json has layers of type {brief(kind)}; supported: {allowed_kinds} only")
         if self.windowed and not hf_config.get("layer_types"):
             check_windows(hf_config)
 
@@ -379,7 +426,8 @@ class Family:
         """The ModelConfig fields of the rotary embedding."""
         if self.constants.get("position_embedding") == "learned":
             return {"rotary_base": 0.0, "rope_scaling": None}
-        base, scaling, percent = read_rope(hf_config)
+        given = {key: value for key, value in hf_config.items() if value is not None}
+        base, scaling, percent = read_rope({**self.rope, **given}, self.rope_types)
         if self.partial_rotary is None and percent not in (None, 1.0):
             raise UserError(
                 f"config.json has partial_rotary_factor {percent}; the {self.name} family supports 1.0 only"
@@ -400,28 +448,6 @@ class Family:
         return value
 
 
-def _weight_map(
-    row: WeightPattern, config: ModelConfig, layer: int | None, conv1d: bool, expert: int | None = None
-) -> WeightMap:
-    size = dimensions(config, layer)
-    transposed = conv1d and row.prunable
-    shapes = tuple(tuple(size[symbol] for symbol in shape) for shape in row.hf.values())
-    return WeightMap(
-        megatron=row.megatron.format(layer=layer, expert=expert),
-        hf=tuple(name.format(layer=layer, expert=expert) for name in row.hf),
-        shapes=tuple(shape[::-1] for shape in shapes) if transposed else shapes,
-        symbols=tuple(tuple(shape) for shape in row.hf.values()),
-        transform=row.transform,
-        shard_dim=row.shard_dim,
-        shard_unit=size[row.shard_unit],
-        pad_rows=row.pad_rows,
-        prunable=row.prunable,
-        layer=layer,
-        expert=expert,
-        transposed=transposed,
-    )
-
-
 def _rotary(config: ModelConfig) -> tuple[Any, ...]:
     return config.rotary_base, config.rope_scaling, config.rotary_percent
 
@@ -440,6 +466,8 @@ def check_config(config: ModelConfig, family: Family) -> None:
         "qk_layernorm",
         "qk_layernorm_whole",
         "position_embedding",
+        "attention_sinks",
+        "glu_linear_offset",
     ):
         if name in family.keys:
             continue
@@ -453,10 +481,13 @@ def check_config(config: ModelConfig, family: Family) -> None:
             f"{' or '.join(DTYPES)} and above 0 and at most 1"
         )
     scaling = config.rope_scaling
-    if scaling is not None and read_rope({"rope_parameters": scaling})[1] != scaling:
-        raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(LLAMA3_KEYS)}")
+    if scaling is not None and read_rope({"rope_parameters": scaling}, family.rope_types)[1] != scaling:
+        keys = YARN_KEYS if scaling.get("rope_type") == "yarn" else LLAMA3_KEYS
+        raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(keys)}")
     _check_heads(config)
     _check_experts(config)
+    if config.window_layers is not None and (not family.mixed_windows or len(config.window_layers) != config.num_layers):
+        raise UserError(f"window_layers has {len(config.window_layers)} layers; the model has {config.num_layers}")
     if bool(config.num_moe_experts) != ("num_moe_experts" in family.keys):
         raise UserError(f"num_moe_experts is {config.num_moe_experts}; a {family.name} model has another number")
 

@@ -104,7 +104,7 @@ def _places_of_all(map: WeightMap) -> set[str]:
 def _experts_apart(directory: Path, entries: dict[str, Entry], family: Family, config: ModelConfig) -> dict[str, Entry]:
     """The same with the experts of a layer one by one, where a tensor holds them all, as transformers 5 does in memory.
 
-    `...experts.gate_up_proj` [experts, 2 x width, hidden], gate above up, and `...experts.down_proj`.
+    `...experts.gate_up_proj` and `...experts.down_proj`, of which each is a `Part`.
     """
     found = dict(entries)
     for map in family.weights(config):
@@ -115,19 +115,19 @@ def _experts_apart(directory: Path, entries: dict[str, Entry], family: Family, c
             continue
         for place in _in_one(map) & entries.keys():
             whole = entries[place]
-            rows, columns = map.shape
-            if whole.shape != (config.num_moe_experts, rows, columns):
+            (shape_of_all,) = set(map.fused_shapes(config).values())
+            if whole.shape != shape_of_all:
                 raise UserError(
                     f"{shown(whole.name)} in {whole.file} has shape {brief(list(whole.shape))}; config.json asks for "
-                    f"{[config.num_moe_experts, rows, columns]}: one of the two is of another model, fetch both again"
+                    f"{list(shape_of_all)}: one of the two is of another model, fetch both again"
                 )
             found.pop(place, None)
-            for (name, _, half), shape in zip(map.fused(), map.shapes, strict=True):
+            for (name, _, part), shape in zip(map.fused(), map.shapes, strict=True):
                 if name in found:
                     raise UserError(
                         f"{directory} holds {shown(whole.name)} and {shown(name)}, one in the other; keep one"
                     )
-                found[name] = replace(whole, shape=shape, expert=map.expert, half=half)
+                found[name] = replace(whole, shape=shape, part=part)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_prune.model.family import WeightPattern
 
 HF = "model.layers.{layer}."
@@ -74,6 +76,12 @@ PROJECTION = WeightPattern(
     shard_dim=1,
     shard_unit="group_inputs",
     prunable=True,
+)
+SINKS = WeightPattern(
+    MEGATRON + "self_attention.core_attention.softmax_offset",
+    {HF + "self_attn.sinks": ("heads",)},
+    shard_dim=0,
+    shard_unit="group_heads",
 )
 MLP_NORM = WeightPattern(
     MEGATRON + "pre_mlp_layernorm.weight",
@@ -149,3 +157,10 @@ def norm_bias(norm: WeightPattern) -> WeightPattern:
     """The row of the bias beside a norm's gain."""
     names = {name.removesuffix("weight") + "bias": shape for name, shape in norm.hf.items()}
     return WeightPattern(norm.megatron.removesuffix("weight") + "bias", names)
+
+
+def linear_bias(linear: WeightPattern) -> WeightPattern:
+    """The row of the bias beside a linear's weight."""
+    names = {name.removesuffix("weight") + "bias": shape[:1] for name, shape in linear.hf.items()}
+    megatron, dim = linear.megatron.removesuffix("weight") + "bias", 0 if linear.shard_dim == 0 else None
+    return replace(linear, megatron=megatron, hf=names, shard_dim=dim, prunable=False)

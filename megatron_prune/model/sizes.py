@@ -2,7 +2,7 @@
 
 Symbolic sizes of the families' tables (``dimensions`` gives the numbers):
 ``vocab``, ``positions``, ``hidden``, ``ffn``, ``experts``, ``shared_ffn``, ``head`` = kv_channels,
-``query`` = heads * kv_channels, ``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value,
+``heads``, ``group_heads`` = heads / groups, ``query`` = heads * kv_channels, ``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value,
 ``group_rows`` = rows of one query group in linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj.
 Those of a layer are that layer's own: its ``ffn`` is the width of an expert where the layer has experts.
 """
@@ -25,6 +25,7 @@ LATER = (
     *("moe_shared_expert_intermediate_size", "moe_num_shared_experts", "moe_shared_expert_gate"),
     *("moe_router_score_function", "moe_router_expert_bias", "moe_router_topk_scaling_factor"),
     *("moe_router_num_groups", "moe_router_group_topk", "qk_layernorm_whole"),
+    *("window_layers", "attention_sinks", "glu_linear_offset", "activation_func_clamp_value"),
 )
 """Fields that are written where they are not as usual: descriptions of other models stay what they always were."""
 
@@ -53,7 +54,7 @@ class ModelConfig:
     rotary_base: float
     """0 when positions are learned."""
     rope_scaling: dict[str, Any] | None = field(hash=False)
-    """None, or the four llama3 keys of Hugging Face plus ``rope_type``: ``llama3``."""
+    """None, or the keys of Hugging Face plus ``rope_type``: the four of ``llama3``, or those of ``yarn``."""
     tie_word_embeddings: bool
     dtype: str
     """One of bfloat16, float16, float32."""
@@ -78,6 +79,14 @@ class ModelConfig:
     """Share of a head, from its first channel on, that is rotated."""
     sliding_window: int | None = None
     """Tokens that a token sees, itself included; None: all before it."""
+    window_layers: tuple[bool, ...] | None = None
+    """Which layers see so few, where not all do."""
+    attention_sinks: bool = False
+    """Each head has a learned score that takes part in the softmax and adds nothing."""
+    glu_linear_offset: float = 0.0
+    """What is added to up before it is multiplied with activation(gate)."""
+    activation_func_clamp_value: float | None = None
+    """Gate is at most so large, and up between its negative and it; None: not limited."""
     num_moe_experts: int | None = None
     """Of every layer that has experts in place of one MLP; None: no layer has."""
     moe_ffn_hidden_size: int | None = None
@@ -126,6 +135,10 @@ class ModelConfig:
         if not self.num_moe_experts:
             return False
         return self.moe_layers is None or layer is None or self.moe_layers[layer]
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token sees in a layer, itself included; None: all before it."""
+        return self.sliding_window if self.window_layers is None or self.window_layers[layer] else None
 
     @property
     def gain_offset(self) -> float:
@@ -211,8 +224,9 @@ class ModelConfig:
                 f"{sorted(needed - set(values))}; was it written by another version?"
             )
         given = copy.deepcopy(dict(values))
-        if given.get("moe_layers") is not None:
-            given["moe_layers"] = tuple(given["moe_layers"])
+        for name in ("moe_layers", "window_layers"):
+            if given.get(name) is not None:
+                given[name] = tuple(given[name])
         if given.get("blocks") is not None:
             given["blocks"] = tuple(Block(**block) for block in given["blocks"])
         return cls(**given)
@@ -237,6 +251,8 @@ def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
         "experts": block.num_moe_experts,
         "shared_ffn": config.shared_width,
         "head": config.kv_channels,
+        "heads": block.num_attention_heads,
+        "group_heads": block.group_heads,
         "query": block.num_attention_heads * config.kv_channels,
         "key_value": block.num_query_groups * config.kv_channels,
         "qkv": (block.num_attention_heads + 2 * block.num_query_groups) * config.kv_channels,

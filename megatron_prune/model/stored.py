@@ -38,6 +38,25 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which part a tensor is of one that all experts of a layer are in, `[experts, out, in]` with gate above up."""
+
+    expert: int
+    half: int | None = None
+    """Of gate and up the first or the second; None: it has no halves."""
+    alternating: bool = False
+    """The tensor is `[experts, in, out]`, and gate and up alternate in it."""
+
+    def of(self, whole: Any) -> Any:
+        """A view of PyTorch's tensor, or what is read of one in a file: `[out, in]`, of a bias `[out]`."""
+        found = whole[self.expert]
+        if not self.alternating:
+            rows = len(found) // 2
+            return found if self.half is None else found[self.half * rows : (self.half + 1) * rows]
+        return (found if self.half is None else found[..., self.half :: 2]).t()
+
+
+@dataclass(frozen=True)
 class Entry:
     """Where a tensor lies: file, its name there, safetensors dtype (``BF16``), shape."""
 
@@ -45,15 +64,8 @@ class Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    expert: int | None = None
-    """It is a part of a tensor that all experts of a layer are in: that of this expert."""
-    half: int | None = None
-    """And of its rows the first or the second half."""
-
-    def part(self, whole: Any) -> Any:
-        """What it is of the tensor of that name in the file, which may be read when it is sliced."""
-        found = whole[self.expert]
-        return found if self.half is None else found[self.half * self.shape[0] : (self.half + 1) * self.shape[0]]
+    part: Part | None = None
+    """Of the tensor of that name in the file; None: it is all of it."""
 
 
 class _Tensor(TypedDict):

@@ -19,13 +19,14 @@ from torch.nn import Module, Parameter
 
 from megatron_prune.foreign import fenced
 from megatron_prune.imports import without_triton
+from megatron_prune.model.convert import experts_together
 from megatron_prune.model.families import ModelConfig, get_family
 
 POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 """Keys of config.json about rotary positions, which `Family.from_hf` has checked."""
 ROTARY = frozenset(
     "rope_type type factor low_freq_factor high_freq_factor original_max_position_embeddings rope_theta "
-    "partial_rotary_factor".split()
+    "partial_rotary_factor beta_fast beta_slow truncate attention_factor".split()
 )
 """Keys inside of those."""
 NOT_HANDED_ON = ("quantization_config",)
@@ -57,7 +58,9 @@ def transformers_config(config: ModelConfig) -> Any:
 
 
 def empty_model(config: ModelConfig, dtype: torch.dtype) -> Module:
-    """transformers' model, without memory for parameters, in evaluation mode. Attention is PyTorch's own."""
+    """transformers' model, without memory for parameters, in evaluation mode. Attention is PyTorch's
+    own, or transformers' where sinks take part in it.
+    """
     hf_config = transformers_config(config)
     with without_triton():
         from transformers import AutoModelForCausalLM
@@ -67,7 +70,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> Module:
             _parameters_on_meta(),
         ):
             model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
+                hf_config, dtype=dtype, trust_remote_code=False, attn_implementation="eager" if config.attention_sinks else "sdpa"
             )
     return model.eval()
 
@@ -78,33 +81,16 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     missing = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
     wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # routers, in some families
-    fused = {
-        name: (place, map.expert, half)
-        for map in get_family(config.family).weights(config)
-        for name, place, half in map.fused()
-    }
-    parts: dict[str, int] = {}
-    for name, tensor in weights:
-        place, expert, half = fused.get(name, (name.replace(".block_sparse_moe.", ".mlp."), None, None))
-        owner, _, field = place.rpartition(".")
-        module = model.get_submodule(owner)
+    for name, tensor in experts_together(config, weights):
+        place = name.replace(".block_sparse_moe.", ".mlp.")
         if place in buffers:
             buffers[place].copy_(tensor)
             continue
-        if expert is None:
-            del missing[place]
-            kind = torch.float32 if place.endswith(wide) else dtype
-            setattr(module, field, Parameter(tensor.to(kind, copy=True).contiguous()))
-            continue
-        if place in missing:
-            setattr(module, field, Parameter(torch.empty(missing.pop(place).shape, dtype=dtype)))
-            parts[place] = 0
-        whole = getattr(module, field).data[expert]
-        part = whole if half is None else whole.chunk(2)[half]
-        part.copy_(tensor)
-        parts[place] += part.numel()
-    filled = all(parts[name] == model.get_parameter(name).numel() for name in parts)
-    assert filled and not missing, f"the family's table and transformers name other weights: {sorted(missing)[:3]}"
+        del missing[place]
+        owner, _, field = place.rpartition(".")
+        kind = torch.float32 if place.endswith(wide) else dtype
+        setattr(model.get_submodule(owner), field, Parameter(tensor.to(kind, copy=True).contiguous()))
+    assert not missing, f"the family's table and transformers name other weights: {sorted(missing)[:3]}"
     model.tie_weights()  # the parameters are others than those that were tied
     return model
 

@@ -128,8 +128,8 @@ class LayerWalk:
             raise RuntimeError("this method needs calibration windows")
         self.weights = weights
         self.device = backend.device()
-        self.modules: dict[Block, Any] = {}
-        """An empty layer of each size."""
+        self.modules: dict[tuple[Block, int | None], Any] = {}
+        """An empty layer of each size and window."""
         self.module: Any = None
         slices = units_of(*tokens.shape)
         if unit_windows is not None:
@@ -157,10 +157,10 @@ class LayerWalk:
     def load(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Make layer `number` the one that is run, with these weights, by their names inside the layer."""
         config = self.weights.config
-        block = config.block(number)
-        if block not in self.modules:
-            self.modules[block] = whole_layer(config, self.weights.dtype, number)
-        self.module = self.modules[block]
+        kind = config.block(number), config.window(number)
+        if kind not in self.modules:
+            self.modules[kind] = whole_layer(config, self.weights.dtype, number)
+        self.module = self.modules[kind]
         places = dict(self.module.named_parameters())
         assert places.keys() <= tensors.keys()
         places |= dict(self.module.named_buffers())  # a router's bias is one

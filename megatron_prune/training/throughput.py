@@ -24,8 +24,9 @@ import resource
 import torch
 
 from megatron_prune.device import has_cuda
+from megatron_prune.model.cost import channels_seen
 from megatron_prune.model.families import get_family
-from megatron_prune.model.sizes import ModelConfig, dimensions
+from megatron_prune.model.sizes import ModelConfig
 
 TERA = 10**12
 GIB = 2**30
@@ -47,9 +48,7 @@ with sparsity only: halved here."""
 def forward_flops(model: ModelConfig, seq_length: int) -> int:
     """Forward FLOPs of one token of a window; a backward pass that reaches every weight takes twice as many."""
     linears = sum(math.prod(map.shape) for map in get_family(model.family).weights(model) if map.prunable)
-    seen = min(seq_length, model.sliding_window or seq_length)
-    attention = sum(dimensions(model, layer)["query"] for layer in range(model.num_layers)) * seen
-    return 2 * linears + 2 * model.vocab_size * model.hidden_size + 4 * attention
+    return 2 * linears + 2 * model.vocab_size * model.hidden_size + 4 * channels_seen(model, seq_length)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
