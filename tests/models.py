@@ -34,7 +34,16 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 32,
+}
+"""Turns of some channels are kept, of some slowed and of some between the two, within the length of a test."""
 
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -62,7 +71,8 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     "qwen2_moe": LLAMA_SIZES
     | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": LLAMA_SIZES
-    | {"head_dim": 16, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
+    | {"head_dim": 16, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}
+    | {"rope_parameters": YARN_ROPE},
     "gpt2": {"vocab_size": 128, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
     | {"bos_token_id": 0, "eos_token_id": 0},
 }

@@ -77,10 +77,7 @@ class Units:
     def config(self, whole: ModelConfig) -> ModelConfig:
         """Sizes of the smaller model. ValueError for units that `whole` does not have or that make no model."""
         self._check(whole)
-        windows = whole.window_layers and tuple(whole.window_layers[layer] for layer in self.layers)
-        windows = None if windows and all(windows) else windows
-        sizes_of_all = {"num_layers": len(self.layers), "hidden_size": len(self.hidden), "window_layers": windows}
-        smaller = replace(whole, **sizes_of_all, blocks=None)
+        smaller = replace(whole.with_layers(self.layers), hidden_size=len(self.hidden))
         sizes = [Block(len(x.heads), len(x.groups), x.ffn_width, len(x.experts)) for x in self.blocks]
         return self._with_shared_width(whole, smaller.with_blocks(sizes))
 

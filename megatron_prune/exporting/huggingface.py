@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import auto_map, code_file
 from megatron_prune.files import new_folder
 from megatron_prune.model.convert import experts_together
-from megatron_prune.model.families import ModelConfig, WeightMap, get_family
+from megatron_prune.model.families import ModelConfig, get_family
 
 _MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -42,8 +42,8 @@ def write_hf(
     """Write the model to ``directory`` as `write_directory` does.
 
     ``weights``: Hugging Face name and tensor, each of the model's exactly once, in any order, on any device;
-    an output layer tied to the embedding is left out; files may have those of experts in one tensor. ``with_code``: the modelling file that transformers needs for
-    layers that differ is written too. One process writes.
+    an output layer tied to the embedding is left out; files may have those of experts in one tensor. ``with_code``: the
+    modelling file that transformers needs for layers that differ is written too. One process writes.
     """
     family = get_family(config.family)
     hf_config = family.to_hf(config)
@@ -51,7 +51,7 @@ def write_hf(
     if with_code:
         code = code_file(config)
         hf_config["auto_map"] = auto_map(config)
-    shapes = {name: shape for map in family.weights(config) for name, shape in _stored(map, config)}
+    shapes = {name: shape for map in family.weights(config) for name, shape in map.stored(config).items()}
     if family.alternating:
         weights = experts_together(config, weights)
     tied = family.tied_names(config)
@@ -85,13 +85,6 @@ def write_directory(
             _write_json(partial / name, content)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, partial)
-
-
-def _stored(map: WeightMap, config: ModelConfig) -> Iterable[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors in files that a weight is in."""
-    if map.alternating:
-        return map.fused_shapes(config).items()
-    return zip(map.hf, map.shapes, strict=True)
 
 
 def positive_zeros(tensor: Tensor) -> Tensor:

@@ -254,6 +254,7 @@ def _check_experts(job: Job) -> None:
         )
     if not experts:
         return
+    job.model.check_expert_parts(job.expert_tensor)
     processes = job.replicas * job.layout.context_parallel_size * job.tensor
     for what, size, parts in (
         ("experts", experts, shares),

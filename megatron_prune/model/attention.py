@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip  # (before megatron.core)
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state

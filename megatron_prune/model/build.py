@@ -324,11 +324,7 @@ def _expert_sizes(config: ModelConfig, layout: backend.Layout) -> list[tuple[str
             )
         return []
     assert config.moe_ffn_hidden_size
-    if config.linear_bias and layout.expert_tensor_size > 1:
-        raise UserError(
-            f"experts have biases and each would be split over {layout.expert_tensor_size} processes, which megatron-core "
-            "does not do: add --expert-tensor-parallel-size 1"
-        )
+    config.check_expert_parts(layout.expert_tensor_size)
     parts, flag = layout.expert_tensor_size, "expert-tensor-parallel-size (tensor-model-parallel-size without it)"
     return [
         ("experts", config.num_moe_experts, layout.expert, "expert-model-parallel-size"),

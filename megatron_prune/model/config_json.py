@@ -66,11 +66,10 @@ def _implied_kv_channels(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def read_rope(
-    hf_config: Mapping[str, Any], kinds: Sequence[str]
-) -> tuple[float, dict[str, Any] | None, float | None]:
-    """Rotary base, scaling of one of the `kinds` and share of a head, from ``rope_parameters`` (transformers 5) or ``rope_theta`` +
-    ``rope_scaling`` + ``partial_rotary_factor``. Where both are there, ``rope_scaling`` counts, as in transformers.
+def read_rope(hf_config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[float, dict[str, Any] | None, float | None]:
+    """Rotary base, scaling of one of the `kinds` and share of a head, from ``rope_parameters`` (transformers 5) or
+    ``rope_theta`` + ``rope_scaling`` + ``partial_rotary_factor``. Where both are there, ``rope_scaling`` counts, as in
+    transformers.
     """
     given = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -88,8 +87,9 @@ def read_rope(
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in kinds:
         raise UserError(
-            f"config.json has rope type {brief(kind)}; supported: {', '.join(map(repr, kinds))}. To prune the model for texts "
-            "of the length that it was first trained on, take rope_scaling out, and put it into the export again"
+            f"config.json has rope type {brief(kind)}; supported: {', '.join(map(repr, kinds))}. To prune the model "
+            "for texts of the length that it was first trained on, take rope_scaling out, and put it into the export "
+            "again"
         )
     if kind == "default":
         return base, None, percent

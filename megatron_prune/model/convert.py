@@ -24,8 +24,9 @@ from torch import Tensor
 from megatron_prune.data.tokenizer_files import TOKENIZER_FILES
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced, read_json, reason
-from megatron_prune.model import carried, given
+from megatron_prune.model import carried, given, mxfp4, quantised
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
+from megatron_prune.model.mxfp4 import PackedExperts
 from megatron_prune.model.published import (
     ADAPTER,
     check_directory,
@@ -177,6 +178,8 @@ class HFReader:
     corrupt file.
     """
 
+    in_mxfp4 = False
+    """Experts are in MXFP4, and what is read of them is bfloat16."""
     configs: ClassVar[tuple[str, ...]] = ("config.json",)
     """Files that the sizes come from."""
 
@@ -219,11 +222,14 @@ class HFReader:
     def _read_config(self) -> dict[str, Any]:
         """What config.json says of the model."""
         config: dict[str, Any] = read_json(self.directory / "config.json", _WHAT)
-        return config
+        self.in_mxfp4 = mxfp4.is_packed(config) and family_of(config).alternating
+        return {key: value for key, value in config.items() if key != quantised.KEY} if self.in_mxfp4 else config
 
     def _read_entries(self) -> dict[str, Entry]:
         """The tensors by the names and types that they have as plain weights."""
         entries = read_entries(self.directory)
+        if self.in_mxfp4:
+            entries = mxfp4.plain_entries(self.directory, entries)
         check_tensors(self.directory, entries)
         return entries
 
@@ -233,9 +239,17 @@ class HFReader:
         entry = self._entries[name]
         with fenced(f"cannot read {name} from {entry.file}", "fetch it again"), safe_open(entry.file, "pt") as opened:
             if entry.part is not None:
-                tensor = entry.part.of(opened.get_slice(entry.name))
+                tensor = entry.part.of(self._whole(entry, opened.get_slice(entry.name)))
                 return (tensor if part is None else part(tensor)).contiguous()
             return opened.get_tensor(entry.name) if part is None else part(opened.get_slice(entry.name))
+
+    @staticmethod
+    def _whole(entry: Entry, whole: Any) -> Any:
+        """A tensor that all experts of a layer are in, which is read where it is sliced."""
+        if entry.scales is None:
+            return whole
+        with safe_open(entry.scales.file, "pt") as opened:
+            return PackedExperts(whole, opened.get_tensor(entry.scales.name))
 
     def _model_config(self) -> ModelConfig:
         config = family_of(self.config).from_hf(self.config)

@@ -129,6 +129,10 @@ class WeightMap:
         one = self.shape[::-1] if self.alternating else self.shape
         return {name: (config.block(self.layer).num_moe_experts, *one) for _, name, _ in self.fused()}
 
+    def stored(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of a written file that it is in."""
+        return self.fused_shapes(config) if self.alternating else dict(zip(self.hf, self.shapes, strict=True))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the unsharded Megatron tensor: the Hugging Face tensors stacked along their rows."""
@@ -486,8 +490,9 @@ def check_config(config: ModelConfig, family: Family) -> None:
         raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(keys)}")
     _check_heads(config)
     _check_experts(config)
-    if config.window_layers is not None and (not family.mixed_windows or len(config.window_layers) != config.num_layers):
-        raise UserError(f"window_layers has {len(config.window_layers)} layers; the model has {config.num_layers}")
+    windows = config.window_layers
+    if windows is not None and (not family.mixed_windows or len(windows) != config.num_layers):
+        raise UserError(f"window_layers are of {len(windows)} layers; a {family.name} model of this size has others")
     if bool(config.num_moe_experts) != ("num_moe_experts" in family.keys):
         raise UserError(f"num_moe_experts is {config.num_moe_experts}; a {family.name} model has another number")
 

@@ -26,6 +26,7 @@ from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import check_shape, fenced, read_json, strict
 from megatron_prune.model import quantised
 from megatron_prune.model.convert import HFReader, local_directory
+from megatron_prune.model.mxfp4 import fp4_values
 from megatron_prune.model.published import check_adapter, check_tensors
 from megatron_prune.model.stored import Entry, read_entries
 
@@ -33,8 +34,6 @@ FP4_BLOCK = 16
 LARGEST_FP8, LARGEST_FP4 = 448.0, 6.0
 SMALLEST_FP8 = 2.0**-9
 """Above zero."""
-FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-"""Values of the codes 0 to 7; the codes from 8 on are their negatives."""
 _AGAIN = "write it again with `export --quantize`"
 
 
@@ -85,9 +84,7 @@ def from_int4(codes: Tensor, scale: Tensor) -> Tensor:
 
 def from_fp4(codes: Tensor, scale: Tensor, scale_2: Tensor) -> Tensor:
     """`[out, in]` float32 of codes `[out, in / 2]` and scales `[out, in / 16]`, themselves in units of ``scale_2``."""
-    nibbles = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    values = torch.cat([FP4, -FP4])[nibbles.long()]
-    return values * (scale.float() * scale_2.float()).repeat_interleave(FP4_BLOCK, dim=1)
+    return fp4_values(codes) * (scale.float() * scale_2.float()).repeat_interleave(FP4_BLOCK, dim=1)
 
 
 def round_fp8(x: Tensor, scale: Tensor) -> Tensor:

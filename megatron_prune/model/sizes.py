@@ -1,8 +1,9 @@
 """Sizes and constants of one model, in Megatron's names.
 
 Symbolic sizes of the families' tables (``dimensions`` gives the numbers):
-``vocab``, ``positions``, ``hidden``, ``ffn``, ``experts``, ``shared_ffn``, ``head`` = kv_channels,
-``heads``, ``group_heads`` = heads / groups, ``query`` = heads * kv_channels, ``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value,
+``vocab``, ``positions``, ``hidden``, ``ffn``, ``experts``, ``shared_ffn``, ``heads``, ``head`` = kv_channels,
+``query`` = heads * kv_channels, ``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value,
+``group_heads`` = heads of one query group,
 ``group_rows`` = rows of one query group in linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj.
 Those of a layer are that layer's own: its ``ffn`` is the width of an expert where the layer has experts.
 """
@@ -161,6 +162,12 @@ class ModelConfig:
         """Sizes of a layer; without a number of the widest, or of one with experts."""
         return self._layer_sizes(layer) if self.blocks is None or layer is None else self.blocks[layer]
 
+    def with_layers(self, layers: Sequence[int]) -> ModelConfig:
+        """The model with these layers of its own, whose sizes `with_blocks` sets."""
+        windows = self.window_layers and tuple(self.window_layers[layer] for layer in layers)
+        windows = None if windows and all(windows) else windows
+        return replace(self, num_layers=len(layers), window_layers=windows, blocks=None)
+
     def with_blocks(self, blocks: Sequence[Block]) -> ModelConfig:
         """The model with these layers, one entry for each; ``blocks`` stays None when all are alike and whole.
 
@@ -203,6 +210,14 @@ class ModelConfig:
             raise UserError(
                 f"sequences of {length} tokens were asked for and the model has learned positions for "
                 f"{self.max_position_embeddings}: use {self.max_position_embeddings} or less"
+            )
+
+    def check_expert_parts(self, parts: int) -> None:
+        """UserError when `parts` processes would share each expert, and experts have biases."""
+        if self.num_moe_experts and self.linear_bias and parts > 1:
+            raise UserError(
+                f"experts have biases, and megatron-core does not split such experts, here over {parts} processes: add "
+                "--expert-tensor-parallel-size 1"
             )
 
     def to_dict(self) -> dict[str, Any]:

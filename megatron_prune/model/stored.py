@@ -66,6 +66,8 @@ class Entry:
     shape: tuple[int, ...]
     part: Part | None = None
     """Of the tensor of that name in the file; None: it is all of it."""
+    scales: Entry | None = None
+    """Where its scales are, if those are codes."""
 
 
 class _Tensor(TypedDict):

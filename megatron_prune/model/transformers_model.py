@@ -62,6 +62,9 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> Module:
     own, or transformers' where sinks take part in it.
     """
     hf_config = transformers_config(config)
+    ways = {"attn_implementation": "eager" if config.attention_sinks else "sdpa"}
+    if config.num_moe_experts and (config.hidden_size % 8 or (config.moe_ffn_hidden_size or 0) % 8):
+        ways["experts_implementation"] = "eager"  # the grouped products that are usual take rows of 16 bytes only
     with without_triton():
         from transformers import AutoModelForCausalLM
 
@@ -69,9 +72,7 @@ def empty_model(config: ModelConfig, dtype: torch.dtype) -> Module:
             fenced("transformers does not build this model", "correct config.json, or import it"),
             _parameters_on_meta(),
         ):
-            model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, trust_remote_code=False, attn_implementation="eager" if config.attention_sinks else "sdpa"
-            )
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=False, **ways)
     return model.eval()
 
 

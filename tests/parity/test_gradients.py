@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.gradients import RandomWindows
-from tests.distributed.launch import EP2, EP2_TP2_SP, PP2, TP2, TP2_SP, Layout, launch, must_pass
+from tests.distributed.launch import EP2, EP2_TP2_SP, PP2, TP2, TP2_SP, TP2_SP_ETP1, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -32,6 +32,10 @@ CASES = [
     ("glm4_moe", EP2_TP2_SP),
     ("olmoe", TP2_SP),
     ("mixtral", TP2_SP),
+    ("gpt_oss", EP2),
+    ("gpt_oss", EP2_TP2_SP),
+    ("gpt_oss", TP2_SP_ETP1),
+    ("gpt_oss", PP2),
 ]
 
 
@@ -61,19 +65,27 @@ def reference(directory: Path) -> dict[str, Tensor]:
     tokens = RandomWindows(model.config.vocab_size).tokens
     logits = model(tokens[:, :-1]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    return dict(each for name, parameter in model.named_parameters() for each in of_experts(name, parameter.grad))
+    alternating = model.config.model_type == "gpt_oss"
+    gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return dict(each for name, gradient in gradients for each in of_experts(name, gradient, alternating))
 
 
-def of_experts(name: str, gradient: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A gradient by its name in files, which have the experts one by one."""
+def of_experts(name: str, gradient: Tensor, alternating: bool) -> Iterator[tuple[str, Tensor]]:
+    """A gradient by the names of the experts' own weights; `alternating`: `[in, out]`, with gate and up as gpt-oss has
+    them.
+    """
     start, _, field = name.rpartition(".")
     if not start.endswith("mlp.experts"):
         yield name, gradient
         return
+    what, pair = "bias" if field.endswith("_bias") else "weight", field.startswith("gate_up_proj")
+    kinds = ("gate_proj", "up_proj") if pair else ("down_proj",)
     for number, of_one in enumerate(gradient):
-        parts = of_one.chunk(2) if field == "gate_up_proj" else [of_one]
-        kinds = ("gate_proj", "up_proj") if field == "gate_up_proj" else ("down_proj",)
-        yield from ((f"{start}.{number}.{kind}.weight", part) for kind, part in zip(kinds, parts, strict=True))
+        if alternating:
+            parts = [of_one[..., half::2].t() for half in (0, 1)] if pair else [of_one.t()]
+        else:
+            parts = list(of_one.chunk(2)) if pair else [of_one]
+        yield from ((f"{start}.{number}.{kind}.{what}", part) for kind, part in zip(kinds, parts, strict=True))
 
 
 @pytest.mark.parametrize(("model_type", "layout"), CASES, ids=lambda x: x if isinstance(x, str) else x.name)

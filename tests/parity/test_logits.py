@@ -18,12 +18,13 @@ from tests.distributed.launch import (
     PP2,
     TP2_PP2_SP,
     TP2_SP,
+    TP2_SP_ETP1,
     TP3,
     Layout,
     launch,
     must_pass,
 )
-from tests.models import LLAMA3_ROPE, byte_tokenizer, stories260k, tiny_model
+from tests.models import LLAMA3_ROPE, YARN_ROPE, byte_tokenizer, stories260k, tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 TOLERANCE = 1e-4
@@ -56,6 +57,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"tie_word_embeddings": True}),
     "qwen2_moe": ("qwen2_moe", {}),
     "glm4_moe": ("glm4_moe", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "gpt_oss_other": (
+        "gpt_oss",
+        {"layer_types": ["full_attention", *["sliding_attention"] * 3], "swiglu_limit": 0.5}
+        | {"rope_parameters": YARN_ROPE | {"truncate": True, "attention_factor": 1.5}},
+    ),
     "glm4_moe_groups": ("glm4_moe", {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "attention_bias": False}),
 }
 OTHER_LAYOUTS = {
@@ -64,7 +71,8 @@ OTHER_LAYOUTS = {
     "gpt2_untied": (),
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "nemotron", "gpt2"), (TP2_SP, PP2)),
     **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "glm4_moe"), (EP2, EP2_TP2_SP, TP2_SP)),
-    "glm4_moe_groups": (),
+    "gpt_oss": (EP2, EP2_TP2_SP, TP2_SP_ETP1, EP2_PP2),
+    **dict.fromkeys(("glm4_moe_groups", "gpt_oss_other"), ()),
     "qwen3_moe": (EP2, EP2_TP2_SP, TP2_SP, EP2_ETP2_SP, EP2_PP2, EP4),
     "qwen3_moe_mixed": (EP2, PP2),
 }

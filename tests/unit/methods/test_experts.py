@@ -19,12 +19,13 @@ from megatron_prune.decision.masks import Masks
 from megatron_prune.decision.trimming import Trim
 from megatron_prune.methods.reap import reap_score
 from megatron_prune.model.checkpoint import load_model
+from megatron_prune.model.convert import HFReader
 from megatron_prune.statistics.passes import Passes
 from tests.models import byte_tokenizer, tiny_model, words
 
 LENGTH, SAMPLES = 32, 5
 FAMILIES = {"qwen3_moe": {}, "olmoe": {}, "mixtral": {}, "qwen2_moe": {"norm_topk_prob": False}}
-FAMILIES |= {"glm4_moe": {"routed_scaling_factor": 1.0}}
+FAMILIES |= {"glm4_moe": {"routed_scaling_factor": 1.0}, "gpt_oss": {}}
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +71,21 @@ def routed(directory: Path, tokens: Tensor) -> list[dict[int, tuple[Tensor, Tens
         layer = {}
         for expert in range(len(module.gate_up_proj)):
             token, place = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = (hidden[token] @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-            layer[expert] = (hidden[token], inner, gates[token, place], inner @ module.down_proj[expert].T)
+            layer[expert] = (hidden[token], *through(module, expert, hidden[token], gates[token, place]))
         found.append(layer)
     return found
+
+
+def through(module: Any, expert: int, x: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs of an expert's down projection, the gates, and its outputs."""
+    if hasattr(module, "gate_up_proj_bias"):  # gpt-oss
+        both = x @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+        gate, up = both[:, ::2].clamp(max=module.limit), both[:, 1::2].clamp(-module.limit, module.limit)
+        inner = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        return inner, gates, inner @ module.down_proj[expert] + module.down_proj_bias[expert]
+    gate, up = (x @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+    inner = F.silu(gate) * up
+    return inner, gates, inner @ module.down_proj[expert].T
 
 
 def calibration(seed: int = 0) -> Tensor:
@@ -98,7 +109,7 @@ def test_activity_is_that_of_transformers_experts(root: Path, family: str) -> No
             assert float(activity.norms[expert]) == pytest.approx(float(norms.sum()), rel=1e-5)
             assert float(activity.gates[expert]) == pytest.approx(float(gates.sum()), rel=1e-5)
         total = sum(float(gates.sum()) for _, _, gates, _ in layer.values())
-        renormalised = family in ("qwen3_moe", "mixtral", "glm4_moe")
+        renormalised = family in ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")
         assert (total == pytest.approx(SAMPLES * LENGTH, rel=1e-5)) == renormalised
 
 
@@ -134,7 +145,8 @@ def test_a_model_with_fewer_experts_is_the_whole_one_without_their_rows(
     assert main(["trim", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "cut")]) == 0
     assert main(["export", "--input", str(tmp_path / "cut"), "--output", str(tmp_path / "hf")]) == 0
     assert main(["verify", "--input", str(tmp_path / "cut"), "--against", str(tmp_path / "hf")]) == 0
-    whole, smaller = (load_file(x / "model.safetensors") for x in (root / f"{family}_hf", tmp_path / "hf"))
+    readers = [HFReader(x) for x in (root / f"{family}_hf", tmp_path / "hf")]
+    whole, smaller = ({name: reader.read(name) for name in reader.names()} for reader in readers)
     kept = Trim.load(tmp_path / "run" / "decision").units
     for name, tensor in smaller.items():
         layer = int(name.split(".")[2]) if ".layers." in name else None
@@ -143,7 +155,7 @@ def test_a_model_with_fewer_experts_is_the_whole_one_without_their_rows(
             number = int(name.split(".experts.")[1].split(".")[0])
             other = kept.blocks[layer].experts[number]
             expected = whole[name.replace(f".experts.{number}.", f".experts.{other}.")]
-        elif layer is not None and ".gate." in name and ".shared_expert_gate." not in name:
+        elif layer is not None and (".gate." in name or ".router." in name):
             expected = whole[name][list(kept.blocks[layer].experts)]
         assert expected is not None and torch.equal(tensor, expected), name
     assert sum(".experts." in name for name in smaller) < sum(".experts." in name for name in whole)

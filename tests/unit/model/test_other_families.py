@@ -77,7 +77,18 @@ GLM4_MOE: dict[str, Any] = {  # as GLM-4.5-Air has it
     "routed_scaling_factor": 1.0, "tie_word_embeddings": False, "topk_group": 1, "torch_dtype": "bfloat16",
     "use_qk_norm": False, "vocab_size": 151552,
 }  # fmt: skip
-SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE, GLM4_MOE]
+GPT_OSS: dict[str, Any] = {  # as gpt-oss-20b has it, without its quantization_config
+    "model_type": "gpt_oss", "attention_bias": True, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu",
+    "hidden_size": 2880, "initial_context_length": 4096, "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+    "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 8,
+    "num_local_experts": 32, "output_router_logits": False, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+                     "rope_type": "yarn", "truncate": False},
+    "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False, "vocab_size": 201088,
+}  # fmt: skip
+SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE, GLM4_MOE, GPT_OSS]
 PUBLISHED = [GPT2, QWEN2, QWEN3, MISTRAL, NEMOTRON, *SPARSE]
 
 
@@ -105,7 +116,7 @@ def test_what_sets_the_families_apart() -> None:
 
 def test_experts_of_published_models() -> None:
     for values, total, active in zip(
-        SPARSE, (30.5, 46.7, 6.92, 14.3, 107), (3.35, 12.9, 1.28, 2.69, 13.42), strict=True
+        SPARSE, (30.5, 46.7, 6.92, 14.3, 107, 20.9), (3.35, 12.9, 1.28, 2.69, 13.42, 4.19), strict=True
     ):
         config = config_of(values)
         assert parameters(config) / 1e9 == pytest.approx(total, rel=5e-3)
@@ -297,7 +308,8 @@ def test_table_covers_exactly_what_transformers_saves(tmp_path: Path, model_type
     weights = FAMILIES[model_type].weights(reader.model_config)
     with safe_open(tmp_path / "hf" / "model.safetensors", framework="np") as saved:
         shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
-    assert shapes == {name: shape for map in weights for name, shape in zip(map.hf, map.shapes, strict=True)}
+    stored = [map.stored(reader.model_config) for map in weights]
+    assert shapes == {name: shape for tensors in stored for name, shape in tensors.items()}
     assert ("output_layer.weight" in {map.megatron for map in weights}) is not tied
     prunable = {map.megatron.split(".", 3)[-1] for map in weights if map.prunable}
     assert {"self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"} <= prunable

@@ -114,6 +114,17 @@ GLM4_MOE: dict[str, Any] = SIZES | {
     "topk_group": 1, "torch_dtype": "bfloat16", "transformers_version": "4.54.0", "use_cache": True,
     "use_qk_norm": True,
 }  # fmt: skip
+GPT_OSS: dict[str, Any] = SIZES | {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "eos_token_id": 4,
+    "experts_per_token": 2, "head_dim": 16, "hidden_act": "silu", "initial_context_length": 4096,
+    "initializer_range": 0.02, "layer_types": ["sliding_attention", "full_attention"],
+    "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_experts_per_tok": 2, "num_local_experts": 4,
+    "output_router_logits": False, "pad_token_id": 5, "rms_norm_eps": 1e-05, "rope_scaling": {"beta_fast": 32.0,
+        "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+        "truncate": False}, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 8,
+    "swiglu_limit": 7.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.55.0.dev0", "use_cache": True,
+}  # fmt: skip
 
 
 def in_style_of_5(config: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -169,6 +180,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "OLMoE-1B-7B-0924": OLMOE,
     "GLM-4.5": GLM4_MOE,
     "GLM-4.5-Air": GLM4_MOE | {"routed_scaling_factor": 1.0, "use_qk_norm": False},
+    "gpt-oss-20b, dequantised": GPT_OSS,
+    "gpt-oss of transformers 5": in_style_of_5(GPT_OSS, swiglu_alpha=1.702),
     "Minitron-4B": NEMOTRON,
     "Nemotron of transformers 5": in_style_of_5(NEMOTRON),
     "gpt2": GPT2,
