@@ -172,6 +172,47 @@ def packed_llama(path: Path, form: str) -> tuple[Path, dict[str, Tensor]]:
     return path, plain
 
 
+def from_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
+    """`[experts, in, out]` bfloat16 of codes and scales, one number at a time."""
+    experts, rows, blocks, size = codes.shape
+    found = torch.zeros(experts, 2 * blocks * size, rows, dtype=torch.float64)
+    signed = [value * sign for sign in (1, -1) for value in FP4_VALUES]
+    for place in itertools.product(*map(range, codes.shape)):
+        expert, row, block, at = place
+        for half, code in enumerate((int(codes[place]) % 16, int(codes[place]) // 16)):
+            column = 2 * (size * block + at) + half
+            found[expert, column, row] = signed[code] * 2.0 ** (int(scales[expert, row, block]) - 127)
+    return found.to(torch.bfloat16)
+
+
+def packed_gpt_oss(path: Path) -> dict[str, Tensor]:
+    """Write a tiny model whose experts are in MXFP4, in two files; its plain weights."""
+    tiny_model(path, "gpt_oss", dtype=torch.bfloat16, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    from safetensors.torch import load_file, save_file
+
+    plain, generator = load_file(path / "model.safetensors"), torch.Generator().manual_seed(0)
+    first: dict[str, Tensor] = {}
+    second: dict[str, Tensor] = {}
+    for name, tensor in list(plain.items()):
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            first[name] = tensor
+            continue
+        experts, inputs, rows = tensor.shape
+        codes = torch.randint(256, (experts, rows, inputs // 32, 16), generator=generator).to(torch.uint8)
+        scales = torch.randint(121, 126, codes.shape[:3], generator=generator).to(torch.uint8)
+        first[name + "_blocks"], second[name + "_scales"] = codes, scales
+        plain[name] = from_mxfp4(codes, scales)
+    (path / "model.safetensors").unlink()
+    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
+    for file, tensors in files.items():
+        save_file(tensors, path / file, metadata={"format": "pt"})
+    index = {name: file for file, tensors in files.items() for name in tensors}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    edit_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped}, dtype=None)
+    return plain
+
+
 BLOCKS = [(0, 0, 48), (4, 2, 64), (2, 2, 0), (4, 4, 32)]
 """Heads, query groups and MLP width of the layers of `tiny_blocks`: neither of two layers has both halves."""
 

@@ -87,6 +87,11 @@ def block_of(model: ModelConfig, method: str) -> int:
             f"--quantize {method}: {model.family} models store their linears [in, out], and no engine reads those "
             "quantised by nvidia-modelopt; export without --quantize"
         )
+    if family.alternating:
+        raise UserError(
+            f"--quantize {method}: {model.family} models have the experts of a layer in one tensor, which is not "
+            "packed here; export without --quantize"
+        )
     shapes = prunable_shapes(model)
     for name, (rows, inputs) in shapes.items():
         if inputs % sizes[-1]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prune.errors import UserError, brief
+from megatron_prune.errors import UserError, brief, shown
 from megatron_prune.model import quantised
 from megatron_prune.model.stored import Entry
 
@@ -64,11 +64,11 @@ def plain_entries(directory: Path, entries: Mapping[str, Entry]) -> dict[str, En
         start = name.removesuffix(_CODES).removesuffix(_SCALES)
         codes, scales = entries.get(start + _CODES), entries.get(start + _SCALES)
         if codes is None or scales is None:
-            raise UserError(f"{directory} has {name} alone; {_CODES} and {_SCALES} go together: fetch it again")
+            raise UserError(f"{directory} has {shown(name)} alone; {_CODES} and {_SCALES} go together: fetch it again")
         shape = codes.shape
         if {codes.dtype, scales.dtype} != {"U8"} or len(shape) != 4 or (*scales.shape, BLOCK // 2) != shape:
             raise UserError(
-                f"{start} in {codes.file}: {codes.dtype} {brief(list(shape))} and {scales.dtype} "
+                f"{shown(start)} in {codes.file}: {shown(codes.dtype)} {brief(list(shape))} and {shown(scales.dtype)} "
                 f"{brief(list(scales.shape))}; allowed: U8 [experts, out, in / {BLOCK}, {BLOCK // 2}] and the same "
                 "without the last dimension: fetch it again"
             )

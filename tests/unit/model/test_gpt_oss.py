@@ -13,7 +13,6 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from megatron_prune.__main__ import main
 from megatron_prune.decision.pruned import cut
@@ -27,7 +26,7 @@ from megatron_prune.model.convert import HFReader, experts_together
 from megatron_prune.model.cost import channels_seen
 from megatron_prune.model.families import FAMILIES, ModelConfig, family_of
 from megatron_prune.model.forward import logits
-from tests.models import FP4_VALUES, YARN_ROPE, edit_config, tiny_model
+from tests.models import YARN_ROPE, byte_tokenizer, edit_config, from_mxfp4, packed_gpt_oss, tiny_model, words
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -207,45 +206,6 @@ def test_a_tensor_of_experts_of_another_shape_is_refused(directory: Path, tmp_pa
 # --- MXFP4 ---
 
 
-def one_by_one(codes: Tensor, scales: Tensor) -> Tensor:
-    """`[experts, in, out]` bfloat16 of codes and scales, one number at a time."""
-    experts, rows, blocks, size = codes.shape
-    found = torch.zeros(experts, 2 * blocks * size, rows, dtype=torch.float64)
-    signed = [value * sign for sign in (1, -1) for value in FP4_VALUES]
-    for place in itertools.product(*map(range, codes.shape)):
-        expert, row, block, at = place
-        for half, code in enumerate((int(codes[place]) % 16, int(codes[place]) // 16)):
-            column = 2 * (size * block + at) + half
-            found[expert, column, row] = signed[code] * 2.0 ** (int(scales[expert, row, block]) - 127)
-    return found.to(torch.bfloat16)
-
-
-def packed_gpt_oss(path: Path) -> dict[str, Tensor]:
-    """Write a tiny model whose experts are in MXFP4, in two files; its plain weights."""
-    tiny_model(path, "gpt_oss", dtype=torch.bfloat16, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    plain, torch_state = load_file(path / "model.safetensors"), torch.Generator().manual_seed(0)
-    first: dict[str, Tensor] = {}
-    second: dict[str, Tensor] = {}
-    for name, tensor in list(plain.items()):
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            first[name] = tensor
-            continue
-        experts, inputs, rows = tensor.shape
-        codes = torch.randint(256, (experts, rows, inputs // 32, 16), generator=torch_state).to(torch.uint8)
-        scales = torch.randint(121, 126, codes.shape[:3], generator=torch_state).to(torch.uint8)
-        first[name + "_blocks"], second[name + "_scales"] = codes, scales
-        plain[name] = one_by_one(codes, scales)
-    (path / "model.safetensors").unlink()
-    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
-    for file, tensors in files.items():
-        save_file(tensors, path / file, metadata={"format": "pt"})
-    index = {name: file for file, tensors in files.items() for name in tensors}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    edit_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped}, dtype=None)
-    return plain
-
-
 def test_mxfp4_is_read_as_what_it_stands_for(tmp_path: Path, layout: backend.Layout) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -275,7 +235,7 @@ def test_every_code_and_scale_is_transformers() -> None:
     expected = convert_moe_packed_tensors(codes, scales)
     found = mxfp4.dequantised(codes[0], scales[0])
     assert found.dtype == torch.bfloat16 and torch.equal(found.T[None], expected)
-    assert torch.equal(found.T[None], one_by_one(codes, scales))
+    assert torch.equal(found.T[None], from_mxfp4(codes, scales))
 
 
 @pytest.mark.parametrize(
@@ -307,3 +267,48 @@ def test_mxfp4_of_other_families_is_refused_with_what_to_do(tmp_path: Path) -> N
     edit_config(path, quantization_config={"quant_method": "mxfp4"})
     with pytest.raises(UserError, match=r"quantised \(mxfp4\).*Mxfp4Config\(dequantize=True\)"):
         HFReader(path)
+
+
+# --- what does not take it ---
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint `ck` of a tiny model `hf`, and a text."""
+    folder = tmp_path_factory.mktemp("imported")
+    byte_tokenizer(tiny_model(folder / "hf", "gpt_oss", vocab_size=257))
+    words(folder / "w.jsonl", documents=4)
+    assert main(["import", "--input", str(folder / "hf"), "--output", str(folder / "ck")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("export --input ck --output x --format fms", "fms"),
+        ("export --input ck --output x --format maxtext", "the model has"),
+        (
+            "export --input ck --output x --quantize fp8 --calibration w.jsonl",
+            "have the experts of a layer in one tensor",
+        ),
+        ("latency --input ck --output x", "experts"),
+        ("train --input hf --output x --data w.jsonl --engine fsdp", "has experts, which it does not share out"),
+    ],
+)
+def test_what_does_not_take_it_says_so_in_a_line(
+    imported: Path, command: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(imported)
+    assert main(command.split()) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line and not (imported / "x").exists()
+
+
+def test_both_forms_of_a_model_score_texts_alike(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(imported)
+    found = []
+    for form in ("ck", "hf"):
+        command = f"evaluate --input {form} --text w.jsonl --window 32 --windows 4 --output {form}.json"
+        assert main(command.split()) == 0
+        found.append(json.loads(Path(f"{form}.json").read_text())["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
