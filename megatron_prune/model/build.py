@@ -111,13 +111,20 @@ class RMSNorm(torch.nn.Module):
 
     kept: Tensor | None = None
     """Numbers of the channels that count, where the others are masked: see `training/masking.py`."""
+    rounds_last = False
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden]` in and out."""
         wide = x.float()
         counted = wide if self.kept is None else wide.index_select(-1, self.kept)
         wide = wide * torch.rsqrt(counted.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return (self.weight * wide).to(x.dtype) if self.rounds_last else self.weight * wide.to(x.dtype)
+
+
+class LastRoundedRMSNorm(RMSNorm):
+    """The same rounded once, after the gain, as gpt-oss has it."""
+
+    rounds_last = True
 
 
 class _ProjectionNorm(RMSNorm):
@@ -212,12 +219,13 @@ def _tell_modules(engine: bool) -> None:
         )
 
 
-def _norm_and_attention(config: TransformerConfig) -> tuple[Any, Any]:
+def _norm_and_attention(config: TransformerConfig, model: ModelConfig) -> tuple[Any, Any]:
     """The machine's best modules for the norm of `config` and for attention.
 
     Transformer Engine's attention has no kernel for a shared sequence with a sliding window or in float32.
     """
-    ours = RMSNorm if config.normalization == "RMSNorm" else LayerNorm, SDPACoreAttention
+    rms_norm = LastRoundedRMSNorm if model.norm_rounds_last else RMSNorm
+    ours = rms_norm if config.normalization == "RMSNorm" else LayerNorm, SDPACoreAttention
     norm, attention = _te_modules() or ours
     if config.context_parallel_size > 1 and (config.window_size or config.params_dtype == torch.float32):
         attention = SDPACoreAttention
@@ -228,13 +236,13 @@ def layer_spec(config: TransformerConfig, model: ModelConfig, layer: int) -> Mod
     """One decoder layer: unfused norms, masked linears, the machine's best attention; absent halves are identities."""
     block = model.block(layer)
     halves = (_attention_half(config, model, layer) if block.num_attention_heads else {}) | (
-        _mlp_half(config, block) if block.ffn_hidden_size else {}
+        _mlp_half(config, model, block) if block.ffn_hidden_size else {}
     )
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**halves))
 
 
 def _attention_half(config: TransformerConfig, model: ModelConfig, layer: int) -> dict[str, Any]:
-    norm, attention = _norm_and_attention(config)
+    norm, attention = _norm_and_attention(config, model)
     if model.attention_sinks or model.window_layers is not None:
         own = {"window": model.window(layer), "sinks": model.attention_sinks}
         attention = ModuleSpec(module=SDPACoreAttention, params=own)
@@ -257,8 +265,8 @@ def _attention_half(config: TransformerConfig, model: ModelConfig, layer: int) -
     }
 
 
-def _mlp_half(config: TransformerConfig, block: Block) -> dict[str, Any]:
-    norm, _ = _norm_and_attention(config)
+def _mlp_half(config: TransformerConfig, model: ModelConfig, block: Block) -> dict[str, Any]:
+    norm, _ = _norm_and_attention(config, model)
     fc1 = MaskedGatedLinear if config.gated_linear_unit else MaskedColumnParallelLinear
     dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=MaskedRowParallelLinear))
     return {
@@ -272,7 +280,7 @@ def block_spec(
     config: ModelConfig, core: TransformerConfig, virtual_stage: int | None = None
 ) -> TransformerBlockSubmodules:
     """The layers of one chunk of this pipeline stage, and the final norm."""
-    norm, _ = _norm_and_attention(core)
+    norm, _ = _norm_and_attention(core, config)
     first = get_transformer_layer_offset(core, virtual_stage)
     here = range(first, first + layers_in_chunk(core))
     layers = [layer_spec(core, config, number) for number in here]
@@ -564,5 +572,5 @@ def whole_layer(config: ModelConfig, dtype: torch.dtype, layer: int = 0) -> Tran
 def whole_norm(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
     """A norm over the residual stream as the layers of `whole_layer` have it, gain not filled."""
     core = transformer_config(config, backend.Layout(), dtype)
-    norm, _ = _norm_and_attention(core)
+    norm, _ = _norm_and_attention(core, config)
     return norm(config=core, hidden_size=config.hidden_size, eps=config.layernorm_epsilon).to(backend.device())

@@ -472,6 +472,7 @@ def check_config(config: ModelConfig, family: Family) -> None:
         "position_embedding",
         "attention_sinks",
         "glu_linear_offset",
+        "norm_rounds_last",
     ):
         if name in family.keys:
             continue

@@ -26,7 +26,7 @@ LATER = (
     *("moe_shared_expert_intermediate_size", "moe_num_shared_experts", "moe_shared_expert_gate"),
     *("moe_router_score_function", "moe_router_expert_bias", "moe_router_topk_scaling_factor"),
     *("moe_router_num_groups", "moe_router_group_topk", "qk_layernorm_whole"),
-    *("window_layers", "attention_sinks", "glu_linear_offset", "activation_func_clamp_value"),
+    *("window_layers", "attention_sinks", "glu_linear_offset", "activation_func_clamp_value", "norm_rounds_last"),
 )
 """Fields that are written where they are not as usual: descriptions of other models stay what they always were."""
 
@@ -67,6 +67,8 @@ class ModelConfig:
     """The MLP multiplies activation(gate) with up."""
     normalization: Literal["RMSNorm", "LayerNorm", "LayerNorm1P"] = "RMSNorm"
     """LayerNorm1P stores its gain minus one."""
+    norm_rounds_last: bool = False
+    """RMSNorm is rounded to the model's type after its gain, not before."""
     linear_bias: bool = False
     """Every linear layer of the decoder has a bias."""
     qkv_bias: bool = False

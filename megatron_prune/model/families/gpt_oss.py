@@ -45,7 +45,7 @@ FAMILY = Family(
     nullable=("num_key_value_heads", "head_dim"),
     supported=GATED_SILU | {"attention_bias": (True,), "swiglu_alpha": (1.702,)},
     constants={"linear_bias": True, "qkv_bias": True, "attention_sinks": True}
-    | {"activation": "quick_gelu", "glu_linear_offset": 1.0},
+    | {"activation": "quick_gelu", "glu_linear_offset": 1.0, "norm_rounds_last": True},
     rope={"rope_theta": 150000.0, "rope_parameters": {"rope_type": "yarn", "truncate": False, **YARN}},
     rope_types=("default", "yarn"),
     mixed_windows=True,

@@ -21,7 +21,7 @@ from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.model import mxfp4
 from megatron_prune.model.attention import SDPACoreAttention
-from megatron_prune.model.build import check_divisible, inverse_frequencies, transformer_config
+from megatron_prune.model.build import check_divisible, inverse_frequencies, transformer_config, whole_norm
 from megatron_prune.model.convert import HFReader, experts_together
 from megatron_prune.model.cost import channels_seen
 from megatron_prune.model.families import FAMILIES, ModelConfig, family_of
@@ -151,6 +151,21 @@ def test_sinks_take_part_in_the_softmax_and_add_nothing(
         expected = shares[:, :-1] @ value[:, batch, head // 2]
         torch.testing.assert_close(found[:, batch, 16 * head : 16 * (head + 1)], expected, rtol=1e-5, atol=1e-6)
         assert float(shares[:, -1].detach().max()) > 0.01
+
+
+def test_norms_round_where_transformers_does(directory: Path, layout: backend.Layout) -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+
+    torch.manual_seed(0)
+    theirs, x = GptOssRMSNorm(32, eps=1e-5).bfloat16(), torch.randn(64, 32).bfloat16()
+    torch.nn.init.uniform_(theirs.weight, 0.5, 1.5)
+    config = config_of(directory)
+    found = []
+    for about in (config, replace(config, norm_rounds_last=False)):
+        ours = whole_norm(about, torch.bfloat16)
+        ours.load_state_dict(theirs.state_dict())
+        found.append(torch.equal(ours(x), theirs(x)))
+    assert found == [True, False]
 
 
 # --- units ---
