@@ -58,7 +58,8 @@ class SDPACoreAttention(torch.nn.Module):
         if self.shared:
             key, value = context.gather(key), context.gather(value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+        width = query.shape[-1]
+        scale = width**-0.5 if self.softmax_scale is None else self.softmax_scale
         if self.softmax_offset is not None:
             query, key, value, mask = _with_sinks(query, key, value, mask, self.softmax_offset / scale)
         if query.is_cuda and query.shape[1] != key.shape[1] and (mask is not None or query.dtype == torch.float32):
@@ -75,7 +76,7 @@ class SDPACoreAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         if self.softmax_offset is not None:
-            attended = attended[..., :-1]
+            attended = attended[..., :width]
         return attended.permute(2, 0, 1, 3).flatten(2)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
@@ -106,12 +107,14 @@ class SDPACoreAttention(torch.nn.Module):
 def _with_sinks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys, values `[b, heads, s, d + 1]` and mask with a first key whose scores are `scores [heads]`.
+    """Queries, keys, values `[b, heads, s, d + 1 or more]` and mask with a first key whose scores are `scores [heads]`.
 
     One more channel is that score in the queries, one in the first key and zero in the others.
     """
     assert mask is not None
+    width = query.shape[-1]
+    more = 8 - width % 8  # kernels that save memory want a multiple of 8
     query = torch.cat([query, scores.to(query.dtype)[:, None, None].expand(*query.shape[:-1], 1)], dim=-1)
-    key = F.pad(F.pad(key, (0, 1)), (0, 0, 1, 0))
-    key[..., 0, -1] = 1
-    return query, key, F.pad(value, (0, 1, 1, 0)), F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
+    query, key, value = F.pad(query, (0, more - 1)), F.pad(key, (0, more, 1, 0)), F.pad(value, (0, more, 1, 0))
+    key[..., 0, width] = 1
+    return query, key, value, F.pad(mask, (1, 0), value=mask.dtype == torch.bool)
