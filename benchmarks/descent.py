@@ -26,17 +26,25 @@ ROWS = [
 COLUMNS = ["method", "kept", "perplexity", "lowest", "highest", "draws", "other tools", "CPU s"]
 
 
+def drawn(row: Row, seed: int) -> Row:
+    """The row with one draw of the calibration windows."""
+    return Row(row.name, row.method, row.target, (*row.options, f"--calibration-seed={seed}"))
+
+
 class Descent(Study):
     """Makes the rows."""
+
+    def kept(self, row: Row, seeds: list[int]) -> bool:
+        """Whether all its runs were made and evaluated."""
+        names = [drawn(row, seed).folder for seed in seeds]
+        return all((self.work / f"{name}_trimmed.p1.json").exists() for name in names)
 
     def line(self, row: Row, seeds: list[int]) -> list[Any]:
         """One row, over draws of the calibration windows."""
         found, spent = [], []
-        for seed in seeds:
-            options = (*row.options, f"--calibration-seed={seed}")
-            drawn = Row(row.name, row.method, row.target, options)
-            run, what = self.work / drawn.folder, {"method": row.method, "target": row.target}
-            cost = self.verb("prune", *options, input=self.dense, output=run, **what, **self.texts.c1())
+        for each in (drawn(row, seed) for seed in seeds):
+            run, what = self.work / each.folder, {"method": each.method, "target": each.target}
+            cost = self.verb("prune", *each.options, input=self.dense, output=run, **what, **self.texts.c1())
             found.append(self.perplexity(self.trimmed(run)))
             spent.append(cost["cpu_s"])
         mean = math.exp(fmean(map(math.log, found)))
@@ -46,10 +54,12 @@ class Descent(Study):
 def main() -> None:
     """Run everything and write the result file."""
     seeds = option("--seeds", type=int, nargs="+", default=[0, 1])
-    given = arguments(__doc__, MODEL, SHARED, work("runs/descent"), seeds)
+    kept = option("--kept", action="store_true", help="write the rows whose runs are in the work folder, and run none")
+    given = arguments(__doc__, MODEL, SHARED, work("runs/descent"), seeds, kept)
     bench = Descent(given.work, given.shared)
     bench.imported(given.model)
-    rows = [bench.line(row, given.seeds) for row in ROWS]
+    wanted = [row for row in ROWS if not given.kept or bench.kept(row, given.seeds)]
+    rows = [bench.line(row, given.seeds) for row in wanted]
     protocol = (
         "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16, where the dense model has 24.20; calibration "
         "C1: 64 x 512 tokens of C4, drawn with other seeds. Descent: 5 passes. Other tools: same model, text and "
