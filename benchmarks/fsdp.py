@@ -44,8 +44,9 @@ from megatron_prune.log import read_metrics
 from megatron_prune.model.convert import HFReader
 from megatron_prune.option_groups import Training
 from megatron_prune.training.loop import Samples, Steps, Trainer
-from megatron_prune.training.recovery import RecoveryLoss, Weighting
+from megatron_prune.training.recovery import RecoveryLoss
 from megatron_prune.training.throughput import peak_memory
+from megatron_prune.training.weighting import Weighting
 from megatron_prune.training.zeros import Zeros
 
 BATCH, LENGTH = 4, 256

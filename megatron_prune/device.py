@@ -32,7 +32,14 @@ def cpu_demanded() -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether this process computes on a GPU: PyTorch sees one, and the user wants no CPU."""
-    import torch
+    """Whether this process computes on a GPU with PyTorch: it sees one, and the user wants no CPU.
 
+    No where there is no PyTorch, as in MaxText's environment.
+    """
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return False
     return not cpu_demanded() and torch.cuda.is_available()

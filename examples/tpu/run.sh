@@ -9,6 +9,7 @@ HF=${HF:-$ROOT/hf}           # Hugging Face directory to start from
 DATA=${DATA:-$ROOT/tokens}   # prefix from `megatron-prune preprocess`, with --append-eod
 MODEL=${MODEL:-$ROOT/sparse} # model for MaxText that is trained; also from `megatron-prune export --format maxtext`
 OUTPUT=${OUTPUT:-$ROOT/trained}
+TEACHER=${TEACHER:-}         # model for MaxText that `train` learns from; empty: from the text alone
 STEPS=${STEPS:-2000}
 LENGTH=${LENGTH:-4096}
 FSDP=${FSDP:--1}             # chips over which weights are sharded; -1: all of a slice
@@ -41,6 +42,7 @@ case $step in
             --config examples/tpu/learn.yaml "$@" --settings "${settings[@]}" weight_dtype=bfloat16 "${more[@]}" ;;
     sparse) verb convert --input "$HF" --masks "$ROOT/learned/masks.npz" --output "$ROOT/sparse" "$@" ;; # on one host
     train)
+        if [ -n "$TEACHER" ]; then set -- --teacher "$TEACHER" "$@"; fi
         verb train --input "$MODEL" --output "$OUTPUT" --data "$DATA" --seq-length "$LENGTH" \
             --steps "$STEPS" "$@" --settings "${settings[@]}" "per_device_batch_size=$PER_DEVICE" \
             learning_rate=1e-5 remat_policy=full "${more[@]}" ;;

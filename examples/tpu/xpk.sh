@@ -10,7 +10,7 @@ TPU_TYPE=${TPU_TYPE:-v5litepod-16} # 16 chips on 4 hosts
 SLICES=${SLICES:-1}
 
 command=
-for name in ROOT HF DATA MODEL OUTPUT STEPS LENGTH FSDP SLICES PER_DEVICE MORE; do
+for name in ROOT HF DATA MODEL OUTPUT TEACHER STEPS LENGTH FSDP SLICES PER_DEVICE MORE; do
     if [ -n "${!name+set}" ]; then command+="$name=$(printf %q "${!name}") "; fi
 done
 command+="examples/tpu/run.sh$(printf ' %q' "$@")"

@@ -18,8 +18,8 @@ from megatron_prune.fsdp.model import ShardedModel, ShardedZeros, local
 from megatron_prune.option_groups import Training
 from megatron_prune.training.loop import Samples, StepResult, check_loss, check_norm, make_scheduler, micro_batches
 from megatron_prune.training.losses import divergence, hidden_distance, next_token
-from megatron_prune.training.recovery import Weighting, teacher_layer
 from megatron_prune.training.state import MOMENTS
+from megatron_prune.training.weighting import Weighting, teacher_layer
 
 
 class Objective:

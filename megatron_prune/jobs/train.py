@@ -30,8 +30,9 @@ from megatron_prune.model.layout import layout_of
 from megatron_prune.options import flatten
 from megatron_prune.training.loop import check_learning, model_options
 from megatron_prune.training.lora import Adapters, linear_kinds
-from megatron_prune.training.recovery import RecoveryRunner, Weighting
+from megatron_prune.training.recovery import RecoveryRunner
 from megatron_prune.training.stopping import Stopped, StopRequest
+from megatron_prune.training.weighting import Weighting, check_teacher
 
 
 def train(config: TrainConfig) -> str:
@@ -73,25 +74,13 @@ def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None,
 
 
 def _check_teacher(config: TrainConfig, source: ModelSource, teacher: ModelSource, layout: backend.Layout) -> None:
-    given, own, other = f"--teacher {config.losses.teacher}", source.config, teacher.config
-    other.check_length(config.training.seq_length)
+    given = f"--teacher {config.losses.teacher}"
+    teacher.config.check_length(config.training.seq_length)
     if layout.virtual_pipeline:
         raise UserError(f"{given}: not with --virtual-pipeline-model-parallel-size; leave one of them out")
-    if own.vocab_size != other.vocab_size or _vocabulary(source) != _vocabulary(teacher):
-        raise UserError(f"{given}: its vocabulary is not that of --input {config.input}; give a teacher that shares it")
-    if not config.losses.hidden_weight:
-        return
-    if config.training.recompute:
+    check_teacher(config.losses, config.input, source, teacher)
+    if config.losses.hidden_weight and config.training.recompute:
         raise UserError("--hidden-weight: not with --recompute, whose layers leave no outputs; leave one of them out")
-    if (own.hidden_size, own.num_layers) != (other.hidden_size, min(own.num_layers, other.num_layers)):
-        raise UserError(
-            f"--hidden-weight: the student has {own.num_layers} layers of width {own.hidden_size}, the teacher "
-            f"{other.num_layers} of {other.hidden_size}; allowed: equal widths, a teacher at least as deep"
-        )
-
-
-def _vocabulary(source: ModelSource) -> dict[str, int]:
-    return load_tokenizer(source.tokenizer, source.config.vocab_size).get_vocab()
 
 
 def _about(config: TrainConfig, source: ModelSource, state: str = "") -> RunDescription:
@@ -113,7 +102,7 @@ def _train(
     with begun(config, _about(config, source, "training")):
         try:
             zeros = engine.recover(
-                _weighting(config),
+                Weighting.of(config.losses),
                 data=data,
                 folder=folder,
                 log=MetricsLog(folder),
@@ -181,11 +170,6 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     if config.losses.teacher:
         losses["teacher"] = str(config.losses.teacher.resolve())
     return {**losses, **flatten(config.lora), "engine": config.engine, "keep_zeros": config.keep_zeros}
-
-
-def _weighting(config: TrainConfig) -> Weighting:
-    x = config.losses
-    return Weighting(x.lm, x.distillation, x.hidden_weight, x.distillation_temperature, x.hidden_loss)
 
 
 def _adapters(config: TrainConfig) -> Adapters | None:

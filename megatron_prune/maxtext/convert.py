@@ -9,7 +9,7 @@ import numpy as np
 from megatron_prune.claims import refuse_existing
 from megatron_prune.errors import UserError
 from megatron_prune.maxtext import layout
-from megatron_prune.maxtext.folder import TOKENIZER, Folder, read_weights, write_folder
+from megatron_prune.maxtext.folder import Folder, read_weights, write_folder
 from megatron_prune.maxtext.hf import HFDirectory, write_directory
 from megatron_prune.maxtext.masks import PackedMasks, stacked
 from megatron_prune.maxtext.options import ConvertConfig, ExportConfig, VerifyConfig
@@ -40,7 +40,7 @@ def export(config: ExportConfig) -> None:
                 "trained without its masks; train with python -m megatron_prune.maxtext train"
             )
     weights = layout.from_maxtext(tree, folder.config, {} if masks is None else masks)
-    written = write_directory(config.output, folder.config, weights, folder.path / TOKENIZER)
+    written = write_directory(config.output, folder.config, weights, folder.tokenizer)
     tied = folder.config.tie_word_embeddings and not written.tie_word_embeddings
     print(f"{config.output}: {written.dtype}" + ("; the output layer is untied now, it was trained" if tied else ""))
 

@@ -68,6 +68,11 @@ class Folder:
         file = self.path / MASKS
         return PackedMasks(file, self.config) if file.is_file() else None
 
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of its tokenizer."""
+        return self.path / TOKENIZER
+
     def step(self, checkpoint: Path | None) -> Path:
         """Where its weights are, or those of the run `checkpoint` that has trained it."""
         return self.path / WEIGHTS if checkpoint is None else newest_step(checkpoint)

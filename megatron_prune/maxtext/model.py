@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,17 @@ class LoadedModel:
 
 
 @contextmanager
+def replaced(module: Any, name: str, new: Any) -> Iterator[None]:
+    """While active, `module.name` is `new`."""
+    original = getattr(module, name)
+    setattr(module, name, new)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+@contextmanager
 def _segments_are_ends() -> Any:
     """While a computation is traced MaxText's plain attention reads the numbers of segments as ends.
 
@@ -173,12 +184,8 @@ def _segments_are_ends() -> Any:
         seen = (here >= there) & (here < ends[:, None, :])
         return jnp.where(seen, 0.0, DEFAULT_MASK_VALUE)[:, None, None]
 
-    usual = AttentionOp.generate_attention_mask
-    AttentionOp.generate_attention_mask = mask
-    try:
+    with replaced(AttentionOp, "generate_attention_mask", mask):
         yield
-    finally:
-        AttentionOp.generate_attention_mask = usual
 
 
 def load(path: Path, checkpoint: Path | None, length: int, batch: int, settings: Sequence[str] = ()) -> LoadedModel:

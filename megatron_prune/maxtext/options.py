@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from megatron_prune import option_groups
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.option_groups import WEIGHTS_DTYPE, Training, check_schedule
-from megatron_prune.options import REQUIRED, MayExist, Options, option, same_as
+from megatron_prune.options import REQUIRED, MayExist, Options, group, option, same_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,17 @@ class Data(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Losses(option_groups.Losses):
+    """What is learned from the text and from a teacher"""
+
+    teacher: Path | None = same_as(
+        option_groups.Losses,
+        "teacher",
+        "model to learn from, usually the unpruned one: a folder from convert or export --format maxtext",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Data):
     """MaxText's trainer with removed weights held at zero; the same command goes on after an interruption"""
 
@@ -64,6 +76,7 @@ class TrainConfig(Data):
     keep_checkpoints: int = same_as(Training, "keep_checkpoints")
     keep_zeros: bool = option(True, "removed weights stay zero, by the masks beside the model")
     settings: tuple[str, ...] = option((), "more of MaxText's settings, KEY=VALUE ...: learning_rate=1e-4 ...")
+    losses: Losses = group(Losses)
 
 
 @dataclass(frozen=True, kw_only=True)

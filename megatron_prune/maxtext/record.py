@@ -91,8 +91,14 @@ def forget_after(folder: Path, done: int) -> None:
 
 
 @contextmanager
-def watched(write: Callable[[int, Mapping[str, float]], None]) -> Iterator[None]:
-    """While active, what MaxText's trainer finds in a step is handed to `write`; its own lines are left out."""
+def watched(
+    write: Callable[[int, Mapping[str, float]], None], weighted: Mapping[str, tuple[str, float]]
+) -> Iterator[None]:
+    """While active, what MaxText's trainer finds in a step is handed to `write`; its own lines are left out.
+
+    `weighted`: our name of a number -> that of MaxText, and what it is times there.
+    """
+    numbers = {name: (theirs, 1.0) for name, theirs in MAXTEXTS.items()} | {**weighted}
     from absl import logging
     from maxtext.common.metric_logger import MetricLogger
 
@@ -101,7 +107,8 @@ def watched(write: Callable[[int, Mapping[str, float]], None]) -> Iterator[None]
     def write_metrics(self: Any, metrics: Any, step: int, metric_type: str = "train") -> None:
         if metrics and metric_type == "train":
             found = metrics["scalar"]
-            write(step + 1, {ours: float(found[theirs]) for ours, theirs in MAXTEXTS.items() if theirs in found})
+            told = {ours: float(found[key]) / times for ours, (key, times) in numbers.items() if key in found}
+            write(step + 1, told)
         usual(self, metrics, step, metric_type)
 
     MetricLogger.write_metrics = write_metrics

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from megatron_prune.decision.run_folder import RunDescription
 from megatron_prune.errors import UserError, one_line
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.checkpoints import last_step, refuse_damaged, set_aside_damaged
+from megatron_prune.maxtext.distill import Distillation, distillation, load_teacher
 from megatron_prune.maxtext.folder import Folder
 from megatron_prune.maxtext.masks import PackedMasks, stacked
-from megatron_prune.maxtext.model import QUIET, configured, join, last_of_each, machine, prepare
+from megatron_prune.maxtext.model import QUIET, configured, join, last_of_each, machine, prepare, replaced
 from megatron_prune.maxtext.options import Data, TrainConfig
 from megatron_prune.maxtext.record import RunRecord, watched
 from megatron_prune.model.families import ModelConfig
@@ -42,10 +43,11 @@ def train(config: TrainConfig) -> None:
     folder = Folder.open(config.input)
     arguments = settings(config, folder)
     masks = folder.masks() if config.keep_zeros else None
+    losses = distillation(config, folder)
     join()
     with ExitStack() as changes:
         stops = changes.enter_context(_noted_stops())
-        changes.enter_context(_begun(config, folder, masks))
+        changes.enter_context(_begun(config, folder, masks, losses))
         if masks is not None:
             clip = float(value(arguments, CLIP) or CLIP_DEFAULT)
             arguments = last_of_each([*arguments, f"{CLIP}=0"])  # `keep_zeros` clips
@@ -56,6 +58,7 @@ def train(config: TrainConfig) -> None:
 
         logging.use_absl_handler()
         changes.enter_context(replaced(pyconfig, "initialize", _configured(pyconfig.initialize)))
+        changes.enter_context(losses.active(config.losses.teacher is not None) if losses else nullcontext())
         trainer.main(["", *arguments])
     done = last_step(config.output)
     if done < config.steps - 1:  # MaxText takes an error of the data for the end of the data
@@ -203,9 +206,11 @@ def _kept_zeros(clip: float) -> Iterator[None]:
 
 
 @contextmanager
-def _begun(config: TrainConfig, folder: Folder, masks: PackedMasks | None) -> Iterator[None]:
+def _begun(
+    config: TrainConfig, folder: Folder, masks: PackedMasks | None, losses: Distillation | None
+) -> Iterator[None]:
     """While active, MaxText's trainer goes on from a checkpoint that can be read, its weights are compared with the
-    masks, and the run folder is told of.
+    masks, the teacher is loaded, and the run folder is told of.
     """
     from maxtext.utils import train_utils
 
@@ -218,6 +223,8 @@ def _begun(config: TrainConfig, folder: Folder, masks: PackedMasks | None) -> It
         done = last_step(run) + 1
         if not done:
             refuse_damaged(folder.step(None))
+        if losses is not None:
+            losses.teacher = load_teacher(config)
         result = setup(*args, **kwargs)
         if masks is not None:
             check_state(result[-1], masks, folder.config)
@@ -229,7 +236,7 @@ def _begun(config: TrainConfig, folder: Folder, masks: PackedMasks | None) -> It
         if record is not None:
             record.write(step, numbers)
 
-    with replaced(train_utils, "setup_train_loop", setup_train_loop), watched(write):
+    with replaced(train_utils, "setup_train_loop", setup_train_loop), watched(write, losses.told if losses else {}):
         try:
             yield
         finally:
@@ -260,17 +267,6 @@ def _configured(initialize: Any) -> Any:
         return configured(argv[1:], initialize)
 
     return checked
-
-
-@contextmanager
-def replaced(module: Any, name: str, new: Any) -> Iterator[None]:
-    """While active, `module.name` is `new`."""
-    original = getattr(module, name)
-    setattr(module, name, new)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
 
 
 def pattern(masks: PackedMasks | None) -> str | None:

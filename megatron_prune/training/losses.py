@@ -11,14 +11,14 @@ vocabulary rows, whose logits are the smallest number of their type, have probab
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-HiddenLoss = Literal["cosine", "mse"]
+from megatron_prune.training.weighting import HiddenLoss
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, group: Any = None) -> Tensor:

@@ -10,10 +10,8 @@ first, and what the losses need of them waits in queues until the student's micr
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,39 +26,11 @@ from megatron_prune.model import context
 from megatron_prune.model.prunable import LocalLinear, PrunableModel
 from megatron_prune.training.loop import LossFunction, NextToken, Trainer, mean_part, micro_batch
 from megatron_prune.training.lora import Adapters, add_adapters, merge_adapters
-from megatron_prune.training.losses import AddLoss, HiddenLoss, divergence, hidden_distance
+from megatron_prune.training.losses import AddLoss, divergence, hidden_distance
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.throughput import forward_flops
+from megatron_prune.training.weighting import Weighting, teacher_layer
 from megatron_prune.training.zeros import Zeros
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """Weights of the losses in their sum, and their settings."""
-
-    lm: float = 1.0
-    distillation: float = 0.0
-    hidden: float = 0.0
-    temperature: float = 1.0
-    hidden_kind: HiddenLoss = "cosine"
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """Weights by the names that losses are logged with; those of 0 are left out."""
-        weights = {"lm_loss": self.lm, "distillation_loss": self.distillation, "hidden_loss": self.hidden}
-        return {name: weight for name, weight in weights.items() if weight}
-
-    def total(self, losses: dict[str, float]) -> float:
-        """The weighted sum."""
-        return sum(weight * losses[name] for name, weight in self.parts.items())
-
-
-def teacher_layer(layer: int, layers: int, of: int) -> int:
-    """The layer of a teacher of `of` layers at the same relative depth as `layer` of a student of `layers`, from 0.
-
-    Rounded up, so that last belongs to last, and a pipeline that splits both evenly has both on the same stage.
-    """
-    return math.ceil((layer + 1) * of / layers) - 1
 
 
 class Teacher:

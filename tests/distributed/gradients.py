@@ -14,7 +14,8 @@ from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Training
 from megatron_prune.training.loop import Trainer
-from megatron_prune.training.recovery import RecoveryLoss, Weighting
+from megatron_prune.training.recovery import RecoveryLoss
+from megatron_prune.training.weighting import Weighting
 
 LENGTH = 16
 WINDOWS = 2

@@ -88,3 +88,10 @@ def test_the_image_has_both_environments() -> None:
     """What `evaluate` and `preprocess` need lies beside MaxText's."""
     lines = (ROOT / "docker" / "Dockerfile.tpu").read_text()
     assert "tools/setup_maxtext.sh" in lines and "--editable '.[eval]'" in lines
+
+
+def test_a_teacher_is_asked_for_where_one_is_named(told: Path) -> None:
+    words = run(told, "examples/tpu/run.sh", "train", "--hidden-weight", "1", TEACHER="/r/dense model")
+    assert after(words, "--teacher") == "/r/dense model" and after(words, "--hidden-weight") == "1"
+    assert "--teacher" not in run(told, "examples/tpu/run.sh", "train")
+    assert "--teacher" not in run(told, "examples/tpu/run.sh", "verify", TEACHER="x")

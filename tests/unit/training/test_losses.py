@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_prune.training.losses import AddLoss, divergence, hidden_distance, next_token
-from megatron_prune.training.recovery import teacher_layer
+from megatron_prune.training.weighting import teacher_layer
 
 
 def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

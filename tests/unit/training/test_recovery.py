@@ -64,7 +64,8 @@ def test_a_frozen_output_layer_multiplies_all_tokens_at_once(root: Path, windows
     """However a loss lays out the gradient `[b, s, vocab]` of its logits; token by token each product would have a copy
     of the weight. Of one window the turned gradient passes for contiguous, and is not taken for that by the product.
     """
-    from megatron_prune.training.recovery import RecoveryLoss, Weighting
+    from megatron_prune.training.recovery import RecoveryLoss
+    from megatron_prune.training.weighting import Weighting
 
     tokens = torch.randint(257, (windows, 33), generator=torch.Generator().manual_seed(0))
     with backend.running(backend.Layout()):
