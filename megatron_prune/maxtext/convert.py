@@ -60,9 +60,8 @@ def verify(config: VerifyConfig) -> int:
 def count_zeros(tree: Mapping[str, np.ndarray], masks: PackedMasks, folder: Folder) -> tuple[int, int]:
     """Removed weights, and how many of them are not +0.0 in the tree."""
     zeros = lost = 0
-    for leaf in layout.LEAVES:
-        if leaf.prunable:
-            found = np.asarray(tree[leaf.path])[~stacked(leaf, masks, folder.config)]
-            zeros += found.size
-            lost += int(((found != 0) | np.signbit(found)).sum())
+    for leaf in layout.masked_leaves(folder.config):
+        found = np.asarray(tree[leaf.path])[~stacked(leaf, masks, folder.config)]
+        zeros += found.size
+        lost += int(((found != 0) | np.signbit(found)).sum())
     return zeros, lost

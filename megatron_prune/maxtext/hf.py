@@ -101,7 +101,7 @@ def write_directory(
     embedding, and else the model becomes one with an output layer of its own. Returns the config written.
     """
     family = get_family(config.family)
-    names = [name for map in family.weights(config) for name in map.hf]
+    names = {name for map in family.weights(config) for name in map.hf}
     dtype = _dtype(config.dtype)
     with new_folder(directory) as folder:
         shards: list[list[str]] = []

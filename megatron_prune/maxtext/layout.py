@@ -1,13 +1,15 @@
 """Hugging Face weights <-> MaxText's parameter tree: pure functions of numpy arrays; neither JAX nor PyTorch.
 
-E = hidden, F = MLP width, H = query heads, K = key/value heads, D = width of a head, V = vocabulary, L = layers.
+E = hidden, F = MLP width, H = query heads, K = key/value heads, D = width of a head, V = vocabulary, L = layers,
+X = experts, M = width of an expert.
 MaxText scans over layers, so a weight of all of them is one array, with the layers as its second dimension:
 
-    q_proj [H * D, E] of every layer  ->  decoder/layers/self_attention/query/kernel [E, L, H, D]
+    q_proj [H * D, E] of every layer           ->  decoder/layers/self_attention/query/kernel [E, L, H, D]
+    gate_proj [M, E] of every expert and layer ->  decoder/layers/moe_block/wi_0 [X, L, E, M]
 
 Three things change beside the shape:
-- MaxText's decoder for LLaMA does not divide by sqrt(D) when it attends: the query weight has the factor in it. Its
-  decoders for Qwen2 (biases of query, key and value) and Qwen3 (norms of query and key) divide.
+- MaxText's decoders for LLaMA and Mixtral do not divide by sqrt(D) when they attend: the query weight has the factor in
+  it. Its decoders for Qwen2 (biases of query, key and value) and Qwen3 (norms of query and key) divide.
 - Where the rotary embedding is the plain one, MaxText rotates the halves of a head against each other, as transformers
   does. With llama3 scaling it rotates neighbours, so the rows of every query and key head are interleaved:
 
@@ -50,9 +52,19 @@ class Leaf:
     rotated: bool = False
 
     @property
+    def of_experts(self) -> bool:
+        """Whether each expert has a weight of its own."""
+        return "{expert}" in self.hf
+
+    @property
+    def matrix(self) -> bool:
+        """Whether it is a linear's weight."""
+        return self.of_experts or self.path.endswith("/kernel")
+
+    @property
     def prunable(self) -> bool:
-        """Whether masks apply to it."""
-        return "{layer}" in self.hf and self.path.endswith("/kernel")
+        """Whether masks apply to it: to all linears of the layers but routers."""
+        return self.matrix and "{layer}" in self.hf and "X" not in self.shape
 
 
 _LAYER = "model.layers.{layer}."
@@ -91,20 +103,48 @@ NORMS = (
 """Of Qwen3's decoder."""
 
 
+def _experts(block: str, there: str, gate: str, up: str, down: str) -> tuple[Leaf, ...]:
+    start, router, expert = f"decoder/layers/{block}/", _LAYER + there, _LAYER + there + "experts.{expert}."
+    return (
+        Leaf(start + "gate/kernel", router + "gate.weight", "EX"),
+        Leaf(start + "wi_0", f"{expert}{gate}.weight", "EM"),
+        Leaf(start + "wi_1", f"{expert}{up}.weight", "EM"),
+        Leaf(start + "wo", f"{expert}{down}.weight", "ME"),
+    )
+
+
+EXPERTS = {
+    "mixtral": _experts("MoeBlock_0", "block_sparse_moe.", "w1", "w3", "w2"),
+    "qwen3_moe": _experts("moe_block", "mlp.", "gate_proj", "up_proj", "down_proj"),
+}
+"""In place of the MLP, by MaxText's name of the decoder."""
+MASKED = tuple(leaf for leaf in (*LEAVES, *EXPERTS["mixtral"], *EXPERTS["qwen3_moe"]) if leaf.prunable)
+"""What masks apply to in any decoder."""
+
+
 def leaves(config: ModelConfig) -> tuple[Leaf, ...]:
     """The arrays of the tree of a model, the output layer last."""
-    more = {"llama2": (), "qwen2": BIASES, "qwen3": NORMS}[decoder(config)]
-    return (*LEAVES[:-1], *more, _HEAD)
+    experts = EXPERTS.get(decoder(config), ())
+    usual = [leaf for leaf in LEAVES[:-1] if not (experts and "/mlp/" in leaf.path)]
+    more = (BIASES if config.qkv_bias else ()) + (NORMS if config.qk_layernorm else ())
+    return (*usual, *experts, *more, _HEAD)
+
+
+def masked_leaves(config: ModelConfig) -> list[Leaf]:
+    """Those of a model that masks apply to."""
+    return [leaf for leaf in leaves(config) if leaf.prunable]
 
 
 def decoder(config: ModelConfig) -> str:
     """MaxText's name of the decoder that computes what the model does; Mistral's is LLaMA's."""
+    if config.num_moe_experts:
+        return "qwen3_moe" if config.qk_layernorm else "mixtral"
     return "qwen2" if config.qkv_bias else "qwen3" if config.qk_layernorm else "llama2"
 
 
 def factor(leaf: Leaf, config: ModelConfig) -> float:
-    """By what an array is smaller than the weight: LLaMA's decoder does not divide by sqrt(D), the others do."""
-    return math.sqrt(config.kv_channels) if leaf.query and decoder(config) == "llama2" else 1.0
+    """By what an array is smaller than the weight, as the decoder divides by sqrt(D) or does not."""
+    return math.sqrt(config.kv_channels) if leaf.query and decoder(config) in ("llama2", "mixtral") else 1.0
 
 
 def check(config: ModelConfig) -> None:
@@ -112,10 +152,11 @@ def check(config: ModelConfig) -> None:
     wrong = {
         f"layers of the {config.family} family": config.activation != "silu" or not config.gated,
         f"{config.normalization}": config.normalization != "RMSNorm",
-        "experts": config.num_moe_experts is not None,
+        **_unlike(config),
         "norms over all heads of queries and keys": config.qk_layernorm_whole,
         "biases": config.linear_bias,
         "biases and normalised queries and keys": config.qkv_bias and config.qk_layernorm,
+        "biases of queries, and experts": config.qkv_bias and config.num_moe_experts is not None,
         "learned positions": config.position_embedding != "rope",
         f"a rotation of {config.rotary_percent:.0%} of a head": config.rotary_percent != 1.0,
         f"a sliding window of {config.sliding_window} tokens": config.sliding_window is not None,
@@ -126,13 +167,31 @@ def check(config: ModelConfig) -> None:
     for what, present in wrong.items():
         if present:
             raise UserError(
-                f"the model has {what}; MaxText export is for LLaMA, Mistral, Qwen2 and Qwen3: use --format hf"
+                f"the model has {what}; MaxText export is for LLaMA, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE: use "
+                "--format hf"
             )
     scaling = config.rope_scaling
     if scaling is not None and any(scaling[key] != value for key, value in LLAMA3.items()):
         given = ", ".join(f"{key} {scaling[key]}" for key in LLAMA3)
         allowed = ", ".join(f"{key} {value}" for key, value in LLAMA3.items())
         raise UserError(f"the model has llama3 rope scaling with {given}; MaxText has {allowed} only: use --format hf")
+
+
+def _unlike(config: ModelConfig) -> dict[str, bool]:
+    """What experts may have that MaxText's decoders for Mixtral and Qwen3-MoE have not -> whether it is there.
+
+    Their gates are the softmax over a token's own experts, whatever `norm_topk_prob` says.
+    """
+    if not config.num_moe_experts:
+        return {}
+    rule = config.moe_router_score_function != "softmax" or config.moe_router_expert_bias
+    rule = rule or config.moe_router_num_groups is not None or config.moe_router_topk_scaling_factor is not None
+    return {
+        "experts in some of its layers only": config.moe_layers is not None,
+        f"experts of the {config.family} family: a shared one for all tokens": config.shared_width > 0,
+        f"experts of the {config.family} family: another rule of routing": rule,
+        "experts whose gates do not add up to 1 (norm_topk_prob is false)": not config.moe_renormalize,
+    }
 
 
 def interleaved(config: ModelConfig) -> bool:
@@ -142,11 +201,18 @@ def interleaved(config: ModelConfig) -> bool:
 
 def settings(config: ModelConfig) -> dict[str, Any]:
     """MaxText's configuration of the model, by its keys."""
+    experts = {
+        "num_experts": config.num_moe_experts,
+        "num_experts_per_tok": config.moe_router_topk,
+        "base_moe_mlp_dim": config.moe_ffn_hidden_size,
+        "norm_topk_prob": config.qk_layernorm,  # as MaxText's own configurations have it; the sum is 1 in any case
+        "prefuse_moe_weights": False,
+    }
     return {
         "model_name": "default",
         "decoder_block": decoder(config),
         "base_emb_dim": config.hidden_size,
-        "base_mlp_dim": config.ffn_hidden_size,
+        "base_mlp_dim": config.moe_ffn_hidden_size if config.num_moe_experts else config.ffn_hidden_size,
         "base_num_decoder_layers": config.num_layers,
         "base_num_query_heads": config.num_attention_heads,
         "base_num_kv_heads": config.num_query_groups,
@@ -166,12 +232,23 @@ def settings(config: ModelConfig) -> dict[str, Any]:
         "scan_layers": True,
         "param_scan_axis": 1,
         "weight_dtype": "float32",
+        **(experts if config.num_moe_experts else {}),
     }
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every array of the tree."""
     return {leaf.path: _stacked(leaf, config) for leaf in leaves(config)}
+
+
+def places(leaf: Leaf, config: ModelConfig) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The Hugging Face name of every weight that an array is made of, and its place there as an index."""
+    for layer in range(config.num_layers if "{layer}" in leaf.hf else 1):
+        if leaf.of_experts:
+            for expert in range(config.num_moe_experts or 0):
+                yield leaf.hf.format(layer=layer, expert=expert), (expert, layer)
+        else:
+            yield leaf.hf.format(layer=layer), (slice(None), layer) if "{layer}" in leaf.hf else ()
 
 
 def to_maxtext(
@@ -188,15 +265,14 @@ def to_maxtext(
     tree: Tree = {}
     for leaf in leaves(config):
         array = np.empty(_stacked(leaf, config), stored_as(leaf, config, dtype))
-        for layer in range(_count(leaf, config)):
-            name = leaf.hf.format(layer=layer)
+        for name, place in places(leaf, config):
             source = _EMBEDDING.hf if leaf is _HEAD and config.tie_word_embeddings else name
             values = positive_zeros(kernel(leaf, read(source), config))
             values = (values * np.float32(1 / factor(leaf, config))).astype(array.dtype)
             if name in masks:
                 kept = kernel(leaf, masks[name], config)
                 values = np.where(kept, np.where(values == 0, TINY, values), np.float32(0))
-            _layer(leaf, array, layer)[...] = values
+            array[place] = values
         tree[leaf.path] = array
     return tree
 
@@ -222,9 +298,8 @@ def from_maxtext(
     """
     check_tree(tree, config)
     for leaf in leaves(config):
-        for layer in range(_count(leaf, config)):
-            name = leaf.hf.format(layer=layer)
-            values = np.array(_layer(leaf, tree[leaf.path], layer), np.float32)
+        for name, place in places(leaf, config):
+            values = np.array(tree[leaf.path][place], np.float32)
             if name in masks:
                 values[np.abs(values) <= TINY] = 0.0
             values *= np.float32(factor(leaf, config))
@@ -268,7 +343,7 @@ def weight(leaf: Leaf, array: np.ndarray, config: ModelConfig) -> np.ndarray:
         array = pairs.swapaxes(-1, -2).reshape(shape)
     if leaf is _EMBEDDING:
         return array
-    if not leaf.path.endswith("/kernel"):
+    if not leaf.matrix:
         return array.reshape(-1)
     return np.ascontiguousarray(array.reshape(weight_shape(leaf, config)[::-1]).T)
 
@@ -278,7 +353,7 @@ def weight_shape(leaf: Leaf, config: ModelConfig) -> tuple[int, ...]:
     shape = _shape(leaf, config)
     if leaf is _EMBEDDING:
         return shape
-    if not leaf.path.endswith("/kernel"):
+    if not leaf.matrix:
         return (math.prod(shape),)
     inputs = shape[0] if leaf.shape[0] == "E" else math.prod(shape[:-1])
     return (math.prod(shape) // inputs, inputs)
@@ -297,19 +372,13 @@ def _shape(leaf: Leaf, config: ModelConfig) -> tuple[int, ...]:
         "K": config.num_query_groups,
         "D": config.kv_channels,
         "V": config.vocab_size,
+        "X": config.num_moe_experts or 0,
+        "M": config.moe_ffn_hidden_size or 0,
     }
     return tuple(sizes[letter] for letter in leaf.shape)
 
 
 def _stacked(leaf: Leaf, config: ModelConfig) -> tuple[int, ...]:
     shape = _shape(leaf, config)
+    shape = (config.num_moe_experts or 0, *shape) if leaf.of_experts else shape
     return (shape[0], config.num_layers, *shape[1:]) if "{layer}" in leaf.hf else shape
-
-
-def _count(leaf: Leaf, config: ModelConfig) -> int:
-    return config.num_layers if "{layer}" in leaf.hf else 1
-
-
-def _layer(leaf: Leaf, array: np.ndarray, layer: int) -> np.ndarray:
-    """One layer of a stacked array, as a view."""
-    return array[:, layer] if "{layer}" in leaf.hf else array

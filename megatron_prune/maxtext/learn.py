@@ -145,6 +145,11 @@ def masked_state(state: Any, logits: Logits, inputs: Mapping[str, Any], shape: t
 
 
 def _check(config: LearnConfig, folder: Folder) -> None:
+    if folder.config.num_moe_experts:
+        raise UserError(
+            f"{config.input} has experts, and learn takes models without: learn their masks with megatron-prune prune "
+            "--method maskllm"
+        )
     if folder.masks() is not None:
         raise UserError(
             f"{config.input} has masks, so what they remove is zero: learn masks on the dense model, and give these as "

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_prune.decision.mask_npz import PATTERN, SHAPE, write_masks
 from megatron_prune.errors import UserError, brief
-from megatron_prune.maxtext.layout import LEAVES, Leaf, kernel, weight_shape
+from megatron_prune.maxtext.layout import Leaf, kernel, masked_leaves, places, shapes, weight_shape
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.npz import Npz
 
@@ -50,23 +50,17 @@ class PackedMasks(Mapping[str, np.ndarray]):
         write_masks(path, self.items(), self.pattern)
 
 
-def prunable(config: ModelConfig) -> Iterator[tuple[Leaf, int, str]]:
-    """The leaf, layer and Hugging Face name of every weight that masks apply to."""
-    for leaf in LEAVES:
-        if leaf.prunable:
-            for layer in range(config.num_layers):
-                yield leaf, layer, leaf.hf.format(layer=layer)
-
-
 def prunable_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every weight that masks apply to."""
-    return {name: weight_shape(leaf, config) for leaf, _layer, name in prunable(config)}
+    return {name: weight_shape(leaf, config) for leaf in masked_leaves(config) for name, _ in places(leaf, config)}
 
 
 def stacked(leaf: Leaf, masks: Mapping[str, np.ndarray], config: ModelConfig) -> np.ndarray:
-    """The masks of every layer in the shape of the tree's array."""
-    layers = [kernel(leaf, masks[leaf.hf.format(layer=layer)], config) for layer in range(config.num_layers)]
-    return np.stack(layers, axis=1)
+    """The masks of every layer, and expert, in the shape of the tree's array."""
+    array = np.empty(shapes(config)[leaf.path], bool)
+    for name, place in places(leaf, config):
+        array[place] = kernel(leaf, masks[name], config)
+    return array
 
 
 def _bits(where: str, archive: Npz, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -43,13 +43,14 @@ def prepare() -> None:
 
 
 def machine() -> list[str]:
-    """MaxText settings that this machine asks for: without accelerator the plain attention and no cluster.
+    """MaxText settings that this machine asks for: without accelerator plain attention, plain experts and no cluster.
 
     JAX itself is not asked: hosts of a cluster must have found each other before it looks for devices.
     """
     if accelerated():
         return []
-    return ["hardware=cpu", "attention=dot_product", "skip_jax_distributed_system=True"]
+    experts = ["sparse_matmul=False", "megablox=False"]
+    return ["hardware=cpu", "attention=dot_product", "skip_jax_distributed_system=True", *experts]
 
 
 def join() -> None:

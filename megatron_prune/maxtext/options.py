@@ -17,7 +17,9 @@ from megatron_prune.options import REQUIRED, MayExist, Options, group, option, s
 class ConvertConfig(Options):
     """A Hugging Face directory -> a model for MaxText"""
 
-    input: Path = option(REQUIRED, "Hugging Face directory (safetensors): LLaMA, Mistral, Qwen2 or Qwen3")
+    input: Path = option(
+        REQUIRED, "Hugging Face directory (safetensors): LLaMA, Mistral, Qwen2, Qwen3, Mixtral or Qwen3-MoE"
+    )
     output: Path = option(REQUIRED, "folder to write; must not exist")
     masks: Path | None = option(None, "mask .npz: which weights are removed and stay zero; left out: none")
     weights_dtype: Literal["float32", "bfloat16"] = option("float32", WEIGHTS_DTYPE)

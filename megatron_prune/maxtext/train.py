@@ -162,8 +162,8 @@ def leaf_of(path: Any) -> layout.Leaf | None:
     import jax
 
     text = jax.tree_util.keystr(path, simple=True, separator="/")
-    for leaf in layout.LEAVES:
-        if leaf.prunable and re.search(rf"(^|/){re.escape(leaf.path)}($|/)", text):
+    for leaf in layout.MASKED:
+        if re.search(rf"(^|/){re.escape(leaf.path)}($|/)", text):
             return leaf
     return None
 
@@ -187,7 +187,7 @@ def check_state(state: Any, masks: PackedMasks, config: ModelConfig) -> None:
                     f"{wrong} weights of {leaf.path} contradict the masks: the run was begun with another model or "
                     "trained without masks; give another --output"
                 )
-    if found != sum(leaf.prunable for leaf in layout.LEAVES):
+    if found != len(layout.masked_leaves(config)):
         raise RuntimeError(f"{found} masked matrices found in MaxText's model: this is not the MaxText that was tested")
 
 

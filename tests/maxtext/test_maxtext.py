@@ -42,9 +42,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None, "vocab_size": 257},
     "qwen2": {"vocab_size": 257, "tie_word_embeddings": True},
     "qwen3": {"vocab_size": 257},
+    "mixtral": {"head_dim": 16, "vocab_size": 257},
+    "qwen3_moe": {"vocab_size": 257, "num_hidden_layers": 3},
 }
 """Other families, by model_type."""
-CONVERTED = [*KINDS, *FAMILIES, "sparse", "padded"]
+CONVERTED = [*KINDS, *FAMILIES, "sparse", "padded", "experts"]
 STEPS = ["per_device_batch_size=4", "learning_rate=1e-3", "dtype=float32", "async_checkpointing=False"]
 STEPS += ["learning_rate_schedule_steps=5", "warmup_steps_fraction=0", "grain_worker_count=0"]
 
@@ -96,6 +98,11 @@ def prepare(root: Path) -> None:
     verb("export", "--input", root / "trimmed", "--output", root / "sparse")
     verb("export", "--input", root / "run", "--output", root / "sparse_maxtext", "--format", "maxtext")
     verb("export", "--input", root / "padded", "--output", root / "padded_maxtext", "--format", "maxtext")
+    magnitude = ["--method", "magnitude", "--target", "2:4"]
+    verb("prune", "--input", root / "qwen3_moe", "--output", root / "experts_run", *magnitude)
+    verb("trim", "--input", root / "experts_run", "--output", root / "experts_trimmed")
+    verb("export", "--input", root / "experts_trimmed", "--output", root / "experts")
+    verb("export", "--input", root / "experts_run", "--output", root / "experts_maxtext", "--format", "maxtext")
     for name in CONVERTED:
         reference(root / name, root / f"{name}.npz")
     text = ["--input", words(root / "words.jsonl"), "--tokenizer", root / "dense", "--append-eod", "--workers", 1]
@@ -140,6 +147,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def training_calls(root: Path) -> dict[str, list[object]]:
     checked = {"sparse_run": "sparse", "resumed": "sparse", "plain": "sparse", "padded_run": "padded"}
+    checked |= {"taught": "experts"}
     verified = {
         f"verify {run}": ["main", "verify", "--input", root / f"{model}_maxtext", "--checkpoint", root / run]
         for run, model in checked.items()
@@ -155,6 +163,7 @@ def training_calls(root: Path) -> dict[str, list[object]]:
         "resumed": training(root, "sparse", "resumed", 5),
         "plain": training(root, "sparse", "plain", 2, "--no-keep-zeros"),
         "padded train": training(root, "padded", "padded_run", 2),
+        "taught train": training(root, "experts", "taught", 2, "--teacher", root / "qwen3_moe_maxtext"),
         **verified,
         **arrays,
         "plain goes on": training(root, "sparse", "plain", 3),
@@ -175,6 +184,7 @@ def learning_calls(root: Path) -> dict[str, list[object]]:
         "first half": ["call", "tests.maxtext.doctored", "copy_step", root / "learned", root / "again", 2],
         "learn on": ["main", "learn", *dense, "--output", root / "again", *more],
         "learn masked": ["main", "learn", "--input", root / "sparse_maxtext", "--output", root / "none"],
+        "learn experts": ["main", "learn", "--input", root / "qwen3_moe_maxtext", "--output", root / "none"],
         "learn 4:4": ["main", "learn", *dense, "--output", root / "none", "--n", 4],
         "learned": ["main", "convert", *masks],
         "start": ["call", "tests.maxtext.gumbel_jax", "start_of_prior", root / "rope_maxtext", root / "prior.npz"],
@@ -214,7 +224,7 @@ def test_another_rotary_embedding_shows(root: Path, name: str) -> None:
     assert difference(root, name.split()[0], name)[0] > 1e-3
 
 
-@pytest.mark.parametrize("name", [*KINDS, "qwen2", "qwen3", "sparse"])
+@pytest.mark.parametrize("name", [*KINDS, "qwen2", "qwen3", "mixtral", "qwen3_moe", "sparse", "experts"])
 def test_the_way_back_is_bit_equal(root: Path, name: str) -> None:
     """Heads as wide as a power of four, or a 16-bit type: the factor 1 / sqrt(D) is undone exactly."""
     assert said(root, f"{name} back").startswith("0 ")
@@ -268,6 +278,15 @@ def test_padding_stays_zero(root: Path) -> None:
     masks = PackedMasks(root / "padded_maxtext" / "masks.npz", HFReader(root / "padded_hf").model_config)
     assert not masks["model.layers.0.self_attn.q_proj.weight"].any()
     assert masks["model.layers.0.mlp.up_proj.weight"].sum() == 48 * 32
+
+
+def test_zeros_of_experts_stay(root: Path) -> None:
+    """2:4 of their matrices and of attention; the teacher has experts, too."""
+    assert said(root, "taught train").startswith("0 "), said(root, "taught train")
+    masks = Masks.load(root / "experts_run" / "decision")
+    assert sum(".experts." in name for name in masks.names()) == 3 * 3 * 8
+    zeros = sum(row.size - row.kept for row in masks.summary())
+    assert said(root, "verify taught") == f"0 zeros of the masks: {zeros}; of them not +0.0 in the checkpoint: 0\n"
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(root: Path) -> None:
@@ -347,6 +366,7 @@ def test_a_start_decodes_to_its_prior(root: Path) -> None:
 
 @pytest.mark.parametrize("call, message", [
     ("learn masked", "has masks, so what they remove is zero: learn masks on the dense model"),
+    ("learn experts", "has experts, and learn takes models without"),
     ("learn 4:4", "--n 4 --m 4 given"),
 ])  # fmt: skip
 def test_learning_refuses(root: Path, call: str, message: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_prune.__main__ import main
 from megatron_prune.decision.mask_npz import write_masks
+from megatron_prune.decision.masks import prunable_shapes as decided_shapes
 from megatron_prune.errors import UserError
 from megatron_prune.exporting import maxtext as exporter
 from megatron_prune.maxtext import layout
@@ -111,6 +112,49 @@ def test_decoders_of_other_families(family: str, more: dict[str, tuple[int, ...]
     assert (said["attention_bias"], said["use_qk_norm"]) == (family == "qwen2", family == "qwen3")
 
 
+EXPERTS = {"model_type": "qwen3_moe", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+EXPERTS |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 51, "rms_norm_eps": 1e-6}
+EXPERTS |= {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "norm_topk_prob": True}
+
+
+@pytest.mark.parametrize("family, block, names, scale", [
+    ("mixtral", "MoeBlock_0", ("block_sparse_moe.", "w1", "w3", "w2"), 4),
+    ("qwen3_moe", "moe_block", ("mlp.", "gate_proj", "up_proj", "down_proj"), 1),
+])  # fmt: skip
+def test_experts(family: str, block: str, names: tuple[str, ...], scale: int) -> None:
+    """One array of all experts and layers, the router beside them without masks, and the way back bit for bit."""
+    own = {"model_type": family, "num_local_experts": 5}
+    width = 20 if family == "qwen3_moe" else 40
+    model = FAMILIES[family].from_hf(EXPERTS | own)
+    layout.check(model)
+    given = weights(model)
+    tree = layout.to_maxtext(given.__getitem__, model, {})
+    assert {path: array.shape for path, array in tree.items()} == layout.shapes(model)
+    start, (there, *linears) = f"decoder/layers/{block}/", names
+    assert tree[start + "wi_0"].shape == (5, 3, 24, width) and not any("/mlp/" in path for path in tree)
+    for leaf, linear in zip(("wi_0", "wi_1", "wo"), linears, strict=True):
+        weight = given[f"model.layers.2.{there}experts.3.{linear}.weight"]
+        assert np.array_equal(tree[start + leaf][3, 2], weight.T)
+    assert np.array_equal(tree[start + "gate/kernel"][:, 1], given[f"model.layers.1.{there}gate.weight"].T)
+    query = given["model.layers.0.self_attn.q_proj.weight"]
+    assert np.array_equal(tree["decoder/layers/self_attention/query/kernel"][:, 0, 1], query[16:32].T / scale)
+    back = dict(layout.from_maxtext(tree, model, {}))
+    assert back.keys() == given.keys() and all(np.array_equal(back[key], given[key]) for key in given)
+    assert prunable_shapes(model) == decided_shapes(model)
+    said = layout.settings(model)
+    assert (said["decoder_block"], said["num_experts"], said["num_experts_per_tok"]) == (family, 5, 2)
+    assert said["base_moe_mlp_dim"] == said["base_mlp_dim"] == width
+
+
+@pytest.mark.parametrize("changes, what", [
+    ({"mlp_only_layers": [1]}, "experts in some of its layers only"),
+    ({"norm_topk_prob": False}, "experts whose gates do not add up to 1 .norm_topk_prob is false."),
+])  # fmt: skip
+def test_experts_that_maxtext_lacks(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(UserError, match=what):
+        layout.check(FAMILIES["qwen3_moe"].from_hf(EXPERTS | changes))
+
+
 @pytest.mark.parametrize("width, exact", [(64, True), (128, False), (10, False)])
 def test_the_factor_is_undone_exactly_for_16_bits_or_powers_of_four(width: int, exact: bool) -> None:
     model = config(head_dim=width)
@@ -162,7 +206,8 @@ def test_rotary_embeddings_that_maxtext_lacks(changes: dict[str, Any], what: str
 
 
 @pytest.mark.parametrize("model_type, what", [
-    ("mistral", "sliding window of 7"), ("mixtral", "experts"), ("qwen2_moe", "experts"), ("qwen3_moe", "experts"),
+    ("mistral", "sliding window of 7"), ("qwen2_moe", "experts of the qwen2_moe family: a shared one for all tokens"),
+    ("olmoe", "experts whose gates do not add up to 1"), ("glm4_moe", "experts in some of its layers only"),
     ("nemotron", "layers of the nemotron family"), ("gpt2", "layers of the gpt2 family"),
 ])  # fmt: skip
 def test_other_families_are_refused_before_anything_is_written(

@@ -53,6 +53,11 @@ def test_what_does_not_fit_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "does not fit: take a larger slice" in capsys.readouterr().out
 
 
+def test_experts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(tmp_path, "v5p-8", model_type="mixtral", num_local_experts=8)[0] == 2
+    assert "a model with experts was given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("tpu", "more", "message"), [
     ("v5p-63", (), "--tpu 'v5p-63' is not known; allowed: v4, v5litepod, v5p, v6e and its size"),
     ("h100-8", (), "--tpu 'h100-8' is not known"),
