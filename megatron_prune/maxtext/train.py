@@ -1,8 +1,10 @@
 """MaxText's own trainer, with removed weights held at zero. Nothing of MaxText is copied or changed on disk.
 
 MaxText asks one function for its optimizer (`maxtext.optimizers.optimizers.get_optimizer`); here it gets that optimizer
-inside `keep_zeros`, which clears the gradients of removed weights before clipping and their updates after. So clipping,
-Adam's means, weight decay and every layout of the weights over devices see weights that cannot move.
+inside `as_elsewhere`, which clears the gradients of removed weights before clipping and their updates after. So
+clipping, Adam's means, weight decay and every layout of the weights over devices see weights that cannot move.
+It also shows the optimizer the queries of LLaMA's decoder without the factor that MaxText has in them: Adam's steps are
+as long whatever unit a weight is in, so that queries would learn sqrt(D) times as fast as anywhere else.
 
 Which weights are removed is decided by the masks that lie beside the model, not by what happens to be zero: a kept
 weight of a masked matrix is never exactly zero (`layout.TINY`, and no step lands there), so that on the devices zero
@@ -48,10 +50,9 @@ def train(config: TrainConfig) -> None:
     with ExitStack() as changes:
         stops = changes.enter_context(_noted_stops())
         changes.enter_context(_begun(config, folder, masks, losses))
-        if masks is not None:
-            clip = float(value(arguments, CLIP) or CLIP_DEFAULT)
-            arguments = last_of_each([*arguments, f"{CLIP}=0"])  # `keep_zeros` clips
-            changes.enter_context(_kept_zeros(clip))
+        clip = clipping(arguments)
+        arguments = last_of_each([*arguments, f"{CLIP}=0"])  # `as_elsewhere` clips
+        changes.enter_context(_optimizer(clip, folder.config, masks is not None))
         from absl import logging
         from maxtext.configs import pyconfig
         from maxtext.trainers.pre_train import train as trainer
@@ -64,6 +65,15 @@ def train(config: TrainConfig) -> None:
     if done < config.steps - 1:  # MaxText takes an error of the data for the end of the data
         why = f" ({one_line(stops[-1], 200)})" if stops else ""
         raise UserError(f"MaxText stopped after step {done} of {config.steps}{why}: give more data, or go on")
+
+
+def clipping(arguments: Sequence[str]) -> float:
+    """The largest norm of gradients that MaxText's arguments ask for, 0 for no limit; UserError for no number."""
+    given = value(arguments, CLIP) or str(CLIP_DEFAULT)
+    try:
+        return float(given)
+    except ValueError:
+        raise UserError(f"--settings {CLIP}={given}: allowed: a number, 0 for no limit") from None
 
 
 def settings(config: TrainConfig, folder: Folder) -> list[str]:
@@ -118,11 +128,11 @@ def data_settings(config: Data, model: ModelConfig) -> list[str]:
     ]
 
 
-def keep_zeros(inner: Any, clip: float) -> Any:
-    """The optimizer `inner` (optax) for weights of which those that are zero in a masked matrix stay zero.
+def as_elsewhere(inner: Any, clip: float, model: ModelConfig, masked: bool) -> Any:
+    """The optimizer `inner` (optax) for the weights as Hugging Face has them, whatever factor MaxText has in them.
 
-    Gradients are clipped to a norm of `clip` here (0: not at all), after those of removed weights are cleared. The
-    state is that of `inner`.
+    `masked`: those that are zero in a masked matrix stay zero. Gradients are clipped to a norm of `clip` here (0: not
+    at all), after those of removed weights are cleared. The state is that of `inner`.
     """
     import jax
     import jax.numpy as jnp
@@ -130,31 +140,36 @@ def keep_zeros(inner: Any, clip: float) -> Any:
 
     def only_kept(tree: Any, params: Any) -> Any:
         def of(path: Any, values: Any, weights: Any) -> Any:
-            return jnp.where(weights == 0, 0, values).astype(values.dtype) if is_masked(path) else values
+            return jnp.where(weights == 0, 0, values).astype(values.dtype) if leaf_of(path) else values
 
-        return jax.tree_util.tree_map_with_path(of, tree, params)
+        return jax.tree_util.tree_map_with_path(of, tree, params) if masked else tree
+
+    def times(tree: Any, power: int) -> Any:
+        """Times a power of the factor by which the weights are smaller."""
+
+        def of(path: Any, values: Any) -> Any:
+            leaf = leaf_of(path)
+            factor = layout.factor(leaf, model) if leaf else 1.0
+            return values if factor == 1.0 else (values * factor**power).astype(values.dtype)
+
+        return jax.tree_util.tree_map_with_path(of, tree)
 
     def not_to_zero(path: Any, update: Any, weights: Any) -> Any:
         """A kept weight that this step would bring to zero stays where it is for the step."""
-        if not is_masked(path):
+        if not masked or leaf_of(path) is None:
             return update
         lands = (jnp.abs(weights + update) < layout.TINY) & (weights != 0)
         return jnp.where(lands, 0, update).astype(update.dtype)
 
     def update(gradients: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        gradients = only_kept(gradients, params)
+        gradients = times(only_kept(gradients, params), -1)
         if clip > 0:
             gradients, _ = optax.clip_by_global_norm(clip).update(gradients, optax.EmptyState())
-        updates, state = inner.update(gradients, state, params, **extra)
-        updates = only_kept(updates, params)
+        updates, state = inner.update(gradients, state, times(params, 1), **extra)
+        updates = times(only_kept(updates, params), -1)
         return jax.tree_util.tree_map_with_path(not_to_zero, updates, params), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def is_masked(path: Any) -> bool:
-    """Whether a parameter, by its path in any of JAX's trees, is a matrix that masks apply to."""
-    return leaf_of(path) is not None
 
 
 def leaf_of(path: Any) -> layout.Leaf | None:
@@ -192,14 +207,14 @@ def check_state(state: Any, masks: PackedMasks, config: ModelConfig) -> None:
 
 
 @contextmanager
-def _kept_zeros(clip: float) -> Iterator[None]:
-    """While active, MaxText's trainer uses `keep_zeros`."""
+def _optimizer(clip: float, model: ModelConfig, masked: bool) -> Iterator[None]:
+    """While active, MaxText's trainer uses `as_elsewhere`."""
     from maxtext.optimizers import optimizers
 
     original = optimizers.get_optimizer
 
     def get_optimizer(*args: Any, **kwargs: Any) -> Any:
-        return keep_zeros(original(*args, **kwargs), clip)
+        return as_elsewhere(original(*args, **kwargs), clip, model, masked)
 
     with replaced(optimizers, "get_optimizer", get_optimizer):
         yield

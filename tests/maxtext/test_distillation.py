@@ -1,7 +1,4 @@
-"""`train --teacher` on MaxText: the losses of the PyTorch side step by step, zeros that stay, resuming, refusals.
-
-The models are Qwen3: MaxText's LLaMA has a factor in its queries, and Adam's steps on them are others for it.
-"""
+"""`train --teacher` on MaxText: the losses of the PyTorch side step by step, zeros that stay, resuming, refusals."""
 
 from __future__ import annotations
 
@@ -44,29 +41,33 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both sides' runs; `answers` has what MaxText's said."""
     environment.python()
     root = tmp_path_factory.mktemp("distillation")
-    sizes = {"student": {}, "teacher": {"num_hidden_layers": 5}, "shallow": {"num_hidden_layers": 1}}
-    for name, more in (sizes | {"larger": {"vocab_size": 260}}).items():
-        byte_tokenizer(tiny_model(root / name, "qwen3", **{"vocab_size": 257} | more))
-        if name != "student":
-            verb("export", "--input", root / name, "--output", root / f"{name}_maxtext", "--format", "maxtext")
+    models = {"llama": ("llama", {}), "teacher": ("llama", {"num_hidden_layers": 5})}
+    models |= {"shallow": ("llama", {"num_hidden_layers": 1}), "larger": ("llama", {"vocab_size": 260})}
+    models |= {"qwen3": ("qwen3", {}), "qwen3_teacher": ("qwen3", {"num_hidden_layers": 3})}
+    for name, (family, more) in models.items():
+        byte_tokenizer(tiny_model(root / name, family, **{"vocab_size": 257, "head_dim": 16} | more))
+        source = sparse(root, name) if name in ("llama", "qwen3") else root / name
+        verb("export", "--input", source, "--output", root / f"{name}_maxtext", "--format", "maxtext")
     swap_words(root / "teacher_maxtext", root / "swapped")
-    verb("prune", "--input", root / "student", "--output", root / "run", "--method", "magnitude", "--target", "2:4")
-    verb("trim", "--input", root / "run", "--output", root / "sparse")
-    verb("export", "--input", root / "run", "--output", root / "sparse_maxtext", "--format", "maxtext")
     tiny_blocks(root / "padded")
     verb("export", "--input", root / "padded", "--output", root / "padded_maxtext", "--format", "maxtext")
-    text = ["--input", words(root / "words.jsonl"), "--tokenizer", root / "student", "--append-eod", "--workers", 1]
+    text = ["--input", words(root / "words.jsonl"), "--tokenizer", root / "llama", "--append-eod", "--workers", 1]
     verb("preprocess", *text, "--output", root / "tokens")
-    for name, more in {
-        "torch": ["cosine"],
-        "mse": ["mse"],
-        "warmer": ["cosine", "--distillation-temperature", "3"],
-    }.items():
-        in_pytorch(root, name, [*WEIGHTS, *more])
-    calls = runs(root) | {name: training(root, "sparse", "none", 1, *given) for name, (given, _) in REFUSED.items()}
+    in_pytorch(root, "torch", "llama", "teacher", [*WEIGHTS, "cosine"])
+    in_pytorch(root, "warmer", "llama", "teacher", [*WEIGHTS, "cosine", "--distillation-temperature", "3"])
+    in_pytorch(root, "mse", "qwen3", "qwen3_teacher", [*WEIGHTS, "mse"])
+    calls = runs(root) | {name: training(root, "llama", "none", 1, *given) for name, (given, _) in REFUSED.items()}
     answers = environment.run(root, list(calls.values()))
     (root / "answers").write_text(json.dumps(dict(zip(calls, answers, strict=True))))
     return root
+
+
+def sparse(root: Path, name: str) -> Path:
+    """A run that has pruned a model 2:4; beside it the checkpoint that trim makes."""
+    run = root / f"{name}_run"
+    verb("prune", "--input", root / name, "--output", run, "--method", "magnitude", "--target", "2:4")
+    verb("trim", "--input", run, "--output", root / f"{name}_sparse")
+    return run
 
 
 def swap_words(folder: Path, copy: Path) -> None:
@@ -80,11 +81,11 @@ def swap_words(folder: Path, copy: Path) -> None:
     file.write_text(json.dumps(content))
 
 
-def in_pytorch(root: Path, name: str, losses: list[str]) -> None:
+def in_pytorch(root: Path, name: str, model: str, teacher: str, losses: list[str]) -> None:
     data = ["--data", root / "tokens", "--data-cache", root / "order", "--seq-length", 32, "--train-iters", STEPS]
     batch = ["--global-batch-size", 4, "--micro-batch-size", 2, "--adam-eps", "1e-8"]
     rate = ["--lr", "1e-3", "--min-lr", "1e-3", "--lr-decay-style", "constant"]
-    places = ["--input", root / "sparse", "--teacher", root / "teacher", "--output", root / name]
+    places = ["--input", root / f"{model}_sparse", "--teacher", root / teacher, "--output", root / name]
     verb("train", *places, *data, *batch, *rate, *losses)
 
 
@@ -99,15 +100,16 @@ def training(root: Path, model: str, run: str, steps: int, *more: str) -> list[o
 def runs(root: Path) -> dict[str, list[object]]:
     taught = ["--teacher", "ROOT/teacher_maxtext", *WEIGHTS]
     padded = ["--teacher", "ROOT/padded_maxtext", "--lm-weight", "1", "gradient_accumulation_steps=2"]
+    other = ["--teacher", "ROOT/qwen3_teacher_maxtext", *WEIGHTS, "mse", "gradient_accumulation_steps=2"]
     found = {
-        "taught": training(root, "sparse", "taught", STEPS, *taught, "cosine", "--save-interval", "1"),
-        "mse": training(root, "sparse", "mse_maxtext", 3, *taught, "mse", "gradient_accumulation_steps=2"),
-        "interrupted": training(root, "sparse", "resumed", 4, *taught, "cosine"),
-        "resumed": training(root, "sparse", "resumed", STEPS, *taught, "cosine"),
+        "taught": training(root, "llama", "taught", STEPS, *taught, "cosine", "--save-interval", "1"),
+        "mse": training(root, "qwen3", "mse_maxtext", 3, *other),
+        "interrupted": training(root, "llama", "resumed", 4, *taught, "cosine"),
+        "resumed": training(root, "llama", "resumed", STEPS, *taught, "cosine"),
         "padded": training(root, "padded", "padded_run", 2, *padded),
     }
     found["mse"][found["mse"].index("per_device_batch_size=4")] = "per_device_batch_size=2"
-    verified = {f"step {step}": ("sparse", root / "taught" / "checkpoints" / str(step)) for step in range(STEPS)}
+    verified = {f"step {step}": ("llama", root / "taught" / "checkpoints" / str(step)) for step in range(STEPS)}
     for name, (model, run) in (verified | {"verify padded": ("padded", root / "padded_run")}).items():
         found[name] = ["main", "verify", "--input", root / f"{model}_maxtext", "--checkpoint", run]
     for run in ("taught", "resumed"):

@@ -15,7 +15,7 @@ from megatron_prune.maxtext.__main__ import VERBS, main
 from megatron_prune.maxtext.folder import DESCRIPTION, Folder, newest_step
 from megatron_prune.maxtext.learn import KEPT
 from megatron_prune.maxtext.options import LearnConfig, TrainConfig
-from megatron_prune.maxtext.train import data_settings, last_of_each, users_settings
+from megatron_prune.maxtext.train import clipping, data_settings, last_of_each, users_settings
 from megatron_prune.methods.maskllm import MaskLLM
 from megatron_prune.option_groups import Training
 from megatron_prune.options import entries, flag
@@ -117,6 +117,13 @@ def test_settings_that_define_the_model_are_refused() -> None:
         with pytest.raises(UserError, match="that do not define the model"):
             users_settings([wrong], config())
     assert last_of_each(["a=1", "b=2", "a=3"]) == ["a=3", "b=2"]
+
+
+def test_clipping_is_a_number() -> None:
+    clip = "gradient_clipping_threshold"
+    assert [clipping(given) for given in ([], [f"{clip}=0"], [f"{clip}=2.5"])] == [1.0, 0.0, 2.5]
+    with pytest.raises(UserError, match=f"--settings {clip}=much: allowed: a number"):
+        clipping([f"{clip}=much"])
 
 
 def text(tmp_path: Path, name: str, **about: object) -> str:
