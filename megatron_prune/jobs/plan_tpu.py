@@ -20,7 +20,7 @@ from pathlib import Path
 from megatron_prune.decision.target import NM
 from megatron_prune.errors import UserError, brief
 from megatron_prune.exporting.forms import form_of
-from megatron_prune.jobs.plan import GIB, read_config, refuse_experts
+from megatron_prune.jobs.plan import GIB, read_config
 from megatron_prune.kernels.definition import pattern_table
 from megatron_prune.maxtext import layout
 from megatron_prune.model.families import ModelConfig, get_family
@@ -85,7 +85,8 @@ def plan_tpu(path: Path, target: NM, name: str) -> TpuPlan:
     tpu, config = slice_of(name), read_config(path)
     if form_of(config, None) == "padded":
         config = get_family(config.family).uniform(config)
-    refuse_experts(config)
+    if config.num_moe_experts:
+        raise UserError("a model with experts was given; --tpu counts others: give --processes, or another model")
     layout.check(config)
     fsdp = math.gcd(config.hidden_size, tpu.chips)
     weights = sum(math.prod(shape) for shape in layout.shapes(config).values())
