@@ -14,6 +14,8 @@ from megatron_prune.errors import UserError
 from megatron_prune.exporting.maxtext import maxtext_python
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300 --xla_cpu_collective_timeout_seconds=300"
+"""Of devices that are simulated where others are busy too: after 40 s XLA would end the process."""
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -53,8 +55,8 @@ def _start(
     words = [[str(word).replace("HOST", str(number)) for word in call] for call in calls]
     (folder / f"calls_{number}.json").write_text(json.dumps(words))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    if devices > 1:  # each waits for the others within a collective, and needs a thread to do so
-        environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(8 * devices)}
+    if devices > 1:  # each waits for the slowest within every collective of a step, and needs a thread for each
+        environment |= {"JAX_NUM_CPU_DEVICES": str(devices), "NPROC": str(64 * devices), "XLA_FLAGS": PATIENCE}
     if hosts > 1:
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(hosts)}
         environment |= {"JAX_PROCESS_ID": str(number), "RANK": str(number)}
