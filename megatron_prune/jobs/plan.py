@@ -15,8 +15,8 @@ groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, e
     inputs of qkv, fc1    2 x n b h' x e
     attention, c = 1      s b (3 q + 3 k) / t x e    the fused qkv, rotated q and k, the output
     attention, c > 1      n b (2 q + 2 c k) / t x e  rotated q and the output, k and v of all processes
-    attention's mask      n s x e                    with c > 1 or a sliding window below s
-    MLP                   5 x n b f / t x e          gate and up (2 f), activation, up + 0, their product
+    attention's mask      n s x e                    with c > 1, sinks or a sliding window below s
+    MLP                   5 x n b f / t x e          gate and up (2 f), activation, up + 0, their product; 7 with limits
     masked weights        prunable weights / t x e   mask * weight, one copy for each micro-batch
 
 Experts are taken to get equally many tokens, T = n b k' e' / t of a micro-batch on each process, k' experts a token and
@@ -56,7 +56,7 @@ from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
 from megatron_prune.model.family import WeightMap
 from megatron_prune.model.given import wrong
-from megatron_prune.model.sizes import ModelConfig, dimensions, rotary_channels
+from megatron_prune.model.sizes import ModelConfig, channels_with_sink, dimensions, rotary_channels
 from megatron_prune.option_groups import Parallelism, Training
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -459,6 +459,8 @@ def _attention(job: Job, layer: int) -> int:
     length = job.training.seq_length
     query, key_value = (job.tokens * size[name] // job.tensor for name in ("query", "key_value"))
     kept = 3 * (query + key_value) if context == 1 else 2 * (query + key_value * context)
+    if model.attention_sinks:  # queries, keys, values and output wider by a sink's channels, and the output without
+        kept = 2 * (query + key_value * context) * channels_with_sink(size["head"]) // size["head"] + query
     if model.position_embedding == "rope":
         kept += 4 * length // context * rotary_channels(model)
     if context > 1 or model.attention_sinks or (model.window(layer) or length) < length:
@@ -472,7 +474,7 @@ def _attention(job: Job, layer: int) -> int:
 def _mlp_tensors(model: ModelConfig) -> int:
     """Tensors as wide as the MLP that are kept: see the module's docstring; without a gate the input and output."""
     if model.gated:
-        return 5
+        return 5 if model.activation_func_clamp_value is None else 7
     return 3 if model.activation == "relu2" else 2
 
 

@@ -15,6 +15,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_prune.model import context
+from megatron_prune.model.sizes import channels_with_sink
 
 
 class SDPACoreAttention(torch.nn.Module):
@@ -113,7 +114,7 @@ def _with_sinks(
     """
     assert mask is not None
     width = query.shape[-1]
-    more = 8 - width % 8  # kernels that save memory want a multiple of 8
+    more = channels_with_sink(width) - width
     query = torch.cat([query, scores.to(query.dtype)[:, None, None].expand(*query.shape[:-1], 1)], dim=-1)
     query, key, value = F.pad(query, (0, more - 1)), F.pad(key, (0, more, 1, 0)), F.pad(value, (0, more, 1, 0))
     key[..., 0, width] = 1

@@ -278,6 +278,13 @@ def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
     }
 
 
+def channels_with_sink(width: int) -> int:
+    """Channels of a head that is `width` wide and has one more for its sink: kernels that save memory want a multiple
+    of 8.
+    """
+    return width // 8 * 8 + 8
+
+
 def rotary_channels(config: ModelConfig) -> int:
     """Channels of a head that are rotated."""
     return int(config.kv_channels * config.rotary_percent)
