@@ -255,9 +255,12 @@ def register(name: str) -> Callable[[_Method], _Method]:
     return decorate
 
 
-def hyperparameter(default: Any, help: str, at_most: int | None = None) -> Any:
-    """A dataclass field with the one-line help that listings show; `at_most` where a list or a loop is made of it."""
-    return field(default=default, metadata={"help": help, "at_most": at_most})
+def hyperparameter(default: Any, help: str, at_most: int | None = None, *, numbers: bool = False) -> Any:
+    """A dataclass field with the one-line help that listings show; `at_most` where a list or a loop is made of it.
+
+    `numbers`: a list of numbers in words, of which a single one may be given as a number.
+    """
+    return field(default=default, metadata={"help": help, "at_most": at_most, "numbers": numbers})
 
 
 def mask_methods() -> list[str]:
@@ -274,7 +277,7 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
         raise UserError(
             f"unknown method {brief(name)}{_nearest(name, known)}; known methods: {', '.join(sorted(known))}"
         )
-    allowed = [entry.name for entry in fields(known[name])]
+    allowed = {entry.name: entry.metadata for entry in fields(known[name])}
     kinds = get_type_hints(known[name])
     for given, value in hyperparameters.items():
         if given not in allowed:
@@ -282,8 +285,7 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
                 f"method {name} has no hyper-parameter {brief(given)}{_nearest(given, allowed)}; "
                 f"it has: {', '.join(allowed) or 'none'}"
             )
-        single = str | int  # a list in words may be of one number, which YAML reads as a number
-        check_kind(f"{name}: {given}", value, single if kinds[given] is str else kinds[given])
+        check_kind(f"{name}: {given}", value, str | int if allowed[given].get("numbers") else kinds[given])
     made = known[name](**hyperparameters)
     for entry in fields(made):
         check_value(entry.name, getattr(made, entry.name), entry.metadata)

@@ -62,11 +62,15 @@ class DarwinLM(Refitted):
     generations: int = hyperparameter(200, "of the evolution", 1000000)
     offspring: int = hyperparameter(16, "children in a generation", 100000)
     mutations: int = hyperparameter(3, "most level switches between parent and child", 10000)
-    survivors: str = hyperparameter("8,4,2,1", "candidates left after each stage of selection")
+    survivors: str = hyperparameter("8,4,2,1", "candidates left after each stage of selection", numbers=True)
     fitness_tokens: str = hyperparameter(
-        "1024,2048,4096,8192", "tokens that each stage judges by; single replacements: the first; the race: the last on"
+        "1024,2048,4096,8192",
+        "tokens that each stage judges by; single replacements: the first; the race: the last on",
+        numbers=True,
     )
-    training_tokens: str = hyperparameter("10000,50000,100000,200000", "tokens of training before each; 0: none")
+    training_tokens: str = hyperparameter(
+        "10000,50000,100000,200000", "tokens of training before each; 0: none", numbers=True
+    )
     training_batch: int = hyperparameter(4, "windows in a step of that training, over all replicas", 1048576)
     training_lr: float = hyperparameter(1e-5, "learning rate of that training")
     trade: bool = hyperparameter(True, "attention and MLP may trade parameters")

@@ -639,6 +639,13 @@ def test_bad_requests(options: dict[str, Any], why: str) -> None:
         get_method("darwinlm", **options)
 
 
+@pytest.mark.parametrize("name", ["database", "search", "start"])
+def test_a_number_is_no_text_but_where_a_list_of_them_is_meant(name: str) -> None:
+    assert get_method("darwinlm", survivors=1, fitness_tokens=8, training_tokens=0)
+    with pytest.raises(UserError, match=f"darwinlm: {name}: 5 given; allowed: text"):
+        get_method("darwinlm", **{name: 5})
+
+
 def test_stages_are_columns_of_three_lists() -> None:
     """The paper's, and one each of everything that must be one or more; a single 0 is no training in any."""
     made = get_method("darwinlm")
