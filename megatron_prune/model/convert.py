@@ -238,18 +238,15 @@ class HFReader:
             raise UserError(f"{self.directory} has no tensor {name}{nearest(name, self._entries)}")
         entry = self._entries[name]
         with fenced(f"cannot read {name} from {entry.file}", "fetch it again"), safe_open(entry.file, "pt") as opened:
-            if entry.part is not None:
-                tensor = entry.part.of(self._whole(entry, opened.get_slice(entry.name)))
-                return (tensor if part is None else part(tensor)).contiguous()
-            return opened.get_tensor(entry.name) if part is None else part(opened.get_slice(entry.name))
-
-    @staticmethod
-    def _whole(entry: Entry, whole: Any) -> Any:
-        """A tensor that all experts of a layer are in, which is read where it is sliced."""
-        if entry.scales is None:
-            return whole
-        with safe_open(entry.scales.file, "pt") as opened:
-            return PackedExperts(whole, opened.get_tensor(entry.scales.name))
+            if entry.part is None:
+                return opened.get_tensor(entry.name) if part is None else part(opened.get_slice(entry.name))
+            whole = opened.get_slice(entry.name)
+            if entry.scales is None:
+                tensor = entry.part.of(whole)
+            else:
+                with safe_open(entry.scales.file, "pt") as beside:
+                    tensor = entry.part.of(PackedExperts(whole, beside.get_slice(entry.scales.name)))
+            return (tensor if part is None else part(tensor)).contiguous()
 
     def _model_config(self) -> ModelConfig:
         config = family_of(self.config).from_hf(self.config)
