@@ -43,7 +43,8 @@ _LARGEST_NUMBERS = {"layernorm_epsilon": 1.0} | dict.fromkeys(
 )
 """Of those constants that are small in any model."""
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-YARN_KEYS = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor", "truncate")
+YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+YARN_KEYS = (*YARN_NUMBERS, "attention_factor", "truncate")
 
 
 def implied_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,30 +99,30 @@ def read_rope(hf_config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[float
 
 def _yarn(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The scaling of that type (Peng et al. 2023, arXiv:2309.00071, 3.2 to 3.4), with the values that are implied."""
-    needed = {"factor": given.get("factor"), YARN_KEYS[3]: given.get(YARN_KEYS[3])}
-    missing = [key for key, value in needed.items() if value is None]
-    if missing or given.get("mscale") is not None or given.get("mscale_all_dim") is not None:
+    del hf_config
+    there = {key: value for key, value in given.items() if value is not None}
+    missing = [key for key in ("factor", "original_max_position_embeddings") if key not in there]
+    if missing:
+        raise UserError(f"config.json has rope type 'yarn' without {', '.join(missing)}; add what the model has")
+    if "mscale" in there or "mscale_all_dim" in there:
         raise UserError(
-            "config.json has rope type 'yarn' "
-            + (f"without {', '.join(missing)}; add what the model has" if missing else "with mscale or mscale_all_dim")
-            + ("" if missing else "; supported: attention_factor, or none of them")
+            "config.json has rope type 'yarn' with mscale or mscale_all_dim; supported: attention_factor, or none of "
+            "them"
         )
-    usual = {"beta_fast": 32.0, "beta_slow": 1.0} | {key: value for key, value in needed.items() if value is not None}
-    numbers = {key: given[key] if given.get(key) is not None else usual[key] for key in YARN_KEYS[:4]}
-    for key, value in numbers.items():
-        check_number(key, value)
-    implied = 0.1 * math.log(numbers["factor"]) + 1.0 if numbers["factor"] > 1 else 1.0
-    scale = implied if given.get("attention_factor") is None else given["attention_factor"]
-    truncate = given.get("truncate", True)
-    if not isinstance(truncate, bool):
-        raise UserError(f"config.json gives truncate = {brief(truncate)}; it must be true or false")
-    if numbers["beta_slow"] >= numbers["beta_fast"]:
+    found = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": given.get("truncate", True)} | there
+    for key in YARN_NUMBERS:
+        check_number(key, found[key])
+    if not isinstance(found["truncate"], bool):
+        raise UserError(f"config.json gives truncate = {brief(found['truncate'])}; it must be true or false")
+    if found["beta_slow"] >= found["beta_fast"]:
         raise UserError(
-            f"config.json has beta_slow {numbers['beta_slow']} and beta_fast {numbers['beta_fast']}; the first must be "
+            f"config.json has beta_slow {found['beta_slow']} and beta_fast {found['beta_fast']}; the first must be "
             "below the second"
         )
-    about = {"attention_factor": float(check_number("attention_factor", scale)), "truncate": truncate}
-    return {"rope_type": "yarn", **numbers, **about}
+    implied = 0.1 * math.log(found["factor"]) + 1.0 if found["factor"] > 1 else 1.0
+    scale = float(check_number("attention_factor", found.get("attention_factor", implied)))
+    numbers = {key: found[key] for key in YARN_NUMBERS}
+    return {"rope_type": "yarn", **numbers, "attention_factor": scale, "truncate": found["truncate"]}
 
 
 def _llama3(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
