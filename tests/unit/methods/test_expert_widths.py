@@ -81,6 +81,24 @@ def test_an_experts_neurons_are_ranked_by_its_own_tokens(root: Path, tmp_path: P
         assert len(set(block.expert_ffn)) > 1
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_channels_are_ranked_by_what_both_norms_of_every_layer_give(root: Path, tmp_path: Path, family: str) -> None:
+    """In layers with experts too, where the second goes to the router and to all of them: every token counts once."""
+    from transformers import AutoModelForCausalLM
+
+    assert prune(root, family, "minitron", "hidden_size=24", tmp_path / "run", *PLAIN) == 0
+    model = AutoModelForCausalLM.from_pretrained(root / f"{family}_hf", dtype=torch.float32).eval()
+    seen: list[Tensor] = []
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    with torch.no_grad():
+        model(tokens_of(root, family))
+    score = sum(x.abs().mean(1).double().square().sum(0).sqrt() for x in seen)
+    assert len(seen) == 2 * len(model.model.layers)
+    assert Trim.load(tmp_path / "run" / "decision").units.hidden == tuple(sorted(score.topk(24).indices.tolist()))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_stays_computes_what_the_whole_model_does_with_the_rest_at_zero(
     root: Path, tmp_path: Path, family: str
