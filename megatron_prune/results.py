@@ -4,6 +4,7 @@ passed over.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
@@ -24,6 +25,11 @@ class _Text(TypedDict):
 
 _Load = Annotated[list[Count], Field(min_length=1, max_length=4096)]
 """Tokens of each expert of a layer."""
+
+
+def fullest(tokens: Sequence[int]) -> float:
+    """How many times an even share of a layer's tokens its fullest expert gets."""
+    return max(tokens) * len(tokens) / sum(tokens)
 
 
 class Perplexity(TypedDict):

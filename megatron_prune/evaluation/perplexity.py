@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -27,6 +28,7 @@ from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.results import fullest
 from megatron_prune.statistics.passes import Passes
 
 LARGEST_LOSS = 700.0
@@ -36,12 +38,21 @@ LARGEST_LOSS = 700.0
 def perplexity(config: EvaluateConfig) -> dict[str, Any]:
     """Perplexity of `config.input`, whatever form it has, and how it was measured. Collective."""
     path = Path(config.input)
-    if config.expert_load and not is_checkpoint(path):
-        raise UserError(f"--expert-load was given and {path} is no Megatron checkpoint: import it, or leave it out")
+    if config.expert_load:
+        _check_experts(path)
     if is_folder(path):
         return _maxtext(config)
     refuse_options(config, config.input)
     return _megatron(config) if is_checkpoint(path) else _hugging_face(config)
+
+
+def _check_experts(path: Path) -> None:
+    """UserError for a model whose experts' tokens cannot be counted."""
+    if not is_checkpoint(path):
+        raise UserError(f"--expert-load was given and {path} is no Megatron checkpoint: import it, or leave it out")
+    model = read_description(path).config
+    if not model.num_moe_experts:
+        raise UserError(f"--expert-load was given and a {model.family} model has no experts: leave it out")
 
 
 def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> EvaluationText:
@@ -68,9 +79,6 @@ def _result(
 def _megatron(config: EvaluateConfig) -> dict[str, Any]:
     path = Path(config.input)
     layout = layout_of(config.parallelism)
-    family = read_description(path).config
-    if config.expert_load and not family.num_moe_experts:
-        raise UserError(f"--expert-load was given and a {family.family} model has no experts: leave it out")
     with backend.running(layout):
         model = load_model(path, layout, config.dtype)
         text = _text(config, path / "tokenizer", model.config.vocab_size)
@@ -95,11 +103,11 @@ def expert_tokens(model: PrunableModel, tokens: Tensor) -> list[list[int] | None
 def load_told(layers: list[list[int] | None]) -> str:
     """How evenly experts are used, in a line: the fullest expert against an even share, and those without a token."""
     sparse = [layer for layer in layers if layer is not None]
-    fullest = [max(layer) * len(layer) / sum(layer) for layer in sparse]
+    loads = [fullest(layer) for layer in sparse]
     empty = sum(layer.count(0) for layer in sparse)
     return (
-        f"the fullest expert of a layer gets {sum(fullest) / len(fullest):.2f} times an even share (mean of "
-        f"{len(sparse)} layers, most {max(fullest):.2f}); {empty} of {sum(map(len, sparse))} experts get no token"
+        f"the fullest expert of a layer gets {fmean(loads):.2f} times an even share (mean of "
+        f"{len(sparse)} layers, most {max(loads):.2f}); {empty} of {sum(map(len, sparse))} experts get no token"
     )
 
 

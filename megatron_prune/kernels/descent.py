@@ -4,9 +4,9 @@
 With Hessian H of the layer's inputs a row w that becomes w' costs E = (w - w') H (w - w')^T. A pass goes through the
 groups of M neighbouring inputs of a row from left to right. In each, with everything outside it held, the best of all
 patterns that keep as many weights is found exactly: with `update` together with the best values of what it keeps,
-v = b_S H_SS^-1, where b is the derivative of E by the group's weights were they zero; else with the dense values. So no
-step raises E, N:M stays N:M, and rows never meet: each comes out the same whichever are with it, up to the rounding of
-float64 sums.
+v = b_S H_SS^-1, where -2 b is the derivative of E by the group's weights were they zero; else with the dense values. So
+no step raises E, N:M stays N:M, and rows never meet: each comes out the same whichever are with it, up to the rounding
+of float64 sums.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def descend(
 def _best(dense: Tensor, slope: Tensor, mask: Tensor, gram: Tensor, update: bool) -> tuple[Tensor, Tensor]:
     """The pattern of lowest E in a group, and its weights `[rows, m]`, of those that keep as many as `mask` does.
 
-    `slope` `[rows, m]`: half of the derivative of -E by the group's weights were they zero.
+    `slope` `[rows, m]`: b of the module's docstring.
     """
     counts = mask.sum(1)
     kept, new = torch.zeros_like(mask), torch.zeros_like(dense)

@@ -22,6 +22,7 @@ from typing import Any
 from megatron_prune.decision.run_folder import RunDescription, write_run
 from megatron_prune.files import write_json, write_text
 from megatron_prune.foreign import parse_json
+from megatron_prune.maxtext.model import replaced
 from megatron_prune.options import Options, save_yaml
 
 METRICS = "metrics.jsonl"
@@ -98,10 +99,10 @@ def watched(
 
     `weighted`: our name of a number -> that of MaxText, and what it is times there.
     """
-    numbers = {name: (theirs, 1.0) for name, theirs in MAXTEXTS.items()} | {**weighted}
     from absl import logging
     from maxtext.common.metric_logger import MetricLogger
 
+    numbers = {name: (theirs, 1.0) for name, theirs in MAXTEXTS.items()} | dict(weighted)
     usual = MetricLogger.write_metrics
 
     def write_metrics(self: Any, metrics: Any, step: int, metric_type: str = "train") -> None:
@@ -111,13 +112,12 @@ def watched(
             write(step + 1, told)
         usual(self, metrics, step, metric_type)
 
-    MetricLogger.write_metrics = write_metrics
     before = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)
     try:
-        yield
+        with replaced(MetricLogger, "write_metrics", write_metrics):
+            yield
     finally:
-        MetricLogger.write_metrics = usual
         logging.set_verbosity(before)
 
 

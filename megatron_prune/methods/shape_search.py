@@ -27,7 +27,7 @@ from megatron_prune.log import say
 from megatron_prune.methods.structured import lowest, removed_layers
 from megatron_prune.model.cost import cost
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV, SHARED, expert_of, second_linears
+from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV, expert_of, input_symbol, second_linears
 from megatron_prune.search.held_out import split
 from megatron_prune.search.racing import looks, race
 from megatron_prune.statistics.channels import (
@@ -200,8 +200,7 @@ def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Uni
             weight = tensors.get(f"{path}.weight")
             if refit.damping is None or weight is None or not units.keeps(layer, expert_of(path)):
                 continue
-            symbol = "query" if path == PROJECTION else "shared_ffn" if path.startswith(SHARED) else "ffn"
-            kept = units.indices(config, layer, symbol, expert_of(path))
+            kept = units.indices(config, layer, input_symbol(path), expert_of(path))
             if kept is None or len(kept) == weight.shape[1] or not found[layer][path].windows:
                 continue
             kept = kept.to(weight.device)

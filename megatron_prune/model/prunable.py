@@ -67,6 +67,13 @@ def second_linears(config: ModelConfig, layer: int) -> list[str]:
     return [path for path in linear_paths(config, layer) if path.endswith("linear_fc2")]
 
 
+def input_symbol(path: str) -> str:
+    """Symbolic size (`model/sizes.py`) of what enters a linear that writes to the residual stream."""
+    if path == PROJECTION:
+        return "query"
+    return "shared_ffn" if path.startswith(SHARED) else "ffn"
+
+
 def expert_of(path: str) -> int | None:
     """The number of the expert that something in a layer is of."""
     start = EXPERTS + "."

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_prune.decision.masks import MaskRow
 from megatron_prune.reporting import pictures
 from megatron_prune.reporting.collect import Collected, Result
+from megatron_prune.results import fullest
 
 TEMPLATE = "page.html.j2"
 
@@ -77,9 +78,9 @@ def load_rows(results: list[Result]) -> list[dict[str, Any]]:
     for result in results:
         layers = [layer for layer in result.content.get("expert_tokens", []) if layer and any(layer)]
         if layers:
-            fullest = max(max(layer) * len(layer) / sum(layer) for layer in layers)
+            most = max(map(fullest, layers))
             idle = sum(layer.count(0) for layer in layers)
-            row = {"file": result.name, "model": result.content["input"], "fullest": fullest, "idle": idle}
+            row = {"file": result.name, "model": result.content["input"], "fullest": most, "idle": idle}
             rows.append(row | {"experts": sum(map(len, layers)), "picture": pictures.load(layers)})
     return rows
 

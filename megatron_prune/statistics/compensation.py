@@ -22,8 +22,9 @@ from torch import Tensor
 from megatron_prune.decision.units import Units
 from megatron_prune.model.prunable import PrunableModel, expert_of, linear_groups
 from megatron_prune.statistics.channels import NormRatio, Regression
-from megatron_prune.statistics.passes import HELD_BYTES, NORMS
+from megatron_prune.statistics.passes import NORMS
 from megatron_prune.statistics.reconstruction import damped_factor
+from megatron_prune.statistics.runner import HELD_BYTES
 from megatron_prune.statistics.walk import (
     FINAL_NORM,
     CutWeights,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_prune.decision.units import Units
 from megatron_prune.model.families import ModelConfig, dimensions
-from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV, SHARED, PrunableModel, second_linears
+from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV, PrunableModel, input_symbol, second_linears
 from megatron_prune.statistics.channels import RESIDUAL
 from megatron_prune.statistics.experts import ExpertActivity
 from megatron_prune.statistics.gradients import Gradients, gradients
@@ -211,9 +211,7 @@ def channels_of(config: ModelConfig, layer: int) -> dict[str, int]:
     """Channels that enter each site of a layer."""
     size = dimensions(config, layer)
     hidden = [RESIDUAL, *NORMS, QKV, FC1]
-    inner = {PROJECTION: size["query"]}
-    for path in second_linears(config, layer):
-        inner[path] = size["shared_ffn" if path.startswith(SHARED) else "ffn"]
+    inner = {path: size[input_symbol(path)] for path in [PROJECTION, *second_linears(config, layer)]}
     return dict.fromkeys(hidden, size["hidden"]) | inner
 
 

@@ -304,11 +304,12 @@ def shares(paths: Sequence[str], needed: Callable[[str], int], most: int) -> Ite
     share: list[str] = []
     held = 0
     for path in paths:
-        if share and held + needed(path) > most:
+        size = needed(path)
+        if share and held + size > most:
             yield share
             share, held = [], 0
         share.append(path)
-        held += needed(path)
+        held += size
     if share:
         yield share
 
