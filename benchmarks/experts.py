@@ -75,6 +75,7 @@ def scores(experts: int) -> list[Row]:
     return [
         Row(f"{experts} experts, REAP", "reap", target),
         *named,
+        Row(f"{experts} experts, merged (REAM)", "ream", target),
         Row(f"{experts} experts, random", "reap", target, chance),
     ]
 

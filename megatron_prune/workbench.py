@@ -31,6 +31,8 @@ from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod,
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.statistics.compensation import Compensation
+from megatron_prune.statistics.experts import ExpertActivity
+from megatron_prune.statistics.merging import Merging
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.runner import Runner, WholeLinear
 from megatron_prune.statistics.store import StatisticsStore
@@ -192,6 +194,18 @@ class Workbench:
             if tokens is not None and units.thins(self.config):
                 work = Compensation(self.model, units, tokens, refit, damping, norm_gain)
                 self._changed |= work.run(advance)
+
+    def merge_experts(
+        self,
+        count: int,
+        group_size: int,
+        score: Callable[[ExpertActivity], Tensor],
+        keep: Callable[[Tensor, int], tuple[int, ...]],
+    ) -> Units:
+        """Average the experts of every layer into `count` of them; the units that stay. Collective."""
+        with progress(self._title, self.config.num_layers, "layers") as advance:
+            self._changed = True
+            return Merging(self.model, self._tokens, count, group_size, score, keep).run(advance)
 
     def learn(self) -> LearningRunner:
         """A training session for mask logits, which writes the masks that it decides on."""

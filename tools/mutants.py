@@ -57,7 +57,7 @@ STRUCTURED, KERNELS, STATISTICS = f"{UNIT}/structured", f"{UNIT}/kernels", f"{UN
 ACTIVATIONS, TAYLOR = f"{STRUCTURED}/test_activation_scores.py", f"{STRUCTURED}/test_taylor_scores.py"
 METHODS, INVARIANT = f"{STRUCTURED}/test_methods.py", f"{STRUCTURED}/test_invariances.py"
 COMPENSATION, ONE_SHOT = f"{STRUCTURED}/test_compensation.py", f"{UNIT}/methods/test_one_shot.py"
-EXPERTS = f"{UNIT}/methods/test_experts.py"
+EXPERTS, MERGED = f"{UNIT}/methods/test_experts.py", f"{UNIT}/methods/test_merged_experts.py"
 BASE, OPTIONS = f"{UNIT}/methods/test_base.py", f"{UNIT}/test_config.py"
 DARWINLM, SEARCH = f"{STRUCTURED}/test_darwinlm.py", f"{STRUCTURED}/test_search.py"
 LEVELS, RACING = f"{STRUCTURED}/test_levels.py", f"{STRUCTURED}/test_racing.py"
@@ -73,6 +73,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "methods/maskllm.py": (f"{UNIT}/methods/test_maskllm.py",),
     "methods/minitron.py": (ACTIVATIONS, METHODS),
     "methods/shape_search.py": (COMPENSATION, METHODS),
+    "methods/ream.py": (MERGED,),
     "methods/reap.py": (EXPERTS,),
     "methods/sheared_llama.py": (OPTIONS, f"{STRUCTURED}/test_sheared.py"),
     "methods/shortened_llama.py": (TAYLOR, METHODS, OPTIONS),
@@ -83,9 +84,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "statistics/activations.py": (f"{STATISTICS}/test_statistics.py",),
     "statistics/channels.py": (ACTIVATIONS, COMPENSATION),
     "statistics/compensation.py": (COMPENSATION,),
-    "statistics/experts.py": (EXPERTS,),
+    "statistics/experts.py": (EXPERTS, MERGED),
     "statistics/gradients.py": (TAYLOR, METHODS),
     "statistics/hessian.py": (f"{STATISTICS}/test_statistics.py",),
+    "statistics/merging.py": (MERGED,),
     "statistics/passes.py": (ACTIVATIONS, METHODS),
     "statistics/reconstruction.py": (f"{STRUCTURED}/test_reconstruction.py",),
     "statistics/runner.py": (f"{STATISTICS}/test_layerwise.py",),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron_prune.decision.units import Units
     from megatron_prune.model.families import ModelConfig
     from megatron_prune.model.prunable import PrunableModel
+    from megatron_prune.statistics.experts import ExpertActivity
     from megatron_prune.statistics.passes import Passes
     from megatron_prune.training.learning import LearningRunner
     from megatron_prune.training.shearing import ShearingRunner
@@ -135,6 +136,15 @@ class Workbench(Protocol):
 
     def compensate(self, units: Units, refit: str, damping: float, norm_gain: bool) -> None:
         """Correct the weights of what stays for what goes. Collective."""
+
+    def merge_experts(
+        self,
+        count: int,
+        group_size: int,
+        score: Callable[[ExpertActivity], Tensor],
+        keep: Callable[[Tensor, int], tuple[int, ...]],
+    ) -> Units:
+        """Average the experts of every layer into the `count` that `keep` names by their scores. Collective."""
 
     def learn(self) -> LearningRunner:
         """A training session for mask logits."""

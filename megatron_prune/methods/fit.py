@@ -28,8 +28,8 @@ def check_experts(config: ModelConfig, method: PruningMethod, target: Target | S
     if not known or (isinstance(target, Budget) and target.table is not None):
         raise UserError(
             f"method {method.name} cannot prune a model with experts to {target}; it can change "
-            f"{', '.join(sizes) or 'nothing of one'}; allowed: num_moe_experts=N by reap, num_layers=N by shortgpt and "
-            "shortened_llama, either, widths and budgets (not of latency) by minitron"
+            f"{', '.join(sizes) or 'nothing of one'}; allowed: num_moe_experts=N by reap and ream, num_layers=N by "
+            "shortgpt and shortened_llama, either, widths and budgets (not of latency) by minitron"
         )
     _check_parts(config, target)
 

@@ -52,12 +52,10 @@ def keep_experts(units: Units, scores: Sequence[Tensor | None], count: int) -> U
     return replace(units, blocks=tuple(blocks))
 
 
-@register("reap")
 @dataclass(frozen=True)
-class REAP(PruningMethod):
-    """Remove the experts whose gated outputs are smallest on average over the tokens that they get."""
+class FewerExperts(PruningMethod):
+    """A method that leaves every layer with fewer experts; subclasses decide which."""
 
-    paper: ClassVar[str] = "Lasby et al. 2025, arXiv:2510.13999"
     targets: ClassVar[Mapping[type, str]] = {
         Shape: "fewer experts in every layer that has any: num_moe_experts=N",
         Budget: "as many experts as a budget has room for: parameters",
@@ -65,31 +63,19 @@ class REAP(PruningMethod):
     sizes_with_experts: ClassVar[tuple[str, ...]] = ("num_moe_experts",)
     budget_with_experts: ClassVar[bool] = True
 
-    score: str = hyperparameter("reap", f"of an expert: {', '.join(SCORES)}")
-    random_seed: int = hyperparameter(0, "of the score `random`")
-
-    def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise UserError(f"reap: score {self.score!r} was given; allowed: {', '.join(SCORES)}")
-
-    def idle(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
-        """A seed is of chance."""
-        del settings
-        return {} if self.score == "random" else {"random_seed": f"with --score {self.score}"}
-
     def check(self, config: Any, target: Shape | Budget) -> None:
         """UserError for a model without experts, other sizes, and a budget that no number of them meets."""
         wanted = target.measure if isinstance(target, Budget) else ",".join(target.given())
         if not config.num_moe_experts or wanted not in ("num_moe_experts", "parameters"):
             raise UserError(
-                f"method reap cannot prune a {config.family} model to {target}; it removes experts: give a model that "
-                "has some and num_moe_experts=N or parameters=N"
+                f"method {self.name} cannot prune a {config.family} model to {target}; it removes experts: give a "
+                "model that has some and num_moe_experts=N or parameters=N"
             )
         if isinstance(target, Budget):
-            self._count(config, target)
+            self.count(config, target)
 
     @staticmethod
-    def _count(config: ModelConfig, target: Shape | Budget) -> int:
+    def count(config: ModelConfig, target: Shape | Budget) -> int:
         """How many experts stay in a layer; UserError when a budget leaves fewer than a token goes to."""
         if isinstance(target, Shape):
             assert target.num_moe_experts is not None
@@ -104,11 +90,31 @@ class REAP(PruningMethod):
             "more, or prune to fewer layers first"
         )
 
+
+@register("reap")
+@dataclass(frozen=True)
+class REAP(FewerExperts):
+    """Remove the experts whose gated outputs are smallest on average over the tokens that they get."""
+
+    paper: ClassVar[str] = "Lasby et al. 2025, arXiv:2510.13999"
+
+    score: str = hyperparameter("reap", f"of an expert: {', '.join(SCORES)}")
+    random_seed: int = hyperparameter(0, "of the score `random`")
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise UserError(f"reap: score {self.score!r} was given; allowed: {', '.join(SCORES)}")
+
+    def idle(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """A seed is of chance."""
+        del settings
+        return {} if self.score == "random" else {"random_seed": f"with --score {self.score}"}
+
     def decide(self, work: Workbench, target: Shape | Budget) -> Units:
         """The experts of highest score in every layer; all else stays. Collective."""
         found = work.passes.expert_activity()
         scores = [None if each is None else self._scores(each, layer) for layer, each in enumerate(found)]
-        return from_leader(keep_experts(Units.all(work.config), scores, self._count(work.config, target)))
+        return from_leader(keep_experts(Units.all(work.config), scores, self.count(work.config, target)))
 
     def _scores(self, activity: ExpertActivity, layer: int) -> Tensor:
         if self.score == "reap":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,37 @@ class ExpertActivity:
     def tensors(self) -> list[Tensor]:
         """The float64 accumulators to sum over ranks, in place."""
         return [self.sums]
+
+
+class ExpertLikeness:
+    """How alike the experts of a layer are, were every token sent to each of them (REAM, see `statistics/merging.py`).
+
+    Sums over tokens, float64: of what each gives, times its gate, `[experts, hidden]`; products of the router's logits
+    `[experts, experts]`.
+    """
+
+    def __init__(self, experts: int, hidden: int, device: torch.device | str | None = None) -> None:
+        self.outputs = torch.zeros(experts, hidden, dtype=torch.float64, device=device)
+        self.logits = torch.zeros(experts, experts, dtype=torch.float64, device=device)
+
+    def update(self, logits: Tensor, outputs: Iterable[Tensor]) -> None:
+        """Add some tokens: logits `[tokens, experts]`, and expert by expert gated outputs `[tokens, hidden]`."""
+        wide = logits.double()
+        self.logits += wide.t() @ wide
+        for total, output in zip(self.outputs, outputs, strict=True):
+            total += output.sum(0, dtype=torch.float64)
+
+    def value(self) -> Tensor:
+        """The mean of both cosines, float64 `[experts, experts]`; one with a vector of length 0 is 0."""
+        return (cosines(self.outputs @ self.outputs.t()) + cosines(self.logits)) / 2
+
+    def tensors(self) -> list[Tensor]:
+        """The float64 accumulators to sum over ranks, in place."""
+        return [self.outputs, self.logits]
+
+
+def cosines(products: Tensor) -> Tensor:
+    """Cosines `[n, n]` of vectors whose inner products are `[n, n]`; 0 where one has length 0."""
+    lengths = products.diagonal().clamp(min=0).sqrt()
+    both = lengths[:, None] * lengths
+    return torch.where(both > 0, products / both.clamp(min=torch.finfo(products.dtype).tiny), 0.0)

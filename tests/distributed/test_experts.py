@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+import megatron_prune.backend as backend
 from megatron_prune.decision.masks import Masks
 from megatron_prune.decision.trimming import Trim
+from megatron_prune.model.checkpoint import load_model
 from tests.distributed.launch import (
     EP2,
     EP2_ETP2_SP,
@@ -64,11 +67,12 @@ CASES = [
 ]
 REMOVED = Case("reap", "num_moe_experts=4")
 """As many as every layout divides."""
+MERGED = Case("ream", "num_moe_experts=4", ("--group-size=3",))
 NARROWED = Case("minitron", "num_moe_experts=4,moe_ffn_hidden_size=12,hidden_size=24,num_attention_heads=2")
 SHARED = Case("minitron", "moe_shared_expert_intermediate_size=20,moe_ffn_hidden_size=12", ("--refit", "propagated"))
 CONTROL = Case("layout_dependent")
-ALL = (*CASES, REMOVED, NARROWED, SHARED, CONTROL)
-FEW = (CASES[1], CASES[-1], REMOVED, NARROWED, CONTROL)
+ALL = (*CASES, REMOVED, MERGED, NARROWED, SHARED, CONTROL)
+FEW = (CASES[1], CASES[-1], REMOVED, MERGED, NARROWED, CONTROL)
 """On four processes, which take long on few cores."""
 TRAINED = {
     "learned": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--temperature-end", "2"]
@@ -166,7 +170,7 @@ def evaluate_command(root: Path, layout: Layout) -> list[str]:
 
 def fits(model: str, case: Case, layout: Layout = ONE) -> bool:
     """Only one model has shared experts, and only one more than 4; on four processes few cases are run."""
-    missing = {"mixed": (SHARED,), "shared": (REMOVED, NARROWED), "sinks": (SHARED, REMOVED)}[model]
+    missing = {"mixed": (SHARED,), "shared": (REMOVED, MERGED, NARROWED), "sinks": (SHARED, REMOVED, MERGED)}[model]
     return case not in missing and (layout.processes < 4 or case in FEW)
 
 
@@ -204,7 +208,7 @@ def test_the_comparison_can_fail(root: Path, model: str, layout: Layout) -> None
 
 @pytest.mark.parametrize(
     ("model", "layout", "case"),
-    tried(REMOVED, NARROWED, SHARED),
+    tried(REMOVED, MERGED, NARROWED, SHARED),
     ids=lambda x: x if isinstance(x, str) else x.name[:16],
 )
 def test_the_same_units_stay(root: Path, model: str, layout: Layout, case: Case) -> None:
@@ -212,8 +216,19 @@ def test_the_same_units_stay(root: Path, model: str, layout: Layout, case: Case)
     assert found == expected
     if model == "mixed":
         assert len(found.blocks[0].experts) == 4 and not found.blocks[1].experts
-    if case != REMOVED:
+    if case not in (REMOVED, MERGED):
         assert len(set(found.blocks[0].expert_ffn)) > 1
+
+
+@pytest.mark.parametrize(("model", "layout", "case"), tried(MERGED), ids=lambda x: x if isinstance(x, str) else x.name)
+def test_merged_experts_are_the_same(root: Path, model: str, layout: Layout, case: Case) -> None:
+    folders = [root / "runs" / model / x.name / case.name / "weights" for x in (ONE, layout)]
+    with backend.running(backend.Layout()):
+        whole, *found = (load_model(x, backend.Layout()).parameters for x in (root / model, *folders))
+    changed = [name for name, weight in found[0].items() if not torch.equal(weight, whole[name])]
+    assert changed and all(".experts." in name for name in changed)
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "layout"), TRAINING, ids=lambda x: x if isinstance(x, str) else x.name)
