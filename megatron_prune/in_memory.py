@@ -117,19 +117,32 @@ def _state_kept() -> Iterator[None]:
 
 
 class _Parameters:
-    """A model's parameters by their names in a checkpoint, as `HFReader` gives those of a file."""
+    """A model's parameters by their names in a checkpoint, as `HFReader` gives those of a file.
+
+    transformers 5 has all experts of a layer in one parameter, of which each is a part.
+    """
 
     def __init__(self, model: PreTrainedModel, config: ModelConfig) -> None:
         self.model_config = config
         self._state = model.state_dict()
+        maps = get_family(config.family).weights(config)
+        self._parts = {name: (place, part) for map in maps for name, place, part in map.fused()}
 
     def read(self, name: str) -> Tensor:
         """The parameter ``name``, on the CPU."""
-        if name not in self._state:
+        return self.place(name).detach().cpu()
+
+    def place(self, name: str) -> Tensor:
+        """The parameter ``name`` itself, or the part of one that it is."""
+        for known in (name, name.replace(".block_sparse_moe.", ".mlp.")):  # of Mixtral's router
+            if known in self._state:
+                return self._state[known]
+        whole, part = self._parts.get(name, (None, None))
+        if whole not in self._state or part is None:
             raise UserError(
                 f"prune_model: the model has no {name}; give a language model of transformers (...ForCausalLM)"
             )
-        return self._state[name].detach().cpu()
+        return part.of(self._state[whole])
 
 
 def _source(model: PreTrainedModel, config: ModelConfig) -> ModelSource:
@@ -149,7 +162,9 @@ def _config(model: PreTrainedModel) -> ModelConfig:
         raise UserError(f"prune_model: {brief(model)} given; allowed: a language model of transformers")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("prune_model: parameters without memory were given; load the model whole, without offloading")
-    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # routers, in some families
+    kept = [parameter for name, parameter in model.named_parameters() if not name.endswith(wide)]
+    kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in kept}
     if len(kinds) != 1:
         raise UserError(f"prune_model: parameters of types {', '.join(sorted(kinds))} were given; allowed: one type")
     (kind,) = kinds
@@ -157,10 +172,7 @@ def _config(model: PreTrainedModel) -> ModelConfig:
         raise UserError(f"prune_model: weights of type {kind} were given; allowed: {', '.join(DTYPES)}: model.to(...)")
     about = {**model.config.to_dict(), "dtype": kind}
     about.pop("torch_dtype", None)
-    config = family_of(about).from_hf(about)
-    if config.num_moe_experts:
-        raise UserError("prune_model: a model with experts was given; save it, and use `import` and `prune`")
-    return config
+    return family_of(about).from_hf(about)
 
 
 def _calibration(
@@ -214,9 +226,9 @@ def _empty_like(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
 @torch.no_grad()
 def _written(pruned: PrunableModel, model: PreTrainedModel) -> PreTrainedModel:
     """`model` with the weights of `pruned`, zeros as +0.0."""
-    state = model.state_dict()
+    places = _Parameters(model, pruned.config)
     tied = get_family(pruned.config.family).tied_names(pruned.config)
     for name, tensor in pruned.hf_weights():
         if name not in tied:
-            state[name].copy_(tensor.masked_fill(tensor == 0, 0.0))
+            places.place(name).copy_(tensor.masked_fill(tensor == 0, 0.0))
     return model

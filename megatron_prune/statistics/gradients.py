@@ -62,7 +62,7 @@ def gradients(
     walk = LayerWalk(weights, tokens, unit_windows=1)
     states = [list(walk.hidden)]
     for number in range(model.config.num_layers):
-        walk.load(number, weights.layer(number))
+        walk.take(number)
         walk.advance()
         states.append(list(walk.hidden))
     ends = _Ends(weights, outer)
@@ -70,7 +70,7 @@ def gradients(
     if outer:
         yield None, _summed(ends.after_the_layers())
     for number in reversed(range(model.config.num_layers)):
-        walk.load(number, weights.layer(number))
+        walk.take(number)
         sums = {name: Gradient(parameter) for name, parameter in walk.module.named_parameters()}
         for i, before in enumerate(states.pop()):
             flowing[i] = _layer(walk, before, flowing[i], sums)

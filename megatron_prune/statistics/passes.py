@@ -71,7 +71,7 @@ class Passes:
         weights = WholeWeights(self.model)
         walk = LayerWalk(weights, self.tokens)
         for number in range(self.model.config.num_layers):
-            walk.load(number, weights.layer(number))
+            walk.take(number)
             here = self._fresh(number, sites)
             places = {path: _place(self.model.config, number, path) for path in here if path != RESIDUAL}
             for i, hidden in enumerate(walk.hidden):
@@ -97,7 +97,7 @@ class Passes:
         walk = LayerWalk(weights, self.tokens)
         found: list[ExpertActivity | None] = []
         for number in range(self.model.config.num_layers):
-            walk.load(number, weights.layer(number))
+            walk.take(number)
             experts = self.model.config.block(number).num_moe_experts
             activity = ExpertActivity(experts, walk.device) if experts else None
             if activity is None:
@@ -166,7 +166,7 @@ class Passes:
         walk = LayerWalk(weights, self.tokens)
         states: dict[frozenset[int], list[Tensor]] = {frozenset(): walk.hidden}
         for number in range(self.model.config.num_layers):
-            walk.load(number, weights.layer(number))
+            walk.take(number)
             wanted = {frozenset(n for n in removed if n <= number) for removed in sets}
             states = {
                 gone: before if number in gone else [walk.run(x) for x in before]

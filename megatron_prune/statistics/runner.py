@@ -107,21 +107,26 @@ class Runner:
         weights = WholeWeights(self.model)
         walk = LayerWalk(weights, self.tokens) if statistic else None
         for number in range(layers):
+            if walk:
+                walk.ready(number)
             whole = weights.layer(number)
             masks: dict[str, Tensor] = {}
             groups = (
                 linear_groups(self.model.config, number) if sequential else [linear_paths(self.model.config, number)]
             )
             for group in groups:
-                unpruned = dict(whole)
                 there = [path for path in group if f"{path}.weight" in whole]
+                parts = list(shares(there, _needed(whole, statistic), HELD_BYTES))
                 # Statistics of a later share come from the layer as it was before the first: it decides nothing.
-                for paths in shares(there, _needed(whole, statistic), HELD_BYTES):
+                unpruned = dict(whole) if len(parts) > 1 else whole
+                for paths in parts:
                     maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
                     none = [None] * len(maps)
                     found = _collect(walk, number, unpruned, statistic, paths) if walk and statistic else none
-                    tensors = [whole[inner(map.megatron)] for map in maps]
-                    linears = [WholeLinear(self, *each) for each in zip(maps, tensors, found, strict=True)]
+                    linears = [
+                        WholeLinear(self, map, whole[inner(map.megatron)], each)
+                        for map, each in zip(maps, found, strict=True)
+                    ]
                     yield from linears
                     masks.update(self._settle(linears, whole))
             if self.writer is not None and masks:
@@ -136,9 +141,13 @@ class Runner:
         return Kept(self.kept, self.size)
 
     def _settle(self, linears: list[WholeLinear], whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Join the rows decided by all ranks, prune every rank's whole layer; the masks by Hugging Face name."""
+        """Join the rows decided by all ranks, prune every rank's whole layer; the masks by Hugging Face name.
+
+        Linears are let go one by one: a layer is not held pruned and unpruned.
+        """
         hf_masks: dict[str, Tensor] = {}
-        for linear in linears:
+        while linears:
+            linear = linears.pop(0)
             if linear.mask is None:
                 raise RuntimeError(f"the method left {linear.name} undecided: call keep() on every linear")
             mask = linear.gather(linear.mask)
@@ -182,6 +191,7 @@ def _collect(
             found[path].update(seen[path].reshape(-1, seen[path].shape[-1]))
     for path in paths:
         sum_over_ranks(found[path].tensors())
+    walk.ready(number)
     _tell_of_few_tokens(number, found)
     return list(found.values())
 

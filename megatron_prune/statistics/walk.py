@@ -153,19 +153,37 @@ class LayerWalk:
             return hidden
         return [x + learned[: x.shape[0], None].to(x.dtype) for x in hidden]
 
-    @torch.no_grad()
-    def load(self, number: int, tensors: dict[str, Tensor]) -> None:
-        """Make layer `number` the one that is run, with these weights, by their names inside the layer."""
+    def ready(self, number: int) -> None:
+        """Make layer `number` the one that is run, without any weights: those of the last one are let go."""
         config = self.weights.config
         kind = config.block(number), config.window(number)
         if kind not in self.modules:
             self.modules[kind] = whole_layer(config, self.weights.dtype, number)
+        for module in (self.module, self.modules[kind]):
+            for parameter in module.parameters() if module is not None else ():
+                parameter.data = parameter.data.new_empty(0)
         self.module = self.modules[kind]
+
+    @torch.no_grad()
+    def load(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Make layer `number` the one that is run, with these weights, by their names inside the layer.
+
+        It runs on the tensors themselves where they are of its type: a layer of experts is not held twice. Nothing may
+        change them in place before the next layer is loaded.
+        """
+        self.ready(number)
         places = dict(self.module.named_parameters())
         assert places.keys() <= tensors.keys()
-        places |= dict(self.module.named_buffers())  # a router's bias is one
-        for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+        for name, parameter in places.items():
+            parameter.data = tensors[name].to(device=self.device, dtype=self.weights.dtype)
+        for name, buffer in self.module.named_buffers():
+            if name in tensors:  # a router's bias is one
+                buffer.copy_(tensors[name])
+
+    def take(self, number: int) -> None:
+        """`load` layer `number` of the model, the last one let go before it is brought together. Collective."""
+        self.ready(number)
+        self.load(number, self.weights.layer(number))
 
     def run(self, hidden: Tensor) -> Tensor:
         """The layer that was loaded last: `[s, b, hidden]` in and out."""
@@ -253,7 +271,7 @@ class LayerWalk:
     def finish(self) -> None:
         """Take the hidden states from before the first layer through all of them. Collective."""
         for number in range(self.weights.config.num_layers):
-            self.load(number, self.weights.layer(number))
+            self.take(number)
             self.advance()
 
     def losses(self, states: Sequence[Tensor]) -> Tensor:

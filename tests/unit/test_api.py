@@ -163,6 +163,18 @@ def test_a_model_in_memory_is_pruned_as_by_the_commands(
         assert not pruned(ids).logits.equal(model(ids).logits)
 
 
+EXPERTS = sorted(TINY_SIZES.keys() - set(DENSE))
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize(("method", "target"), [("wanda", "2:4"), ("ream", "num_moe_experts=3")])
+def test_experts_in_memory_are_pruned_as_by_the_commands(
+    tmp_path: Path, family: str, method: str, target: str
+) -> None:
+    """Also those of which transformers has all of a layer in one parameter."""
+    test_a_model_in_memory_is_pruned_as_by_the_commands(tmp_path, family, method, target)
+
+
 def test_a_smaller_bfloat16_model_is_the_one_that_the_commands_make(tmp_path: Path) -> None:
     """Its rotary frequencies stay in float32, whatever the weights are; so do the caller's random numbers."""
     hf = tiny_model(tmp_path / "hf", "llama", dtype=torch.bfloat16, vocab_size=260)
@@ -240,9 +252,3 @@ def test_what_cannot_be_done_in_memory_is_refused(tmp_path: Path, options: dict[
         mp.prune_model("gpt2", method="magnitude", target="2:4")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", sorted(TINY_SIZES.keys() - set(DENSE)))
-def test_models_with_experts_in_memory_are_refused(tmp_path: Path, family: str) -> None:
-    path = byte_tokenizer(tiny_model(tmp_path / "hf", family, vocab_size=257))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    with pytest.raises(UserError, match="a model with experts was given; save it, and use `import` and `prune`"):
-        mp.prune_model(model, tokenizer, method="magnitude", target="2:4")
