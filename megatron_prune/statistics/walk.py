@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_prune.decision.units import Units
 from megatron_prune.model.build import rotary, whole_layer, whole_norm
-from megatron_prune.model.families import Block, ModelConfig, get_family
+from megatron_prune.model.families import Block, ModelConfig, WeightMap, get_family
 from megatron_prune.model.prunable import PrunableModel, expert_of
 
 UNIT_TOKENS = 2048
@@ -60,7 +60,12 @@ class WholeWeights:
 
     def layer(self, number: int) -> dict[str, Tensor]:
         """See `Weights`."""
-        return {inner(map.megatron): self.model.whole(map) for map in self.model.maps if map.layer == number}
+        return {inner(map.megatron): self._own(map) for map in self.model.maps if map.layer == number}
+
+    def _own(self, map: WeightMap) -> Tensor:
+        """A whole tensor that stays what it is when the model's changes: one that is not split is the model's own."""
+        whole = self.model.whole(map)
+        return whole.clone() if map.shard_dim is None else whole
 
     def outer(self, name: str) -> Tensor | None:
         """See `Weights`."""

@@ -188,3 +188,22 @@ def test_cut_weights_are_those_of_the_model_that_is_cut(model: PrunableModel, to
 def test_a_walk_needs_windows(model: PrunableModel) -> None:
     with pytest.raises(RuntimeError, match="needs calibration windows"):
         LayerWalk(WholeWeights(model), None)
+
+
+@torch.no_grad()
+def test_a_layer_is_held_once_and_is_not_the_models_own(model: PrunableModel, tokens: Tensor) -> None:
+    """The layer runs on the tensors that it is given; what becomes of the model's weights meanwhile does not reach it."""
+    walk = LayerWalk(WholeWeights(model), tokens)
+    tensors = walk.weights.layer(0)
+    walk.load(0, tensors)
+    for name, parameter in walk.module.named_parameters():
+        assert parameter.data_ptr() == tensors[name].data_ptr(), name
+    expected = walk.run(walk.hidden[0])
+    kept = {map.megatron: model.whole(map).clone() for map in model.maps if map.layer == 0}
+    for name in kept:
+        model.assign(model.by_name[name], torch.full_like(kept[name], 7.0))
+    assert torch.equal(walk.run(walk.hidden[0]), expected)
+    for name, tensor in kept.items():
+        model.assign(model.by_name[name], tensor)
+    walk.ready(0)
+    assert not any(parameter.numel() for parameter in walk.module.parameters())
