@@ -68,10 +68,33 @@ Pair = tuple[str, list[str]]
 """A key as the user wrote it, with underscores, and its values as text."""
 
 
+def positional(config: type[Options]) -> list[Entry]:
+    """The options whose values may stand before the first flag, in order; one that takes several is last."""
+    known = {entry.key: entry for entry in entries(config)}
+    usual = config.positional == Options.positional
+    found = [known[key] for key in config.positional if key in known and (known[key].required or not usual)]
+    many = next((at for at, entry in enumerate(found) if get_origin(entry.kind) is tuple), len(found))
+    return found[: many + 1]
+
+
 def _name_leading(config: type[Options], argv: list[str]) -> list[str]:
-    """Words before the first flag are values of the option that the verb calls `leading`, if it has one."""
+    """The same words with the names of the options that those before the first flag are values of."""
     words = list(itertools.takewhile(lambda token: not token.startswith("-"), argv))
-    return [flag(config.leading), *argv] if config.leading and words else argv
+    places = positional(config)
+    if not words or not places:
+        return argv
+    named, rest = [], list(words)
+    for entry in places:
+        taken, rest = (rest, []) if get_origin(entry.kind) is tuple else (rest[:1], rest[1:])
+        named += [flag(entry.key), *taken] if taken else []
+    if rest:
+        allowed = " ".join(entry.key.upper() for entry in places)
+        raise UserError(f"{brief(rest[0])} given; allowed here: {allowed}, and then flags such as --output VALUE")
+    given = {token.partition("=")[0] for token in argv[len(words) :]}
+    twice = [token for token in named if token.startswith("--") and token in given]
+    if twice:
+        raise UserError(f"{twice[0]}: given twice, with its name and without; give it once")
+    return [*named, *argv[len(words) :]]
 
 
 def _take_config_files(argv: list[str]) -> tuple[list[str], list[Path]]:

@@ -28,6 +28,8 @@ from megatron_prune.option_groups import (
 )
 from megatron_prune.options import REQUIRED, MayExist, Options, entries, group, option
 
+EXPORT = option(None, "Hugging Face directory to write too: the result trimmed, exported and verified; must not exist")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(Options):
@@ -63,6 +65,7 @@ class PruneConfig(Options):
         None, "mask that a learned method starts from: a run, a decision, a mask .npz or a method"
     )
     initial_logits: Path | None = option(None, "earlier run whose learned logits are the start (transfer)")
+    export: Path | None = EXPORT
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
     method_options: dict[str, Any] = option({}, "the method's own hyper-parameters")
@@ -94,6 +97,7 @@ class TrainConfig(Options):
         "run that pruned one, every parameter sharded over all processes by PyTorch's FSDP2, a Hugging Face directory "
         "comes out",
     )
+    export: Path | None = EXPORT
     keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
@@ -124,7 +128,7 @@ class TrainConfig(Options):
 class ExportConfig(Options):
     """A checkpoint or a run -> files that other software reads"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint (hf, fms, maxtext) or run folder (mask-npz, maxtext)")
+    input: Path = option(REQUIRED, "run folder, or Megatron checkpoint (hf, fms, maxtext)")
     output: Path = option(REQUIRED, "directory (hf, fms, maxtext) or file (mask-npz) to write; must not exist")
     format: Literal["hf", "fms", "mask-npz", "maxtext"] = option(
         "hf",
@@ -178,13 +182,23 @@ class ExportConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Options):
-    """Perplexity, or scores of lm-eval's tasks, of a Megatron checkpoint, a Hugging Face or MaxText directory"""
+    """Perplexity, or scores of lm-eval's tasks, of a run, a checkpoint, a Hugging Face or MaxText directory"""
 
-    input: str = option(REQUIRED, "Megatron checkpoint, Hugging Face directory, hub id, or model for MaxText")
+    input: str = option(REQUIRED, "run folder, Megatron checkpoint, Hugging Face directory, hub id, model for MaxText")
     text: Path | None = option(None, "text file, tokenised whole, without a beginning-of-text token")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
-    window: int = option(1024, "tokens in a window; windows do not overlap", at_least=2, at_most=MOST_LENGTH)
-    windows: int = option(32, "windows evaluated, from the start of the text; 0 = all", at_least=0, at_most=2**40)
+    window: int | None = option(
+        None,
+        "tokens in a window; windows do not overlap; left out: 1024, or what the model reads",
+        at_least=2,
+        at_most=MOST_LENGTH,
+    )
+    windows: int | None = option(
+        None,
+        "windows evaluated, from the start of the text; 0 = all; left out: 32, or all where there are fewer",
+        at_least=0,
+        at_most=2**40,
+    )
     dtype: Dtype | Literal["float16"] | None = option(
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
@@ -211,10 +225,12 @@ class EvaluateConfig(Options):
 class BenchConfig(Options):
     """What 2:4 sparsity brings an exported model here: prefill, decode and memory, dense and sparse"""
 
-    input: str = option(REQUIRED, "2:4 model from `export`: Hugging Face directory or hub id")
+    input: str = option(REQUIRED, "2:4 model: run folder, Megatron checkpoint, Hugging Face directory or hub id")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     batch_sizes: tuple[int, ...] = option((1, 8), "sequences at a time, each measured", at_most=MOST_BATCH)
-    prompt_length: int = option(512, "tokens of each prompt", at_least=1, at_most=MOST_LENGTH)
+    prompt_length: int | None = option(
+        None, "tokens of each prompt; left out: 512, or what the model reads", at_least=1, at_most=MOST_LENGTH
+    )
     new_tokens: int = option(32, "tokens decoded after the prompt", at_least=1, at_most=MOST_LENGTH)
     repeats: int = option(3, "runs of which the best counts, after one that does not", at_least=1, at_most=10**6)
     dtype: Dtype | None = option(None, "type of the weights; left out: the model's own")

@@ -15,7 +15,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -69,6 +69,8 @@ def _counted(record: dict[str, Any]) -> dict[str, Any]:
 _Record = Annotated[dict[str, Annotated[int, Field(ge=-(2**63), lt=2**63)] | _Value], AfterValidator(_counted)]
 """Schema of a line: figures, and lists of numbers."""
 METRICS = "metrics.jsonl"
+LEFT_START = "differs_from_start_fraction"
+"""Metric of runs that learn masks: the share of groups whose best pattern is another than at the start."""
 PLAIN_INTERVAL_S = 10.0
 """Seconds between lines of progress outside a terminal."""
 
@@ -264,6 +266,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     data = read_regular(path, "a run", MOST_BYTES) if path.is_file() else b""
     return [_record(line, f"{path}:{number}") for number, line in enumerate(data.split(b"\n")[:-1], 1)]
+
+
+def left_start(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """Share of the groups whose pattern was another at the end than at the start; None for what learns no masks."""
+    return next((line[LEFT_START] for line in reversed(metrics) if LEFT_START in line), None)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

@@ -73,8 +73,10 @@ def group(kind: type) -> Any:
 class Options:
     """Base of every configuration: checks the range of each field; a value outside is a `UserError`."""
 
-    leading: ClassVar[str] = ""
-    """Key of the option whose values may stand before the first flag, without its name."""
+    positional: ClassVar[tuple[str, ...]] = ("input", "output")
+    """Keys of options whose values may stand right behind the verb without their names, in this order, one each (one
+    that takes several takes all); of the usual two those that are required.
+    """
     output_may_exist: ClassVar[MayExist] = "never"
     """Whether there may be something at `output`: only where a run goes on; or the verb looks for itself."""
 

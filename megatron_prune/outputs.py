@@ -18,7 +18,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.options import Options, entries, flag
 from megatron_prune.telling import process
 
-WRITTEN = ("output", "samples")
+WRITTEN = ("output", "samples", "export")
 """Keys of options that name what a verb writes."""
 BESIDE = ("data_cache", "statistics")
 """Keys of folders that a verb fills before its output is begun."""
@@ -40,9 +40,10 @@ def held(config: Options) -> Iterator[None]:
     _check_apart(paths, given)
     with contextlib.ExitStack() as stack:
         for key, path in paths.items():
+            found = restarted() if key == "export" else may_exist
             if process() == 0:
-                stack.enter_context(claims.claimed(path, flag(key), may_exist))
-            elif not may_exist:
+                stack.enter_context(claims.claimed(path, flag(key), found))
+            elif not found:
                 claims.refuse_existing(path, flag(key))
         for key, path in _filled(given).items():
             if process() == 0:

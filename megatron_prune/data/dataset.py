@@ -159,6 +159,10 @@ def _end_of_document(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+USUAL_WINDOWS = 32
+"""Of a text that is evaluated, where no number is given."""
+
+
 @dataclass(frozen=True)
 class EvaluationText:
     """A text cut for perplexity, with what a result must say about it."""
@@ -188,15 +192,17 @@ class EvaluationText:
 
 
 def evaluation_windows(
-    path: Path | str, tokenizer: PreTrainedTokenizerBase, window: int, windows: int = 0
+    path: Path | str, tokenizer: PreTrainedTokenizerBase, window: int, windows: int | None = 0
 ) -> EvaluationText:
-    """The text of a file, tokenised whole without special tokens, as the first `windows` windows (0 = all).
+    """The text of a file, tokenised whole without special tokens, as the first `windows` windows.
 
-    The documents of a `.jsonl` file are joined by blank lines.
+    0: all of them; None: `USUAL_WINDOWS`, or all where there are fewer. The documents of a
+    `.jsonl` file are joined by blank lines.
     """
     text = "\n\n".join(read_documents([path]))
     (ids,) = tokenize(tokenizer, [text], add_special_tokens=False)
     available = len(ids) // window
+    windows = max(1, min(USUAL_WINDOWS, available)) if windows is None else windows
     if available < max(windows, 1):
         raise UserError(
             f"{path}: {len(ids)} tokens hold {available} windows of {window}; {max(windows, 1)} wanted:"

@@ -20,9 +20,11 @@ from megatron_prune.decision.masks import Masks, check_mask, prunable_shapes, un
 from megatron_prune.decision.target import Target, parse_target
 from megatron_prune.errors import UserError, brief
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.npz import Npz
+from megatron_prune.npz import MOST_HEADER, Npz
 
 WHAT = "a mask .npz"
+MOST_PACKED = 64
+"""Times that a mask may be as large as the file that it is packed in."""
 MOST_SHAPE = 64
 """Bytes of an array that tells a shape."""
 
@@ -54,6 +56,23 @@ def mask_npz_pattern(path: Path) -> str | None:
     """The pattern the file claims, such as ``2:4``; None when it does not say."""
     with Npz(path, WHAT) as archive:
         return archive.text(PATTERN) if PATTERN in archive else None
+
+
+def mask_npz_kept(path: Path) -> tuple[int, int]:
+    """How many weights the file keeps, and how many it is about; arrays of one element for each weight count, too."""
+    kept = size = 0
+    most = MOST_HEADER + MOST_PACKED * path.stat().st_size
+    with Npz(path, WHAT) as archive:
+        names = set(archive.names())
+        for name in sorted(names - {PATTERN} - {name + SHAPE for name in names}):
+            array, shape = archive.array(name, most), name + SHAPE
+            count = math.prod(archive.array(shape, MOST_SHAPE).reshape(-1).tolist()) if shape in names else array.size
+            if array.size == -(-count // 8) and array.dtype == np.uint8 and shape in names:
+                array = np.unpackbits(array.reshape(-1), count=count)
+            if array.size != count or array.dtype.kind not in "bui":
+                raise UserError(f"{path}: {brief(name)} is no mask of {brief(count)} weights: export the masks again")
+            kept, size = kept + int(np.count_nonzero(array)), size + count
+    return kept, size
 
 
 def _check_names(path: Path, names: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:

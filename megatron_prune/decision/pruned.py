@@ -19,8 +19,11 @@ from megatron_prune.errors import UserError
 from megatron_prune.model import convert
 from megatron_prune.model.build import build_model
 from megatron_prune.model.checkpoint import save_model
+from megatron_prune.model.cost import parameters
+from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.summary import Zeros, summary
 from megatron_prune.option_groups import Parallelism
 
 
@@ -71,8 +74,9 @@ def open_pruned(path: Path) -> ModelSource:
     def load(layout: backend.Layout, dtype: str | None = None) -> PrunableModel:
         return cut(weights.load(layout, dtype), trim.units)
 
-    history = {**weights.history, "method": about.method, "target": about.target}
-    return replace(weights, config=trim.units.config(weights.config), load=load, reader=None, history=history)
+    smaller = trim.units.config(weights.config)
+    history = {**weights.history, "method": about.method, "target": about.target, "parameters": parameters(smaller)}
+    return replace(weights, config=smaller, load=load, reader=None, history=history)
 
 
 def open_source(path: Path) -> ModelSource:
@@ -99,9 +103,18 @@ def open_source(path: Path) -> ModelSource:
     return replace(weights, load=load, masks=masks.get, history=history)
 
 
-def trim(run: Path, output: Path, parallelism: Parallelism) -> None:
-    """Write the checkpoint `output`: a run's weights with its decision applied, no training state. By all processes."""
+def trim(run: Path, output: Path, parallelism: Parallelism) -> str:
+    """Write the checkpoint `output`: a run's weights with its decision applied, no training state; a line on it.
+
+    By all processes.
+    """
     layout = layout_of(parallelism)
     with backend.running(layout):
         model, source = load_pruned(run, layout)
-        save_model(output, model, source.history, source.tokenizer)
+        zeros = save_model(output, model, source.history, source.tokenizer)
+        return made(output, model.config, zeros)
+
+
+def made(checkpoint: Path, config: ModelConfig, zeros: Zeros) -> str:
+    """A line on a checkpoint that was just written: what it is, and what it is for."""
+    return f"{checkpoint}: {summary(config, checkpoint)}; {zeros.told()}; for prune, train, export and evaluate"

@@ -68,6 +68,11 @@ class Decided(TypedDict):
     target: Word
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run of `prune` or `train`."""
+    return (folder / DESCRIPTION).is_file()
+
+
 def write_run(folder: Path, description: RunDescription) -> None:
     """Record what a run is; atomic."""
     write_json(folder / DESCRIPTION, asdict(description))

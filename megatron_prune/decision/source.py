@@ -21,6 +21,7 @@ from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import ModelConfig, WeightMap
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.pruning import read_pruning
 
 
 class WeightReader(Protocol):
@@ -75,7 +76,8 @@ def open_model(path: Path) -> ModelSource:
     def read(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
         return read_hf(reader, layout, dtype, **extra)
 
-    return ModelSource(reader.model_config, {"import": str(path)}, path, read, reader)
+    history = {"import": str(path), **read_pruning(path)}
+    return ModelSource(reader.model_config, history, path, read, reader)
 
 
 def read_hf(

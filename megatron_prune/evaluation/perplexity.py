@@ -19,18 +19,21 @@ from torch import Tensor
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.dataset import EvaluationText, evaluation_windows
 from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.decision.pruned import open_pruned
+from megatron_prune.decision.run_folder import is_run
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.maxtext import MaxTextScorer, refuse_options
 from megatron_prune.maxtext.folder import is_folder
-from megatron_prune.model.checkpoint import load_model
-from megatron_prune.model.description import is_checkpoint, read_description
+from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.forward import window_losses
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.results import fullest
 from megatron_prune.statistics.passes import Passes
 
+WINDOW = 1024
+"""Tokens of a window where none are given and the model reads as many."""
 LARGEST_LOSS = 700.0
 """In nats per token; a float cannot hold the perplexity of a larger one."""
 
@@ -43,33 +46,37 @@ def perplexity(config: EvaluateConfig) -> dict[str, Any]:
     if is_folder(path):
         return _maxtext(config)
     refuse_options(config, config.input)
-    return _megatron(config) if is_checkpoint(path) else _hugging_face(config)
+    return _megatron(config) if is_checkpoint(path) or is_run(path) else _hugging_face(config)
 
 
 def _check_experts(path: Path) -> None:
     """UserError for a model whose experts' tokens cannot be counted."""
-    if not is_checkpoint(path):
+    if not is_checkpoint(path) and not is_run(path):
         raise UserError(f"--expert-load was given and {path} is no Megatron checkpoint: import it, or leave it out")
-    model = read_description(path).config
+    model = open_pruned(path).config
     if not model.num_moe_experts:
         raise UserError(f"--expert-load was given and a {model.family} model has no experts: leave it out")
 
 
-def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int) -> EvaluationText:
+def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int, longest: int) -> EvaluationText:
+    """The windows of the text; `longest`: tokens that the model reads at most, and a window's where none was given."""
     assert config.text is not None, "checked by the configuration"
-    return evaluation_windows(config.text, load_tokenizer(tokenizer, vocab_size), config.window, config.windows)
+    _check_length(config.window, longest)
+    window = config.window or min(WINDOW, longest)
+    return evaluation_windows(config.text, load_tokenizer(tokenizer, vocab_size), window, config.windows)
 
 
 def _result(
     config: EvaluateConfig, text: EvaluationText, loss: float, tokens: int, about: dict[str, Any]
 ) -> dict[str, Any]:
+    count, window = text.tokens.shape
     if not math.isfinite(loss) or loss > LARGEST_LOSS * tokens:
         raise UserError(f"the loss of {config.input} is {loss}: the model's weights are damaged or it overflows")
     return {
         "perplexity": math.exp(loss / tokens),
         "loss": loss / tokens,
         "predicted_tokens": tokens,
-        "protocol": f"windows of {config.window}, stride {config.window}, first {text.tokens.shape[0]}, no BOS",
+        "protocol": f"windows of {window}, stride {window}, first {count}, no BOS",
         "text": text.info(),
         "input": str(config.input),
         **about,
@@ -77,12 +84,11 @@ def _result(
 
 
 def _megatron(config: EvaluateConfig) -> dict[str, Any]:
-    path = Path(config.input)
+    source = open_pruned(Path(config.input))
     layout = layout_of(config.parallelism)
     with backend.running(layout):
-        model = load_model(path, layout, config.dtype)
-        text = _text(config, path / "tokenizer", model.config.vocab_size)
-        _check_length(config.window, model.config.max_position_embeddings)
+        model = source.load(layout, config.dtype)
+        text = _text(config, source.tokenizer, model.config.vocab_size, model.config.max_position_embeddings)
         loss, tokens = window_losses(model, text.tokens, config.micro_batch_size)
         about: dict[str, Any] = {"kind": "megatron", "layout": layout.describe()}
         about["dtype"] = config.dtype or model.config.dtype
@@ -111,26 +117,25 @@ def load_told(layers: list[list[int] | None]) -> str:
     )
 
 
-def _check_length(window: int, longest: int) -> None:
-    if window > longest:
+def _check_length(window: int | None, longest: int) -> None:
+    if window is not None and window > longest:
         raise UserError(
             f"--window {window} was given and the model reads at most {longest} tokens: use {longest} or less"
         )
 
 
 def _maxtext(config: EvaluateConfig) -> dict[str, Any]:
-    tokens_per_batch = max(config.window, 1024) * config.micro_batch_size
+    tokens_per_batch = max(config.window or 0, WINDOW) * config.micro_batch_size
     scorer = MaxTextScorer(Path(config.input), config.checkpoint, tokens_per_batch, config.dtype, config.settings)
-    text = _text(config, scorer.tokenizer, scorer.config.vocab_size)
-    _check_length(config.window, scorer.longest)
+    text = _text(config, scorer.tokenizer, scorer.config.vocab_size, scorer.longest)
     loss, tokens = scorer.window_losses(text.tokens.numpy())
     return _result(config, text, loss, tokens, {"kind": "maxtext", "dtype": scorer.dtype})
 
 
 def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
     reader = hugging_face.open_alone(config.input, config.parallelism)
-    text = _text(config, reader.directory, reader.model_config.vocab_size)
-    _check_length(config.window, reader.model_config.max_position_embeddings)
+    about = reader.model_config
+    text = _text(config, reader.directory, about.vocab_size, about.max_position_embeddings)
     dtype = config.dtype or reader.model_config.dtype
     model = hugging_face.load(reader, dtype)
     loss, tokens = 0.0, 0

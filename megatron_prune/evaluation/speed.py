@@ -8,12 +8,15 @@ processor has no 2:4 kernels, one line says so and only the dense figures are ta
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import resource
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -21,11 +24,13 @@ import torch
 from torch import Tensor
 from torch.sparse import to_sparse_semi_structured
 
-from megatron_prune.config import BenchConfig
+from megatron_prune.config import BenchConfig, ExportConfig
 from megatron_prune.decision.masks import prunable_shapes
+from megatron_prune.decision.run_folder import is_run
 from megatron_prune.decision.target import NM
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.verify import projections
+from megatron_prune.exporting.export import export
 from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.log import device_names, environment, progress
 from megatron_prune.model.checkpoint import compute_dtype
@@ -33,6 +38,8 @@ from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.families import get_family
 
+PROMPT = 512
+"""Tokens of a prompt where none are given and the model reads as many, with those that follow."""
 KERNELS_FROM = (8, 0)
 """First compute capability of NVIDIA GPUs that multiplies 2:4 matrices."""
 
@@ -56,7 +63,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """Figures of `config.input`, dense and, where there are kernels, in 2:4 form; UserError when it is not 2:4."""
     if backend.world_size() > 1:
         raise UserError(f"{backend.world_size()} processes were started; bench takes one process and one device")
-    reader = _open(config)
+    with _exported(config) as directory:
+        return _bench(*_open(config, directory))
+
+
+def _bench(config: BenchConfig, reader: HFReader) -> dict[str, Any]:
     missing = missing_kernels()
     return {
         "benchmark": "dense against 2:4, transformers, eager",
@@ -84,14 +95,23 @@ def missing_kernels() -> str | None:
 # --- the model ---
 
 
-def _open(config: BenchConfig) -> HFReader:
-    """The model, found to be 2:4 and long enough; UserError otherwise."""
-    if is_checkpoint(config.path):
-        raise UserError(
-            f"{config.input} is a Megatron checkpoint; bench takes a Hugging Face directory: export it first"
-        )
-    reader = HFReader(config.input)
-    wanted, longest = config.prompt_length + config.new_tokens, reader.model_config.max_position_embeddings
+@contextlib.contextmanager
+def _exported(config: BenchConfig) -> Iterator[str]:
+    """The Hugging Face directory of a model; of a run or a checkpoint one that is gone again behind the block."""
+    if not is_checkpoint(config.path) and not is_run(config.path):
+        yield config.input
+        return
+    with tempfile.TemporaryDirectory(prefix="megatron_prune_") as folder:
+        export(ExportConfig(input=config.path, output=Path(folder) / "hf"))
+        yield str(Path(folder) / "hf")
+
+
+def _open(config: BenchConfig, directory: str) -> tuple[BenchConfig, HFReader]:
+    """The model, found to be 2:4 and long enough, with the length of prompts settled; UserError otherwise."""
+    reader = HFReader(directory)
+    longest = reader.model_config.max_position_embeddings
+    length = config.prompt_length or max(1, min(PROMPT, longest - config.new_tokens))
+    wanted = length + config.new_tokens
     if wanted > longest:
         raise UserError(
             f"--prompt-length and --new-tokens make {wanted} tokens and the model reads at most {longest}: use less"
@@ -103,9 +123,9 @@ def _open(config: BenchConfig) -> HFReader:
         groups = sum(count.size for count in counts.values()) // 4
         raise UserError(
             f"{config.input} is not 2:4: {broken} of {groups} groups hold more than 2 of 4 weights; give a model that "
-            "was pruned with --target 2:4 and exported"
+            "was pruned with --target 2:4"
         )
-    return reader
+    return replace(config, prompt_length=length), reader
 
 
 def _load(config: BenchConfig, reader: HFReader) -> Any:
@@ -159,6 +179,7 @@ def _weight_bytes(model: Any) -> int:
 def _prompts(config: BenchConfig, model: Any, batch_size: int) -> Tensor:
     """`[batch_size, prompt_length]` random token ids, the same in every run."""
     generator = torch.Generator().manual_seed(0)
+    assert config.prompt_length is not None, "settled when the model was opened"
     shape = (batch_size, config.prompt_length)
     return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(backend.device())
 
@@ -197,7 +218,7 @@ def _time(config: BenchConfig, model: Any, batch_size: int) -> Figures:
         ended = _now()
         if repeat:
             prefill, decode = min(prefill, middle - began), min(decode, (ended - middle) / config.new_tokens)
-    tokens = batch_size * config.prompt_length
+    tokens = prompts.numel()
     return Figures(batch_size, prefill, tokens / prefill, decode, batch_size / decode, _peak_bytes())
 
 

@@ -2,7 +2,7 @@
 
 Five checks, each with its figures: the pattern holds in every group, every zero is +0.0, every number is finite, the
 density of each layer, and the logits equal those of another form of the same model (`--against`). Exit status 1 when
-one of them fails.
+one of them fails, and when no pattern, no sizes and no logits were there to check: that proves nothing.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from torch import Tensor
 from megatron_prune.config import VerifyConfig
 from megatron_prune.decision import run_folder
 from megatron_prune.decision.masks import prunable_shapes
-from megatron_prune.decision.pruned import load_pruned
-from megatron_prune.decision.source import open_model
+from megatron_prune.decision.pruned import load_pruned, open_pruned
 from megatron_prune.decision.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
-from megatron_prune.decision.trimming import Trim, is_trim
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.padding import in_transformers
+from megatron_prune.foreign import names
 from megatron_prune.methods.fit import check_target
 from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.convert import HFReader
@@ -35,6 +34,7 @@ from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.forward import logits
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.packed import open_reader
+from megatron_prune.model.pruning import read_pruning
 from megatron_prune.ranks import by_leader, from_leader
 
 TOLERANCE = 1e-5
@@ -43,6 +43,12 @@ TOLERANCE_GPU = 1e-4
 in the last digits, layer after layer. Rounding of weights or products (bfloat16, TF32) is ten times that.
 """
 ROOM_FOR_ACTIVATIONS = 1.2
+NOTHING = (
+    "NOT verified: nothing was checked, for no pattern is recorded here; give --target 2:4 (or what it was pruned "
+    "to) or --against MODEL"
+)
+CHECKS = ("pattern", "shape", "logits")
+"""What proves something of the pruning; zeros stored as +0.0 and finite numbers any dense model has, too."""
 
 
 @dataclass
@@ -68,6 +74,8 @@ class Source:
     config: ModelConfig
     target: str | None
     """The pattern recorded with it."""
+    parameters: int | None = None
+    """The number recorded with a model that was made smaller."""
     reader: HFReader | None = field(default=None, repr=False)
 
 
@@ -76,14 +84,13 @@ def open_source(given: str | Path) -> Source:
     path = Path(given)
     if is_checkpoint(path):
         about = read_description(path)
-        return Source(path, "checkpoint", about.config, about.source.get("target"))
+        return Source(path, "checkpoint", about.config, about.source.get("target"), about.source.get("parameters"))
     if (path / run_folder.DESCRIPTION).is_file():
-        config, pruning = open_model(run_folder.weights_of(path)).config, run_folder.read_run(path)
-        if pruning.method != "train" and is_trim(run_folder.decision_of(path)):
-            config = Trim.load(run_folder.decision_of(path)).units.config(config)
-        return Source(path, "run", config, pruning.target)
+        model = open_pruned(path)
+        return Source(path, "run", model.config, model.history.get("target"), model.history.get("parameters"))
     reader = open_reader(str(given))
-    return Source(path, "hugging face", reader.model_config, None, reader)
+    said = read_pruning(reader.directory)
+    return Source(path, "hugging face", reader.model_config, said.get("target"), said.get("parameters"), reader)
 
 
 def count_zeros(weight: Tensor, target: Target | None) -> ZeroCount:
@@ -157,12 +164,10 @@ def device_for(parameters: int) -> torch.device:
 
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
-    """Every check of `config.input` and whether all hold. Collective."""
+    """Every check of `config.input`, and whether there were some and all hold. Collective."""
     source = open_source(config.input)
     recorded = config.target or source.target
     asked = parse_any_target(recorded) if recorded else None
-    if isinstance(asked, Budget) and asked.measure == LATENCY:
-        asked = None  # weights do not tell
     target = None if isinstance(asked, (Shape, Budget)) else asked
     if target is not None:
         check_target(source.config, target)
@@ -172,11 +177,13 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
         counts = projections(watched(_weights(source, _load(source, layout, None)), strange), source.config, target)
         result = _zero_checks(source, target, counts)
         result["finite"] = {"not_finite": strange, "holds": not strange}
-        if isinstance(asked, (Shape, Budget)):
-            result["shape"] = _shape_check(source, asked)
+        if isinstance(asked, (Shape, Budget)) and (shape := _shape_check(source, asked)):
+            result["shape"] = shape
         if config.against is not None:
             result["logits"] = _compare(source, open_source(config.against), layout, config)
-    result["holds"] = all(check["holds"] for check in result.values() if isinstance(check, dict) and "holds" in check)
+    result["checked"] = [name for name in CHECKS if name in result]
+    holds = all(check["holds"] for check in result.values() if isinstance(check, dict) and "holds" in check)
+    result["holds"] = bool(result["checked"]) and holds
     return result
 
 
@@ -201,11 +208,20 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
     return result
 
 
-def _shape_check(source: Source, target: StructuredTarget) -> dict[str, Any]:
-    """Whether a model has the sizes, or the number of parameters, that it was pruned to."""
+def _shape_check(source: Source, target: StructuredTarget) -> dict[str, Any] | None:
+    """Whether a model has the sizes, or the number of parameters, that it was pruned to.
+
+    Weights do not tell a latency: a model pruned to one has the number of parameters that was recorded; None where none
+    was.
+    """
     config = source.config
     found = {"parameters": parameters(config)}
-    if isinstance(target, Shape):
+    if isinstance(target, Budget) and target.measure == LATENCY:
+        if source.parameters is None:
+            return None
+        found["recorded"] = source.parameters
+        holds = found["parameters"] == source.parameters
+    elif isinstance(target, Shape):
         found |= {name: getattr(config, name) for name in target.given()}
         holds = all(found[name] == wanted for name, wanted in target.given().items())
     else:
@@ -254,3 +270,38 @@ def difference_of(a: Tensor, b: Tensor, tolerance: float) -> dict[str, Any]:
         "tolerance": tolerance,
         "holds": math.isfinite(difference) and difference <= tolerance * largest,
     }
+
+
+def told(result: dict[str, Any]) -> list[str]:
+    """The result in words."""
+    zeros, density = result["zeros"], result["density"]
+    lines = [*_of_the_decision(result)]
+    strange = result["finite"]["not_finite"]
+    if strange:
+        count = f"{sum(strange.values())} numbers of {names(list(strange))} are NaN or infinite"
+        lines.append(f"finite: NOT, {count}: the model is damaged or its training overflowed")
+    lines.append(f"zeros: {zeros['zeros']} of {density['weights']}, {zeros['negative_zeros']} of them stored as -0.0")
+    lines.append(f"density: {density['density']:.6f} over {len(density['per_weight'])} weights")
+    if "logits" in result:
+        x = result["logits"]
+        lines.append(
+            f"logits against {x['against']}: largest difference {x['max_absolute_difference']:.3g} (largest logit "
+            f"{x['largest_logit']:.3g}), same argmax {x['same_argmax']:.4f}: {'equal' if x['holds'] else 'DIFFERENT'}"
+        )
+    if not result["checked"]:
+        return [*lines, NOTHING]
+    return [*lines, "verified" if result["holds"] else "NOT verified"]
+
+
+def _of_the_decision(result: dict[str, Any]) -> list[str]:
+    lines, pattern, shape = [], result.get("pattern"), result.get("shape")
+    if pattern:
+        broken, dense = sum(pattern["broken_groups"].values()), len(pattern["too_dense"])
+        failure = f"BROKEN in {broken} groups, {dense} weights are too dense"
+        lines.append(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else failure}")
+    elif shape is None:
+        lines.append("pattern: none recorded and no --target given, not checked")
+    if shape is not None:
+        holds = "holds" if shape["holds"] else "BROKEN"
+        lines.append(f"shape {shape['target']}: {holds}, {shape['parameters']} parameters")
+    return lines

@@ -19,6 +19,8 @@ import torch
 
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.decision.pruned import open_pruned
+from megatron_prune.decision.run_folder import is_run
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.likelihood import MegatronScorer, TransformersScorer
@@ -26,7 +28,6 @@ from megatron_prune.evaluation.maxtext import MaxTextScorer, refuse_options
 from megatron_prune.files import new_file
 from megatron_prune.log import environment
 from megatron_prune.maxtext.folder import is_folder
-from megatron_prune.model.checkpoint import load_model
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.layout import layout_of
 from megatron_prune.results import read_result
@@ -79,7 +80,8 @@ def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> Eval
     """Scores of one model with what says how they were made."""
     began = time.perf_counter()
     path = Path(model)
-    kind = _megatron if is_checkpoint(path) else _maxtext if is_folder(path) else _hugging_face
+    ours = is_checkpoint(path) or is_run(path)
+    kind = _megatron if ours else _maxtext if is_folder(path) else _hugging_face
     scores, samples = kind(config, model, tasks)
     _check_finite(model, scores)
     about = {"model": model, **scores, "seconds": time.perf_counter() - began}
@@ -89,10 +91,10 @@ def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> Eval
 def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evaluated:
     from megatron_prune.evaluation.harness import Harness, evaluate
 
-    layout = layout_of(config.parallelism)
+    source, layout = open_pruned(Path(path)), layout_of(config.parallelism)
     with backend.running(layout):
-        model = load_model(Path(path), layout, config.dtype)
-        tokenizer = load_tokenizer(Path(path) / "tokenizer", model.config.vocab_size)
+        model = source.load(layout, config.dtype)
+        tokenizer = load_tokenizer(source.tokenizer, model.config.vocab_size)
         scorer = MegatronScorer(model, _tokens_per_batch(config))
         about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
         scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)

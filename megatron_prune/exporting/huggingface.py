@@ -24,6 +24,7 @@ from megatron_prune.exporting.forms import auto_map, code_file
 from megatron_prune.files import new_folder
 from megatron_prune.model.convert import experts_together
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.pruning import write_pruning
 
 _MAX_SHARD_BYTES = 5_000_000_000
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -38,12 +39,14 @@ def write_hf(
     tokenizer_dir: Path | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     with_code: bool = False,
+    history: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model to ``directory`` as `write_directory` does.
 
     ``weights``: Hugging Face name and tensor, each of the model's exactly once, in any order, on any device;
     an output layer tied to the embedding is left out; files may have those of experts in one tensor. ``with_code``: the
-    modelling file that transformers needs for layers that differ is written too. One process writes.
+    modelling file that transformers needs for layers that differ is written too. ``history``: of the checkpoint, of
+    which what it says of pruning is written down. One process writes.
     """
     family = get_family(config.family)
     hf_config = family.to_hf(config)
@@ -56,7 +59,8 @@ def write_hf(
         weights = experts_together(config, weights)
     tied = family.tied_names(config)
     own = ((name, tensor) for name, tensor in weights if name not in tied)
-    write_directory(directory, shapes, own, {"config.json": hf_config}, tokenizer_dir, max_shard_bytes, code)
+    configs = {"config.json": hf_config}
+    write_directory(directory, shapes, own, configs, tokenizer_dir, max_shard_bytes, code, history)
 
 
 def write_directory(
@@ -67,12 +71,13 @@ def write_directory(
     tokenizer_dir: Path | None = None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
     code: tuple[str, str] | None = None,
+    history: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model's files to ``directory``, which must not exist and appears only when complete.
 
     ``weights``: name and tensor, each of ``shapes`` exactly once; dtypes are kept, -0.0 becomes +0.0. ``configs``: JSON
     files by name. Tokenizer, chat template and generation config files are copied from ``tokenizer_dir``. ``code``:
-    name and content of a file of code.
+    name and content of a file of code; ``history``: as `write_hf` takes it.
     """
     refuse_existing(directory, "export")
     if tokenizer_dir is not None and not tokenizer_dir.is_dir():
@@ -83,6 +88,7 @@ def write_directory(
             (partial / code[0]).write_text(code[1], encoding="utf-8")
         for name, content in configs.items():
             _write_json(partial / name, content)
+        write_pruning(partial, history or {})
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, partial)
 

@@ -14,7 +14,7 @@ import importlib.util
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,7 @@ from megatron_prune.log import progress
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.families import ModelConfig, get_family
 from megatron_prune.model.packed import PackedReader
+from megatron_prune.model.pruning import write_pruning
 from megatron_prune.model.quantised import KEY
 from megatron_prune.model.transformers_model import filled_model
 from megatron_prune.ranks import disk_fault
@@ -63,8 +64,8 @@ class Plan:
     tokenizer: Path
 
 
-def prepare(config: ExportConfig, model: ModelConfig) -> Plan:
-    """Everything that can be refused is, before the model is loaded."""
+def prepare(config: ExportConfig, model: ModelConfig, tokenizer: Path) -> Plan:
+    """Everything that can be refused is, before the model is loaded; `tokenizer`: the folder to read it from."""
     assert config.quantize is not None, "checked by the caller"
     refuse_existing(config.output, "export")
     block = block_of(model, config.quantize)
@@ -73,7 +74,7 @@ def prepare(config: ExportConfig, model: ModelConfig) -> Plan:
         raise UserError(
             f"--quantize {config.quantize}: {backend.world_size()} processes were started and one quantises; use one"
         )
-    c, tokenizer = config.calibration, config.input / "tokenizer"
+    c = config.calibration
     length = min(c.seq_length, model.max_position_embeddings)
     drawn = windows(c.text, load_tokenizer(tokenizer, model.vocab_size), c.samples, length, c.seed, c.document_range)
     return Plan(config.quantize, block, drawn.tokens, tokenizer)
@@ -117,14 +118,20 @@ def check_installed() -> None:
         raise UserError(f"--quantize needs nvidia-modelopt {oldest} or later, {found} is installed: {_INSTALL}")
 
 
-def write_quantised(output: Path, config: ModelConfig, weights: Iterator[tuple[str, Tensor]], plan: Plan) -> list[str]:
-    """Write the model's directory; in words, what came of it. `weights`: Hugging Face name and tensor."""
+def write_quantised(
+    output: Path, config: ModelConfig, weights: Iterator[tuple[str, Tensor]], plan: Plan, history: Mapping[str, Any]
+) -> list[str]:
+    """Write the model's directory; in words, what came of it.
+
+    `weights`: Hugging Face name and tensor; `history`: of the checkpoint.
+    """
     zeros = Zeros(config)
     model = filled_model(config, zeros.watch(weights), DTYPES.get(config.dtype, torch.float16))
     zeros.check_scales(plan.method)
     with new_folder(output, alone=True) as partial:
         _quantise(model.to(backend.device()), plan, partial)
         _replace_settings(partial, config, plan.tokenizer)
+        write_pruning(partial, history)
         zeros.check(PackedReader(partial))
         after = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
     before = sum(zeros.bytes.values())

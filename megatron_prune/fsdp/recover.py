@@ -65,15 +65,14 @@ class FsdpEngine:
         return runner.recover(weighting, self.teacher, self.config.keep_zeros)
 
     def save(self, path: Path, history: dict[str, Any]) -> None:
-        """Write a Hugging Face directory, which has no place for a history: the run has it. Collective."""
-        del history
+        """Write a Hugging Face directory, with what the history says of pruning. Collective."""
         weights = self.model.weights()
         config = self.model.config
 
         def write() -> None:
             try:
                 if backend.rank() == 0:
-                    write_hf(path, config, weights, self.tokenizer)
+                    write_hf(path, config, weights, self.tokenizer, history=history)
             finally:  # every rank takes part in gathering each tensor, also when it cannot be written
                 for _ in weights:
                     pass

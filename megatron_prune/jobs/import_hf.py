@@ -7,12 +7,15 @@ from pathlib import Path
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 from megatron_prune.data.tokenizer import has_tokenizer
 from megatron_prune.data.tokenizer_files import check_tokenizer_files
+from megatron_prune.decision.mask_file import mask_npz_pattern
+from megatron_prune.decision.pruned import made
 from megatron_prune.decision.source import read_hf
 from megatron_prune.exporting.preflight import check_export
 from megatron_prune.model.checkpoint import compute_dtype, save_model
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.fms import FmsReader, is_fms
 from megatron_prune.model.layout import layout_of
+from megatron_prune.model.pruning import read_pruning
 from megatron_prune.option_groups import Parallelism
 
 
@@ -36,10 +39,15 @@ def open_hf(source: str, dtype: str | None = None) -> tuple[HFReader, list[str]]
 
 def import_hf(
     reader: HFReader, output: Path, parallelism: Parallelism, dtype: str | None, mask: Path | None, source: str
-) -> None:
-    """Write the checkpoint `output`; `mask`, an .npz by Hugging Face names, is applied. By all processes."""
+) -> str:
+    """Write the checkpoint `output`; `mask`, an .npz by Hugging Face names, is applied. A line on what was made.
+
+    By all processes.
+    """
     layout = layout_of(parallelism)
     with backend.running(layout):
         model = read_hf(reader, layout, dtype, mask)
-        history = {"import": source, "mask": str(mask) if mask else None}
-        save_model(output, model, history, reader.directory)
+        history = {"import": source, "mask": str(mask) if mask else None, **read_pruning(reader.directory)}
+        if mask is not None and (pattern := mask_npz_pattern(mask)):
+            history["target"] = pattern
+        return made(output, model.config, save_model(output, model, history, reader.directory))

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_prune.data.tokenizer_files import tokenizer_files
 from megatron_prune.errors import one_line, shown
 from megatron_prune.foreign import names
+from megatron_prune.model import pruning
 from megatron_prune.model.blocks import KEY
 from megatron_prune.model.family import NOT_CARRIED
 from megatron_prune.model.stored import weight_files
@@ -40,7 +41,7 @@ def told(directory: Path, hf_config: Mapping[str, Any], configs: Sequence[str], 
 def left_files(directory: Path, configs: Sequence[str]) -> list[str]:
     """Files and folders (their names end with /) that stay behind, hidden ones aside."""
     taken = {file.relative_to(directory) for file in tokenizer_files(directory)}
-    taken |= {Path(name) for name in (*weight_files(directory), *configs)}
+    taken |= {Path(name) for name in (*weight_files(directory), *configs, pruning.FILE)}
     return [
         path.name + ("/" if path.is_dir() else "")
         for path in sorted(directory.iterdir())

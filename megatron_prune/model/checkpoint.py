@@ -39,9 +39,10 @@ from megatron_prune.files import checksum, new_folder, write_json, writing
 from megatron_prune.foreign import quiet, read_json, reason
 from megatron_prune.model.build import DTYPES, build_model
 from megatron_prune.model.cost import parameters
-from megatron_prune.model.description import Description, read_description
+from megatron_prune.model.description import ZEROS, Description, read_description
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.sizes import ModelConfig
+from megatron_prune.model.summary import Zeros
 from megatron_prune.model.untrusted import causes, check_format, load, read_table
 from megatron_prune.ranks import ROOM, by_leader
 from megatron_prune.schema import Bytes, Crc32, RelativeName
@@ -337,14 +338,15 @@ def check_model(path: Path) -> None:
         raise UserError(f"checkpoint {path} is damaged: {damage[0]}; copy it again or use another checkpoint")
 
 
-def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokenizer: Path) -> None:
-    """Write a model checkpoint from any layout, with the tokenizer's files in the folder `tokenizer`.
+def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokenizer: Path) -> Zeros:
+    """Write a model checkpoint from any layout, with the tokenizer's files in the folder `tokenizer`; its zeros.
 
     Collective; `path` must not exist.
     """
+    zeros = model.zeros()
     with new_folder(path) as folder:
         if backend.rank() == 0:
-            Description(model.config, source).write(folder)
+            Description(model.config, {**source, ZEROS: list(zeros)}).write(folder)
             (folder / "tokenizer").mkdir()
             copy_tokenizer(tokenizer, folder / "tokenizer")
             (folder / "weights").mkdir()
@@ -355,6 +357,7 @@ def save_model(path: Path, model: PrunableModel, source: dict[str, Any], tokeniz
             others = [place for place in places if place.parts[0] != "weights"]
             write_json(folder / CHECKSUMS, {str(place): checksum(folder / place) for place in others})
             write_manifest(folder)
+    return zeros
 
 
 def _weights_only(model: PrunableModel) -> dict[str, Any]:

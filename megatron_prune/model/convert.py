@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_prune.data.tokenizer_files import TOKENIZER_FILES
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced, read_json, reason
-from megatron_prune.model import carried, given, mxfp4, quantised
+from megatron_prune.model import carried, given, mxfp4, pruning, quantised
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
 from megatron_prune.model.mxfp4 import PackedExperts
 from megatron_prune.model.published import (
@@ -328,6 +328,7 @@ def _download(hub_id: str) -> Path:
                     "*.safetensors.index.json",
                     "config.json",
                     ADAPTER,
+                    pruning.FILE,
                     *TOKENIZER_FILES,
                 ],
             )

@@ -18,8 +18,11 @@ from megatron_prune.model import given
 from megatron_prune.model.families import get_family
 from megatron_prune.model.family import check_config
 from megatron_prune.model.sizes import ModelConfig
+from megatron_prune.model.summary import Zeros
 
 FORMAT = 1
+ZEROS = "zeros"
+"""Key of what is recorded of a checkpoint itself: its prunable weights that are zero, and all of them."""
 
 
 @with_config(strict())
@@ -38,6 +41,13 @@ class Description:
     config: ModelConfig
     source: dict[str, Any] = field(default_factory=dict)
     """Where the weights came from and what was done to them, newest last."""
+
+    def zeros(self) -> Zeros | None:
+        """Of the weights when they were written; None where an earlier version wrote them."""
+        found = self.source.get(ZEROS)
+        if not isinstance(found, list) or len(found) != 2 or any(type(count) is not int for count in found):
+            return None
+        return Zeros(*found)
 
     def write(self, folder: Path) -> None:
         """Make `folder` a checkpoint's."""

@@ -20,7 +20,7 @@ _NEEDED: Mapping[Wanted, str] = {
     "model": "a Megatron checkpoint or a Hugging Face directory is needed",
     "run": "a run folder of prune or train is needed",
     "decision": "a run folder of prune, or its decision, is needed",
-    "ours": "a Megatron checkpoint, a run folder, a decision or a mask .npz is needed",
+    "ours": "a Megatron checkpoint, a run folder, a decision, a mask .npz or a Hugging Face directory is needed",
     "reported": "run folders, Megatron checkpoints, Hugging Face directories and results of verbs (JSON) are needed",
 }
 _FALLBACK: Mapping[Wanted, str] = {
@@ -29,7 +29,7 @@ _FALLBACK: Mapping[Wanted, str] = {
     "model": "give what import, trim, export or save_pretrained has written",
     "run": "give the --output of prune or train",
     "decision": "give the --output of prune",
-    "ours": "give what import, prune, train or trim has written",
+    "ours": "give what import, prune, train, trim or export has written",
     "reported": "give what verbs have written with --output",
 }
 

@@ -7,6 +7,7 @@ the shards that own it. Both are collective over all ranks and cost one layer's 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megatron_prune.kernels.gumbel import Position
 from megatron_prune.model import convert
 from megatron_prune.model.families import ModelConfig, WeightMap, get_family
 from megatron_prune.model.masked_linear import MaskDraw, MaskedLinear
+from megatron_prune.model.summary import Zeros
 
 LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 """The prunable linears of a decoder layer, in the order in which data passes through them."""
@@ -282,6 +284,17 @@ class PrunableModel:
         """Whether this rank holds a part of the weight."""
         tied = map.megatron == "embedding.word_embeddings.weight" and self.config.tie_word_embeddings
         return map.megatron in self.parameters or (tied and "output_layer.weight" in self.parameters)
+
+    def zeros(self) -> Zeros:
+        """Of all prunable weights of the whole model. Collective."""
+        sums = torch.zeros(2, dtype=torch.float64, device=backend.device())
+        for linear in self.linears():
+            weight, counted = linear.module.weight, self.seen_together(linear.map)  # so many replicas share an expert
+            here = [weight.numel() - int(weight.count_nonzero()), weight.numel()]
+            sums += torch.tensor(here, dtype=sums.dtype, device=sums.device) * counted
+        dist.all_reduce(sums)
+        size = sum(math.prod(map.shape) for map in self.maps if map.prunable)
+        return Zeros(round(float(sums[0] / sums[1].clamp(min=1)) * size), size)
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and tensor of every weight, one Megatron tensor at a time, on every rank. Collective."""

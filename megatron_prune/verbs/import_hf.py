@@ -30,5 +30,6 @@ def run(config: ImportConfig) -> Path:
 
     reader, lacking = open_hf(config.input, config.dtype)
     deliver(lacking)
-    import_hf(reader, config.output, config.parallelism, config.dtype, config.mask, source=config.input)
+    made = import_hf(reader, config.output, config.parallelism, config.dtype, config.mask, source=config.input)
+    deliver([made])
     return config.output

@@ -11,9 +11,9 @@ from megatron_prune.verbs import Verb, deliver
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(Options):
-    """What is in a checkpoint, a run folder or a decision"""
+    """What is in a checkpoint, a run folder, a decision, a mask file or a Hugging Face directory"""
 
-    input: Path = option(REQUIRED, "Megatron checkpoint, run folder or decision")
+    input: Path = option(REQUIRED, "Megatron checkpoint, run folder, decision, mask .npz or Hugging Face directory")
 
 
 VERB = Verb("inspect", InspectConfig, "show what a checkpoint, run or decision holds", 120, alone=True, light=True)

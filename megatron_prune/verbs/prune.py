@@ -16,4 +16,9 @@ def run(config: PruneConfig) -> Path:
     from megatron_prune.log import say
 
     say(prune(config))
+    if config.export is not None:
+        from megatron_prune.jobs.released import release
+
+        for line in release(config.output, config.export, config.parallelism):
+            say(line)
     return config.output

@@ -15,7 +15,7 @@ from megatron_prune.verbs import Verb
 class ReportConfig(Options):
     """One self-contained HTML page of what runs removed and what it cost; RUN... may stand right after the verb"""
 
-    leading: ClassVar[str] = "inputs"
+    positional: ClassVar[tuple[str, ...]] = ("inputs",)
 
     inputs: tuple[Path, ...] = option(
         (), "run folders, checkpoints, Hugging Face directories, JSON results of evaluate, verify and bench"

@@ -16,4 +16,9 @@ def run(config: TrainConfig) -> Path:
     from megatron_prune.log import say
 
     say(train(config))
+    if config.export is not None:
+        from megatron_prune.jobs.released import release
+
+        for line in release(config.output, config.export, config.parallelism):
+            say(line)
     return config.output

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_prune.option_groups import Parallelism
 from megatron_prune.options import REQUIRED, Options, group, option
-from megatron_prune.verbs import Verb
+from megatron_prune.verbs import Verb, deliver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,5 +26,5 @@ def run(config: TrimConfig) -> Path:
     """Write the checkpoint `config.output` from the run `config.input`."""
     from megatron_prune.decision.pruned import trim
 
-    trim(config.input, config.output, config.parallelism)
+    deliver([trim(config.input, config.output, config.parallelism)])
     return config.output

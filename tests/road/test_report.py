@@ -177,7 +177,7 @@ def test_pictures_are_drawn(tab: Any) -> None:
         ),
         ("report {root}/hf/config.json --output {new}", "no result of evaluate, verify or bench"),
         ("report {root}/learned --output {root}/page.html", "already exists"),
-        ("inspect {root}/learned", "flags such as --input"),
+        ("inspect {root}/learned {root}/learned", "allowed here: INPUT"),
     ],
 )
 def test_mistakes_are_one_line(root: Path, given: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,6 @@ CASES = {
         ["--input", "ROOT/original", *FAST],
         "is not 2:4: 4608 of 4608 groups hold more than 2 of 4 weights",
     ),
-    "a Megatron checkpoint": (["--input", "ROOT/sparse"], "export it first"),
     "too long": (["--input", "ROOT/pruned", "--prompt-length", "512"], "544 tokens and the model reads at most 512"),
     "no batch": (["--input", "ROOT/pruned", "--batch-sizes", "0"], "allowed: one or more numbers from 1"),
     "output exists": (["--input", "ROOT/pruned", "--output", "ROOT/original"], "already exists"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import megatron_prune.backend as backend  # isort: skip
@@ -14,6 +16,7 @@ from megatron_prune.__main__ import main
 from megatron_prune.config import VerifyConfig
 from megatron_prune.decision.target import parse_target
 from megatron_prune.evaluation.verify import (
+    NOTHING,
     TOLERANCE,
     TOLERANCE_GPU,
     _kept_too_many,
@@ -25,7 +28,8 @@ from megatron_prune.evaluation.verify import (
     open_source,
 )
 from megatron_prune.kernels.selection import select_rows
-from tests.models import tiny_llama
+from megatron_prune.model.pruning import FILE
+from tests.models import byte_tokenizer, tiny_llama, words
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6])
@@ -108,3 +112,63 @@ def test_one_process_has_transformers_model(model: Path, monkeypatch: pytest.Mon
     assert found is not None and found.shape == (1, 4, source.config.vocab_size)
     monkeypatch.setattr(ranks, "acts_for_all", lambda: False)
     assert _logits(source, backend.Layout(), tokens) is None
+
+
+@pytest.fixture(scope="module")
+def pruned(model: Path) -> Path:
+    """The same model pruned to 2:4, in every form that it can have."""
+    root = model
+    prune = ["--method", "magnitude", "--target", "2:4"]
+    assert main(["prune", "--input", str(root / "hf"), "--output", str(root / "run"), *prune]) == 0
+    for verb, source, output, *more in (
+        ("trim", "run", "sparse"),
+        ("export", "run", "exported"),
+        ("export", "run", "masks.npz", "--format", "mask-npz"),
+        ("import", "exported", "again"),
+        ("import", "hf", "masked", "--mask", str(root / "masks.npz")),
+        ("export", "run", "fms", "--format", "fms"),
+        ("import", "fms", "from_fms"),
+    ):
+        assert main([verb, "--input", str(root / source), "--output", str(root / output), *more]) == 0
+    return root
+
+
+@pytest.mark.parametrize("form", ["run", "sparse", "exported", "again", "masked", "from_fms"])
+def test_the_pattern_travels_and_is_checked(pruned: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--input", str(pruned / form)]) == 0
+    told = capsys.readouterr().out
+    assert "pattern 2:4: holds" in told and told.endswith("\nverified\n")
+
+
+def test_a_pattern_that_is_gone_is_noticed_unasked(pruned: Path, tmp_path: Path) -> None:
+    """Negative control: what the directory says of itself is compared, not believed."""
+    shutil.copytree(pruned / "exported", tmp_path / "filled")
+    tensors = load_file(tmp_path / "filled" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].fill_(1)
+    save_file(tensors, tmp_path / "filled" / "model.safetensors", metadata={"format": "pt"})
+    assert main(["verify", "--input", str(tmp_path / "filled")]) == 1
+    (tmp_path / "filled" / FILE).write_text('{"format": 1, "method": "wanda", "target": "2 of 4", "parameters": null}')
+    assert main(["verify", "--input", str(tmp_path / "filled")]) == 2
+
+
+def test_what_proves_nothing_is_not_verified(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["verify", "--input", str(model / "hf"), "--output", str(tmp_path / "result.json")]
+    assert main(words) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == NOTHING
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["checked"] == [] and not result["holds"] and result["zeros"]["holds"]
+    assert main([*words[:3], "--target", "num_layers=2"]) == 0
+    assert main([*words[:3], "--target", "num_layers=1"]) == 1
+
+
+def test_of_a_padded_export_only_what_still_holds_is_said(tmp_path: Path) -> None:
+    """A budget that layers of different widths keep to is exceeded by their padding."""
+    hf = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257))
+    given = ["--method", "flap", "--target", "parameters=33K", "--calibration", str(words(tmp_path / "w.jsonl"))]
+    given += ["--calibration-samples", "4", "--calibration-seq-length", "16"]
+    assert main(["prune", "--input", str(hf), "--output", str(tmp_path / "run"), *given]) == 0
+    assert main(["verify", "--input", str(tmp_path / "run")]) == 0
+    for form, status in (("padded", 1), ("blocks", 0)):
+        output = str(tmp_path / form)
+        assert main(["export", "--input", str(tmp_path / "run"), "--output", output, "--layers", form]) == 0
+        assert main(["verify", "--input", output]) == status

@@ -113,7 +113,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 VERBS = {
-    "export a run": (["export", "--input", "run", "--output", "x"], "run is a run folder .*: trim --input .*run --out"),
     "export a decision": (["export", "--input", "run/decision", "--output", "x"], "trim the run that it is of, .*run,"),
     "export a directory": (["export", "--input", "hf", "--output", "x"], "a Hugging Face directory.*import makes one"),
     "import a checkpoint": (["import", "--input", "ck", "--output", "x"], "a Megatron checkpoint.*export --input"),
@@ -124,13 +123,19 @@ VERBS = {
         ["export", "--format", "mask-npz", "--input", "ck", "--output", "x"],
         "a Megatron checkpoint.*prune it first",
     ),
-    "inspect a directory": (["inspect", "--input", "hf"], "a Hugging Face directory and .* a mask .npz is needed"),
+    "inspect a file": (
+        ["inspect", "--input", "hf/tokenizer.json"],
+        "a file and .* or a Hugging Face directory is need",
+    ),
     "report of a folder": (["report", ".", "--output", "x"], "something else and run folders.* are needed"),
     "plan of a run": (
         "plan --input run --method maskllm --target 2:4 --processes 1".split(),
         "a run folder and a Megatron checkpoint or a Hugging Face directory is needed: trim --input",
     ),
-    "evaluate a run": (["evaluate", "--input", "./run", "--text", "t.txt"], "a run folder.*: trim --input"),
+    "evaluate a decision": (
+        ["evaluate", "--input", "./run/decision", "--text", "t.txt"],
+        "decision of a run .*: trim",
+    ),
     "train a text": (
         ["train", "--input", "hf/config.json", "--output", "x", "--data", "t.txt"],
         "config.json is a file and a Megatron checkpoint or a Hugging Face directory is needed",
