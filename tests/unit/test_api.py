@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatron_prune as mp
 from megatron_prune.api import NAMES, _words, function
-from megatron_prune.errors import UserError
 from megatron_prune.verbs import VERBS
 from tests.models import DENSE, TINY_SIZES, byte_tokenizer, tiny_model, words
 
@@ -168,9 +167,7 @@ EXPERTS = sorted(TINY_SIZES.keys() - set(DENSE))
 
 @pytest.mark.parametrize("family", EXPERTS)
 @pytest.mark.parametrize(("method", "target"), [("wanda", "2:4"), ("ream", "num_moe_experts=3")])
-def test_experts_in_memory_are_pruned_as_by_the_commands(
-    tmp_path: Path, family: str, method: str, target: str
-) -> None:
+def test_experts_in_memory_are_pruned_as_by_the_commands(tmp_path: Path, family: str, method: str, target: str) -> None:
     """Also those of which transformers has all of a layer in one parameter."""
     test_a_model_in_memory_is_pruned_as_by_the_commands(tmp_path, family, method, target)
 
@@ -250,5 +247,3 @@ def test_what_cannot_be_done_in_memory_is_refused(tmp_path: Path, options: dict[
         mp.prune_model(model, **options)
     with pytest.raises(mp.UserError, match="allowed: a language model of transformers"):
         mp.prune_model("gpt2", method="magnitude", target="2:4")  # type: ignore[arg-type]
-
-

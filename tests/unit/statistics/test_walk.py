@@ -192,7 +192,7 @@ def test_a_walk_needs_windows(model: PrunableModel) -> None:
 
 @torch.no_grad()
 def test_a_layer_is_held_once_and_is_not_the_models_own(model: PrunableModel, tokens: Tensor) -> None:
-    """The layer runs on the tensors that it is given; what becomes of the model's weights meanwhile does not reach it."""
+    """It runs on the tensors that it is given; what becomes of the model meanwhile does not reach it."""
     walk = LayerWalk(WholeWeights(model), tokens)
     tensors = walk.weights.layer(0)
     walk.load(0, tensors)
