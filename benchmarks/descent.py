@@ -14,10 +14,12 @@ from typing import Any
 from bench.results import MODEL, SHARED, arguments, option, work, write_result
 from bench.study import Row, Study
 
-PASSES = "--descent-passes=5"
+PASSES, SEQUENTIAL = "--descent-passes=5", "--true-sequential=true"
 ROWS = [
     Row("SparseGPT", "sparsegpt", "2:4", peer="95.5 (llm-compressor)"),
     Row("and descent", "sparsegpt", "2:4", (PASSES,)),
+    Row("SparseGPT, linear by linear", "sparsegpt", "2:4", (SEQUENTIAL,)),
+    Row("and descent", "sparsegpt", "2:4", (SEQUENTIAL, PASSES)),
     Row("SparseGPT, mask only", "sparsegpt", "2:4", ("--no-update-weights",), peer="175.4 (locuslab/wanda's mask)"),
     Row("and descent", "sparsegpt", "2:4", ("--no-update-weights", PASSES)),
     Row("SparseGPT", "sparsegpt", "0.5", peer="50.0 (locuslab/wanda)"),
@@ -54,11 +56,13 @@ class Descent(Study):
 def main() -> None:
     """Run everything and write the result file."""
     seeds = option("--seeds", type=int, nargs="+", default=[0, 1])
+    only = option("--only", type=int, nargs="+", default=list(range(len(ROWS))), help="rows, by number from 0")
     kept = option("--kept", action="store_true", help="write the rows whose runs are in the work folder, and run none")
-    given = arguments(__doc__, MODEL, SHARED, work("runs/descent"), seeds, kept)
+    given = arguments(__doc__, MODEL, SHARED, work("runs/descent"), seeds, only, kept)
     bench = Descent(given.work, given.shared)
     bench.imported(given.model)
-    wanted = [row for row in ROWS if not given.kept or bench.kept(row, given.seeds)]
+    chosen = ROWS if given.kept else [ROWS[number] for number in given.only]
+    wanted = [row for row in chosen if not given.kept or bench.kept(row, given.seeds)]
     rows = [bench.line(row, given.seeds) for row in wanted]
     protocol = (
         "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16, where the dense model has 24.20; calibration "
