@@ -122,6 +122,11 @@ class TrainConfig(Options):
                 f"--engine fsdp: {names} given; FSDP shards all parameters and their optimizer over all processes and "
                 "trains all of them: leave it out, or use --engine megatron"
             )
+        if self.training.moe_aux_loss_coeff:
+            raise UserError(
+                "--engine fsdp: --moe-aux-loss-coeff given; its models have no loss that spreads tokens over experts: "
+                "leave it out, or use --engine megatron"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,14 +54,16 @@ def within(values: Mapping[str, float], limits: Mapping[str, float]) -> Found:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a random LLaMA with the tokenizer of bytes."""
+    """Of a random LLaMA with the tokenizer of bytes; with experts, of a Qwen3-MoE of which a token meets two."""
 
     hidden: int
     layers: int
     heads: int
     groups: int
     ffn: int
+    """Of each expert, where there are any."""
     dtype: str = "bfloat16"
+    experts: int = 0
 
 
 BILLION = Sizes(2048, 16, 32, 8, 8192)
@@ -221,10 +223,13 @@ def byte_tokenizer(path: Path) -> Path:
 
 
 def write_model(path: Path, sizes: Sizes, device: torch.device, seed: int) -> None:
-    """A random LLaMA, made on `device`, with a tokenizer of 256 bytes and an end."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A random model, made on `device`, with a tokenizer of 256 bytes and an end."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = LlamaConfig(
+    experts = {"num_experts": sizes.experts, "num_experts_per_tok": 2, "moe_intermediate_size": sizes.ffn}
+    config = AutoConfig.for_model(
+        "qwen3_moe" if sizes.experts else "llama",
+        **(experts | {"head_dim": sizes.hidden // sizes.heads} if sizes.experts else {}),
         vocab_size=257,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.ffn,
@@ -238,7 +243,7 @@ def write_model(path: Path, sizes: Sizes, device: torch.device, seed: int) -> No
     )
     torch.manual_seed(seed)
     with device:
-        model = LlamaForCausalLM(config).to(getattr(torch, sizes.dtype))
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, sizes.dtype))
     model.save_pretrained(path)
     byte_tokenizer(path)
 

@@ -12,12 +12,14 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip
 import torch.distributed as dist
 
-from .acceptance import Check, Found, Place, Sizes, Skip, furthest, losses, within
+from .acceptance import Check, Found, Place, Sizes, furthest, losses, within
 from .kill_test import masks, other_bits
 
 LARGE = Sizes(2048, 16, 32, 8, 8192)
 SMALL = Sizes(64, 4, 8, 8, 128, "float32")
 """On GPUs and on a CPU; eight processes of a tensor-parallel layout can share either."""
+EXPERTS = {True: Sizes(1024, 8, 16, 8, 512, experts=16), False: Sizes(32, 2, 4, 2, 16, "float32", experts=8)}
+"""The same with experts."""
 STEPS = 6
 
 
@@ -38,13 +40,15 @@ def mixed(world: int) -> dict[str, object]:
     return found | ({"context_parallel_size": 2} if world >= 8 else {})
 
 
-def learn(place: Place, name: str, layout: dict[str, object], **more: object) -> Path:
-    """Masks of the large model, learned for STEPS steps in a layout."""
+def learn(place: Place, name: str, layout: dict[str, object], model: Path | None = None, **more: object) -> Path:
+    """Masks of the large model, or another one, learned for STEPS steps in a layout."""
     run = place.path(name)
     if name not in place.made or "resume" in more:
         given = place.learning(STEPS, save_interval=3, **more)
         given |= {"global_batch_size": dist.get_world_size(), "distributed_timeout_minutes": 3}
-        place.verb("prune", input=place.large_hf, output=run, method="maskllm", target="2:4", **given, **layout)
+        place.verb(
+            "prune", input=model or place.large_hf, output=run, method="maskllm", target="2:4", **given, **layout
+        )
     place.made.add(name)
     return run
 
@@ -57,9 +61,9 @@ def stop(place: Place, name: str, layout: dict[str, object]) -> Path:
     return run
 
 
-def compared(place: Place, run: Path) -> Found:
+def compared(place: Place, run: Path, alone: Path | None = None) -> Found:
     """A run against the one of data parallelism alone."""
-    alone = learn(place, "data_parallel", {})
+    alone = alone or learn(place, "data_parallel", {})
     found = {"loss": furthest(losses(run), losses(alone)), "mask bits": other_bits(masks(run), masks(alone))}
     return within(found, {"loss": tolerance(place), "mask bits": tolerance(place)})
 
@@ -75,8 +79,11 @@ def mixed_parallel(place: Place) -> Found:
 
 
 def expert_parallel(place: Place) -> Found:
-    """Experts spread over processes."""
-    raise Skip("no family of models with mixtures of experts is supported yet")
+    """Experts spread over all processes, which are replicas for the rest of the model."""
+    model = place.model("experts_hf", EXPERTS[place.on_gpu])
+    layouts = {"experts_alone": {}, "experts_spread": {"expert_model_parallel_size": dist.get_world_size()}}
+    alone, run = (learn(place, name, given, model, mask_draw="step") for name, given in layouts.items())
+    return compared(place, run, alone)
 
 
 def moved(place: Place) -> Found:

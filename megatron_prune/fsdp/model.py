@@ -5,6 +5,7 @@ Rows are shared out in order, and whole layers exist only while they compute:
     parameter [rows, ...] on n processes      process r holds rows r * k to (r + 1) * k, k = rows / n rounded up
     parameter, gradient, moments of Adam      float32, sharded alike; a decoder layer at a time is gathered, in the
                                               model's own type, for its forward and for its backward pass
+    experts of a layer [experts, ...]         one parameter, as transformers has them: a process holds whole experts
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from megatron_prune.decision.masks import prunable_shapes
 from megatron_prune.errors import UserError
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.convert import HFReader
-from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.families import ModelConfig, WeightMap, get_family
+from megatron_prune.model.stored import Part
 from megatron_prune.model.transformers_model import empty_model
 from megatron_prune.training.zeros import check_zeros
 
@@ -58,8 +60,16 @@ class ShardedModel:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self._shard(compute if trained else None)
         self.parameters: dict[str, Parameter] = dict(self.module.named_parameters())
-        """By Hugging Face name, each once; tensors are torch's DTensors."""
+        """By transformers' name, each once; tensors are torch's DTensors."""
+        self.buffers = dict(self.module.named_buffers())
+        self.places = {name: self._place(map, name) for map in _weights(self.config) for name in map.hf}
+        """Of every weight by its name in a file: where it is, and which part of that, where it is one of experts."""
         self._load(reader, masks)
+
+    def _place(self, map: WeightMap, name: str) -> tuple[str, Part | None]:
+        fused = {one: (place, part) for one, place, part in map.fused()}
+        place = name.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's router, in transformers 5
+        return fused.get(name, (place, None))
 
     def _shard(self, compute: torch.dtype | None) -> None:
         """Layer by layer, the rest with the whole; memory is taken now."""
@@ -81,15 +91,26 @@ class ShardedModel:
     @torch.no_grad()
     def _load(self, reader: HFReader, masks: Callable[[str], Tensor] | None) -> None:
         """Read this process's rows of every weight, one weight at a time."""
-        assert set(reader.names()) == set(self.parameters), "the family's table and transformers name other weights"
+        known = {place for place, _ in self.places.values()}
+        assert known - set(self.buffers) == set(self.parameters), "the table and transformers name other weights"
         prunable = prunable_shapes(self.config)
-        for name, parameter in self.parameters.items():
+        for name, (place, part) in self.places.items():
+            if place in self.buffers:
+                self.buffers[place].copy_(reader.read(name))
+                continue
+            parameter = self.parameters[place]
             own = local(parameter)
             rows = -(-parameter.shape[0] // dist.get_world_size())
             first = min(dist.get_rank() * rows, parameter.shape[0])
-            own.copy_(reader.read_rows(name, first, first + own.shape[0]))
+            here = slice(first, first + own.shape[0])
+            if part is not None:
+                if not here.start <= part.expert < here.stop:
+                    continue
+                own, here = replace(part, expert=part.expert - first).of(own), slice(None)
+            found = reader.read(name) if part is not None else reader.read_rows(name, here.start, here.stop)
+            own.copy_(found)
             if masks is not None and name in prunable:
-                own.masked_fill_(~masks(name)[first : first + own.shape[0]].to(own.device), 0.0)
+                own.masked_fill_(~masks(name)[here].to(own.device), 0.0)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """`[b, s, vocab]` of tokens `[b, s]`, in the type that is computed in. Collective."""
@@ -98,8 +119,17 @@ class ShardedModel:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and whole weight, in the model's own type, on every process. Collective, each."""
         dtype = compute_dtype(self.config.dtype)
-        for name, parameter in self.parameters.items():
-            yield name, whole(parameter).to(dtype)
+        parts: dict[str, dict[str, Part | None]] = {}
+        for name, (place, part) in self.places.items():
+            parts.setdefault(place, {})[name] = part
+        for place, names in parts.items():
+            together = self.buffers[place] if place in self.buffers else whole(self.parameters[place]).to(dtype)
+            for name, part in names.items():
+                yield name, together if part is None else part.of(together).contiguous()
+
+
+def _weights(config: ModelConfig) -> list[WeightMap]:
+    return get_family(config.family).weights(config)
 
 
 def local(tensor: Any) -> Tensor:
@@ -116,8 +146,8 @@ class ShardedZeros:
     """The weights of a model's prunable linears that are zero when this is made; each becomes +0.0."""
 
     def __init__(self, model: ShardedModel) -> None:
-        names = prunable_shapes(model.config)
-        self.parameters = [parameter for name, parameter in model.parameters.items() if name in names]
+        places = {model.places[name][0] for name in prunable_shapes(model.config)}
+        self.parameters = [parameter for name, parameter in model.parameters.items() if name in places]
         self.masks = [local(parameter) == 0 for parameter in self.parameters]
         for parameter, mask in zip(self.parameters, self.masks, strict=True):
             local(parameter).masked_fill_(mask, 0.0)
@@ -156,5 +186,5 @@ def _empty_module(reader: HFReader, dtype: torch.dtype) -> Module:
 
 def _layers(module: Module, config: ModelConfig) -> list[Module]:
     """The decoder layers, found by the names of their weights."""
-    first = {map.layer: map.hf[0] for map in get_family(config.family).weights(config) if map.layer is not None}
+    first = {map.layer: map.hf[0] for map in _weights(config) if map.layer is not None}
     return [module.get_submodule(name[: name.index(f".{layer}.")] + f".{layer}") for layer, name in first.items()]

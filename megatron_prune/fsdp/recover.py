@@ -38,8 +38,6 @@ def check_sources(config: TrainConfig, source: ModelSource, teacher: ModelSource
                 f"--engine fsdp: {given} has no weights as a Hugging Face directory: give one, such as `export` writes "
                 "from a checkpoint that `trim` wrote, or use --engine megatron"
             )
-        if each.config.num_moe_experts:
-            raise UserError(f"--engine fsdp: {given} has experts, which it does not share out: use --engine megatron")
         check_model(each.config, dtype, given)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from megatron_prune.__main__ import main
 from tests.distributed.launch import launch, must_pass
 from tests.distributed.test_resume import signal_rank, start_on_two
-from tests.models import byte_tokenizer, tiny_llama, words
+from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 from tests.runs import curve, reopened
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -20,13 +20,15 @@ STEPS, SAVED, LONG_STEPS = 10, 5, 60
 LONG = ["--train-iters", str(LONG_STEPS), "--save-interval", "10", "--global-batch-size", "2"]
 KINDS = {
     "plain": "--lr 1e-3",
+    "experts": "--lr 1e-3",
     "taught": "--lr 4e-4 --teacher ROOT/teacher --lm-weight 0.5 --hidden-weight 1 --hidden-loss mse",
 }
 
 
 def train(root: Path, engine: str, kind: str, name: str, *more: str) -> list[str]:
     """Ten steps of four windows, one at a time; three held-out windows, which two processes do not share evenly."""
-    places = ["--input", str(root / "hf"), "--output", str(root / name), "--data", str(root / "words.jsonl")]
+    model = "experts" if kind == "experts" else "hf"
+    places = ["--input", str(root / model), "--output", str(root / name), "--data", str(root / "words.jsonl")]
     sizes = f"--seq-length 32 --global-batch-size 4 --train-iters {STEPS} --save-interval {SAVED}".split()
     tested = ["--eval-data", str(root / "words.jsonl"), "--eval-windows", "3", "--keep-checkpoints", "20"]
     return [
@@ -49,6 +51,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = dict(vocab_size=257, hidden_size=64, intermediate_size=128)
     hf = byte_tokenizer(tiny_llama(root / "hf", tie_word_embeddings=True, **sizes))
     byte_tokenizer(tiny_llama(root / "teacher", vocab_size=257, hidden_size=64, num_hidden_layers=4, seed=1))
+    mixture = tiny_model(root / "experts", "qwen3_moe", vocab_size=257, num_experts=5)  # three and two, on two processes
+    make_sparse(byte_tokenizer(mixture))
     make_sparse(hf)
     for kind in KINDS:
         for engine in ("megatron", "fsdp"):

@@ -307,7 +307,6 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "have the experts of a layer in one tensor",
         ),
         ("latency --input ck --output x", "experts"),
-        ("train --input hf --output x --data w.jsonl --engine fsdp", "has experts, which it does not share out"),
     ],
 )
 def test_what_does_not_take_it_says_so_in_a_line(

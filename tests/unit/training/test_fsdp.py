@@ -26,7 +26,7 @@ from megatron_prune.fsdp.trainer import FsdpTrainer
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import read_description
 from megatron_prune.training.loop import StepResult
-from tests.models import DENSE, byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model, words
+from tests.models import TINY_SIZES, byte_tokenizer, edit_config, tiny_blocks, tiny_llama, tiny_model, words
 from tests.runs import curve, reopened
 
 STEPS, SAVED = 10, 5
@@ -262,7 +262,7 @@ def test_what_was_trained_goes_on(root: Path) -> None:
     assert main(["verify", "--input", str(root / "released"), *same]) == 0
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", TINY_SIZES)
 def test_every_family(tmp_path: Path, family: str) -> None:
     """Logits are those of transformers, weights come out as they went in."""
     from transformers import AutoModelForCausalLM
@@ -282,6 +282,7 @@ MISTAKES = {
     "experts": (["--expert-tensor-parallel-size", "2"], "--expert-tensor-parallel-size given; FSDP shards all"),
     "overlap": (["--overlap-grad-reduce"], "--overlap-grad-reduce given"),
     "optimizer": (["--use-distributed-optimizer"], "--use-distributed-optimizer given"),
+    "balance": (["--moe-aux-loss-coeff", "0.1"], "no loss that spreads tokens over experts"),
     "adapters": (["--lora-rank", "4"], "--lora-rank given"),
     "checkpoint": (["--input", "ROOT/model"], "has no weights as a Hugging Face directory"),
     "teacher": (["--teacher", "ROOT/model"], "has no weights as a Hugging Face directory"),
