@@ -73,6 +73,15 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     "gpt_oss": LLAMA_SIZES
     | {"head_dim": 16, "intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}
     | {"rope_parameters": YARN_ROPE},
+    "deepseek_v3": LLAMA_SIZES
+    | {"num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 8}
+    | {"num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "n_shared_experts": 2, "first_k_dense_replace": 1}
+    | {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    | {"rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    "deepseek_v2": LLAMA_SIZES
+    | {"num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
+    | {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
     "gpt2": {"vocab_size": 128, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
     | {"bos_token_id": 0, "eos_token_id": 0},
 }
@@ -210,6 +219,38 @@ def packed_gpt_oss(path: Path) -> dict[str, Tensor]:
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     edit_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": skipped}, dtype=None)
+    return plain
+
+
+def packed_deepseek(path: Path, rows: int = 16, columns: int = 8) -> dict[str, Tensor]:
+    """Write a tiny model whose linears are in FP8 with a scale for each block, and a layer that predicts a further
+    token; its plain weights, made one number at a time.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tiny_model(path, "deepseek_v3", dtype=torch.bfloat16, num_hidden_layers=2, n_routed_experts=8)
+    plain, stored = load_file(path / "model.safetensors"), {}
+    for name, weight in list(plain.items()):
+        stored[name] = weight
+        if not name.endswith("_proj.weight") and "kv_a_proj" not in name:
+            continue
+        height, width = weight.shape
+        scales = torch.zeros(-(-height // rows), -(-width // columns))
+        codes = torch.zeros(height, width)
+        for row, column in itertools.product(range(scales.shape[0]), range(scales.shape[1])):
+            area = slice(row * rows, (row + 1) * rows), slice(column * columns, (column + 1) * columns)
+            scales[row, column] = float(weight[area].float().abs().max()) / 448
+            codes[area] = weight[area].float() / scales[row, column]
+        stored |= {name: codes.to(torch.float8_e4m3fn), name + "_scale_inv": scales}
+        narrow, values = stored[name].float(), torch.zeros(height, width)
+        for row, column in itertools.product(range(height), range(width)):
+            values[row, column] = float(narrow[row, column]) * float(scales[row // rows, column // columns])
+        plain[name] = values.to(torch.bfloat16)
+    more = "model.layers.2.self_attn.o_proj.weight"
+    stored |= {more: stored[more.replace("s.2", "s.1")].clone(), more + "_scale_inv": torch.ones(2, 8)}
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    about = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [rows, columns]}
+    edit_config(path, quantization_config=about)
     return plain
 
 

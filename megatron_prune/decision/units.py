@@ -151,6 +151,8 @@ class Units:
             "ffn": torch.tensor(ffn, dtype=torch.int64),
             "experts": torch.tensor(block.experts, dtype=torch.int64),
             "heads": torch.tensor(block.heads, dtype=torch.int64),
+            "latent_query": channels_of(block.heads, size["query_head"]),
+            "latent_key_value": channels_of(block.heads, size["up_head"]),
             "query": query,
             "key_value": key_value,
             "qkv": torch.cat([query, size["query"] + key_value, size["query"] + size["key_value"] + key_value]),
@@ -180,6 +182,10 @@ class Units:
 
     @staticmethod
     def _check_experts(whole: ModelConfig, layer: int, block: BlockUnits) -> None:
+        groups, members = whole.moe_router_num_groups or 1, whole.block(layer).num_moe_experts
+        stay = [expert * groups // members for expert in block.experts]
+        if len({stay.count(group) for group in range(groups)}) > 1:
+            raise ValueError(f"layer {layer}: groups of experts keep different numbers of them: {block.experts}")
         width, shared = whole.block(layer).ffn_hidden_size, whole.shared_width if block.experts else 0
         if block.shared_ffn:
             _check_numbers(f"shared neurons of layer {layer}", block.shared_ffn, shared)

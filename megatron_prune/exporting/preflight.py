@@ -56,7 +56,8 @@ def _differences(config: ModelConfig, keys: Mapping[str, str], read: Any) -> Ite
         rope = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
         given = read.rope_parameters
         if given.get("rope_type") == "yarn":  # what is left out follows from the rest
-            given = {**given, **(read_rope({"rope_parameters": given}, ("yarn",))[1] or {})}
+            latent = config.kv_lora_rank is not None
+            given = {**given, **(read_rope({"rope_parameters": given}, ("yarn",), latent)[1] or {})}
         for key, meant in rope.items():
             if (value := given.get(key)) != meant:
                 yield key, value, meant

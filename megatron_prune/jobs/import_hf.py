@@ -32,6 +32,8 @@ def open_hf(source: str, dtype: str | None = None) -> tuple[HFReader, list[str]]
     lacking = [told] if (told := reader.left_behind()) else []
     if reader.in_mxfp4:
         lacking.append(f"{reader.directory} has its experts in MXFP4: they are read as bfloat16, and exported so")
+    if reader.in_fp8:
+        lacking.append(f"{reader.directory} has its weights in FP8: they are read as bfloat16, and exported so")
     if not has_tokenizer(reader.directory):
         lacking.append(f"{reader.directory} has no tokenizer: none comes along, and what reads text will ask for one")
     return reader, lacking

@@ -15,6 +15,8 @@ groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, e
     inputs of qkv, fc1    2 x n b h' x e
     attention, c = 1      s b (3 q + 3 k) / t x e    the fused qkv, rotated q and k, the output
     attention, c > 1      n b (2 q + 2 c k) / t x e  rotated q and the output, k and v of all processes
+    latent attention      n b H (5 d + v) / t x e    H heads, queries, keys and values as wide as the widest, d, output
+                          + n b' (r + l) x (4 + e)   what queries (r), keys and values (l) are made from, and its norms
     attention's mask      n s x e                    with c > 1, sinks or a sliding window below s
     MLP                   5 x n b f / t x e          gate and up (2 f), activation, up + 0, their product; 7 with limits
     masked weights        prunable weights / t x e   mask * weight, one copy for each micro-batch
@@ -456,6 +458,8 @@ def _attention(job: Job, layer: int) -> int:
     heads = model.block(layer).num_attention_heads
     if not heads:
         return 0
+    if model.kv_lora_rank is not None:
+        return _latent_attention(job, layer)
     length = job.training.seq_length
     query, key_value = (job.tokens * size[name] // job.tensor for name in ("query", "key_value"))
     kept = 3 * (query + key_value) if context == 1 else 2 * (query + key_value * context)
@@ -469,6 +473,25 @@ def _attention(job: Job, layer: int) -> int:
     if model.qk_layernorm:
         wide += query + key_value
     return kept * job.element + wide * FLOAT32
+
+
+def _latent_attention(job: Job, layer: int) -> int:
+    """As `_attention`: queries, keys and values of one width, the output and its first channels, and what they are made
+    from before and after its norm.
+    """
+    model, size, context = job.model, dimensions(job.model, layer), job.layout.context_parallel_size
+    heads, length = model.block(layer).num_attention_heads // job.tensor, job.training.seq_length
+    widest = max(model.query_channels, model.kv_channels)
+    padded = model.query_channels > model.kv_channels
+    value = widest if padded else size["up_head"]
+    kept = job.tokens * heads * (2 * widest + (widest + value) * context + (model.kv_channels if padded else 0))
+    kept += 2 * length // context * model.rotated_keys
+    each = job.tokens // (job.tensor if job.layout.sequence_parallel else 1)
+    kept += each * (size["query_rank"] + size["latent"])
+    narrow = size["latent_rope"] if job.element == FLOAT32 else size["latent"]
+    if context > 1:
+        kept += length // context * length
+    return kept * job.element + (job.tokens * heads + each * (size["query_rank"] + narrow)) * FLOAT32
 
 
 def _mlp_tensors(model: ModelConfig) -> int:

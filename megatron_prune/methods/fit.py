@@ -36,14 +36,14 @@ def check_experts(config: ModelConfig, method: PruningMethod, target: Target | S
 
 def _check_parts(config: ModelConfig, target: Shape | Budget) -> None:
     """UserError for the size of a part that a model with experts does not have, or that may not change there."""
-    fewer = isinstance(target, Budget) or target.num_moe_experts is not None
-    if fewer and (config.moe_router_num_groups or 1) > 1:
-        raise UserError(
-            f"target {target}: the model chooses among {config.moe_router_num_groups} groups of experts, and which are "
-            "neighbours would change: allowed are models without groups, or other sizes"
-        )
     if isinstance(target, Budget):
         return
+    groups, experts = config.moe_router_num_groups or 1, target.num_moe_experts
+    if experts is not None and groups > 1 and (experts % groups or experts < 2 * groups):
+        raise UserError(
+            f"target {target}: the model chooses among {groups} groups of experts, which keep equally many, at least "
+            f"2: allowed are multiples of {groups} from {2 * groups} on"
+        )
     if target.ffn_hidden_size is not None and config.moe_layers is None:
         raise UserError(
             f"target {target}: every layer of the model has experts; their width is moe_ffn_hidden_size, not "

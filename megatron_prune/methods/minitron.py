@@ -86,7 +86,7 @@ class Minitron(Refitted):
             found = passes.observe_each(self._sites(passes, wanted))
             units = self.width(config, passes, map(settled, found), wanted)
         if wanted.num_moe_experts is not None:
-            units = keep_experts(units, expert_scores(passes), wanted.num_moe_experts)
+            units = keep_experts(units, expert_scores(passes), wanted.num_moe_experts, config.moe_router_num_groups)
         return units.without_layers(layers_to_remove(passes, removed_layers(config, wanted), self.depth))
 
     @property
@@ -108,7 +108,8 @@ class Minitron(Refitted):
 
         def cut(found: Iterable[Mapping[str, Any]], shape: Shape) -> Units:
             units = width(found, shape)
-            return keep_experts(units, experts, shape.num_moe_experts) if shape.num_moe_experts else units
+            count, groups = shape.num_moe_experts, config.moe_router_num_groups
+            return keep_experts(units, experts, count, groups) if count else units
 
         shape, found = best_shape(config, passes, budget, cut, refit)
         removed = layers_to_remove(passes, removed_layers(config, shape), self.depth)

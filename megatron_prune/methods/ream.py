@@ -11,14 +11,14 @@ all tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from megatron_prune.decision.target import Budget, Shape
 from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import hyperparameter, register
-from megatron_prune.methods.reap import FewerExperts, reap_score
-from megatron_prune.methods.structured import keep_best
+from megatron_prune.methods.reap import FewerExperts, best_experts, reap_score
 
 if TYPE_CHECKING:
     from megatron_prune.methods.base import Workbench
@@ -50,4 +50,5 @@ class REAM(FewerExperts):
 
     def decide(self, work: Workbench, target: Shape | Budget) -> Units:
         """The centres of groups, the others averaged into them. Collective."""
-        return work.merge_experts(self.count(work.config, target), self.group_size, reap_score, keep_best)
+        keep = partial(best_experts, groups=work.config.moe_router_num_groups)
+        return work.merge_experts(self.count(work.config, target), self.group_size, reap_score, keep)

@@ -6,8 +6,9 @@ sum over the chosen experts in models that do so. The authors' program takes a s
 model, also for those that choose otherwise. An expert without tokens scores 0.
 
 In every layer with experts equally many of the lowest go, with their rows of the router; a token still goes to as many
-of those that stay. Nothing is trained and no other weight changes. Beside the paper's score there are those that it
-compares with: how often an expert is chosen, the sum of the norms of what it gives (`ean`), and chance.
+of those that stay. Where a model chooses among groups of experts, each group keeps equally many, and stays a group; the
+paper has no such model. Nothing is trained and no other weight changes. Beside the paper's score there are those that
+it compares with: how often an expert is chosen, the sum of the norms of what it gives (`ean`), and chance.
 """
 
 from __future__ import annotations
@@ -40,13 +41,23 @@ def reap_score(activity: ExpertActivity) -> Tensor:
     return activity.gated_norms / activity.tokens.clamp(min=1.0)
 
 
-def keep_experts(units: Units, scores: Sequence[Tensor | None], count: int) -> Units:
-    """`units`, which still have all of them, with the `count` experts of highest score `[experts]` in every layer."""
+def best_experts(score: Tensor, count: int, groups: int | None) -> tuple[int, ...]:
+    """Numbers, rising, of the `count` experts of highest score `[experts]`, as many of each of `groups` groups."""
+    size = len(score) // (groups or 1)
+    parts = [keep_best(each, count // (groups or 1)) for each in score.split(size)]
+    return tuple(part * size + expert for part, kept in enumerate(parts) for expert in kept)
+
+
+def keep_experts(units: Units, scores: Sequence[Tensor | None], count: int, groups: int | None) -> Units:
+    """`units`, which still have all of them, with the `count` experts of highest score `[experts]` in every layer.
+
+    As many of each of the `groups` that the model chooses among.
+    """
     blocks = list(units.blocks)
     for place, (layer, block) in enumerate(zip(units.layers, units.blocks, strict=True)):
         score = scores[layer]
         if score is not None:
-            kept = keep_best(score, count)
+            kept = best_experts(score, count, groups)
             neurons = tuple(block.expert_ffn[expert] for expert in kept) if block.expert_ffn else ()
             blocks[place] = replace(block, experts=kept, expert_ffn=neurons)
     return replace(units, blocks=tuple(blocks))
@@ -81,13 +92,15 @@ class FewerExperts(PruningMethod):
             assert target.num_moe_experts is not None
             return target.num_moe_experts
         most, least = config.num_moe_experts or 1, config.moe_router_topk or 1
-        for count in range(most, least - 1, -1):
+        groups = config.moe_router_num_groups or 1
+        least = max(least, 2 * groups) if groups > 1 else least
+        for count in range(most, least - 1, -groups):
             if budgeted(replace(config, num_moe_experts=count), target) <= target.limit:
                 return count
         smallest = budgeted(replace(config, num_moe_experts=least), target)
         raise UserError(
-            f"target {target}: with {least} experts in a layer, which each token goes to, {smallest} are left; give "
-            "more, or prune to fewer layers first"
+            f"target {target}: with {least} experts in a layer, which routing needs, {smallest} are left; give more, "
+            "or prune to fewer layers first"
         )
 
 
@@ -114,7 +127,8 @@ class REAP(FewerExperts):
         """The experts of highest score in every layer; all else stays. Collective."""
         found = work.passes.expert_activity()
         scores = [None if each is None else self._scores(each, layer) for layer, each in enumerate(found)]
-        return from_leader(keep_experts(Units.all(work.config), scores, self.count(work.config, target)))
+        count, groups = self.count(work.config, target), work.config.moe_router_num_groups
+        return from_leader(keep_experts(Units.all(work.config), scores, count, groups))
 
     def _scores(self, activity: ExpertActivity, layer: int) -> Tensor:
         if self.score == "reap":

@@ -147,11 +147,14 @@ def _shapes(config: ModelConfig, budget: Budget) -> Iterator[Shape]:
 
 
 def _expert_counts(config: ModelConfig) -> list[int | None]:
-    """How many experts may stay: no fewer than a token goes to."""
+    """How many experts may stay: no fewer than a token goes to, and as many of each group."""
     if not config.num_moe_experts:
         return [None]
     most = config.num_moe_experts
-    return [count for count in _shares(most, (1, 0.75, FEWEST)) if count >= (config.moe_router_topk or 1)] or [most]
+    groups = config.moe_router_num_groups or 1
+    least = max(config.moe_router_topk or 1, 2 * groups if groups > 1 else 1)
+    counts = [groups * count for count in _shares(most // groups, (1, 0.75, FEWEST))]
+    return [count for count in counts if count >= least] or [most]
 
 
 def _shares(count: int, shares: Sequence[float]) -> list[int]:

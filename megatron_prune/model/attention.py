@@ -59,10 +59,11 @@ class SDPACoreAttention(torch.nn.Module):
         if self.shared:
             key, value = context.gather(key), context.gather(value)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        width = query.shape[-1]
-        scale = width**-0.5 if self.softmax_scale is None else self.softmax_scale
+        width = value.shape[-1]
+        scale = query.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         if self.softmax_offset is not None:
             query, key, value, mask = _with_sinks(query, key, value, mask, self.softmax_offset / scale)
+        query, key, value = _as_wide(query, key, value)
         if query.is_cuda and query.shape[1] != key.shape[1] and (mask is not None or query.dtype == torch.float32):
             # No kernel that saves memory takes both groups and a mask, or groups in float32.
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -76,7 +77,7 @@ class SDPACoreAttention(torch.nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        if self.softmax_offset is not None:
+        if attended.shape[-1] > width:
             attended = attended[..., :width]
         return attended.permute(2, 0, 1, 3).flatten(2)
 
@@ -103,6 +104,12 @@ class SDPACoreAttention(torch.nn.Module):
         here = context.positions(length, query.device) if self.shared else everywhere
         distance = here[:, None] - everywhere[None, :]
         return (distance >= 0) & (distance < (self.window or math.inf))
+
+
+def _as_wide(*tensors: Tensor) -> list[Tensor]:
+    """The same with channels of zeros where there are fewer than in another: kernels that save memory want that."""
+    most = max(x.shape[-1] for x in tensors)
+    return [F.pad(x, (0, most - x.shape[-1])) if x.shape[-1] < most else x for x in tensors]
 
 
 def _with_sinks(

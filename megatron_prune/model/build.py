@@ -50,7 +50,9 @@ from megatron_prune.log import say
 from megatron_prune.model import blocks as block_list
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.blocks import Block
+from megatron_prune.model.config_json import yarn_mscale
 from megatron_prune.model.experts import expert_fields, expert_spec
+from megatron_prune.model.latent import LatentAttention
 from megatron_prune.model.masked_linear import (
     MaskedColumnParallelLinear,
     MaskedGatedLinear,
@@ -243,6 +245,9 @@ def layer_spec(config: TransformerConfig, model: ModelConfig, layer: int) -> Mod
 
 def _attention_half(config: TransformerConfig, model: ModelConfig, layer: int) -> dict[str, Any]:
     norm, attention = _norm_and_attention(config, model)
+    if model.kv_lora_rank is not None:
+        latent = ModuleSpec(module=LatentAttention, params={"sizes": model, "norm": norm})
+        return {"input_layernorm": norm, "self_attention": latent, "self_attn_bda": get_bias_dropout_add}
     if model.attention_sinks or model.window_layers is not None:
         own = {"window": model.window(layer), "sinks": model.attention_sinks}
         attention = ModuleSpec(module=SDPACoreAttention, params=own)
@@ -408,8 +413,12 @@ def transformer_config(
 
 def _softmax_scale(config: ModelConfig) -> float | None:
     """Of the attention scores; None: 1 / sqrt(width of a head). YaRN multiplies rotated queries and keys by a factor,
-    and whole heads are rotated.
+    and whole heads are rotated; in latent attention it multiplies those parts of them, and scores by another factor.
     """
+    if config.kv_lora_rank is not None:
+        scaling = config.rope_scaling or {}
+        of_scores = yarn_mscale(scaling["factor"], scaling["mscale_all_dim"]) if "mscale_all_dim" in scaling else 1.0
+        return of_scores**2 / math.sqrt(config.query_channels)
     factor = (config.rope_scaling or {}).get("attention_factor", 1.0)
     return None if factor == 1.0 else factor**2 / math.sqrt(config.kv_channels)
 

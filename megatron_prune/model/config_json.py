@@ -34,17 +34,27 @@ LARGEST: dict[str, int] = {
     "moe_num_shared_experts": 2**10,
     "moe_router_num_groups": 2**10,
     "moe_router_group_topk": 2**10,
+    "q_lora_rank": 2**20,
+    "kv_lora_rank": 2**20,
+    "qk_head_dim": 2**16,
+    "qk_pos_emb_head_dim": 2**16,
 }
 """Of ModelConfig's sizes: far beyond any model, and lists and tensors of them still end."""
 LARGEST_NUMBER = 1e30
 """Of its constants; squared, a float64 still holds it."""
-_LARGEST_NUMBERS = {"layernorm_epsilon": 1.0} | dict.fromkeys(
-    ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor"), 1e6
+_LARGEST_NUMBERS = (
+    {"layernorm_epsilon": 1.0}
+    | dict.fromkeys(
+        ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale"), 1e6
+    )
+    | {"mscale_all_dim": 1e6}
 )
 """Of those constants that are small in any model."""
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
 YARN_KEYS = (*YARN_NUMBERS, "attention_factor", "truncate")
+MSCALES = ("mscale", "mscale_all_dim")
+"""Of YaRN in latent attention: what the rotated channels and the scores are scaled by."""
 
 
 def implied_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,10 +77,12 @@ def _implied_kv_channels(hidden_size: int, heads: int) -> int:
     return hidden_size // heads
 
 
-def read_rope(hf_config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[float, dict[str, Any] | None, float | None]:
+def read_rope(
+    hf_config: Mapping[str, Any], kinds: Sequence[str], latent: bool = False
+) -> tuple[float, dict[str, Any] | None, float | None]:
     """Rotary base, scaling of one of the `kinds` and share of a head, from ``rope_parameters`` (transformers 5) or
     ``rope_theta`` + ``rope_scaling`` + ``partial_rotary_factor``. Where both are there, ``rope_scaling`` counts, as in
-    transformers.
+    transformers. ``latent``: of latent attention, where yarn may have `MSCALES`.
     """
     given = hf_config.get("rope_scaling") or hf_config.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
@@ -94,17 +106,16 @@ def read_rope(hf_config: Mapping[str, Any], kinds: Sequence[str]) -> tuple[float
         )
     if kind == "default":
         return base, None, percent
-    return base, (_llama3 if kind == "llama3" else _yarn)(given, hf_config), percent
+    return base, _llama3(given, hf_config) if kind == "llama3" else _yarn(given, latent), percent
 
 
-def _yarn(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn(given: Mapping[str, Any], latent: bool) -> dict[str, Any]:
     """The scaling of that type (Peng et al. 2023, arXiv:2309.00071, 3.2 to 3.4), with the values that are implied."""
-    del hf_config
     there = {key: value for key, value in given.items() if value is not None}
     missing = [key for key in ("factor", "original_max_position_embeddings") if key not in there]
     if missing:
         raise UserError(f"config.json has rope type 'yarn' without {', '.join(missing)}; add what the model has")
-    if "mscale" in there or "mscale_all_dim" in there:
+    if not latent and not there.keys().isdisjoint(MSCALES):
         raise UserError(
             "config.json has rope type 'yarn' with mscale or mscale_all_dim; supported: attention_factor, or none of "
             "them"
@@ -114,15 +125,26 @@ def _yarn(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, A
         check_number(key, found[key])
     if not isinstance(found["truncate"], bool):
         raise UserError(f"config.json gives truncate = {brief(found['truncate'])}; it must be true or false")
-    if found["beta_slow"] >= found["beta_fast"]:
+    if found["beta_slow"] > found["beta_fast"]:
         raise UserError(
             f"config.json has beta_slow {found['beta_slow']} and beta_fast {found['beta_fast']}; the first must be "
-            "below the second"
+            "at most the second"
         )
-    implied = 0.1 * math.log(found["factor"]) + 1.0 if found["factor"] > 1 else 1.0
+    scales = {key: float(check_number(key, there[key])) for key in MSCALES if key in there}
+    implied = yarn_mscale(found["factor"])
+    if len(scales) == len(MSCALES):
+        implied = yarn_mscale(found["factor"], scales["mscale"]) / yarn_mscale(
+            found["factor"], scales["mscale_all_dim"]
+        )
     scale = float(check_number("attention_factor", found.get("attention_factor", implied)))
     numbers = {key: found[key] for key in YARN_NUMBERS}
-    return {"rope_type": "yarn", **numbers, "attention_factor": scale, "truncate": found["truncate"]}
+    of_scores = {key: value for key, value in scales.items() if key == "mscale_all_dim"}
+    return {"rope_type": "yarn", **numbers, "attention_factor": scale, "truncate": found["truncate"], **of_scores}
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """What YaRN scales by where a sequence is `factor` times as long (arXiv:2309.00071, equation 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _llama3(given: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_prune.data.tokenizer_files import TOKENIZER_FILES
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced, read_json, reason
-from megatron_prune.model import carried, given, mxfp4, pruning, quantised
+from megatron_prune.model import carried, fp8_blocks, given, mxfp4, pruning, quantised
 from megatron_prune.model.families import ModelConfig, WeightMap, dimensions, family_of, get_family
 from megatron_prune.model.mxfp4 import PackedExperts
 from megatron_prune.model.published import (
@@ -180,6 +180,8 @@ class HFReader:
 
     in_mxfp4 = False
     """Experts are in MXFP4, and what is read of them is bfloat16."""
+    in_fp8: fp8_blocks.Block | None = None
+    """Weights are in FP8 with a scale for each such block, and what is read of them is bfloat16."""
     configs: ClassVar[tuple[str, ...]] = ("config.json",)
     """Files that the sizes come from."""
 
@@ -223,13 +225,19 @@ class HFReader:
         """What config.json says of the model."""
         config: dict[str, Any] = read_json(self.directory / "config.json", _WHAT)
         self.in_mxfp4 = mxfp4.is_packed(config) and family_of(config).alternating
-        return {key: value for key, value in config.items() if key != quantised.KEY} if self.in_mxfp4 else config
+        with located(self.directory):
+            block = fp8_blocks.block_of(config)
+        self.in_fp8 = block if block and family_of(config).fp8_blocks else None
+        plain = self.in_mxfp4 or self.in_fp8
+        return {key: value for key, value in config.items() if key != quantised.KEY} if plain else config
 
     def _read_entries(self) -> dict[str, Entry]:
         """The tensors by the names and types that they have as plain weights."""
         entries = read_entries(self.directory)
         if self.in_mxfp4:
             entries = mxfp4.plain_entries(self.directory, entries)
+        if self.in_fp8:
+            entries = fp8_blocks.plain_entries(self.directory, entries, self.in_fp8)
         check_tensors(self.directory, entries)
         return entries
 
@@ -238,6 +246,9 @@ class HFReader:
             raise UserError(f"{self.directory} has no tensor {name}{nearest(name, self._entries)}")
         entry = self._entries[name]
         with fenced(f"cannot read {name} from {entry.file}", "fetch it again"), safe_open(entry.file, "pt") as opened:
+            if entry.scales is not None and self.in_fp8:
+                tensor = self._of_blocks(opened.get_tensor(entry.name), entry.scales)
+                return tensor if part is None else part(tensor)
             if entry.part is None:
                 return opened.get_tensor(entry.name) if part is None else part(opened.get_slice(entry.name))
             whole = opened.get_slice(entry.name)
@@ -247,6 +258,11 @@ class HFReader:
                 with safe_open(entry.scales.file, "pt") as beside:
                     tensor = entry.part.of(PackedExperts(whole, beside.get_slice(entry.scales.name)))
             return (tensor if part is None else part(tensor)).contiguous()
+
+    def _of_blocks(self, codes: Tensor, scales: Entry) -> Tensor:
+        assert self.in_fp8 is not None
+        with safe_open(scales.file, "pt") as beside:
+            return fp8_blocks.dequantised(codes, beside.get_tensor(scales.name), self.in_fp8)
 
     def _model_config(self) -> ModelConfig:
         config = family_of(self.config).from_hf(self.config)

@@ -27,19 +27,23 @@ def _passed(config: ModelConfig, map: WeightMap) -> int:
 
 def kv_cache_bytes(config: ModelConfig) -> int:
     """Bytes that a token adds to the key and value cache of all layers, in the model's own type."""
-    return 2 * _over_layers(config, "key_value") * BYTES[config.dtype]
+    size = _over_layers(config, "latent_rope") if config.kv_lora_rank else 2 * _over_layers(config, "key_value")
+    return size * BYTES[config.dtype]
 
 
 def forward_flops(config: ModelConfig, context: int) -> int:
     """FLOPs of one token that sees `context` tokens, a multiply-add being 2: linear layers, output layer, attention."""
     linears = sum(_passed(config, map) for map in get_family(config.family).weights(config) if map.prunable)
-    return 2 * (linears + config.vocab_size * config.hidden_size + 2 * channels_seen(config, context))
+    return 2 * (linears + config.vocab_size * config.hidden_size + channels_seen(config, context))
 
 
 def channels_seen(config: ModelConfig, context: int) -> int:
-    """Query channels times the tokens that one of `context` tokens sees, over all layers."""
-    layers = range(config.num_layers)
-    return sum(dimensions(config, n)["query"] * min(context, config.window(n) or context) for n in layers)
+    """Channels of all heads' queries and values times the tokens that one of `context` tokens sees, over all layers."""
+    found = 0
+    for layer in range(config.num_layers):
+        size = dimensions(config, layer)
+        found += (size["latent_query"] + size["query"]) * min(context, config.window(layer) or context)
+    return found
 
 
 CONTEXT = 2048

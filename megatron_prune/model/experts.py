@@ -89,7 +89,7 @@ def expert_fields(config: ModelConfig, layout: backend.Layout) -> dict[str, Any]
         moe_router_topk_scaling_factor=config.moe_router_topk_scaling_factor,
         moe_router_num_groups=config.moe_router_num_groups if grouped else None,
         moe_router_group_topk=config.moe_router_group_topk if grouped else None,
-        moe_router_dtype="fp32" if config.moe_router_score_function == "sigmoid" else None,
+        moe_router_dtype="fp32" if config.moe_router_float32 else None,
         moe_token_dispatcher_type="alltoall" if backend.has_cuda() else "allgather",  # gloo gathers equal parts alone
         moe_grouped_gemm=False,
         expert_model_parallel_size=layout.expert,

@@ -48,7 +48,7 @@ FIXED = (
     *("tie_word_embeddings", "rotary_base", "rope_scaling", "rotary_percent", "sliding_window", "layernorm_epsilon"),
     *("moe_router_topk", "moe_renormalize", "moe_router_score_function", "moe_router_expert_bias"),
     *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "moe_num_shared_experts"),
-    "moe_shared_expert_gate",
+    *("moe_shared_expert_gate", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
 )
 """Fields of a ModelConfig that no pruning changes."""
 _ATTENTION = ("decoder.layers.{layer}.input_layernorm.", "decoder.layers.{layer}.self_attention.")
@@ -211,6 +211,8 @@ class Family:
     """
     more_layers: bool = False
     """Files may have layers behind the last, which predict further tokens and which transformers leaves out."""
+    fp8_blocks: bool = False
+    """Published in FP8 with a scale for each block of a weight, and in nothing else."""
     ignored: tuple[str, ...] = ()
     """Hugging Face name patterns (fnmatch) that carry no weights and may be in a file."""
 
@@ -224,6 +226,8 @@ class Family:
         self._check_supported(hf_config)
         values = {name: self._value(hf_config, key) for name, key in self.keys.items()}
         check_values(values)
+        if self.latent:
+            _check_implied(hf_config, values)
         sizes = implied_sizes(values)
         config = ModelConfig(
             **sizes,
@@ -238,6 +242,11 @@ class Family:
         _check_heads(config)
         _check_experts(config)
         return config
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values of all heads are made from one narrow vector."""
+        return "kv_lora_rank" in self.keys
 
     def _from_blocks(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """A config.json with a list of layers; what is kept of it is the ordinary one of the widest layer."""
@@ -295,6 +304,8 @@ class Family:
         classes = written.get("architectures")
         if classes and not any(str(name).endswith(self.head) for name in classes):
             written["architectures"] = [class_stem(classes[0]) + self.head]
+        if written.get("model_type") in self.model_types:  # others are names that need code
+            written["model_type"] = self.model_types[0]
         for key in DTYPE_KEYS:
             if isinstance(written.get(key), str):
                 written[key] = written[key].removeprefix("torch.")
@@ -431,7 +442,7 @@ class Family:
         if self.constants.get("position_embedding") == "learned":
             return {"rotary_base": 0.0, "rope_scaling": None}
         given = {key: value for key, value in hf_config.items() if value is not None}
-        base, scaling, percent = read_rope({**self.rope, **given}, self.rope_types)
+        base, scaling, percent = read_rope({**self.rope, **given}, self.rope_types, self.latent)
         if self.partial_rotary is None and percent not in (None, 1.0):
             raise UserError(
                 f"config.json has partial_rotary_factor {percent}; the {self.name} family supports 1.0 only"
@@ -486,9 +497,12 @@ def check_config(config: ModelConfig, family: Family) -> None:
             f"{' or '.join(DTYPES)} and above 0 and at most 1"
         )
     scaling = config.rope_scaling
-    if scaling is not None and read_rope({"rope_parameters": scaling}, family.rope_types)[1] != scaling:
+    if scaling is not None and read_rope({"rope_parameters": scaling}, family.rope_types, family.latent)[1] != scaling:
         keys = YARN_KEYS if scaling.get("rope_type") == "yarn" else LLAMA3_KEYS
         raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(keys)}")
+    latent = [config.kv_lora_rank, config.qk_head_dim, config.qk_pos_emb_head_dim]
+    if any((size is not None) != family.latent for size in latent) or (config.q_lora_rank and not family.latent):
+        raise UserError(f"sizes of latent attention are {latent}; a {family.name} model has others")
     _check_heads(config)
     _check_experts(config)
     windows = config.window_layers
@@ -541,8 +555,24 @@ def _check_heads(config: ModelConfig) -> None:
             f"config.json has {config.num_attention_heads} attention heads and {config.num_query_groups} "
             "key/value heads; the second must divide the first"
         )
+    if config.kv_lora_rank is not None and config.num_query_groups != config.num_attention_heads:
+        raise UserError(
+            f"config.json has {config.num_attention_heads} attention heads and {config.num_query_groups} key/value "
+            "heads; in latent attention they are as many"
+        )
     if config.position_embedding == "rope" and rotary_channels(config) % 2:
-        raise UserError(f"config.json gives a head width of {config.kv_channels}; rotary embeddings need an even one")
+        width = config.qk_pos_emb_head_dim or config.kv_channels
+        raise UserError(f"config.json gives a head width of {width}; rotary embeddings need an even one")
+
+
+def _check_implied(hf_config: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """UserError for widths of heads that contradict those of latent attention, and which transformers would take."""
+    rotated, rest = values["qk_pos_emb_head_dim"], values["qk_head_dim"]
+    for key, meant in (("head_dim", rotated), ("qk_head_dim", rotated + rest)):
+        if hf_config.get(key) not in (None, meant):
+            raise UserError(
+                f"config.json has {key} {brief(hf_config[key])}; of its heads it is {meant}: correct it or take it out"
+            )
 
 
 def _check_loadable(config: ModelConfig) -> None:

@@ -15,10 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before megatron.core)
+import megatron_prune.backend as backend  # isort: skip
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -92,11 +94,16 @@ class StepWeight:
             self.done()
 
 
+def sequence_parallel(module: MaskedLinear) -> bool:
+    """Whether a linear that is whole on every tensor-parallel rank sees a part of the tokens on each of them."""
+    return bool(getattr(module.weight, "sequence_parallel", False))
+
+
 class MaskedLinear(torch.nn.Module):
     """Mixin over megatron-core's parallel linears; without `learn_mask` it behaves exactly like them."""
 
-    shard_axis = 0
-    """Axis of weight and mask logits that tensor parallelism splits: 0 column-parallel, 1 row-parallel."""
+    shard_axis: int | None = 0
+    """Axis of weight and mask logits that tensor parallelism splits: 0 column-parallel, 1 row-parallel; None: none."""
     weight: torch.nn.Parameter
     tp_group: Any
     is_expert: bool
@@ -126,7 +133,10 @@ class MaskedLinear(torch.nn.Module):
         logits = torch.nn.Parameter(
             torch.zeros(out, inputs // mask_draw.m, count, dtype=mask_draw.logits_dtype, device=self.weight.device)
         )
-        set_tensor_model_parallel_attributes(logits, True, self.shard_axis, 1)
+        if self.shard_axis is None:
+            setattr(logits, "sequence_parallel", sequence_parallel(self))
+        else:
+            set_tensor_model_parallel_attributes(logits, True, self.shard_axis, 1)
         logits.allreduce = getattr(self.weight, "allreduce", True)  # type: ignore[attr-defined]
         self.mask_logits = logits
         self.mask_draw, self.position, self.tensor_id = mask_draw, position, tensor_id
@@ -185,7 +195,9 @@ class MaskedLinear(torch.nn.Module):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Weight and mask logits split along the same axis, so that any layout loads what another saved."""
-        axes = {"weight": self.shard_axis, "mask_logits": self.shard_axis, **self.extra_axes}
+        axes = dict(self.extra_axes)
+        if self.shard_axis is not None:
+            axes |= {"weight": self.shard_axis, "mask_logits": self.shard_axis}
         if self.shard_axis == 0:
             axes["bias"] = 0
         return make_sharded_tensors_for_checkpoint(
@@ -225,3 +237,29 @@ class MaskedRowParallelLinear(MaskedLinear, RowParallelLinear):
     """`[out, in / tp]`: every rank holds a slice of all rows."""
 
     shard_axis = 1
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """`[out, in]` on every tensor-parallel rank, without a bias; with sequence parallelism of a part of the tokens."""
+
+    is_expert = False
+
+    def __init__(self, inputs: int, outputs: int, config: TransformerConfig, tp_group: Any) -> None:
+        super().__init__()
+        self.tp_group = tp_group
+        like = dict(dtype=config.params_dtype, device=backend.device())
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs, **like))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """`[..., in]` -> `[..., out]`, and no bias, in the form of megatron-core's linears."""
+        return self._forward_impl(x, self.weight), None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return F.linear(input, weight)
+
+
+class MaskedReplicatedLinear(MaskedLinear, ReplicatedLinear):
+    """The same with a mask; every rank draws the same one."""
+
+    shard_axis = None

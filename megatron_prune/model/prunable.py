@@ -29,6 +29,10 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
 """The prunable linears of a decoder layer, in the order in which data passes through them."""
 QKV, PROJECTION, FC1, FC2 = LINEARS
 """Each of them, as `Passes.observe` names its sites."""
+LATENT = tuple(f"self_attention.linear_{name}" for name in ("q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj"))
+"""Of latent attention, in place of `QKV`."""
+DIRECT_QUERY = "self_attention.linear_q_proj"
+"""The same in place of the first two, where queries are made from the hidden state."""
 EXPERTS = "mlp.experts.local_experts"
 SHARED = "mlp.shared_experts"
 
@@ -50,6 +54,19 @@ class LocalLinear:
         return self.map.megatron
 
 
+def attention_linears(config: ModelConfig) -> tuple[str, ...]:
+    """The prunable linears of a layer's attention by their path in it, in the order of data."""
+    if config.kv_lora_rank is None:
+        return QKV, PROJECTION
+    queries, others = LATENT[:2], LATENT[2:]
+    return *(queries if config.q_lora_rank else (DIRECT_QUERY,)), *others, PROJECTION
+
+
+def linear_names(config: ModelConfig) -> tuple[str, ...]:
+    """The last names of the prunable linears of its layers."""
+    return tuple(path.split(".")[-1] for path in (*attention_linears(config), FC1, FC2))
+
+
 def linear_paths(config: ModelConfig, layer: int | None = None) -> tuple[str, ...]:
     """The prunable linears of a decoder layer by their path in it, experts by their number in the whole model.
 
@@ -57,11 +74,12 @@ def linear_paths(config: ModelConfig, layer: int | None = None) -> tuple[str, ..
     that has most.
     """
     if not config.has_experts(layer):
-        return LINEARS
+        return *attention_linears(config), FC1, FC2
     assert config.num_moe_experts
     mlps = [SHARED] if config.shared_width else []
     mlps += [f"{EXPERTS}.{expert}" for expert in range(config.num_moe_experts)]
-    return QKV, PROJECTION, *(f"{mlp}.{linear}" for mlp in mlps for linear in ("linear_fc1", "linear_fc2"))
+    inner = (f"{mlp}.{linear}" for mlp in mlps for linear in ("linear_fc1", "linear_fc2"))
+    return *attention_linears(config), *inner
 
 
 def second_linears(config: ModelConfig, layer: int) -> list[str]:
@@ -145,8 +163,12 @@ class PrunableModel:
         return self.local_experts * parallel_state.get_expert_model_parallel_rank() if self.local_experts else 0
 
     def seen_together(self, map: WeightMap) -> float:
-        """Micro-batches whose tokens pass through a weight at a time: an expert gets those of several replicas."""
-        return 1.0 if map.expert is None else self.layout.replicas_together
+        """Micro-batches whose tokens pass through a weight at a time: an expert gets those of several replicas, and a
+        linear that sequence parallelism does not split a part of one.
+        """
+        if map.expert is not None:
+            return self.layout.replicas_together
+        return 1 / self.layout.tensor if map.shard_dim is None and self.layout.sequence_parallel else 1.0
 
     def part(self, map: WeightMap) -> tuple[int, int]:
         """This rank's place among those that share a weight's layer or expert, and how many they are."""

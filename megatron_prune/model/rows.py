@@ -77,6 +77,53 @@ PROJECTION = WeightPattern(
     shard_unit="group_inputs",
     prunable=True,
 )
+QUERY_DOWN = WeightPattern(
+    MEGATRON + "self_attention.linear_q_down_proj.weight",
+    {HF + "self_attn.q_a_proj.weight": ("query_rank", "hidden")},
+    prunable=True,
+    when="q_lora_rank",
+)
+QUERY_RANK_NORM = WeightPattern(
+    MEGATRON + "self_attention.q_layernorm.weight",
+    {HF + "self_attn.q_a_layernorm.weight": ("query_rank",)},
+    when="q_lora_rank",
+)
+QUERY_UP = WeightPattern(
+    MEGATRON + "self_attention.linear_q_up_proj.weight",
+    {HF + "self_attn.q_b_proj.weight": ("latent_query", "query_rank")},
+    shard_dim=0,
+    shard_unit="query_head",
+    prunable=True,
+    when="q_lora_rank",
+)
+DIRECT_QUERY = WeightPattern(
+    MEGATRON + "self_attention.linear_q_proj.weight",
+    {HF + "self_attn.q_proj.weight": ("latent_query", "hidden")},
+    shard_dim=0,
+    shard_unit="query_head",
+    prunable=True,
+    when="direct_queries",
+)
+KEY_VALUE_DOWN = WeightPattern(
+    MEGATRON + "self_attention.linear_kv_down_proj.weight",
+    {HF + "self_attn.kv_a_proj_with_mqa.weight": ("latent_rope", "hidden")},
+    prunable=True,
+)
+LATENT_NORM = WeightPattern(
+    MEGATRON + "self_attention.kv_layernorm.weight",
+    {HF + "self_attn.kv_a_layernorm.weight": ("latent",)},
+)
+KEY_VALUE_UP = WeightPattern(
+    MEGATRON + "self_attention.linear_kv_up_proj.weight",
+    {HF + "self_attn.kv_b_proj.weight": ("latent_key_value", "latent")},
+    shard_dim=0,
+    shard_unit="up_head",
+    prunable=True,
+)
+LATENT_ATTENTION = (
+    *(QUERY_DOWN, QUERY_RANK_NORM, QUERY_UP, DIRECT_QUERY),
+    *(KEY_VALUE_DOWN, LATENT_NORM, KEY_VALUE_UP, PROJECTION),
+)
 SINKS = WeightPattern(
     MEGATRON + "self_attention.core_attention.softmax_offset",
     {HF + "self_attn.sinks": ("heads",)},
@@ -111,6 +158,11 @@ EXPERT_DOWN = down(EXPERT, HF + "mlp.experts.{expert}.down_proj")
 SHARED = MEGATRON + "mlp.shared_experts."
 SHARED_GATE_UP = gate_up(SHARED, HF + "mlp.shared_expert.gate_proj", HF + "mlp.shared_expert.up_proj", "shared_ffn")
 SHARED_DOWN = down(SHARED, HF + "mlp.shared_expert.down_proj", "shared_ffn")
+SHARED_EXPERTS = (
+    gate_up(SHARED, HF + "mlp.shared_experts.gate_proj", HF + "mlp.shared_experts.up_proj", "shared_ffn"),
+    down(SHARED, HF + "mlp.shared_experts.down_proj", "shared_ffn"),
+)
+"""As GLM-4.5 and DeepSeek name them."""
 SHARED_GATE = WeightPattern(
     MEGATRON + "mlp.shared_experts.gate_weight",
     {HF + "mlp.shared_expert_gate.weight": ("one", "hidden")},

@@ -5,6 +5,10 @@ Symbolic sizes of the families' tables (``dimensions`` gives the numbers):
 ``query`` = heads * kv_channels, ``key_value`` = groups * kv_channels, ``qkv`` = query + 2 * key_value,
 ``group_heads`` = heads of one query group,
 ``group_rows`` = rows of one query group in linear_qkv, ``group_inputs`` = inputs of one query group in linear_proj.
+With latent attention kv_channels is the width of a head's values, and ``query_rank``, ``latent`` are the widths that
+queries, keys and values are made from, ``latent_rope`` the second with the rotated channels of keys, ``query_head`` and
+``up_head`` rows of a head in the linears that make queries, keys and values, ``latent_query`` and ``latent_key_value``
+those of all heads.
 Those of a layer are that layer's own: its ``ffn`` is the width of an expert where the layer has experts.
 """
 
@@ -27,6 +31,7 @@ LATER = (
     *("moe_router_score_function", "moe_router_expert_bias", "moe_router_topk_scaling_factor"),
     *("moe_router_num_groups", "moe_router_group_topk", "qk_layernorm_whole"),
     *("window_layers", "attention_sinks", "glu_linear_offset", "activation_func_clamp_value", "norm_rounds_last"),
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
 )
 """Fields that are written where they are not as usual: descriptions of other models stay what they always were."""
 
@@ -86,6 +91,14 @@ class ModelConfig:
     """Which layers see so few, where not all do."""
     attention_sinks: bool = False
     """Each head has a learned score that takes part in the softmax and adds nothing."""
+    q_lora_rank: int | None = None
+    """Width that queries are made from, behind a norm, in latent attention; None: from the hidden state."""
+    kv_lora_rank: int | None = None
+    """Width that keys and values of all heads are made from, behind a norm: attention is latent; None: it is not."""
+    qk_head_dim: int | None = None
+    """Then the channels of a head's queries and keys that are not rotated; those of its values are `kv_channels`."""
+    qk_pos_emb_head_dim: int | None = None
+    """And those that are rotated, in pairs of neighbours; all heads have the same in their keys."""
     glu_linear_offset: float = 0.0
     """What is added to up before it is multiplied with activation(gate)."""
     activation_func_clamp_value: float | None = None
@@ -142,6 +155,26 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """Tokens that a token sees in a layer, itself included; None: all before it."""
         return self.sliding_window if self.window_layers is None or self.window_layers[layer] else None
+
+    @property
+    def moe_router_float32(self) -> bool:
+        """Whether the router multiplies in float32: those of sigmoids do, and DeepSeek's."""
+        return self.moe_router_score_function == "sigmoid" or self.kv_lora_rank is not None
+
+    @property
+    def query_channels(self) -> int:
+        """Width of a head's queries and keys."""
+        return self.kv_channels if self.kv_lora_rank is None else (self.qk_head_dim or 0) + self.rotated_keys
+
+    @property
+    def rotated_keys(self) -> int:
+        """Channels of keys that all heads share; 0 without latent attention."""
+        return self.qk_pos_emb_head_dim or 0
+
+    @property
+    def direct_queries(self) -> bool:
+        """Whether latent attention makes queries from the hidden state."""
+        return self.kv_lora_rank is not None and self.q_lora_rank is None
 
     @property
     def gain_offset(self) -> float:
@@ -259,6 +292,7 @@ class ModelConfig:
 def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
     """Numbers for the symbolic sizes of the tables, in a layer, or without its number in the widest one."""
     block = config.block(layer)
+    up_head = (config.qk_head_dim or 0) + config.kv_channels
     return {
         "one": 1,
         "vocab": config.vocab_size,
@@ -275,6 +309,13 @@ def dimensions(config: ModelConfig, layer: int | None = None) -> dict[str, int]:
         "qkv": (block.num_attention_heads + 2 * block.num_query_groups) * config.kv_channels,
         "group_rows": (block.group_heads + 2) * config.kv_channels,
         "group_inputs": block.group_heads * config.kv_channels,
+        "query_rank": config.q_lora_rank or 0,
+        "latent": config.kv_lora_rank or 0,
+        "latent_rope": (config.kv_lora_rank or 0) + config.rotated_keys,
+        "query_head": config.query_channels,
+        "up_head": up_head,
+        "latent_query": block.num_attention_heads * config.query_channels,
+        "latent_key_value": block.num_attention_heads * up_head,
     }
 
 
@@ -287,4 +328,4 @@ def channels_with_sink(width: int) -> int:
 
 def rotary_channels(config: ModelConfig) -> int:
     """Channels of a head that are rotated."""
-    return int(config.kv_channels * config.rotary_percent)
+    return config.qk_pos_emb_head_dim or int(config.kv_channels * config.rotary_percent)

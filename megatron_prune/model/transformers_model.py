@@ -26,7 +26,7 @@ POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_fa
 """Keys of config.json about rotary positions, which `Family.from_hf` has checked."""
 ROTARY = frozenset(
     "rope_type type factor low_freq_factor high_freq_factor original_max_position_embeddings rope_theta "
-    "partial_rotary_factor beta_fast beta_slow truncate attention_factor".split()
+    "partial_rotary_factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim".split()
 )
 """Keys inside of those."""
 NOT_HANDED_ON = ("quantization_config",)

@@ -26,7 +26,7 @@ from megatron_prune.log import say
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
-from megatron_prune.model.prunable import LINEARS, LocalLinear, PrunableModel
+from megatron_prune.model.prunable import LocalLinear, PrunableModel, linear_names
 from megatron_prune.training.checkpoints import find_newest
 from megatron_prune.training.loop import Steps, Trainer
 from megatron_prune.training.session import TrainingSession
@@ -176,13 +176,13 @@ class LearningRunner(TrainingSession):
         """
         draw = self.draw
         assert draw is not None
-        kinds = [path.split(".")[-1] for path in LINEARS]
+        kinds = linear_names(self.model.config)
         sums = torch.zeros(len(kinds), 5, dtype=torch.float64, device=backend.device())
         for linear in self.model.linears():
             now, spread = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
             changed, moved = (int((now != before[linear.name]).count_nonzero()) for before in (self.last, self.start))
             values = (*spread.tolist(), changed, moved, now.numel())
-            counted = self.model.seen_together(linear.map)  # so many replicas of the rest share an expert
+            counted = self.model.seen_together(linear.map)  # an expert is shared by replicas of the rest
             sums[kinds.index(linear.name.split(".")[-2])] += (
                 torch.tensor(values, dtype=sums.dtype, device=sums.device) * counted
             )

@@ -5,6 +5,7 @@ replicated, and the gradients of its copies are summed:
 
     column-parallel   W [out / tp, in]     A [rank, in]  replicated     B [out / tp, rank]
     row-parallel      W [out, in / tp]     A [rank, in / tp]            B [out, rank]  replicated
+    replicated        W [out, in]          A [rank, in]  replicated     B [out, rank]  replicated
 
 Where this differs from the paper, and why:
 - The forward pass multiplies by the changed weight, zeros kept and rounded to the model's type: exactly what the merge
@@ -31,8 +32,8 @@ from torch.nn import Parameter
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import hash_key
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.model.masked_linear import MaskedLinear
-from megatron_prune.model.prunable import LINEARS, LocalLinear, PrunableModel
+from megatron_prune.model.masked_linear import MaskedLinear, sequence_parallel
+from megatron_prune.model.prunable import DIRECT_QUERY, LATENT, LINEARS, LocalLinear, PrunableModel
 
 
 @dataclass
@@ -76,7 +77,9 @@ def linear_kinds(config: ModelConfig, targets: Sequence[str]) -> set[str]:
         if map.prunable
     }
     known = {path.split(".")[-1] for path in LINEARS}
-    wanted, allowed = set(targets), known.union(*parts.values())
+    wanted, allowed = set(targets), known.union(*parts.values(), parts)
+    if "linear_qkv" in wanted and "linear_qkv" not in parts:  # what is in its place
+        wanted |= parts.keys() & {path.split(".")[-1] for path in (*LATENT, DIRECT_QUERY)}
     if not wanted or wanted - allowed:
         given = ", ".join(sorted(wanted - allowed)) or "nothing"
         raise UserError(f"--lora-targets: {given} given; allowed: {', '.join(sorted(allowed))}")
@@ -98,11 +101,13 @@ def _add(linear: LocalLinear, adapters: Adapters, part: int, parts: int) -> None
     a = torch.empty(adapters.rank, whole).uniform_(-bound, bound, generator=adapters.generator(START, linear.tensor_id))
     module.lora_a = Parameter(a[:, first : first + inputs].to(module.weight.device, copy=True))
     module.lora_b = Parameter(torch.zeros(out, adapters.rank, device=module.weight.device))
-    name, axis = ("lora_a", 1) if row_parallel else ("lora_b", 0)
-    set_tensor_model_parallel_attributes(getattr(module, name), True, axis, 1)
+    module.extra_axes = {}
+    if module.shard_axis is not None:
+        name, axis = ("lora_a", 1) if row_parallel else ("lora_b", 0)
+        set_tensor_model_parallel_attributes(getattr(module, name), True, axis, 1)
+        module.extra_axes = {name: axis}
     for parameter in (module.lora_a, module.lora_b):
         parameter.allreduce = getattr(module.weight, "allreduce", True)  # type: ignore[attr-defined]
-    module.extra_axes = {name: axis}
     module.changed_weight = partial(_changed, module, adapters, linear.tensor_id, slice(first, first + inputs), whole)
 
 
@@ -112,7 +117,10 @@ def _changed(
     """W + (alpha / rank) * B A of this rank's shard, zeros of W kept where asked for, in W's type."""
     a: Tensor = module.lora_a
     b: Tensor = module.lora_b
-    if module.shard_axis == 0:
+    if module.shard_axis is None:
+        if sequence_parallel(module):  # each rank has seen a part of the tokens
+            a, b = (copy_to_tensor_model_parallel_region(x, group=module.tp_group) for x in (a, b))
+    elif module.shard_axis == 0:
         a = copy_to_tensor_model_parallel_region(a, group=module.tp_group)
     else:
         b = copy_to_tensor_model_parallel_region(b, group=module.tp_group)

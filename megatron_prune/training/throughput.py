@@ -48,7 +48,7 @@ with sparsity only: halved here."""
 def forward_flops(model: ModelConfig, seq_length: int) -> int:
     """Forward FLOPs of one token of a window; a backward pass that reaches every weight takes twice as many."""
     linears = sum(math.prod(map.shape) for map in get_family(model.family).weights(model) if map.prunable)
-    return 2 * linears + 2 * model.vocab_size * model.hidden_size + 4 * channels_seen(model, seq_length)
+    return 2 * linears + 2 * model.vocab_size * model.hidden_size + 2 * channels_seen(model, seq_length)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:

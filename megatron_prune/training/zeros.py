@@ -38,15 +38,7 @@ class Zeros:
     @torch.no_grad()
     def check(self, when: str) -> int:
         """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
-        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        of_expert = parallel_state.get_expert_data_parallel_rank()
-        return check_zeros(
-            (
-                (_used(x)[self.masks[x.name]], (replica if x.map.expert is None else of_expert) == 0)
-                for x in self.linears
-            ),
-            when,
-        )
+        return check_zeros(((_used(x)[self.masks[x.name]], _is_first(x)) for x in self.linears), when)
 
 
 def check_zeros(found: Iterable[tuple[Tensor, bool]], when: str) -> int:
@@ -66,6 +58,15 @@ def check_zeros(found: Iterable[tuple[Tensor, bool]], when: str) -> int:
             "resume from an earlier checkpoint, or begin a new run"
         )
     return zeros
+
+
+def _is_first(linear: LocalLinear) -> bool:
+    """Whether this rank's part of a weight is the first of its copies."""
+    if linear.map.expert is not None:
+        return parallel_state.get_expert_data_parallel_rank() == 0
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    whole = linear.map.shard_dim is None  # on every tensor-parallel rank
+    return replica == 0 and not (whole and parallel_state.get_tensor_model_parallel_rank())
 
 
 def _used(linear: LocalLinear) -> Tensor:

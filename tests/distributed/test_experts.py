@@ -37,9 +37,11 @@ MODELS = {
     "mixed": ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1]}),
     "shared": ("qwen2_moe", {}),
     "sinks": ("gpt_oss", {}),
+    "latent": ("deepseek_v3", {"num_hidden_layers": 4, "n_routed_experts": 16}),
 }
 PAIRS = [("mixed", layout) for layout in (TP2_SP, EP2, EP2_TP2_SP, EP2_ETP2_SP, EP2_PP2, EP4)]
 PAIRS += [("shared", layout) for layout in (EP2, EP2_TP2_SP)] + [("sinks", EP2_TP2_SP)]
+PAIRS += [("latent", layout) for layout in (EP2_TP2_SP, EP2_PP2)]
 STEPS = 5
 
 
@@ -70,9 +72,12 @@ REMOVED = Case("reap", "num_moe_experts=4")
 MERGED = Case("ream", "num_moe_experts=4", ("--group-size=3",))
 NARROWED = Case("minitron", "num_moe_experts=4,moe_ffn_hidden_size=12,hidden_size=24,num_attention_heads=2")
 SHARED = Case("minitron", "moe_shared_expert_intermediate_size=20,moe_ffn_hidden_size=12", ("--refit", "propagated"))
+LATENT = Case("minitron", "hidden_size=24,num_query_groups=2", ("--refit", "propagated"))
+GROUPED = Case("reap", "num_moe_experts=8")
+DEPTH = Case("shortgpt", "num_layers=3")
 CONTROL = Case("layout_dependent")
-ALL = (*CASES, REMOVED, MERGED, NARROWED, SHARED, CONTROL)
-FEW = (CASES[1], CASES[-1], REMOVED, MERGED, NARROWED, CONTROL)
+ALL = (*CASES, REMOVED, MERGED, NARROWED, SHARED, LATENT, GROUPED, DEPTH, CONTROL)
+FEW = (CASES[1], CASES[-1], REMOVED, MERGED, NARROWED, GROUPED, CONTROL)
 """On four processes, which take long on few cores."""
 TRAINED = {
     "learned": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--temperature-end", "2"]
@@ -82,6 +87,8 @@ TRAINED = {
     "recovered": ["train", "--use-distributed-optimizer", "--moe-aux-loss-coeff", "0.1"],
     "adapted": ["train", "--lora-rank", "4"],
 }
+TRAINED |= {f"latent_{name}": TRAINED[name] for name in ("learned", "recovered", "adapted")}
+"""The same of a model with latent attention."""
 TRAINING = [
     *((name, EP2) for name in TRAINED),
     *((name, EP2_TP2_SP) for name in ("learned", "recovered", "adapted")),
@@ -90,6 +97,7 @@ TRAINING = [
     *((name, EP2_ETP2_SP) for name in ("masks_and_weights", "recovered")),
     ("learned", EP2_PP2),
     ("recovered", EP4),
+    *((f"latent_{name}", EP2_TP2_SP) for name in ("learned", "recovered", "adapted")),
 ]
 RESUMED = [
     ("masks_and_weights", EP2, ONE),
@@ -111,7 +119,8 @@ def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[st
 
 def train_command(root: Path, name: str, layout: Layout) -> list[str]:
     """A verb that trains, four windows a step, on a dense model or one that Wanda has pruned."""
-    source = root / ("pruned" if TRAINED[name][0] == "train" else "mixed")
+    model = "latent" if name.startswith("latent_") else "mixed"
+    source = root / (f"{model}_pruned" if TRAINED[name][0] == "train" else model)
     inputs = ["--input", str(source), "--output", str(root / "runs" / layout.name / name)]
     data = ["--data", str(root / "words.jsonl"), "--seq-length", "32", "--global-batch-size", "4"]
     steps = ["--train-iters", str(STEPS), "--lr", "1e-3", "--save-interval", "2"]
@@ -129,8 +138,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         byte_tokenizer(tiny_model(root / f"{model}_hf", family, vocab_size=257, **sizes))
         one.append(["import", "--input", str(root / f"{model}_hf"), "--output", str(root / model)])
         one += [prune_command(root, model, case, ONE) for case in ALL if fits(model, case)]
-    pruned = root / "runs" / "mixed" / ONE.name / CASES[1].name
-    one.append(["trim", "--input", str(pruned), "--output", str(root / "pruned")])
+    for model in ("mixed", "latent"):
+        pruned = root / "runs" / model / ONE.name / CASES[1].name
+        one.append(["trim", "--input", str(pruned), "--output", str(root / f"{model}_pruned")])
     one += [train_command(root, name, ONE) for name in TRAINED]
     must_pass(launch(1, one, root / "commands"))
     for processes in (2, 4):
@@ -169,8 +179,10 @@ def evaluate_command(root: Path, layout: Layout) -> list[str]:
 
 
 def fits(model: str, case: Case, layout: Layout = ONE) -> bool:
-    """Only one model has shared experts, and only one more than 4; on four processes few cases are run."""
-    missing = {"mixed": (SHARED,), "shared": (REMOVED, MERGED, NARROWED), "sinks": (SHARED, REMOVED, MERGED)}[model]
+    """What a model has the parts for; on four processes few cases are run."""
+    own = {"mixed": (REMOVED, MERGED, NARROWED), "shared": (SHARED,), "sinks": (NARROWED,)}
+    own["latent"] = (LATENT, GROUPED, DEPTH)
+    missing = {REMOVED, MERGED, NARROWED, SHARED, LATENT, GROUPED, DEPTH}.difference(own[model])
     return case not in missing and (layout.processes < 4 or case in FEW)
 
 
@@ -186,7 +198,7 @@ def resume_command(root: Path, name: str, saved: Layout, goes_on: Layout) -> lis
 def differing(root: Path, model: str, case: Case, layout: Layout) -> float:
     """Share of the weights on which a layout decides otherwise than one process."""
     a, b = (Masks.load(root / "runs" / model / x.name / case.name / "decision") for x in (ONE, layout))
-    assert a.names() == b.names() and any(".experts.5." in name for name in a.names()) == (model == "mixed")
+    assert a.names() == b.names() and any(".experts.5." in name for name in a.names()) == (model in ("mixed", "latent"))
     pairs = [(a.get(name), b.get(name)) for name in a.names()]
     return sum(int((x != y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
 
@@ -208,7 +220,7 @@ def test_the_comparison_can_fail(root: Path, model: str, layout: Layout) -> None
 
 @pytest.mark.parametrize(
     ("model", "layout", "case"),
-    tried(REMOVED, MERGED, NARROWED, SHARED),
+    tried(REMOVED, MERGED, NARROWED, SHARED, LATENT, GROUPED, DEPTH),
     ids=lambda x: x if isinstance(x, str) else x.name[:16],
 )
 def test_the_same_units_stay(root: Path, model: str, layout: Layout, case: Case) -> None:
@@ -216,7 +228,9 @@ def test_the_same_units_stay(root: Path, model: str, layout: Layout, case: Case)
     assert found == expected
     if model == "mixed":
         assert len(found.blocks[0].experts) == 4 and not found.blocks[1].experts
-    if case not in (REMOVED, MERGED):
+    if case == GROUPED:
+        assert all(len(block.experts) in (0, 8) for block in found.blocks)
+    if case in (NARROWED, SHARED):
         assert len(set(found.blocks[0].expert_ffn)) > 1
 
 
@@ -237,7 +251,9 @@ def test_training_follows_one_process(root: Path, name: str, layout: Layout) -> 
     keys = {"loss": 1e-5, "grad_norm": 1e-4}
     assert curve(here, "eval_loss") == pytest.approx(curve(there, "eval_loss"), abs=1e-5)
     assert curve(here, "eval_loss")
-    keys |= {"max_probability": 1e-5, "max_probability/linear_fc2": 1e-5} if name == "learned" else {}
+    if name.endswith("learned"):
+        kind = "linear_kv_down_proj" if name.startswith("latent_") else "linear_fc2"
+        keys |= {"max_probability": 1e-5, f"max_probability/{kind}": 1e-5}
     assert curve(here, "zeros") == curve(there, "zeros")
     assert all(curve(here, "zeros")) and bool(curve(here, "zeros")) == (TRAINED[name][0] == "train")
     for key, tolerance in keys.items():

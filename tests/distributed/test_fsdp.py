@@ -51,7 +51,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = dict(vocab_size=257, hidden_size=64, intermediate_size=128)
     hf = byte_tokenizer(tiny_llama(root / "hf", tie_word_embeddings=True, **sizes))
     byte_tokenizer(tiny_llama(root / "teacher", vocab_size=257, hidden_size=64, num_hidden_layers=4, seed=1))
-    mixture = tiny_model(root / "experts", "qwen3_moe", vocab_size=257, num_experts=5)  # three and two, on two processes
+    mixture = tiny_model(
+        root / "experts", "qwen3_moe", vocab_size=257, num_experts=5
+    )  # three and two, on two processes
     make_sparse(byte_tokenizer(mixture))
     make_sparse(hf)
     for kind in KINDS:

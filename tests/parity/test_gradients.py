@@ -36,7 +36,17 @@ CASES = [
     ("gpt_oss", EP2_TP2_SP),
     ("gpt_oss", TP2_SP_ETP1),
     ("gpt_oss", PP2),
+    ("deepseek_v3", EP2),
+    ("deepseek_v3", EP2_TP2_SP),
+    ("deepseek_v2", TP2_SP),
 ]
+
+EVERY = {
+    "glm4_moe": {"num_experts_per_tok": 6},
+    "deepseek_v3": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+}
+"""So that each expert has some tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gradients")
     commands = []
     for model_type in dict(CASES):
-        every = {"num_experts_per_tok": 6} if model_type == "glm4_moe" else {}  # so that each expert has some tokens
+        every = EVERY.get(model_type, {})
         byte_tokenizer(tiny_model(root / f"{model_type}_hf", model_type, vocab_size=257, **every))
         commands.append(["import", "--input", str(root / f"{model_type}_hf"), "--output", str(root / model_type)])
     for model_type, layout in CASES:

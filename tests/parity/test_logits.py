@@ -58,6 +58,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {}),
     "glm4_moe": ("glm4_moe", {}),
     "gpt_oss": ("gpt_oss", {}),
+    "deepseek_v3": ("deepseek_v3", {}),
+    "deepseek_v3_plain": (
+        "deepseek_v3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "n_group": 1, "topk_group": 1}
+        | {"qk_nope_head_dim": 4, "tie_word_embeddings": True},
+    ),
+    "deepseek_v2": ("deepseek_v2", {}),
     "gpt_oss_other": (
         "gpt_oss",
         {"layer_types": ["full_attention", *["sliding_attention"] * 3], "swiglu_limit": 0.5}
@@ -72,7 +79,9 @@ OTHER_LAYOUTS = {
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "nemotron", "gpt2"), (TP2_SP, PP2)),
     **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "glm4_moe"), (EP2, EP2_TP2_SP, TP2_SP)),
     "gpt_oss": (EP2, EP2_TP2_SP, TP2_SP_ETP1, EP2_PP2),
-    **dict.fromkeys(("glm4_moe_groups", "gpt_oss_other"), ()),
+    **dict.fromkeys(("glm4_moe_groups", "gpt_oss_other", "deepseek_v3_plain"), ()),
+    "deepseek_v3": (EP2, EP2_TP2_SP, TP2_SP, EP2_PP2),
+    "deepseek_v2": (EP2_TP2_SP,),
     "qwen3_moe": (EP2, EP2_TP2_SP, TP2_SP, EP2_ETP2_SP, EP2_PP2, EP4),
     "qwen3_moe_mixed": (EP2, PP2),
 }

@@ -40,7 +40,7 @@ from megatron_prune.model.packed import open_reader
 from megatron_prune.model.untrusted import check_format, read_table
 from megatron_prune.options import entries, flag
 from megatron_prune.results import read_result
-from tests.models import byte_tokenizer, packed_gpt_oss, packed_llama, tiny_llama, words
+from tests.models import byte_tokenizer, packed_deepseek, packed_gpt_oss, packed_llama, tiny_llama, words
 
 STEPS = "--seq-length 16 --global-batch-size 1 --train-iters 2 --save-interval 1"
 CALIBRATION = "--calibration w.jsonl --calibration-samples 1 --calibration-seq-length 16"
@@ -72,6 +72,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         byte_tokenizer(tiny_llama(Path("hf"), vocab_size=257))
         packed_llama(Path("packed"), "int4_awq")
         packed_gpt_oss(Path("mxfp4"))
+        packed_deepseek(Path("fp8"))
         words(Path("w.jsonl"), 4)
         for command in COMMANDS:
             assert main(command.split()) == 0, command
@@ -160,6 +161,7 @@ JSON_FILES: dict[str, Callable[[], object]] = {
     "latency.json": lambda: LatencyTable.load(Path("latency.json")),
     "tok.json": lambda: open_indexed(Path("tok"), 257),
     "hf/config.json": lambda: HFReader("hf").model_config,
+    "fp8/config.json": lambda: HFReader("fp8").model_config,
     "mxfp4/config.json": lambda: HFReader("mxfp4").model_config,
     "mxfp4/model.safetensors.index.json": lambda: HFReader("mxfp4").model_config,
     "packed/config.json": lambda: open_reader("packed").model_config,
@@ -253,6 +255,7 @@ def read_decision(folder: Path) -> None:
 BINARY_FILES: dict[str, Callable[[], object]] = {
     "hf/model.safetensors": lambda: [HFReader("hf").read(name) for name in HFReader("hf").names()],
     "mxfp4/model-00002-of-00002.safetensors": lambda: [HFReader("mxfp4").read(n) for n in HFReader("mxfp4").names()],
+    "fp8/model.safetensors": lambda: [HFReader("fp8").read(name) for name in HFReader("fp8").names()],
     "run/decision/layer_00000.safetensors": lambda: read_decision(Path("run/decision")),
     "narrow/decision/units.safetensors": lambda: quietly(["inspect", "--input", "narrow"]),
     "tok.idx": lambda: open_indexed(Path("tok"), 257),

@@ -15,7 +15,6 @@ from megatron_prune.model.rows import (
     FINAL_NORM,
     GATE_UP,
     GATED_SILU,
-    HF,
     INPUT_NORM,
     KEY_NORM,
     LLAMA_DEFAULTS,
@@ -29,12 +28,9 @@ from megatron_prune.model.rows import (
     ROTARY_TABLES,
     ROUTER,
     ROUTER_BIAS,
-    SHARED,
-    down,
-    gate_up,
+    SHARED_EXPERTS,
 )
 
-NAMES = HF + "mlp.shared_experts."
 KEYS = {
     "num_moe_experts": "n_routed_experts",
     "moe_ffn_hidden_size": "moe_intermediate_size",
@@ -66,8 +62,7 @@ FAMILY = Family(
         *(EMBEDDING, INPUT_NORM, QKV, replace(QKV_BIAS, when="qkv_bias")),
         *(replace(norm, when="qk_layernorm") for norm in (QUERY_NORM, KEY_NORM)),
         *(PROJECTION, MLP_NORM, ROUTER, ROUTER_BIAS),
-        gate_up(SHARED, NAMES + "gate_proj", NAMES + "up_proj", "shared_ffn"),
-        down(SHARED, NAMES + "down_proj", "shared_ffn"),
+        *SHARED_EXPERTS,
         *(EXPERT_GATE_UP, EXPERT_DOWN, GATE_UP, DOWN, FINAL_NORM, OUTPUT),
     ),
     ignored=ROTARY_TABLES,

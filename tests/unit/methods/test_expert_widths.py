@@ -208,4 +208,4 @@ def test_what_cannot_be_is_one_line(root: Path, tmp_path: Path, case: str, capsy
 
 def test_too_small_a_budget_for_whole_experts(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert prune(root, "qwen3_moe", "reap", "parameters=100", tmp_path / "run") == 2
-    assert "with 3 experts in a layer, which each token goes to" in capsys.readouterr().err
+    assert "with 3 experts in a layer, which routing needs" in capsys.readouterr().err

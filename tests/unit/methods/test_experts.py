@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from tests.models import byte_tokenizer, tiny_model, words
 LENGTH, SAMPLES = 32, 5
 FAMILIES = {"qwen3_moe": {}, "olmoe": {}, "mixtral": {}, "qwen2_moe": {"norm_topk_prob": False}}
 FAMILIES |= {"glm4_moe": {"routed_scaling_factor": 1.0}, "gpt_oss": {}}
+FAMILIES |= {"deepseek_v3": {"routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3}}
+FAMILIES |= {"deepseek_v2": {"routed_scaling_factor": 1.0}}
+FIRST_IS_DENSE = ("glm4_moe", "deepseek_v3", "deepseek_v2")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +103,7 @@ def test_activity_is_that_of_transformers_experts(root: Path, family: str) -> No
     expected = routed(root / f"{family}_hf", tokens)
     with backend.running(backend.Layout()):
         found = Passes(load_model(root / family, backend.Layout()), tokens).expert_activity()
-    assert [activity is None for activity in found] == [family == "glm4_moe" and n == 0 for n in range(len(found))]
+    assert [activity is None for activity in found] == [family in FIRST_IS_DENSE and n == 0 for n in range(len(found))]
     for activity, layer in zip([each for each in found if each is not None], expected, strict=True):
         for expert, (_inputs, _inner, gates, outputs) in layer.items():
             norms = outputs.norm(dim=-1)
@@ -109,7 +113,7 @@ def test_activity_is_that_of_transformers_experts(root: Path, family: str) -> No
             assert float(activity.norms[expert]) == pytest.approx(float(norms.sum()), rel=1e-5)
             assert float(activity.gates[expert]) == pytest.approx(float(gates.sum()), rel=1e-5)
         total = sum(float(gates.sum()) for _, _, gates, _ in layer.values())
-        renormalised = family in ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")
+        renormalised = family in ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3")
         assert (total == pytest.approx(SAMPLES * LENGTH, rel=1e-5)) == renormalised
 
 
@@ -125,6 +129,45 @@ def test_reap_keeps_the_highest_means_and_not_the_highest_sums(root: Path, tmp_p
         sums = {expert: float((gates * out.norm(dim=-1)).sum()) for expert, (_, _, gates, out) in layer.items()}
         means = {expert: sums[expert] / max(1, len(layer[expert][2])) for expert in layer}
         assert block.experts == tuple(sorted(sorted(means, key=means.__getitem__)[-5:]))
+
+
+def test_groups_of_experts_keep_equally_many(root: Path, tmp_path: Path) -> None:
+    """Of the highest means in each of two groups of four; what stays is the model without the others."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_prune.data.calibration import windows
+    from megatron_prune.data.tokenizer import load_tokenizer
+
+    sizes = {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+    byte_tokenizer(tiny_model(tmp_path / "two_hf", "deepseek_v3", vocab_size=257, **sizes))
+    shutil.copy(root / "words.jsonl", tmp_path / "words.jsonl")
+    assert main(["import", "--input", str(tmp_path / "two_hf"), "--output", str(tmp_path / "two")]) == 0
+    assert prune(tmp_path, "two", "reap", "num_moe_experts=4", tmp_path / "run") == 0
+    kept = Trim.load(tmp_path / "run" / "decision").units
+    tokens = windows(
+        [tmp_path / "words.jsonl"], load_tokenizer(tmp_path / "two" / "tokenizer", 257), SAMPLES, LENGTH, 0
+    ).tokens
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two_hf", dtype=torch.float32).eval()
+    both_lowest = []
+    for number, layer in enumerate(routed(tmp_path / "two_hf", tokens), start=1):
+        sums = {n: float((gates * out.norm(dim=-1)).sum()) for n, (_, _, gates, out) in layer.items()}
+        mean = {n: total / max(1, len(layer[n][2])) for n, total in sums.items()}
+        gone = [n for group in (range(4), range(4, 8)) for n in sorted(group, key=mean.__getitem__)[:2]]
+        assert kept.blocks[number].experts == tuple(n for n in range(8) if n not in gone)
+        both_lowest.append(set(gone) == set(sorted(mean, key=mean.__getitem__)[:4]))
+        model.model.layers[number].mlp.gate.e_score_correction_bias[gone] = -1e9
+    assert not all(both_lowest), "the test could not tell groups from none"
+    for verb in (["trim", "--input", "run", "--output", "cut"], ["export", "--input", "cut", "--output", "cut_hf"]):
+        assert main([str(tmp_path / word) if word in ("run", "cut", "cut_hf") else word for word in verb]) == 0
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "cut_hf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        difference = (smaller(tokens).logits - model(tokens).logits).abs().max()
+    assert float(difference) < 1e-5
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    before, after = (load_file(tmp_path / name / "model.safetensors")[bias] for name in ("two_hf", "cut_hf"))
+    assert torch.equal(after, before[list(kept.blocks[1].experts)])
+    edited(tmp_path / "run", [[], [0, 1, 2, 4], [0, 1, 4, 5]])
+    assert main(["trim", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "other")]) == 2
 
 
 @pytest.mark.parametrize("score", ["frequency", "ean", "random"])
@@ -243,7 +286,12 @@ REFUSED = {
         "ffn_hidden_size=16",
         "cannot prune a model with expert",
     ),
-    "groups of experts": ("grouped", "reap", "num_moe_experts=4", "chooses among 4 groups of experts"),
+    "groups of experts": (
+        "grouped",
+        "reap",
+        "num_moe_experts=4",
+        "4 groups of experts, which keep equally many, at least 2",
+    ),
     "a budget": ("qwen3_moe", "flap", "parameters=20000", "cannot prune a model with experts to"),
 }
 

@@ -209,6 +209,16 @@ def test_a_later_layer_is_merged_for_what_the_merged_one_gives(root: Path) -> No
     assert [dense[2][e] for e in group] != [scores[e] for e in group]
 
 
+def test_groups_of_a_router_keep_equally_many_centres(root: Path, tmp_path: Path) -> None:
+    sizes = {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "n_routed_experts": 16}
+    byte_tokenizer(tiny_model(tmp_path / "grouped_hf", "glm4_moe", vocab_size=257, **sizes))
+    assert main(["import", "--input", str(tmp_path / "grouped_hf"), "--output", str(tmp_path / "grouped")]) == 0
+    (tmp_path / "words.jsonl").symlink_to(root / "words.jsonl")
+    assert merge(tmp_path, "grouped", tmp_path / "run", target="num_moe_experts=8") == 0
+    for block in Trim.load(tmp_path / "run" / "decision").units.blocks[1:]:
+        assert [sum(expert // 4 == group for expert in block.experts) for group in range(4)] == [2, 2, 2, 2]
+
+
 def test_groups_take_the_most_alike_from_the_highest_score_on() -> None:
     scores = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.3])
     likeness = torch.zeros(5, 5)

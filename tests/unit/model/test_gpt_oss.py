@@ -88,7 +88,7 @@ def test_windows_follow_the_layers_that_stay(directory: Path) -> None:
         ({"rope_parameters": YARN_ROPE | {"mscale": 1.0}}, "'yarn' with mscale or mscale_all_dim; supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "without original_max_position_embeddings; add"),
         ({"rope_parameters": YARN_ROPE | {"truncate": 1}}, "truncate = 1; it must be true or false"),
-        ({"rope_parameters": YARN_ROPE | {"beta_slow": 8}}, "beta_slow 8 and beta_fast 8.0; the first must be below"),
+        ({"rope_parameters": YARN_ROPE | {"beta_slow": 9}}, "beta_slow 9 and beta_fast 8.0; the first must be at most"),
         ({"rope_parameters": YARN_ROPE | {"factor": True}}, "factor = True; it must be a number"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope type 'llama3'; supported: 'default', 'yarn'"),
         ({"num_experts": 5}, "num_local_experts 4 and num_experts 5: keep one"),

@@ -19,6 +19,7 @@ from megatron_prune.model import convert
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import active_parameters, parameters
 from megatron_prune.model.families import FAMILIES, ModelConfig, WeightMap, family_of
+from megatron_prune.model.prunable import attention_linears
 from tests.models import TINY_SIZES, edit_config, tiny_model
 
 OTHERS = sorted(FAMILIES.keys() - {"llama"})
@@ -88,7 +89,32 @@ GPT_OSS: dict[str, Any] = {  # as gpt-oss-20b has it, without its quantization_c
     "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
     "tie_word_embeddings": False, "vocab_size": 201088,
 }  # fmt: skip
-SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE, GLM4_MOE, GPT_OSS]
+DEEPSEEK_V3: dict[str, Any] = {  # as DeepSeek-V3 has it, without its quantization_config
+    "model_type": "deepseek_v3", "attention_bias": False, "ep_size": 1, "first_k_dense_replace": 3,
+    "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432, "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8,
+    "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128,
+    "num_experts_per_tok": 8, "num_hidden_layers": 61,
+    "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 129280,
+}  # fmt: skip
+DEEPSEEK_V2: dict[str, Any] = {  # as DeepSeek-V2-Lite has it
+    "model_type": "deepseek_v2", "attention_bias": False, "aux_loss_alpha": 0.001, "first_k_dense_replace": 1,
+    "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10944, "kv_lora_rank": 512,
+    "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1,
+    "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16, "q_lora_rank": None,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06,
+    "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+                     "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "tie_word_embeddings": False,
+    "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 102400,
+}  # fmt: skip
+SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V3, DEEPSEEK_V2]
 PUBLISHED = [GPT2, QWEN2, QWEN3, MISTRAL, NEMOTRON, *SPARSE]
 
 
@@ -116,7 +142,10 @@ def test_what_sets_the_families_apart() -> None:
 
 def test_experts_of_published_models() -> None:
     for values, total, active in zip(
-        SPARSE, (30.5, 46.7, 6.92, 14.3, 107, 20.9), (3.35, 12.9, 1.28, 2.69, 13.42, 4.19), strict=True
+        SPARSE,
+        (30.5, 46.7, 6.92, 14.3, 107, 20.9, 671, 15.7),
+        (3.35, 12.9, 1.28, 2.69, 13.42, 4.19, 37.6, 2.66),
+        strict=True,
     ):
         config = config_of(values)
         assert parameters(config) / 1e9 == pytest.approx(total, rel=5e-3)
@@ -312,11 +341,13 @@ def test_table_covers_exactly_what_transformers_saves(tmp_path: Path, model_type
     assert shapes == {name: shape for tensors in stored for name, shape in tensors.items()}
     assert ("output_layer.weight" in {map.megatron for map in weights}) is not tied
     prunable = {map.megatron.split(".", 3)[-1] for map in weights if map.prunable}
-    assert {"self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"} <= prunable
+    attention = {f"{path}.weight" for path in attention_linears(reader.model_config)}
+    assert attention == {name for name in prunable if name.startswith("self_attention.")}
     mlps = {name.rsplit(".", 2)[0] for name in prunable if ".linear_fc" in name}
     experts = {f"mlp.experts.local_experts.{n}" for n in range(reader.model_config.num_moe_experts or 0)}
-    assert mlps - {"mlp.shared_experts"} - ({"mlp"} if model_type == "glm4_moe" else set()) == (experts or {"mlp"})
-    assert len(prunable) == 2 + 2 * len(mlps)
+    dense = {"mlp"} if FAMILIES[model_type].sparse_layers == "first_dense" else set()
+    assert mlps - {"mlp.shared_experts"} - dense == (experts or {"mlp"})
+    assert len(prunable) == len(attention) + 2 * len(mlps)
 
 
 @pytest.mark.parametrize("model_type", OTHERS)

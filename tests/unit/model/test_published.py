@@ -126,6 +126,26 @@ GPT_OSS: dict[str, Any] = SIZES | {
     "transformers_version": "4.55.0.dev0", "use_cache": True,
 }  # fmt: skip
 
+DEEPSEEK_V3: dict[str, Any] = SIZES | {
+    "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 0, "eos_token_id": 1,
+    "ep_size": 1, "first_k_dense_replace": 1, "hidden_act": "silu", "initializer_range": 0.02, "kv_lora_rank": 16,
+    "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size": 24, "moe_layer_freq": 1,
+    "n_group": 4, "n_routed_experts": 8, "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 4,
+    "num_key_value_heads": 4, "num_nextn_predict_layers": 1, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8, "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+    "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": False,
+    "topk_group": 2, "topk_method": "noaux_tc", "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
+    "use_cache": True, "v_head_dim": 16,
+}  # fmt: skip
+DEEPSEEK_V2: dict[str, Any] = DEEPSEEK_V3 | {
+    "architectures": ["DeepseekV2ForCausalLM"], "aux_loss_alpha": 0.001, "model_type": "deepseek_v2", "n_group": 1,
+    "n_shared_experts": 2, "norm_topk_prob": False, "num_experts_per_tok": 3, "num_nextn_predict_layers": None,
+    "q_lora_rank": None, "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.5},
+    "routed_scaling_factor": 1.5, "scoring_func": "softmax", "seq_aux": True, "topk_group": 1, "topk_method": "greedy",
+}  # fmt: skip
+
 
 def in_style_of_5(config: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The same model as transformers 5 writes it."""
@@ -181,6 +201,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "GLM-4.5": GLM4_MOE,
     "GLM-4.5-Air": GLM4_MOE | {"routed_scaling_factor": 1.0, "use_qk_norm": False},
     "gpt-oss-20b, dequantised": GPT_OSS,
+    "DeepSeek-V3, dequantised": DEEPSEEK_V3,
+    "DeepSeek-V3 of transformers 5": in_style_of_5(DEEPSEEK_V3, head_dim=8, qk_head_dim=24, rope_interleave=True),
+    "Moonlight-16B-A3B": DEEPSEEK_V3 | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "q_lora_rank": None,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 50000.0},
+    "DeepSeek-V2-Lite": DEEPSEEK_V2,
     "gpt-oss of transformers 5": in_style_of_5(GPT_OSS, swiglu_alpha=1.702),
     "Minitron-4B": NEMOTRON,
     "Nemotron of transformers 5": in_style_of_5(NEMOTRON),
@@ -284,7 +309,7 @@ NOT_REPRESENTED: list[tuple[dict[str, Any], str]] = [
     (LLAMA3 | {"dtype": {"": "bfloat16"}}, "config.json has dtype .*save the model in one"),
     (LLAMA3 | {"dtype": "float64"}, "dtype 'float64'.*save the model in one"),
     ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, "text_config is of a mistral model: save"),
-    ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported: glm4_moe, gpt2"),
+    ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported: deepseek_v2, deepseek_v3, glm4_moe, gpt2"),
 ]  # fmt: skip
 
 
