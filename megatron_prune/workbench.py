@@ -178,7 +178,7 @@ class Workbench:
             writer or contextlib.nullcontext(),
             progress(self._title, self.config.num_layers, "layers") as advance,
         ):
-            self._runner = Runner(self.model, self._tokens, writer, advance)
+            self._runner = Runner(self.model, self._tokens, writer, advance, self.target)
             yield from self._runner.layerwise(statistic, sequential)
 
     def masks(self) -> Kept:

@@ -123,8 +123,12 @@ def check_mask(mask: Tensor, target: Target, name: str) -> None:
     """Prove that mask [out, in] is what the target asks for; UserError names the first place where it is not.
 
     N:M is exact in every group. Unstructured sparsity is exact up to the rounding of the unit the method
-    counts in: one weight per output row or per column.
+    counts in: one weight per output row or per column. What the target leaves dense is kept whole.
     """
+    if target.leaves(name):
+        if not mask.all():
+            raise UserError(f"the mask of {name} keeps {int(mask.sum())} of {mask.numel()} weights; {target} keeps all")
+        return
     if isinstance(target, NM):
         _check_groups(mask, target, name)
         return

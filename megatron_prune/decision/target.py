@@ -3,14 +3,18 @@
 Written ``2:4``, ``0.5``, ``num_layers=24,ffn_hidden_size=1152`` or ``parameters=100M`` on the command line, a mapping
 (``{n: 2, m: 4}``, ``{sparsity: 0.5}``, ``{num_layers: 24}``) in a file.
 **N:M means N kept of every M consecutive inputs of an output row**; several other tools count N removed.
+
+Either of the first two may leave weights dense: ``2:4,dense=down_proj+layers.0.`` (in a file ``dense: [down_proj,
+layers.0.]``) prunes none whose Hugging Face name has one of these in it; ``*`` stands for anything.
 """
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -29,22 +33,52 @@ and bytes of key-value cache.
 LATENCY = "latency_us"
 """Another measure: microseconds by a table that was measured; see `decision/latency.py`."""
 _ALLOWED = (
-    "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), sizes such as "
+    "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), either with "
+    "weights that stay dense such as 2:4,dense=down_proj, sizes such as "
     "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M, kv_cache_bytes=10K "
     "or latency_us=800K"
 )
 
 
+MOST_PATTERNS = 100
+"""Of names of weights that stay dense."""
+
+
+class _LeavesDense:
+    """A target of single weights, which may leave some of them alone."""
+
+    dense: tuple[str, ...]
+
+    def leaves(self, name: str) -> bool:
+        """Whether the weight of that Hugging Face name is not pruned."""
+        return any(fnmatch.fnmatchcase(name, f"*{pattern}*") for pattern in self.dense)
+
+    def _check_patterns(self) -> None:
+        wrong = [each for each in self.dense if not re.fullmatch(r"[A-Za-z0-9_.*-]{1,200}", each)]
+        if wrong or len(self.dense) > MOST_PATTERNS:
+            shown = brief(wrong[0]) if wrong else f"{len(self.dense)} patterns"
+            raise UserError(
+                f"dense={shown} is not possible; give parts of names of weights, such as down_proj or layers.0., "
+                f"joined by +, at most {MOST_PATTERNS}"
+            )
+
+    def _except(self) -> str:
+        return f",dense={'+'.join(self.dense)}" if self.dense else ""
+
+
 @dataclass(frozen=True)
-class NM:
+class NM(_LeavesDense):
     """Keep ``n`` of every ``m`` consecutive inputs of each output row, groups starting at its first input."""
 
     n: int
     """Weights kept in a group."""
     m: int
     """Weights in a group."""
+    dense: tuple[str, ...] = ()
+    """Parts of the names of weights that are not pruned."""
 
     def __post_init__(self) -> None:
+        self._check_patterns()
         whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (self.n, self.m))
         if not whole or not 0 < self.n < self.m <= MAX_M:
             raise UserError(
@@ -53,7 +87,7 @@ class NM:
             )
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}{self._except()}"
 
     @property
     def density(self) -> float:
@@ -70,13 +104,16 @@ class NM:
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(_LeavesDense):
     """Remove a share of the weights, anywhere; the method says whether it counts per matrix or per row."""
 
     sparsity: float
     """Share of the weights removed, between 0 and 1, both excluded."""
+    dense: tuple[str, ...] = ()
+    """Parts of the names of weights that are not pruned."""
 
     def __post_init__(self) -> None:
+        self._check_patterns()
         if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < 1:
             raise UserError(
                 f"sparsity {brief(self.sparsity)} is not possible; it is the share of weights removed, "
@@ -84,7 +121,7 @@ class Unstructured:
             )
 
     def __str__(self) -> str:
-        return repr(float(self.sparsity))
+        return f"{float(self.sparsity)!r}{self._except()}"
 
     @property
     def density(self) -> float:
@@ -183,6 +220,12 @@ def parse_any_target(given: object) -> Target | StructuredTarget:
 
 
 def _from_string(text: str) -> Target | StructuredTarget:
+    of_weights, comma, dense = text.partition(",dense=")
+    if comma:
+        found = _from_string(of_weights)
+        if isinstance(found, Shape | Budget):
+            raise UserError(f"target {brief(text)}: dense= is for patterns of weights, such as 2:4,dense=down_proj")
+        return replace(found, dense=tuple(dense.strip().split("+")))
     pattern = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text)
     if pattern:
         return NM(int(pattern[1]), int(pattern[2]))
@@ -194,10 +237,12 @@ def _from_string(text: str) -> Target | StructuredTarget:
 
 
 def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
-    if set(given) == {"n", "m"}:
-        return NM(given["n"], given["m"])  # type: ignore[arg-type]  # NM checks
-    if set(given) == {"sparsity"}:
-        return Unstructured(given["sparsity"])  # type: ignore[arg-type]  # Unstructured checks
+    if set(given) - {"dense"} in ({"n", "m"}, {"sparsity"}):
+        dense = given.get("dense", [])
+        if not isinstance(dense, list | tuple) or not all(isinstance(each, str) for each in dense):
+            raise UserError(f"target dense: {brief(dense)} is not possible; give a list of parts of names of weights")
+        kind = NM if "n" in given else Unstructured
+        return kind(**{**{str(key): value for key, value in given.items()}, "dense": tuple(dense)})  # type: ignore[arg-type]
     if len(given) == 1 and set(given) <= {*MEASURES, LATENCY}:
         ((measure, limit),) = given.items()
         return Budget(_count(limit), str(measure))

@@ -117,7 +117,11 @@ def projections(
 ) -> dict[str, ZeroCount]:
     """The counts of every prunable weight, by Hugging Face name."""
     wanted, family = prunable_shapes(config), get_family(config.family)
-    return {name: count_zeros(family.as_rows(weight), target) for name, weight in weights if name in wanted}
+    return {
+        name: count_zeros(family.as_rows(weight), None if target is None or target.leaves(name) else target)
+        for name, weight in weights
+        if name in wanted
+    }
 
 
 def _weights(source: Source, model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -192,7 +196,8 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
     zeros = sum(c.zeros for c in counts.values())
     negative = sum(c.negative_zeros for c in counts.values())
     broken = {name: c.broken_groups for name, c in counts.items() if c.broken_groups}
-    dense = [name for name, c in counts.items() if target is not None and _kept_too_many(c, target)]
+    pruned = {name: c for name, c in counts.items() if target is not None and not target.leaves(name)}
+    dense = [name for name, c in pruned.items() if target is not None and _kept_too_many(c, target)]
     density = 1 - zeros / size
     result: dict[str, Any] = {"input": str(source.path), "kind": source.kind}
     if target is not None:
@@ -201,6 +206,7 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
             "target": str(target),
             "broken_groups": broken,
             "too_dense": dense,
+            "left_dense": len(counts) - len(pruned),
             "holds": not broken and not dense,
         }
     result["zeros"] = {"zeros": zeros, "negative_zeros": negative, "holds": negative == 0}
@@ -298,7 +304,8 @@ def _of_the_decision(result: dict[str, Any]) -> list[str]:
     if pattern:
         broken, dense = sum(pattern["broken_groups"].values()), len(pattern["too_dense"])
         failure = f"BROKEN in {broken} groups, {dense} weights are too dense"
-        lines.append(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else failure}")
+        left = f", {pattern['left_dense']} weights are left dense" if pattern["left_dense"] else ""
+        lines.append(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else failure}{left}")
     elif shape is None:
         lines.append("pattern: none recorded and no --target given, not checked")
     if shape is not None:

@@ -218,7 +218,13 @@ class PruningMethod:
 
 
 def check_learnable(target: NM) -> None:
-    """UserError for a pattern with more choices than logits are kept of: of 16 inputs 8 can stay in 12,870 ways."""
+    """UserError for a pattern with more choices than logits are kept of (of 16 inputs 8 can stay in 12,870 ways), and
+    for one that leaves weights dense.
+    """
+    if target.dense:
+        raise UserError(
+            f"target {target}: learned masks are of all linears; leave dense= out, or use a one-shot method"
+        )
     if target.m > MAX_M:
         able = [name for name in mask_methods() if NM in _discovered()[name].targets]
         raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_prune.decision.cost import budgeted
 from megatron_prune.decision.target import NM, Budget, Shape, StructuredTarget, Target
 from megatron_prune.errors import UserError
@@ -83,9 +85,19 @@ def _check_shape(config: ModelConfig, target: Shape) -> None:
 
 
 def _check_widths(config: ModelConfig, target: Target) -> None:
+    names: list[str] = []
     for map in get_family(config.family).weights(config):
         if map.prunable:
-            target.check(map.shape[1], map.megatron)
+            names += map.hf
+            if not all(target.leaves(name) for name in map.hf):
+                target.check(map.shape[1], map.megatron)
+    for pattern in target.dense:
+        if not any(replace(target, dense=(pattern,)).leaves(name) for name in names):
+            raise UserError(
+                f"target {target}: no prunable weight has {pattern} in its name; they are such as {names[0]}"
+            )
+    if all(target.leaves(name) for name in names):
+        raise UserError(f"target {target} leaves all {len(names)} prunable weights dense; name fewer")
 
 
 def check_shards(

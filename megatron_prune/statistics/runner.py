@@ -85,11 +85,14 @@ class Runner:
         tokens: Tensor | None,
         writer: MaskWriter | None,
         progress: Callable[[int], None] | None = None,
+        target: Any = None,
     ) -> None:
+        """`target`: says by its `leaves(name)` which weights stay dense, whatever is decided; None: none do."""
         self.model = model
         self.tokens = tokens
         self.writer = writer
         self.progress = progress or (lambda layers: None)
+        self.leaves: Callable[[str], bool] = target.leaves if target is not None else lambda name: False
         self.weights_changed = False
         self.kept = 0
         self.size = 0
@@ -116,11 +119,13 @@ class Runner:
             )
             for group in groups:
                 there = [path for path in group if f"{path}.weight" in whole]
+                masks.update(self._left(number, there))
+                there = [path for path in there if not all(map(self.leaves, self._map(number, path).hf))]
                 parts = list(shares(there, _needed(whole, statistic), HELD_BYTES))
                 # Statistics of a later share come from the layer as it was before the first: it decides nothing.
                 unpruned = dict(whole) if len(parts) > 1 else whole
                 for paths in parts:
-                    maps = [self.model.by_name[f"decoder.layers.{number}.{path}.weight"] for path in paths]
+                    maps = [self._map(number, path) for path in paths]
                     none = [None] * len(maps)
                     found = _collect(walk, number, unpruned, statistic, paths) if walk and statistic else none
                     linears = [
@@ -135,6 +140,20 @@ class Runner:
                 walk.load(number, whole)
                 walk.advance()
             self.progress(1)
+
+    def _map(self, layer: int, path: str) -> WeightMap:
+        return self.model.by_name[f"decoder.layers.{layer}.{path}.weight"]
+
+    def _left(self, layer: int, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Masks of the linears of which all stays, by Hugging Face name: nobody is asked about them."""
+        found: dict[str, Tensor] = {}
+        for each in (self._map(layer, path) for path in paths):
+            if all(map(self.leaves, each.hf)):
+                shapes = zip(each.hf, each.shapes, strict=True)
+                found |= {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes}
+        size = sum(mask.numel() for mask in found.values())
+        self.kept, self.size = self.kept + size, self.size + size
+        return found
 
     def masks(self) -> Kept:
         """How much the method kept; the masks themselves are in the writer's folder."""
@@ -152,9 +171,15 @@ class Runner:
                 raise RuntimeError(f"the method left {linear.name} undecided: call keep() on every linear")
             mask = linear.gather(linear.mask)
             weight = linear.whole_weight
+            left = [rows for name, rows in linear.blocks.items() if self.leaves(name)]
+            for rows in left:
+                mask[rows.to(mask.device)] = True
             if linear.new_weight is not None:
                 # What is removed stays as it was: learning that starts from these weights may take it back.
-                weight = torch.where(mask, linear.gather(linear.new_weight).to(weight.dtype), weight)
+                new = torch.where(mask, linear.gather(linear.new_weight).to(weight.dtype), weight)
+                for rows in left:
+                    new[rows.to(new.device)] = weight[rows.to(weight.device)]
+                weight = new
                 self.weights_changed = True
                 self.model.assign(linear.map, weight)
             whole[inner(linear.name)] = weight * mask

@@ -56,6 +56,7 @@ CASES = [
     Case("sparsegpt", "1:4", ("--no-update-weights",)),
     Case("sparsegpt", "2:4", ("--true-sequential",)),
     Case("sparsegpt", "2:4", ("--descent-passes=3",)),
+    Case("sparsegpt", "2:4,dense=up_proj+layers.0.mlp"),
     Case("sparsegpt", "0.5"),
 ]
 CONTROL = Case("layout_dependent", "2:4")
