@@ -109,7 +109,9 @@ def _source_of(masks: Masks | NM | Unstructured | None) -> MaskSource:
 
     def nonzero(name: str, weight: Tensor) -> Tensor:
         mask = weight != 0
-        if isinstance(target, NM) and int(mask.view(mask.shape[0], -1, target.m).sum(-1).max()) > target.n:
+        if not isinstance(target, NM) or target.leaves(name):
+            return mask
+        if int(mask.view(mask.shape[0], -1, target.m).sum(-1).max()) > target.n:
             raise UserError(f"{name} was pruned to {target} and is not any more: export it with --format hf")
         return mask
 
