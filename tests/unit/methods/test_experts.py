@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,27 @@ def test_what_cannot_be_is_one_line(root: Path, tmp_path: Path, case: str, capsy
     assert prune(root, family, method, target, tmp_path / "run") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line and not (tmp_path / "run").exists()
+
+
+def test_masks_of_other_experts_are_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model with twice as many, as a start, and by hand in a run."""
+    byte_tokenizer(tiny_model(tmp_path / "hf", "qwen3_moe", vocab_size=257, num_experts=4))
+    assert main(["import", "--input", str(tmp_path / "hf"), "--output", str(tmp_path / "few")]) == 0
+    magnitude = ["prune", "--method", "magnitude", "--target", "2:4"]
+    for model, run in ((root / "qwen3_moe", "many_run"), (tmp_path / "few", "run")):
+        assert main([*magnitude, "--input", str(model), "--output", str(tmp_path / run)]) == 0
+    learn = ["--method", "maskllm", "--target", "2:4", "--prior", str(tmp_path / "many_run")]
+    data = ["--data", str(root / "words.jsonl"), "--seq-length", "16", "--train-iters", "1", "--global-batch-size", "1"]
+    capsys.readouterr()
+    inputs = ["--input", str(tmp_path / "few"), "--output", str(tmp_path / "learned")]
+    assert main(["prune", *inputs, *learn, *data]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "experts.4." in line and not (tmp_path / "learned").exists()
+    shutil.rmtree(tmp_path / "run" / "decision")
+    shutil.copytree(tmp_path / "many_run" / "decision", tmp_path / "run" / "decision")
+    assert main(["trim", "--input", str(tmp_path / "run"), "--output", str(tmp_path / "cut")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "experts.4." in line and not (tmp_path / "cut").exists()
 
 
 def test_expert_flags_without_experts_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
