@@ -87,7 +87,10 @@ class Calibration(Options):
     """Calibration text of one-shot methods"""
 
     text: tuple[Path, ...] = option(
-        (), "files of documents: .txt, .raw, .jsonl, .jsonl.gz, .json.gz", key="calibration"
+        (),
+        "files of documents (.txt, .raw, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .parquet), or by name: c4, "
+        "wikitext2, fineweb-edu, hub:NAME[:CONFIG[:SPLIT]], or sample, which comes with the package",
+        key="calibration",
     )
     samples: int = option(
         128, "windows drawn, over all processes", at_least=1, key="calibration_samples", at_most=2**20
@@ -128,7 +131,7 @@ class Training(Options):
     """Training of learned methods"""
 
     data: tuple[Path, ...] = option(
-        (), "files of training documents (.txt, .jsonl, .jsonl.gz, .json.gz), or [WEIGHT] PREFIX ... from `preprocess`"
+        (), "files of training documents (as calibration), or [WEIGHT] PREFIX ... from `preprocess`"
     )
     data_documents: str | None = option(None, "documents trained on: K (the first K) or START:STOP")
     data_split: str | None = option(

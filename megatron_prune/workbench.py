@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_prune.config import PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows
+from megatron_prune.data.named import named_files
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
 from megatron_prune.decision.masks import Kept, MaskInfo, Masks, MaskWriter
@@ -120,7 +121,8 @@ class Workbench:
             )
         length = min(c.seq_length, self.config.max_position_embeddings)
         tokenizer = load_tokenizer(self.source.tokenizer, self.config.vocab_size)
-        return windows(c.text, tokenizer, c.samples, length, c.seed, c.document_range)
+        text = named_files(c.text, c.samples, c.seed)
+        return windows(text, tokenizer, c.samples, length, c.seed, c.document_range)
 
     @cached_property
     def inputs(self) -> TrainingInputs:

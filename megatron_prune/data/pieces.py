@@ -1,8 +1,9 @@
 """The input of `preprocess`, cut into pieces that different processes can read, and the documents of a piece.
 
-A plain `.jsonl` file is cut between lines; a gzip file and a whole-document file are one piece, because they can only
-be read from their start. `hub:NAME[:CONFIG[:SPLIT]]` names a data set on the Hugging Face hub, streamed, one piece per
-file that it consists of; nothing else in the input ever reaches the network. A bad line is yielded like a document.
+A plain `.jsonl` file is cut between lines; a packed file, a Parquet file and a file that is one document are one piece
+read from its start. `hub:NAME[:CONFIG[:SPLIT]]` names a data set on the Hugging Face hub, streamed,
+one piece per file that it consists of; nothing else in the input ever reaches the network. A bad line is yielded like a
+document.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_prune.data.text import (
+    PACKED,
+    PARQUET,
     WHOLE,
     BadDocument,
     bytes_read,
@@ -25,6 +28,7 @@ from megatron_prune.data.text import (
     decode,
     is_blank,
     open_text,
+    parquet_documents,
     parse_line,
     read_lines,
 )
@@ -66,7 +70,7 @@ def cut(source: str, limit: int) -> list[Piece]:
     path = Path(source)
     check_text_file(path)
     size = path.stat().st_size
-    if path.suffix == ".gz" or path.name.endswith(WHOLE):
+    if path.suffix in (*PACKED, PARQUET) or path.name.endswith(WHOLE):
         return [Piece(source, 0, size)]
     return [Piece(source, start, min(start + limit, size)) for start in range(0, size, limit)]
 
@@ -94,6 +98,9 @@ def read(piece: Piece, key: str, consumed: Callable[[int], None]) -> Iterator[En
         with open_text(path) as file:
             yield 1, _or_bad(decode, file.read())
         consumed(piece.size)
+    elif path.suffix == PARQUET:
+        yield from enumerate(parquet_documents(path, key), start=1)
+        consumed(piece.size)
     else:
         for number, line in enumerate(_lines(piece, consumed), start=1):
             if isinstance(line, BadDocument):
@@ -111,7 +118,7 @@ def _or_bad(function: Callable[..., str], *arguments: Any) -> str | BadDocument:
 
 def _lines(piece: Piece, consumed: Callable[[int], None]) -> Iterator[bytes | BadDocument]:
     """Lines that begin inside the piece; the last may end beyond it."""
-    cuttable = not piece.source.endswith(".gz")
+    cuttable = not piece.source.endswith(PACKED)
     with open_text(Path(piece.source)) as file:
         if piece.start:
             file.seek(piece.start - 1)
@@ -144,10 +151,10 @@ def _in_child(function: Callable[[str], int], argument: str) -> int:
 
 def _hub_files(source: str) -> int:
     check_hub(source)
-    return int(_open_hub(source).num_shards)
+    return int(open_hub(source).num_shards)
 
 
-def check_hub(source: str) -> None:
+def check_hub(source: str, given: str = "--input", advice: str = HUB_ADVICE) -> None:
     """A UserError when the name cannot be one, or when the hub does not answer: its library would ask on and on."""
     from huggingface_hub import HfApi, constants
 
@@ -156,14 +163,14 @@ def check_hub(source: str) -> None:
         return
     if not HUB_NAME.fullmatch(source):
         raise UserError(
-            f"--input: {brief(source)} given; allowed: {HUB}NAME, {HUB}NAME:CONFIG or {HUB}NAME:CONFIG:SPLIT"
+            f"{given}: {brief(source)} given; allowed: {HUB}NAME, {HUB}NAME:CONFIG or {HUB}NAME:CONFIG:SPLIT"
         )
     if not constants.HF_HUB_OFFLINE:
-        with fenced(f"--input: {source!r} cannot be streamed", HUB_ADVICE):
+        with fenced(f"{given}: {source!r} cannot be streamed", advice):
             HfApi().dataset_info(name, timeout=HUB_SECONDS)
 
 
-def _open_hub(source: str) -> Any:
+def open_hub(source: str) -> Any:
     """The streamed data set; without a network, or without such a data set, a `UserError`."""
     from datasets import load_dataset
 
@@ -174,7 +181,7 @@ def _open_hub(source: str) -> Any:
 
 def _read_hub(piece: Piece, key: str) -> Iterator[Entry]:
     with fenced(f"--input: {piece.source!r} cannot be read on", HUB_ADVICE):
-        rows = _open_hub(piece.source).shard(num_shards=piece.stop, index=piece.start)
+        rows = open_hub(piece.source).shard(num_shards=piece.stop, index=piece.start)
         for number, row in enumerate(rows, start=1):
             text = row.get(key)
             bad = BadDocument(f"no text under the key {brief(key)}")

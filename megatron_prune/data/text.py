@@ -1,20 +1,23 @@
 """Files -> documents (strings). One reader for every verb.
 
-A `.txt` file is one document; `.jsonl`, `.jsonl.gz` and `.json.gz` (the form in which C4 is published) hold
-one JSON object a line with the document under a key. A byte order mark, at the start of a file or of any line of JSON,
-is no part of a text. Everything wrong with a file is a `UserError` with its name and line.
+A `.txt` file is one document; `.jsonl`, `.jsonl.gz`, `.jsonl.zst` and `.json.gz` (the form in which C4 is published)
+hold one JSON object a line with the document under a key, `.parquet` a column of them. A byte order mark, at the start
+of a file or of any line of JSON, is no part of a text. Everything wrong with a file is a `UserError` with its name and
+line.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
+from megatron_prune.data.packed_text import DamagedZstd, ZstdStream, parquet_rows
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import open_regular, reason
 
@@ -22,9 +25,13 @@ T = TypeVar("T")
 
 WHOLE = (".txt", ".raw")
 """Suffixes of files that are one document."""
-SUFFIXES = (*WHOLE, ".jsonl", ".jsonl.gz", ".json.gz")
-DAMAGED_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
-"""What reading a damaged gzip file raises."""
+PARQUET = ".parquet"
+ZSTD = ".zst"
+SUFFIXES = (*WHOLE, ".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", PARQUET)
+PACKED = (".gz", ZSTD)
+"""Of files that can only be read from their start."""
+DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)
+"""What reading a damaged gzip or zstandard file raises."""
 MARK = b"\xef\xbb\xbf"
 """Byte order mark of UTF-8, which text from Windows begins with."""
 WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -36,12 +43,11 @@ LONGEST_LINE = 2**29
 FETCH = "datasets.load_dataset({!r}, data_files=OLD, split='train').to_json(NEW)"
 KINDS = {
     ".json": "with one object a line, name it .jsonl; an array becomes lines by jq -c '.[]' OLD > NEW",
-    ".zst": "unpack it: zstd -d",
+    ".zst": "unpack it: zstd -d, or name it .jsonl.zst",
     ".xz": "unpack it: xz -d",
     ".bz2": "unpack it: bunzip2",
     ".zip": "unpack it: unzip",
     ".gz": "unpack it: gunzip",
-    ".parquet": f"write it as lines: {FETCH.format('parquet')}",
     ".arrow": f"write it as lines: {FETCH.format('arrow')}",
     ".csv": f"write it as lines: {FETCH.format('csv')}",
     ".tsv": f"write it as lines: {FETCH.format('csv')} with sep='\\t'",
@@ -68,6 +74,8 @@ def iterate_documents(path: Path, key: str = "text") -> Iterator[str]:
     check_text_file(path)
     if path.name.endswith(WHOLE):
         yield read_whole(path)
+    elif path.suffix == PARQUET:
+        yield from _of_parquet(path, key)
     else:
         yield from iterate_lines(path, lambda line: parse_line(line, key))
 
@@ -79,6 +87,24 @@ def read_whole(path: Path) -> str:
             return decode(file.read())
         except BadDocument as error:
             raise UserError(f"{path}: {error}") from error
+
+
+def _of_parquet(path: Path, key: str) -> Iterator[str]:
+    for number, document in enumerate(parquet_documents(path, key), start=1):
+        if isinstance(document, BadDocument):
+            raise UserError(f"{path}:{number}: {document}") from document
+        yield document
+
+
+def parquet_documents(path: Path, key: str) -> Iterator[str | BadDocument]:
+    """Documents of a Parquet file, row by row, bad ones in their places."""
+    for value in parquet_rows(path, key):
+        try:
+            if not isinstance(value, str):
+                raise BadDocument(f"no text but {brief(value)} under the key {brief(key)}")
+            yield check_document(value)
+        except BadDocument as error:
+            yield error
 
 
 def iterate_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
@@ -100,7 +126,15 @@ def iterate_lines(path: Path, parse: Callable[[bytes], T]) -> Iterator[T]:
 def open_text(path: Path) -> IO[bytes]:
     """The unpacked bytes of an ordinary file, however long."""
     file: IO[bytes] = open_regular(path, "a folder of text", None)
+    if path.suffix == ZSTD:
+        return cast(IO[bytes], _Unpacked(ZstdStream(file)))
     return cast(IO[bytes], _Packed(file)) if path.suffix == ".gz" else file
+
+
+class _Unpacked(io.BufferedReader):
+    """A zstandard file, with lines."""
+
+    raw: ZstdStream
 
 
 class _Packed(gzip.GzipFile):
@@ -117,6 +151,8 @@ class _Packed(gzip.GzipFile):
 
 def bytes_read(file: IO[bytes]) -> int:
     """How far a file of `open_text` has been read, in bytes on the disk."""
+    if isinstance(file, _Unpacked):
+        return file.raw.packed.tell()
     return file.packed.tell() if isinstance(file, _Packed) else file.tell()
 
 
@@ -130,8 +166,11 @@ def read_lines(file: IO[bytes]) -> Iterator[bytes | BadDocument]:
                 while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
                     line = file.readline(LONGEST_LINE)
                 yield BadDocument(f"a line of more than {LONGEST_LINE} bytes; divide it")
-    except DAMAGED_GZIP as error:
-        yield BadDocument(f"damaged gzip file from here on ({reason(error)}); fetch it again, or name it without .gz")
+    except DAMAGED as error:
+        kind, end = ("zstandard", ZSTD) if isinstance(error, DamagedZstd) else ("gzip", ".gz")
+        yield BadDocument(
+            f"damaged {kind} file from here on ({reason(error)}); fetch it again, or name it without {end}"
+        )
 
 
 def is_blank(line: bytes) -> bool:

@@ -6,7 +6,9 @@ import gzip
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +33,35 @@ def test_documents_of_all_kinds_in_order(tmp_path: Path) -> None:
     assert read_documents([tmp_path / "b.jsonl"], key="body") == ["THREE", "FOUR"]
 
 
+def zstandard(path: Path, data: bytes) -> Path:
+    """A packed file, by pyarrow."""
+    with pyarrow.output_stream(path, compression="zstd") as stream:
+        stream.write(data)
+    return path
+
+
+def test_zstandard_and_parquet(tmp_path: Path) -> None:
+    """As the same lines in a plain file; more rows than are held at a time, and more bytes than are read at a time."""
+    texts = [f"{number} é " * 40 for number in range(2500)]
+    (tmp_path / "plain.jsonl").write_bytes(jsonl(*texts))
+    zstandard(tmp_path / "a.jsonl.zst", jsonl(*texts))
+    parquet.write_table(pyarrow.table({"text": texts, "body": texts[::-1]}), tmp_path / "a.parquet")
+    expected = read_documents([tmp_path / "plain.jsonl"])
+    assert expected == texts
+    assert read_documents([tmp_path / "a.jsonl.zst"]) == read_documents([tmp_path / "a.parquet"]) == expected
+    assert read_documents([tmp_path / "a.parquet"], slice(0, 1), "body") == texts[-1:]
+    packed = (tmp_path / "a.jsonl.zst").read_bytes()
+    (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
+    parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "holes.parquet")
+    for name, part in (
+        ("cut.jsonl.zst", "damaged zstandard"),
+        ("holes.parquet", "holes.parquet:2: no text but None"),
+        ("a.parquet", "no column 'none'; its columns are 'text', 'body'"),
+    ):
+        with pytest.raises(UserError, match=part):
+            read_documents([tmp_path / name], key="none" if name == "a.parquet" else "text")
+
+
 MISTAKES = {
     "no JSON": ("a.jsonl", jsonl("x") + b"{oops}\n", "a.jsonl:2: not JSON"),
     "no object": (
@@ -44,7 +75,9 @@ MISTAKES = {
     "no UTF-8 file": ("a.txt", b"\xff", "a.txt: not UTF-8"),
     "no gzip": ("a.jsonl.gz", b"{}", "a.jsonl.gz:1: damaged gzip"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(jsonl("x" * 999))[:40], "damaged gzip"),
-    "unknown kind": ("a.parquet", b"", "allowed: .txt, .raw, .jsonl"),
+    "unknown kind": ("a.arrow", b"", "allowed: .txt, .raw, .jsonl"),
+    "no zstandard": ("a.jsonl.zst", b"{}", "a.jsonl.zst:1: damaged zstandard"),
+    "no Parquet": ("a.parquet", b"PAR1", "a.parquet is no Parquet file"),
     "empty": ("a.jsonl", b"\n", "no document found"),
 }
 

@@ -1,0 +1,62 @@
+"""Text in zstandard files and in Parquet, read by pyarrow, which datasets brings along."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_prune.errors import UserError, brief
+from megatron_prune.foreign import fenced, open_regular, reason
+
+ROWS = 1024
+"""Of a Parquet file that are held at a time."""
+
+
+class DamagedZstd(zlib.error):
+    """A zstandard file that ends too early, or is none."""
+
+
+class ZstdStream(io.RawIOBase):
+    """The unpacked bytes of a file, which is closed with it."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        import pyarrow
+
+        self.packed = packed
+        self._stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As `io.RawIOBase` says; `DamagedZstd` for a damaged file."""
+        try:
+            data = self._stream.read(len(buffer))
+        except OSError as error:
+            raise DamagedZstd(reason(error)) from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        """With the file that it was made from."""
+        super().close()
+        self.packed.close()
+
+
+def parquet_rows(path: Path, key: str) -> Iterator[object]:
+    """The values of one column, None where there is none; UserError for a damaged file and one without that column."""
+    from pyarrow import parquet
+
+    advice = "fetch it again"
+    with open_regular(path, "a folder of text", None) as opened, fenced(f"{path} is no Parquet file", advice):
+        file = parquet.ParquetFile(opened)
+        if key not in file.schema_arrow.names:
+            raise UserError(
+                f"{path}: no column {brief(key)}; its columns are {', '.join(map(brief, file.schema_arrow.names[:8]))}"
+            )
+        for batch in file.iter_batches(batch_size=ROWS, columns=[key]):
+            yield from batch.column(0).to_pylist()
