@@ -11,12 +11,17 @@ from typing import Any
 
 from megatron_prune.device import whole_float32
 from megatron_prune.errors import UserError
+from megatron_prune.version import VERSION
 
 whole_float32()
 
+__version__ = VERSION
+
 __all__ = [
     "UserError",
+    "__version__",
     "bench",
+    "completion",
     "evaluate",
     "export",
     "import_",

@@ -7,6 +7,8 @@ from typing import Any, Literal
 from megatron_prune.errors import UserError as UserError
 from megatron_prune.in_memory import prune_model as prune_model
 
+__version__: str
+
 def preprocess(
     input: Sequence[str],
     output: str | Path,
@@ -155,6 +157,9 @@ def plan(
     expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
     processes: int | None = None,
+    gpus: int | None = None,
+    gpu_memory: float | None = None,
+    gpus_per_node: int = 8,
     tpu: str | None = None,
     **options: Any,
 ) -> Any: ...
@@ -331,11 +336,19 @@ def report(
     inputs: Sequence[str | Path] = (),
     title: str = "megatron_prune report",
 ) -> Any: ...
-def methods_() -> Any: ...
+def methods_(
+    *,
+    name: str | None = None,
+) -> Any: ...
+def completion(
+    shell: Literal["bash", "zsh"],
+) -> Any: ...
 
 __all__ = [
     "UserError",
+    "__version__",
     "bench",
+    "completion",
     "evaluate",
     "export",
     "import_",

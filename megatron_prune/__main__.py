@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from megatron_prune.command_line import parse
 from megatron_prune.errors import UserError, brief, one_line
@@ -22,6 +21,7 @@ from megatron_prune.outputs import held
 from megatron_prune.ranks import ROOM, disk_fault, why
 from megatron_prune.telling import another_told, first_to_tell, process, processes
 from megatron_prune.verbs import VERBS
+from megatron_prune.version import VERSION
 
 PROGRAM = "megatron-prune"
 
@@ -98,7 +98,7 @@ def _run(argv: list[str]) -> int:
         print(_overview())
         return 0 if argv else 2
     if argv[0] == "--version":
-        print(PROGRAM, _version())
+        print(PROGRAM, VERSION)
         return 0
     if argv[0] not in VERBS:
         near = difflib.get_close_matches(argv[0][:100], VERBS, n=1)
@@ -136,13 +136,6 @@ def _overview() -> str:
         + [f"{PROGRAM} VERB --help lists the options of a verb. On several processes:"]
         + ["  torchrun --nproc-per-node N -m megatron_prune VERB ..."]
     )
-
-
-def _version() -> str:
-    try:
-        return version("megatron-prune")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _report(message: str) -> None:

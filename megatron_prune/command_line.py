@@ -13,22 +13,23 @@ import dataclasses
 import difflib
 import itertools
 import re
-from argparse import SUPPRESS, ArgumentError, HelpFormatter
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
 from megatron_prune.errors import UserError, bare, brief, one_line
 from megatron_prune.foreign import fenced, read_yaml
+from megatron_prune.helping import ALL, HELP, METHOD_OPTIONS, Method, choices, positional, text
+from megatron_prune.option_groups import Calibration, Training
 from megatron_prune.options import Entry, Options, Share, check_idle, entries, flag
 
 if TYPE_CHECKING:
     from megatron_prune.methods.base import PruningMethod
 
 C = TypeVar("C", bound=Options)
-METHOD_OPTIONS = "method_options"
 MOST_CHARACTERS = 100
 """Of a number."""
 
@@ -42,13 +43,13 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     given = from_yaml + _read_flags(argv, switches)
     method = _method(given) if METHOD_OPTIONS in known else None
     hyper = _method_fields(method) if method else {}
-    defaults = dict(method.defaults) if method else {}
+    defaults = {**method.defaults, **_recipe(method, given, known)} if method else {}
     switches |= {name for name, field in hyper.items() if field.type is bool}
     given = from_yaml + _read_flags(argv, switches)
-    parser = _parser(config, known, hyper, defaults, prog)
-    if {"-h", "--help"} & set(argv):
-        parser.print_help()
+    if wanted := {*HELP, ALL} & set(argv):
+        print(text(config, prog, _about(method, hyper, defaults) if method else None, ALL in wanted), end="")
         raise SystemExit(0)
+    parser = _parser(known, hyper, prog)
     kinds = {entry.key: entry.kind for entry in known.values()}
     kinds |= {f"{METHOD_OPTIONS}.{name}": field.type for name, field in hyper.items()}
     tokens = []
@@ -66,15 +67,6 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
 
 Pair = tuple[str, list[str]]
 """A key as the user wrote it, with underscores, and its values as text."""
-
-
-def positional(config: type[Options]) -> list[Entry]:
-    """The options whose values may stand before the first flag, in order; one that takes several is last."""
-    known = {entry.key: entry for entry in entries(config)}
-    usual = config.positional == Options.positional
-    found = [known[key] for key in config.positional if key in known and (known[key].required or not usual)]
-    many = next((at for at, entry in enumerate(found) if get_origin(entry.kind) is tuple), len(found))
-    return found[: many + 1]
 
 
 def _name_leading(config: type[Options], argv: list[str]) -> list[str]:
@@ -143,7 +135,7 @@ def _read_flags(argv: list[str], switches: set[str]) -> list[Pair]:
     """`--key value...`, `--key=value`, and for switches `--key` and `--no-key`; hyphens or underscores."""
     pairs: list[Pair] = []
     for token in argv:
-        if token in ("-h", "--help"):
+        if token in (*HELP, ALL):
             continue
         if not token.startswith("--"):
             if not pairs:
@@ -178,6 +170,13 @@ def _method(given: list[Pair]) -> type[PruningMethod] | None:
     from megatron_prune.methods.base import get_method
 
     return type(get_method(names[-1]))
+
+
+def _recipe(kind: type[PruningMethod], given: list[Pair], known: Mapping[str, Entry]) -> dict[str, Any]:
+    """What the recipe that the user names says of options that are not the method's own."""
+    names = [values[0] for key, values in given if key in ("recipe", f"{METHOD_OPTIONS}.recipe") and values]
+    found = kind.recipes.get(names[-1], {}) if names else {}
+    return {key: value for key, value in found.items() if key in known}
 
 
 def _method_fields(kind: type[PruningMethod]) -> dict[str, dataclasses.Field[Any]]:
@@ -216,76 +215,36 @@ def _tokens(key: str, values: list[str], kind: Any) -> list[str]:
     return [flag(key), *values] if many else [f"{flag(key)}={values[0]}"]
 
 
+def _about(
+    kind: type[PruningMethod], hyper: Mapping[str, dataclasses.Field[Any]], defaults: Mapping[str, Any]
+) -> Method:
+    """What help says of a method."""
+    from megatron_prune.methods.base import CALIBRATION, DATA
+
+    used = {*kind.needs, *kind.takes}
+    idle = {group for group, need in ((Calibration, CALIBRATION), (Training, DATA)) if need not in used}
+    return Method(kind.name, kind.paper, hyper, defaults, frozenset(idle))
+
+
 # --- types ---
 
 
-def _parser(
-    config: type[Options],
-    known: Mapping[str, Entry],
-    hyper: Mapping[str, dataclasses.Field[Any]],
-    defaults: Mapping[str, Any],
-    prog: str,
-) -> ArgumentParser:
-    """A jsonargparse parser with one option per key, grouped as the dataclasses are."""
-    needed = " ".join(f"{flag(entry.key)} {_metavar(entry.kind)}" for entry in known.values() if entry.required)
-    parser = ArgumentParser(
-        usage=f"{prog} [--config FILE.yaml] {needed} [options]",
-        description=_title(config),
-        formatter_class=HelpFormatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    help = "options in YAML, keys as below with underscores; flags override it"
-    parser.add_argument("--config", default=SUPPRESS, metavar="FILE.yaml", help=help)
-    groups: dict[type, Any] = {config: parser}
+def _parser(known: Mapping[str, Entry], hyper: Mapping[str, dataclasses.Field[Any]], prog: str) -> ArgumentParser:
+    """A jsonargparse parser with one option per key; what help says of them is in `helping`."""
+    parser = ArgumentParser(prog=prog, add_help=False, exit_on_error=False, allow_abbrev=False)
     for entry in known.values():
-        if entry.key == METHOD_OPTIONS:
-            continue
-        if entry.group not in groups:
-            groups[entry.group] = parser.add_argument_group(_title(entry.group))
-        _add(groups[entry.group], entry, defaults.get(entry.key, entry.field.default))
-    if hyper:
-        methods = parser.add_argument_group("Hyper-parameters of the method")
-        for name, field in hyper.items():
-            text = f"{field.metadata.get('help', '')} (default: {_show(field.default)})".replace("%", "%%")
-            key = f"{METHOD_OPTIONS}.{name}"
-            methods.add_argument(flag(key), type=field.type, default=SUPPRESS, help=text, metavar=_metavar(field.type))
+        if entry.key != METHOD_OPTIONS:
+            _add(parser, entry.key, entry.kind)
+    for name, field in hyper.items():
+        _add(parser, f"{METHOD_OPTIONS}.{name}", field.type)
     return parser
 
 
-def _title(config: type[Options]) -> str:
-    return (config.__doc__ or config.__name__).strip().splitlines()[0]
-
-
-def _add(parser: Any, entry: Entry, default: Any) -> None:
+def _add(parser: ArgumentParser, key: str, kind: Any) -> None:
     """One option; the dataclass settles defaults and what is required, so that YAML and flags are alike."""
-    note = "required" if entry.required else f"default: {_show(default)}"
-    text = f"{entry.field.metadata['help']} ({note})".replace("%", "%%")
-    many = get_origin(entry.kind) is tuple
-    kind = get_args(entry.kind)[0] if many else entry.kind
+    many = get_origin(kind) is tuple
     more: dict[str, Any] = {"nargs": "*"} if many else {}
-    parser.add_argument(flag(entry.key), type=kind, default=SUPPRESS, help=text, metavar=_metavar(kind), **more)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple) and value:
-        return " ".join(map(str, value))
-    return "none" if value is None or value == () else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _metavar(kind: Any) -> str:
-    choices = _choices(kind)
-    if choices:
-        return "{" + ",".join(choices) + "}"
-    words = {"int": "N", "float": "X", "bool": "{true,false}", "Path": "PATH"}
-    return words.get(getattr(next(iter(get_args(kind)), kind), "__name__", ""), "VALUE")
-
-
-def _choices(kind: Any) -> list[str]:
-    """Allowed words of a `Literal`, also inside an optional."""
-    if get_origin(kind) is Literal:
-        return [str(word) for word in get_args(kind)]
-    return [word for part in get_args(kind) for word in _choices(part)]
+    parser.add_argument(flag(key), type=get_args(kind)[0] if many else kind, default=SUPPRESS, **more)
 
 
 def _parse_tokens(parser: ArgumentParser, kinds: Mapping[str, Any], tokens: list[str]) -> dict[str, Any]:
@@ -310,8 +269,8 @@ def _one_line(message: str, kinds: Mapping[str, Any]) -> str:
 
 
 def _allowed(kind: Any) -> str:
-    if _choices(kind):
-        return " or ".join(_choices(kind))
+    if choices(kind):
+        return " or ".join(choices(kind))
     if get_origin(kind) is tuple:
         return "files"
     words = {"int": "one whole number", "float": "one number", "bool": "true or false", "Path": "one path"}

@@ -35,11 +35,17 @@ EXPORT = option(None, "Hugging Face directory to write too: the result trimmed, 
 class PreprocessConfig(Options):
     """Text -> Megatron's .bin and .idx: token ids, ready for training"""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "--input c4.jsonl.gz --output c4 --tokenizer SmolLM2-135M",
+        "--input hub:allenai/c4:en:train --output c4 --tokenizer SmolLM2-135M --workers 8",
+    )
+
     output_may_exist: ClassVar[MayExist] = "always"
 
     input: tuple[str, ...] = option(
         REQUIRED,
-        "files of documents (.txt, .raw, .jsonl, .jsonl.gz, .json.gz), or hub:NAME[:CONFIG[:SPLIT]], streamed",
+        "files of documents (.txt, .raw, .jsonl, .jsonl.gz, .jsonl.zst, .json.gz, .parquet), or "
+        "hub:NAME[:CONFIG[:SPLIT]], streamed",
     )
     output: Path = option(REQUIRED, "prefix of the files to write: PREFIX.bin, .idx and .json; must not exist")
     tokenizer: Path = option(REQUIRED, "Hugging Face directory, or a SentencePiece tokenizer.model")
@@ -51,13 +57,34 @@ class PreprocessConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(Options):
-    """A Megatron checkpoint -> a decision: which weights stay"""
+    """A model and a method -> a run with a decision, which weights or units stay; --export: the pruned model, too"""
+
+    basic: ClassVar[tuple[str, ...]] = (
+        "calibration",
+        "calibration_samples",
+        "calibration_seq_length",
+        "export",
+        "prior",
+        "data",
+        "seq_length",
+        "global_batch_size",
+        "micro_batch_size",
+        "train_iters",
+        "lr",
+        "resume",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "SmolLM2-135M run --method sparsegpt --target 2:4 --calibration c4.jsonl --export sparse",
+        "SmolLM2-135M run --method minitron --target parameters=100M --calibration c4.jsonl --export small",
+    )
 
     output_may_exist: ClassVar[MayExist] = "resumed"
 
     input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`, or a Hugging Face directory")
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
-    method: str = option(REQUIRED, "pruning method; `megatron-prune methods` lists them")
+    method: str = option(REQUIRED, "pruning method, from `megatron-prune methods`")
     target: str = option(
         REQUIRED, "N:M (N KEPT of M, e.g. 2:4), a sparsity such as 0.5, sizes such as num_layers=24, parameters=100M"
     )
@@ -86,6 +113,26 @@ class PruneConfig(Options):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
     """A pruned model -> the same model with better weights: recovery, distillation, continued pretraining"""
+
+    basic: ClassVar[tuple[str, ...]] = (
+        "data",
+        "teacher",
+        "export",
+        "engine",
+        "seq_length",
+        "global_batch_size",
+        "micro_batch_size",
+        "train_iters",
+        "lr",
+        "lora_rank",
+        "resume",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "run recovered --data c4.jsonl --teacher SmolLM2-135M --train-iters 200 --export recovered_hf",
+        "run recovered --data c4.jsonl --lora-rank 16 --train-iters 200",
+    )
 
     output_may_exist: ClassVar[MayExist] = "resumed"
 
@@ -132,6 +179,17 @@ class TrainConfig(Options):
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Options):
     """A checkpoint or a run -> files that other software reads"""
+
+    basic: ClassVar[tuple[str, ...]] = (
+        "format",
+        "layers",
+        "quantize",
+        "calibration",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "run sparse_hf",
+        "run masks.npz --format mask-npz",
+    )
 
     input: Path = option(REQUIRED, "run folder, or Megatron checkpoint (hf, fms, maxtext)")
     output: Path = option(REQUIRED, "directory (hf, fms, maxtext) or file (mask-npz) to write; must not exist")
@@ -189,6 +247,25 @@ class ExportConfig(Options):
 class EvaluateConfig(Options):
     """Perplexity, or scores of lm-eval's tasks, of a run, a checkpoint, a Hugging Face or MaxText directory"""
 
+    basic: ClassVar[tuple[str, ...]] = (
+        "text",
+        "window",
+        "windows",
+        "tasks",
+        "dense",
+        "num_fewshot",
+        "limit",
+        "output",
+        "dtype",
+        "micro_batch_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "run --text wikitext2_test.txt --output perplexity.json",
+        "sparse_hf --dense SmolLM2-135M --tasks piqa arc_easy",
+    )
+
     input: str = option(REQUIRED, "run folder, Megatron checkpoint, Hugging Face directory, hub id, model for MaxText")
     text: Path | None = option(None, "text file, tokenised whole, without a beginning-of-text token")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
@@ -230,6 +307,11 @@ class EvaluateConfig(Options):
 class BenchConfig(Options):
     """What 2:4 sparsity brings an exported model here: prefill, decode and memory, dense and sparse"""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "sparse_hf",
+        "run --batch-sizes 1 8 32 --prompt-length 1024 --output bench.json",
+    )
+
     input: str = option(REQUIRED, "2:4 model: run folder, Megatron checkpoint, Hugging Face directory or hub id")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")
     batch_sizes: tuple[int, ...] = option((1, 8), "sequences at a time, each measured", at_most=MOST_BATCH)
@@ -255,6 +337,16 @@ class BenchConfig(Options):
 class VerifyConfig(Options):
     """Proof of what changed: pattern, true zeros, density per layer, logits"""
 
+    basic: ClassVar[tuple[str, ...]] = (
+        "against",
+        "target",
+        "output",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "sparse_hf --against run",
+        "somebodys_model --target 2:4",
+    )
+
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder or exported Hugging Face directory")
     against: str | None = option(None, "Hugging Face directory, hub id or checkpoint to compare with")
     target: str | None = option(None, "pattern every pruned weight must satisfy; left out: the one recorded")
@@ -278,6 +370,11 @@ class VerifyConfig(Options):
 @dataclass(frozen=True, kw_only=True)
 class LatencyConfig(Options):
     """Time of a model's attention and MLP at several sizes on this device, for budgets of latency"""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "SmolLM2-135M latency.json",
+        "SmolLM2-135M latency.json --batch-size 8 --prompt-length 1024",
+    )
 
     input: Path = option(REQUIRED, "Megatron checkpoint or Hugging Face directory; its weights are not read")
     output: Path = option(REQUIRED, "JSON file to write; must not exist")

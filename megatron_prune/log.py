@@ -83,7 +83,7 @@ def is_leader() -> bool:
 @cache
 def console() -> Console:
     """The one console of this process: standard output, silent on all processes but 0."""
-    return PipedConsole(highlight=False, soft_wrap=True, quiet=not is_leader())
+    return PipedConsole(highlight=False, soft_wrap=True, emoji=False, quiet=not is_leader())
 
 
 def say(message: str) -> None:
@@ -113,7 +113,8 @@ def shows_bars(screen: Console) -> bool:
 
 def _bar(screen: Console, unit: str, auto_refresh: bool = True) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=screen, auto_refresh=auto_refresh)
+    times = (TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left"))
+    return Progress(*columns, *times, console=screen, auto_refresh=auto_refresh)
 
 
 class _PlainProgress:
@@ -133,7 +134,13 @@ class _PlainProgress:
             self.told = now
             unit = f" {self.unit}" if self.unit else ""
             of_all = "" if self.total is None else f"/{self.total}"
-            say(f"{self.title}: {self.done}{of_all}{unit} ({now - self.began:.0f} s)")
+            gone = now - self.began
+            ahead = "" if not self.total or self.done >= self.total else f", {self._left(gone):.0f} s left"
+            say(f"{self.title}: {self.done}{of_all}{unit} ({gone:.0f} s{ahead})")
+
+    def _left(self, gone: float) -> float:
+        assert self.total is not None
+        return gone / max(1, self.done) * (self.total - self.done)
 
 
 class MetricsLog:

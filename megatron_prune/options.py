@@ -77,6 +77,10 @@ class Options:
     """Keys of options whose values may stand right behind the verb without their names, in this order, one each (one
     that takes several takes all); of the usual two those that are required.
     """
+    basic: ClassVar[tuple[str, ...]] = ()
+    """Keys of the options that help shows beside those that are required, in this order; none named: all of them."""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Of what may stand behind the verb."""
     output_may_exist: ClassVar[MayExist] = "never"
     """Whether there may be something at `output`: only where a run goes on; or the verb looks for itself."""
 

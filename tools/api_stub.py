@@ -22,6 +22,8 @@ from typing import Any, Literal
 from megatron_prune.errors import UserError as UserError
 from megatron_prune.in_memory import prune_model as prune_model
 
+__version__: str
+
 '''
 
 

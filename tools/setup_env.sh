@@ -14,7 +14,8 @@ VERSIONS=(3.13 3.12 3.11)
 folder=.venv
 if [ $# -gt 0 ]; then VERSIONS=("$1") folder=.venv-$1; fi
 
-stamp=$(cat setup.py tools/setup_env.sh <(echo "$TORCH_SPEC $PWD") | sha256sum | cut -d' ' -f1)
+# Of pyproject.toml what is installed, not the settings of the tools.
+stamp=$(cat <(sed '/^\[tool\.ruff/,$d' pyproject.toml) tools/setup_env.sh <(echo "$TORCH_SPEC $PWD") | sha256sum | cut -d' ' -f1)
 if [ -x "$folder"/bin/python ] && [ "$(cat "$folder/stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests of what touches transformers and PyTorch most, with the oldest and the newest versions that setup.py allows.
+# The tests of what touches transformers and PyTorch most, with the oldest and the newest versions that pyproject.toml allows.
 #
 #     tools/try_versions.sh [SPECS ...]
 #

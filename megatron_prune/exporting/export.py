@@ -59,9 +59,9 @@ def _directory(config: ExportConfig) -> list[str]:
         if form == "padded":
             weights = padded(stored, weights)
         if backend.rank() == 0:
-            told += write(weights)
+            cost = write(weights)
             about = f"{summary(written, config.output)}; of the model {zeros.told()}"
-            return [*told, f"{config.output}: {about}; {_opened(config, form)}"]
+            return [*told, f"{config.output}: {about}; {_opened(config, form)}", *cost]
         for _ in weights:  # every rank takes part in gathering each tensor
             pass
     return told

@@ -176,6 +176,10 @@ class PruningMethod:
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Defaults of this method for options of `prune` that are not its own, by key: its paper's, where they differ. A
     value or a `Share` of another option."""
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Name of a recipe, given as the hyper-parameter `recipe` -> defaults in place of the usual: hyper-parameters, and
+    options that are not its own.
+    """
     sizes_with_experts: ClassVar[tuple[str, ...]] = ()
     """Those that it can change of a model with experts, where it removes units."""
     budget_with_experts: ClassVar[bool] = False
@@ -302,7 +306,8 @@ def get_method(name: str, **hyperparameters: Any) -> PruningMethod:
                 f"it has: {', '.join(allowed) or 'none'}"
             )
         check_kind(f"{name}: {given}", value, str | int if allowed[given].get("numbers") else kinds[given])
-    made = known[name](**hyperparameters)
+    recipe = known[name].recipes.get(hyperparameters.get("recipe", ""), {})
+    made = known[name](**{**{key: value for key, value in recipe.items() if key in allowed}, **hyperparameters})
     for entry in fields(made):
         check_value(entry.name, getattr(made, entry.name), entry.metadata)
     return made

@@ -50,6 +50,19 @@ if TYPE_CHECKING:
     from megatron_prune.model.masked_linear import MaskDraw
 
 
+SHORT = {
+    "schedule_shape": "geometric",
+    "scale_start": 1280.0,
+    "scale_end": 21333.0,
+    "temperature_start": 12.8,
+    "temperature_end": 12.8,
+    "weight_regularization": 0.0,
+    "lr_multiplier": 1.0,
+    "lr": 1.8e-3,
+    "min_lr": 1.8e-4,
+    "adam_eps": 1e-4,
+}
+"""The recipe for few steps, as the docstring has it: those of the learned masks of SmolLM2-135M in docs/results.md."""
 DRAWS = ("microbatch", "step")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -76,6 +89,9 @@ class MaskLLM(PruningMethod):
     takes: ClassVar[tuple[str, ...]] = (PRIOR, CALIBRATION)
     resumable: ClassVar[bool] = True
 
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "short": SHORT}
+
+    recipe: str = hyperparameter("paper", "of defaults: the paper's, or short, for tens to hundreds of steps")
     scale_start: float = hyperparameter(1e2, "factor of the logits against the Gumbel noise, first step")
     scale_end: float = hyperparameter(5e2, "the same, last step")
     temperature_start: float = hyperparameter(4.0, "softmax temperature, first step")
@@ -95,6 +111,8 @@ class MaskLLM(PruningMethod):
         for name in positive:
             if not getattr(self, name) > 0:
                 raise UserError(f"maskllm: {name} {getattr(self, name)} was given; allowed: above 0")
+        if self.recipe not in self.recipes:
+            raise UserError(f"maskllm: recipe {self.recipe!r} was given; allowed: {', '.join(self.recipes)}")
         if self.schedule_shape not in SCHEDULES:
             raise UserError(
                 f"maskllm: schedule_shape {self.schedule_shape!r} was given; allowed: {', '.join(SCHEDULES)}"

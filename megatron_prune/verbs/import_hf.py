@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_prune.option_groups import Dtype, Parallelism
 from megatron_prune.options import REQUIRED, Options, group, option
@@ -13,6 +14,17 @@ from megatron_prune.verbs import Verb, deliver
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig(Options):
     """A Hugging Face checkpoint -> a Megatron checkpoint"""
+
+    basic: ClassVar[tuple[str, ...]] = (
+        "dtype",
+        "mask",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "SmolLM2-135M dense",
+        "SmolLM2-135M sparse --mask masks.npz",
+    )
 
     input: str = option(REQUIRED, "Hugging Face directory or hub id (safetensors), or a directory of export's fms form")
     output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")

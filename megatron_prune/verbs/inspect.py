@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_prune.options import REQUIRED, Options, option
 from megatron_prune.verbs import Verb, deliver
@@ -12,6 +13,11 @@ from megatron_prune.verbs import Verb, deliver
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(Options):
     """What is in a checkpoint, a run folder, a decision, a mask file or a Hugging Face directory"""
+
+    examples: ClassVar[tuple[str, ...]] = (
+        "run",
+        "masks.npz",
+    )
 
     input: Path = option(REQUIRED, "Megatron checkpoint, run folder, decision, mask .npz or Hugging Face directory")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from megatron_prune.options import Options, flag
+from megatron_prune.options import Options, flag, option
 from megatron_prune.verbs import Verb
 
 if TYPE_CHECKING:
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 class MethodsConfig(Options):
     """The pruning methods, each with its paper, targets and hyper-parameters"""
 
+    positional: ClassVar[tuple[str, ...]] = ("name",)
+    examples: ClassVar[tuple[str, ...]] = ("", "sparsegpt")
+
+    name: str | None = option(None, "show this method alone")
+
 
 VERB = Verb("methods", MethodsConfig, "list the pruning methods and their options", 140, alone=True, light=True)
 
@@ -23,9 +28,12 @@ VERB = Verb("methods", MethodsConfig, "list the pruning methods and their option
 def run(config: MethodsConfig) -> list[MethodInfo]:
     """Prints the list on standard output."""
     from megatron_prune.console import PipedConsole
-    from megatron_prune.methods.base import methods
+    from megatron_prune.methods.base import get_method, methods
 
-    console, found = PipedConsole(highlight=False, soft_wrap=True), methods()
+    console, found = PipedConsole(highlight=False, soft_wrap=True, emoji=False), methods()
+    if config.name is not None:
+        chosen = get_method(config.name).name
+        found = [info for info in found if info.name == chosen]
     for info in found:
         for line in describe(info):
             console.print(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,29 @@ from megatron_prune.verbs import Verb, deliver
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(PruneConfig):
-    """Memory on each process of a mask-learning run, from the same options and YAML as `prune`"""
+    """Memory on each process of a mask-learning run, or layouts that fit, from the same options and YAML as `prune`"""
+
+    basic: ClassVar[tuple[str, ...]] = (
+        "processes",
+        "gpus",
+        "gpu_memory",
+        "gpus_per_node",
+        "tpu",
+        "seq_length",
+        "global_batch_size",
+        "micro_batch_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "sequence_parallel",
+        "use_distributed_optimizer",
+        "recompute",
+        "output",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "Llama-2-7b-hf --method maskllm --target 2:4 --processes 8 --tensor-model-parallel-size 8",
+        "Llama-2-7b-hf --method maskllm --target 2:4 --gpus 64 --gpu-memory 80",
+    )
 
     output_may_exist: ClassVar[MayExist] = "never"
 
@@ -24,12 +47,31 @@ class PlanConfig(PruneConfig):
     processes: int | None = option(
         None, "processes of the job, over all nodes: one a GPU", at_least=1, at_most=MOST_PROCESSES
     )
+    gpus: int | None = option(None, "the same as processes", at_least=1, at_most=MOST_PROCESSES)
+    gpu_memory: float | None = option(
+        None,
+        "GB of a GPU: layouts that fit are proposed, fastest first, instead of looking at one; a tenth stays free",
+        above=0,
+        at_most=1e6,
+    )
+    gpus_per_node: int = option(8, "with gpu-memory: GPUs of a machine", at_least=1, at_most=MOST_PROCESSES)
     tpu: str | None = option(
         None, "in place of processes, a slice of TPUs that MaxText would train and learn on: v5p-64"
     )
 
+    def idle(self) -> Mapping[str, str]:
+        """What the proposals settle, and what only they need."""
+        if self.gpu_memory is None:
+            return {"gpus_per_node": "without --gpu-memory"}
+        own = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel")
+        return dict.fromkeys((*own, "use_distributed_optimizer"), "with --gpu-memory, which proposes it")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gpus is not None:
+            if self.processes not in (None, self.gpus):
+                raise UserError(f"--gpus {self.gpus} and --processes {self.processes} given; give one of them")
+            object.__setattr__(self, "processes", self.gpus)
         if (self.processes is None) == (self.tpu is None):
             given = "both were given" if self.tpu is not None else "neither was given"
             raise UserError(f"--processes (GPUs) or --tpu (a slice, such as v5p-64): {given}; give one of them")
@@ -45,10 +87,21 @@ def run(config: PlanConfig) -> dict[str, Any]:
     from megatron_prune.jobs.plan import job_of, plan, told
 
     assert config.processes is not None, "checked by the configuration"
+    if config.gpu_memory is not None:
+        return _layouts(config, config.processes, config.gpu_memory)
     job = job_of(config, config.processes)
     stages = plan(job)
     result = {"processes": config.processes, "stages": [asdict(stage) for stage in stages]}
     deliver(told(job, stages), result, config.output)
+    return result
+
+
+def _layouts(config: PlanConfig, gpus: int, gpu_memory: float) -> dict[str, Any]:
+    from megatron_prune.jobs import layouts
+
+    found = layouts.layouts(config, gpus, gpu_memory, config.gpus_per_node)
+    result = {"processes": gpus, "gpu_memory": gpu_memory, "layouts": [layouts.record(each) for each in found]}
+    deliver(layouts.told(found, gpus, config.gpus_per_node), result, config.output)
     return result
 
 

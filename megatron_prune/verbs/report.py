@@ -15,6 +15,11 @@ from megatron_prune.verbs import Verb
 class ReportConfig(Options):
     """One self-contained HTML page of what runs removed and what it cost; RUN... may stand right after the verb"""
 
+    examples: ClassVar[tuple[str, ...]] = (
+        "run dense.json sparse.json --output page.html",
+        "run_a run_b --output page.html --title 'Two methods'",
+    )
+
     positional: ClassVar[tuple[str, ...]] = ("inputs",)
 
     inputs: tuple[Path, ...] = option(

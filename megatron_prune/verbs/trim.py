@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from megatron_prune.option_groups import Parallelism
 from megatron_prune.options import REQUIRED, Options, group, option
@@ -13,6 +14,15 @@ from megatron_prune.verbs import Verb, deliver
 @dataclass(frozen=True, kw_only=True)
 class TrimConfig(Options):
     """A pruning run -> a released checkpoint: removed weights zero, removed units gone, training state gone"""
+
+    basic: ClassVar[tuple[str, ...]] = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "run sparse",
+        "run sparse --tensor-model-parallel-size 2",
+    )
 
     input: Path = option(REQUIRED, "run folder of `prune` or `train`")
     output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")

@@ -33,6 +33,7 @@ FEW = ("1e30", "nan", "9" * 5000, "１", str(2**63), "[" * 5000)
 REQUIRED_ARGUMENTS = {
     "input": "in",
     "output": "out",
+    "shell": "bash",
     "method": "wanda",
     "target": "2:4",
     "tokenizer": "t",

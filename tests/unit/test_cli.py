@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,8 +12,12 @@ from pathlib import Path
 import pytest
 
 from megatron_prune import __main__ as program
-from megatron_prune import telling
+from megatron_prune import log, telling
+from megatron_prune.command_line import parse
 from megatron_prune.errors import UserError
+from megatron_prune.helping import METHOD_OPTIONS, method_names
+from megatron_prune.methods.base import methods
+from megatron_prune.options import entries, flag
 
 
 def start(*argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,9 +52,87 @@ def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_help_names_the_hyper_parameters_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `methods` and the command line call them, in a group of their own; what it has no use for is left out."""
+    shown = helped(capsys, "prune", "--method", "sparsegpt")
+    own = shown[shown.index("options of sparsegpt (Frantar and Alistarh 2023") :]
+    assert "--percdamp X" in own and "--update-weights, --no-update-weights" in own
+    assert "method-options" not in shown
+    assert "--calibration " in shown and "--train-iters" not in shown
+    assert "--train-iters" in helped(capsys, "prune", "--method", "maskllm")
+
+
+def helped(capsys: pytest.CaptureFixture[str], *argv: str, all: bool = False) -> str:
+    """What help prints."""
     with pytest.raises(SystemExit):
-        program.main(["prune", "--method", "maskllm", "--help"])
-    assert "--method-options.prior-strength X" in capsys.readouterr().out
+        program.main([*argv, "--help-all" if all else "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", program.VERBS)
+def test_help_is_short_and_all_of_it_is_there_on_request(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = program.VERBS[verb].config
+    keys = {entry.key for entry in entries(config)} - {METHOD_OPTIONS}
+    assert set(config.basic) <= keys
+    short, whole = helped(capsys, verb), helped(capsys, verb, all=True)
+    assert all(flag(key) in whole for key in keys)
+    assert all(flag(key) in short for key in config.basic)
+    assert short.count("\n") < 70 and f"usage: megatron-prune {verb}" in short
+
+
+@pytest.mark.parametrize("verb", program.VERBS)
+def test_every_verb_has_two_examples_that_it_takes(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("method: maskllm\ntarget: 2:4\n")
+    config = program.VERBS[verb].config
+    assert len(config.examples) == 2
+    for example in config.examples:
+        parse(config, shlex.split(example), verb)
+
+
+def test_methods_are_known_without_importing_them() -> None:
+    assert method_names() == [info.name for info in methods()]
+
+
+COMPLETIONS = [
+    ("ev", "evaluate"),
+    ("prune --method spar", "sparsegpt"),
+    ("prune m r --perc", "--percdamp"),
+    ("train --engine f", "fsdp"),
+    ("evaluate --no-expert-l", "--no-expert-load"),
+    ("methods wan", "wanda"),
+    ("completion z", "zsh"),
+    ("inspect a_fol", "a_folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def script() -> str:
+    return start("completion", "bash").stdout
+
+
+@pytest.mark.parametrize(("typed", "completed"), COMPLETIONS)
+def test_bash_completes(script: str, typed: str, completed: str, tmp_path: Path) -> None:
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "script").write_text(script)
+    words = ["megatron-prune", *typed.split()]
+    asked = f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _megatron_prune; echo ${{COMPREPLY[@]}}"
+    command = ["bash", "-c", f"source ./script; {asked}"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.split() == [completed]
+
+
+def test_zsh_reads_the_same_table(script: str) -> None:
+    assert start("completion", "zsh").stdout.endswith(script)
+    assert start("completion", "fish").stderr.count("allowed: bash or zsh") == 1
+
+
+def test_no_text_is_taken_for_an_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["methods", "maskllm"]) == 0
+    listed = capsys.readouterr().out
+    assert "N:M: one logit per pattern" in listed and "wanda" not in listed
+    log.console.cache_clear()
+    log.say("runs:100: of N:M: [bold]")
+    assert capsys.readouterr().out == "runs:100: of N:M: [bold]\n"
+    assert program.main(["methods", "wand"]) == 2
 
 
 @pytest.mark.parametrize("verb", program.VERBS)

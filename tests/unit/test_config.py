@@ -11,12 +11,14 @@ from megatron_prune.__main__ import VERBS
 from megatron_prune.command_line import parse
 from megatron_prune.config import EvaluateConfig, PruneConfig
 from megatron_prune.errors import UserError
-from megatron_prune.methods.base import methods
+from megatron_prune.methods.base import get_method, methods
+from megatron_prune.methods.maskllm import SHORT
 from megatron_prune.option_groups import Calibration, Parallelism, Training
 from megatron_prune.options import Share, entries, field_key, flatten, parse_documents, save_yaml
 from megatron_prune.verbs.import_hf import ImportConfig
 from megatron_prune.verbs.methods import describe
 
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ["--input", "ckpt", "--output", "run", "--method", "maskllm", "--target", "2:4"]
 
 
@@ -145,6 +147,23 @@ def test_a_methods_own_defaults_are_shown(capsys: pytest.CaptureFixture[str]) ->
         assert help in shown
     (listed,) = [line for info in methods() if info.name == "sheared_llama" for line in describe(info)[-1:]]
     assert "--train-iters 3200" in listed and "--lr-warmup-iters 0.1 x --train-iters" in listed
+
+
+def test_a_recipe_changes_defaults_of_the_method_and_of_training() -> None:
+    """`short` is the quickstart's, whose results are measured; flags beat it."""
+    short = prune("--recipe", "short")
+    assert (short.training.lr, short.training.min_lr, short.training.adam_eps) == (1.8e-3, 1.8e-4, 1e-4)
+    assert prune("--recipe", "short", "--lr", "1e-3").training.lr == 1e-3
+    assert prune("--recipe", "paper").training == prune().training == Training()
+    quickstart = yaml.safe_load((ROOT / "examples" / "quickstart" / "maskllm.yaml").read_text())
+    method = get_method("maskllm", recipe="short")
+    for key in SHORT:
+        found = getattr(method, key) if hasattr(method, key) else getattr(short.training, key)
+        assert found == (float(quickstart[key]) if isinstance(found, float) else quickstart[key]), key
+    assert get_method("maskllm", recipe="short", scale_start=7.0).scale_start == 7.0
+    assert get_method("maskllm") == get_method("maskllm", recipe="paper")
+    with pytest.raises(UserError, match="recipe 'quick' was given; allowed: paper, short"):
+        get_method("maskllm", recipe="quick")
 
 
 def test_saved_yaml_repeats_the_run(tmp_path: Path) -> None:

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+import megatron_prune
+from megatron_prune.version import VERSION
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +44,14 @@ def test_the_sdist_has_what_a_packager_runs(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("tests/run.sh", "tests/unit/test_packaging.py", "docs/masks.md", "tools/setup_env.sh", "CHANGELOG.md"):
+    for name in (
+        "tests/run.sh",
+        "tests/unit/test_packaging.py",
+        "docs/masks.md",
+        "tools/setup_env.sh",
+        "CHANGELOG.md",
+        "SECURITY.md",
+    ):
         assert name in names
     assert not [name for name in names if "__pycache__" in name or name.startswith((".venv", "runs"))]
 
@@ -52,6 +63,11 @@ def test_a_wheel_works_outside_of_the_source_tree(built: Path, tmp_path: Path) -
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert all(any(f"megatron_prune/{part}" in name for name in names) for part in EXPECTED)
+    (about,) = [name for name in names if name.endswith("dist-info/METADATA")]
+    with zipfile.ZipFile(wheel) as archive:
+        told = archive.read(about).decode()
+    for line in (f"Version: {VERSION}", "License-Expression: Apache-2.0", "Provides-Extra: all", "Keywords: pruning"):
+        assert f"\n{line}" in told
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "tools"))]
 
     run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
@@ -64,6 +80,7 @@ def test_a_wheel_works_outside_of_the_source_tree(built: Path, tmp_path: Path) -
     where = run("env/bin/python", "-c", "import megatron_prune; print(megatron_prune.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(tmp_path)
     assert "maskllm" in run(command, "methods", cwd=tmp_path)
+    assert run(command, "--version", cwd=tmp_path).split() == ["megatron-prune", VERSION]
     run(command, "import", "--input", "hf", "--output", "model", cwd=tmp_path)
     what = ("--method", "magnitude", "--target", "2:4")
     run(command, "prune", "--input", "model", "--output", "run", *what, cwd=tmp_path)
@@ -71,3 +88,10 @@ def test_a_wheel_works_outside_of_the_source_tree(built: Path, tmp_path: Path) -
     run(command, "verify", "--input", "sparse", "--target", "2:4", cwd=tmp_path)
     run(command, "report", "--inputs", "run", "--output", "report.html", cwd=tmp_path)
     assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_place_says_the_same_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == VERSION == megatron_prune.__version__
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dynamic"] == ["version"] and cited["license"] == project["license"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
+import tomllib
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -23,15 +23,10 @@ def pinned() -> dict[str, str]:
 
 
 def stated() -> list[Requirement]:
-    """The requirements of the package and its extras, from setup.py."""
-    (call,) = [
-        node.value
-        for node in ast.parse((ROOT / "setup.py").read_text()).body
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-    ]
-    given = {word.arg: word.value for word in call.keywords}
-    extras = ast.literal_eval(given["extras_require"])
-    lines = ast.literal_eval(given["install_requires"]) + [line for name in EXTRAS for line in extras[name]]
+    """The requirements of the package and its extras, from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + [line for name in EXTRAS for line in extras[name]]
     found = [Requirement(line) for line in lines]
     return [item for item in found if not item.marker or item.marker.evaluate({"python_version": IMAGE_PYTHON})]
 

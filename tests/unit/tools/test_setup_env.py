@@ -33,7 +33,7 @@ def made(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     (project / "tools").mkdir(parents=True, exist_ok=True)
     for name in ("setup_env.sh", "find_python.sh"):
         shutil.copy(ROOT / "tools" / name, project / "tools")
-    (project / "setup.py").touch()
+    (project / "pyproject.toml").touch()
     commands.mkdir(exist_ok=True)
     for name in NEEDED:
         found = shutil.which(name)

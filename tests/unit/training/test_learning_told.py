@@ -26,8 +26,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def learn(root: Path, output: Path, *more: str) -> int:
     """Four steps from the prior."""
     inputs = ["--input", str(root / "hf"), "--output", str(output), "--prior", str(root / "prior")]
-    data = ["--data", str(root / "words.jsonl"), "--seq-length", "16", "--global-batch-size", "2", "--train-iters", "4"]
-    return main(["prune", "--method", "maskllm", "--target", "2:4", *inputs, *data, *more])
+    data = ["--data", str(root / "words.jsonl"), "--seq-length", "16", "--global-batch-size", "2"]
+    steps = [] if "--train-iters" in more else ["--train-iters", "4"]
+    return main(["prune", "--method", "maskllm", "--target", "2:4", *inputs, *data, *steps, *more])
 
 
 def same(root: Path, run: Path) -> bool:
@@ -51,3 +52,13 @@ def test_steps_that_can(root: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     moved = read_metrics(tmp_path / "run")[-1]["differs_from_start_fraction"]
     assert f"{moved:.2%} of the groups have left their start" in told and moved > 0
     assert "warning" not in told and not same(root, tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert f"{moved:.2%} of the groups have left their start" in capsys.readouterr().out
+
+
+def test_the_recipe_for_few_steps_changes_masks_where_the_papers_does_not(root: Path, tmp_path: Path) -> None:
+    """As many steps each; the paper's are for 2,000."""
+    for recipe, moves in (("paper", False), ("short", True)):
+        run = tmp_path / recipe
+        assert learn(root, run, "--recipe", recipe, "--train-iters", "24") == 0
+        assert (not same(root, run)) == moves

@@ -1,0 +1,108 @@
+"""`plan --gpu-memory`: layouts that fit, in the order of the documented model of time."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_prune.__main__ import main
+from megatron_prune.command_line import parse
+from megatron_prune.config import PruneConfig
+from megatron_prune.jobs.layouts import RATES, layouts, seconds
+from megatron_prune.jobs.plan import job_of, plan
+from megatron_prune.verbs.plan import PlanConfig
+
+LLAMA_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    return tmp_path
+
+
+def asked(model: Path, *more: str) -> PlanConfig:
+    words = [str(model), "--method", "maskllm", "--target", "2:4", "--seq-length", "4096", *more]
+    return parse(PlanConfig, words, "plan")
+
+
+def test_what_is_proposed_fits_and_nothing_that_fits_is_left_out(model: Path) -> None:
+    """Against every layout, looked at one by one."""
+    found = layouts(asked(model, "--gpus", "64", "--gpu-memory", "80"), 64, 80, 8)
+    proposed = {(each.job.tensor, each.job.stages, each.job.training.recompute) for each in found}
+    for tensor in (1, 2, 4, 8):
+        for stages in (1, 2, 4, 8, 16, 32):
+            for recompute in (False, True):
+                if tensor * stages > 64:
+                    continue
+                flags = ["--tensor-model-parallel-size", str(tensor), "--pipeline-model-parallel-size", str(stages)]
+                flags += ["--sequence-parallel"] if tensor > 1 else []
+                flags += ["--use-distributed-optimizer"] if tensor * stages < 64 else []
+                job = job_of(asked(model, *flags, "--processes", "64", *(["--recompute"] if recompute else [])), 64)
+                fits = max(stage.total for stage in plan(job)) <= 0.9 * 80e9
+                assert ((tensor, stages, recompute) in proposed) == fits
+    assert [each.step for each in found] == sorted(each.step for each in found)
+
+
+def test_the_model_of_time_is_the_documented_one(model: Path) -> None:
+    """By hand for LLaMA-2 7B on 64 GPUs, tensor 8 x pipeline 4 x 2 replicas: 128 micro-batches of 4096 tokens."""
+    flags = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "4", "--sequence-parallel"]
+    job = job_of(asked(model, *flags, "--processes", "64"), 64)
+    found, weights, tokens = seconds(job, 8), 32 * (4 * 4096**2 + 3 * 4096 * 11008), 256 * 4096
+    flops = tokens * (6 * weights + 4 * 32000 * 4096 + 12 * 32 * 4096 * 4096)
+    assert found["products"] == pytest.approx(flops / (64 * RATES["products"]) * (1 + 3 / 128))
+    assert found["masks"] == pytest.approx(128 * weights / 32 * 44 / RATES["memory"])
+    assert found["tensor"] == pytest.approx(128 * 8 * 4 * (2 * 7 / 8) * 4096 * 4096 * 2 / RATES["link"])
+    assert found["pipeline"] == pytest.approx(128 * 2 * 4096 * 4096 * 2 / RATES["network"])
+    assert found["replicas"] == pytest.approx(weights / 32 * 1.5 * 4 / RATES["network"])
+    again = job_of(asked(model, *flags, "--processes", "64", "--recompute"), 64)
+    assert seconds(again, 8)["products"] == pytest.approx(found["products"] * 4 / 3)
+    assert math.isclose(seconds(again, 8)["tensor"], found["tensor"] * 6 / 4)
+
+
+def test_the_verb_prints_a_command_that_starts_the_first(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(model), "--method", "maskllm", "--target", "2:4", "--gpus", "64", "--gpu-memory", "80"]
+    words += ["--output", str(model / "plan.json"), "--prior-strength", "2", "--prior", "sparsegpt"]
+    assert main(words) == 0
+    started = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert started[:5] == ["torchrun", "--nnodes", "8", "--rdzv-backend", "c10d"]
+    config = parse(PruneConfig, started[started.index("prune") + 1 :], "prune")
+    first = json.loads((model / "plan.json").read_text())["layouts"][0]
+    assert config.parallelism.tensor_model_parallel_size == first["tensor"]
+    assert config.parallelism.pipeline_model_parallel_size == first["pipeline"]
+    assert config.training.recompute == first["recompute"]
+    assert config.method_options == {"prior_strength": 2.0} and config.prior == "sparsegpt"
+    assert first["bytes"] < 0.9 * 80e9
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gpus", "8", "--gpu-memory", "1"], "no layout of 8 GPUs fits; the smallest"),
+        (["--gpus", "7", "--gpu-memory", "80"], "no layout of 7 GPUs divides"),
+        (["--gpus", "8", "--gpu-memory", "80", "--tensor-model-parallel-size", "2"], "which proposes it"),
+        (["--gpus", "8", "--gpus-per-node", "4"], "without --gpu-memory"),
+        (["--gpus", "8", "--processes", "4"], "give one of them"),
+        (["--gpus", "8", "--tpu", "v5p-64"], "both were given"),
+    ],
+)
+def test_mistakes(model: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model), "--method", "maskllm", "--target", "2:4", *more]) == 2
+    assert message in capsys.readouterr().err
