@@ -217,6 +217,9 @@ class _AdaptingLoader(importlib.abc.Loader):
 class _AdaptingFinder(importlib.abc.MetaPathFinder):
     """Adapts `megatron.core` modules right after they are executed, however late they are imported."""
 
+    adapts_megatron = True
+    """Tells it from other finders, also where this module is executed again after an import that failed."""
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if not (name == "megatron.core" or name.startswith("megatron.core.")):
             return None
@@ -320,7 +323,8 @@ def install() -> None:
         (r"torch\.distributed\.checkpoint", r".*we are deprecating ShardedTensor.*"),
     ):
         warnings.filterwarnings("ignore", message=message, module=source)
-    sys.meta_path.insert(0, _AdaptingFinder())
+    others = [finder for finder in sys.meta_path if not getattr(finder, "adapts_megatron", False)]
+    sys.meta_path[:] = [_AdaptingFinder(), *others]
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core"):
             _adapt(module)

@@ -32,8 +32,8 @@ def refuse_existing(path: Path, what: str = "output") -> None:
     if os.path.lexists(path):
         link = "" if path.exists() else " (a link to something that does not exist)"
         raise UserError(
-            f"{what} {path} already exists{link}; give a folder that does not exist, or remove this one if it is not "
-            "needed"
+            f"{what} {path} already exists{link}; give a name that does not exist, or remove what is there if it is "
+            "not needed"
         )
 
 

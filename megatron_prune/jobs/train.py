@@ -116,7 +116,7 @@ def _train(
         engine.save(folder / "weights", _history(config, source))
         if backend.rank() == 0:
             describe(folder, config, _about(config, source, TRAINED))
-    kept = "zeros were not kept" if zeros is None else f"{zeros} weights stayed zero"
+    kept = "zeros were not kept" if zeros is None else f"{zeros} weights stayed zero" if zeros else "no weight was zero"
     return f"trained {t.train_iters} steps, {kept}: {folder / 'weights'}"
 
 

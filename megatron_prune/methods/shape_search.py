@@ -83,8 +83,9 @@ def best_shape(
     assert judging.tokens is not None
     windows = looks(FIRST_WINDOWS, min(FINAL_WINDOWS, len(judging.tokens)))
     left = race(losses, len(shapes), windows, FINALISTS)
-    told = "; ".join(f"{shapes[n]} loss {fmean(scores):.3f}" for n, scores in left.items())
-    say(f"{budget}: {len(shapes)} shapes tried; best {told}")
+    say(f"{budget}: {len(shapes)} shapes tried; the best of them:")
+    for number, scores in left.items():
+        say(f"  loss {fmean(scores):.3f}  {shapes[number]}")
     return shapes[next(iter(left))], found
 
 

@@ -255,3 +255,20 @@ def test_kernels_of_a_hollow_triton_can_be_declared(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ImportError):
         import triton
     assert "triton.language" not in sys.modules or sys.modules["triton.language"] is not tl
+
+
+def test_an_import_that_is_tried_again_does_not_recurse() -> None:
+    """As in a notebook, where the first try failed: two finders would ask each other for ever."""
+    again = """
+import sys
+import megatron_prune.backend
+del sys.modules["megatron_prune.backend"]
+import megatron_prune.backend
+finders = [finder for finder in sys.meta_path if getattr(finder, "adapts_megatron", False)]
+name = next(n for n in ("megatron.core.models.bert", "megatron.core.models.T5") if n not in sys.modules)
+__import__(name)
+print(len(finders))
+"""
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] in ("0", "1")  # 0 where there is a GPU, and nothing to adapt
