@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_prune.decision.units import BlockUnits
 from megatron_prune.errors import UserError
+from megatron_prune.log import LEFT_START
 from megatron_prune.reporting.collect import Removed, Run
 
 CURVES = {
@@ -19,6 +20,7 @@ CURVES = {
     "eval_loss": "held-out loss (nats per token)",
     "mask_entropy": "mask entropy (nats per group)",
     "max_probability": "mean probability of the best pattern",
+    LEFT_START: "share of the groups that left their start",
     "fitness": "fitness of the best candidate (KL divergence, nats)",
     "learning_rate": "learning rate",
 }

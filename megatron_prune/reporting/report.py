@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
+from pathlib import PurePosixPath
+from statistics import fmean
 from typing import Any
 
 from megatron_prune.decision.masks import MaskRow
+from megatron_prune.log import left_start
 from megatron_prune.reporting import pictures
 from megatron_prune.reporting.collect import Collected, Result
 from megatron_prune.results import fullest
+from megatron_prune.version import VERSION
 
 TEMPLATE = "page.html.j2"
+_ABSOLUTE = re.compile(r"(?<![\w./:~-])/[^\s'\",\]]+")
+"""An absolute path in a configuration."""
 
 
 def render(found: Collected, title: str) -> str:
@@ -28,6 +36,10 @@ def render(found: Collected, title: str) -> str:
         loads=load_rows(found.of("evaluate")),
         tasks=task_table(found.of("tasks")),
         bench=bench_rows(found.of("bench")),
+        task_means=task_means(found.of("tasks")),
+        moved={run.name: left_start(run.metrics) for run in found.runs},
+        version=VERSION,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
     return page
 
@@ -38,7 +50,20 @@ def _template() -> Any:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"figures": figures, "mib": lambda size: f"{size / 2**20:.1f}"}
+    environment.filters |= {"place": place, "places": lambda text: _ABSOLUTE.sub(lambda path: place(path[0]), text)}
     return environment.from_string((files(__package__) / TEMPLATE).read_text(encoding="utf-8"))
+
+
+def place(path: str) -> str:
+    """The last part of an absolute path, for folders of a machine are nobody else's business; other text as it is."""
+    return PurePosixPath(path).name if path.startswith("/") else path
+
+
+def task_means(results: list[Result]) -> list[tuple[str, int, float]]:
+    """Model, number of tasks, and the mean over them of each one's first score."""
+    found = [(model["model"], model["tasks"]) for result in results for model in result.content["results"]]
+    firsts = [(name, [next(iter(task["metrics"].values())) for task in tasks.values()]) for name, tasks in found]
+    return [(name, len(scores), fmean(scores)) for name, scores in firsts if scores]
 
 
 def figures(value: Any) -> str:

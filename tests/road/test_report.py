@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from megatron_prune.__main__ import main
+from megatron_prune.log import left_start, read_metrics
 from megatron_prune.reporting.collect import collect
+from megatron_prune.version import VERSION
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.tasks import write_tasks
 
@@ -80,11 +82,28 @@ def test_its_numbers_are_those_of_the_files(root: Path, page: str) -> None:
     assert f'<th class="n" data-sort>choices<br>{next(iter(dense["tasks"]["choices"]["metrics"]))}</th>' in page
     for model in (dense, pruned):
         scores = [f"{value:.4f}" for value in model["tasks"]["choices"]["metrics"].values()]
-        row = page[page.index(f"<td>{model['model']}</td>", page.index("Zero-shot tasks")) :]
+        row = page[page.index(f"<td>{Path(model['model']).name}</td>", page.index("Zero-shot tasks")) :]
         assert re.findall(r'class="n">([\d.]+) &plusmn;', row[: row.index("</tr>")]) == scores
     narrow = json.loads((root / "narrow" / "decision" / "trim.json").read_text())
     assert f"{narrow['parameters']:,} parameters" in page
     assert "verified.json</b>: verified" in page and "pattern 2:4 holds" in page
+
+
+def test_results_come_first_with_version_and_date_and_no_folders_of_a_machine(root: Path, page: str) -> None:
+    overview = page[page.index('id="overview"') : page.index('id="removed"')]
+    dense = json.loads((root / "dense.json").read_text())["perplexity"]
+    assert overview.index("Results") < overview.index(f"{dense:.4g}") < overview.index("<h2>Runs")
+    scores = [
+        next(iter(task["metrics"].values()))
+        for task in json.loads((root / "tasks.json").read_text())["results"][0]["tasks"].values()
+    ]
+    assert f"{sum(scores) / len(scores):.4f}" in overview
+    assert f"megatron_prune {VERSION}, 20" in page
+    assert str(root) not in page and "input: dense" in page
+    moved = left_start(read_metrics(root / "learned"))
+    assert moved is not None
+    assert f"{100 * moved:.2f}%" in overview and "share of the groups that left their start" in page
+    assert ("no group has left its start" in overview) == (moved == 0)
 
 
 def test_the_picture_shows_the_neurons_that_stay(root: Path, page: str) -> None:
