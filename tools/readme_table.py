@@ -8,6 +8,12 @@ A table stands between two comments; the pattern may match several dated files, 
     <!-- table: benchmarks/results/quality_*.json -->
     <!-- end of table -->
 
+A table of choices takes single rows of several files, as a YAML list says: what a row is for, what it needs, the
+method, the file, the columns by which its row is found, and the columns that are shown:
+
+    <!-- choice: docs/choosing.yaml -->
+    <!-- end of choice -->
+
 A result file that has a table is JSON with `columns` (list of str) and `rows` (list of lists), `hardware`,
 `date` and `protocol`, which are printed below the table.
 """
@@ -21,8 +27,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+CHOICE = re.compile(r"(<!-- choice: (\S+) -->\n).*?(<!-- end of choice -->)", re.DOTALL)
 NOTHING = "*No result file is committed yet.*"
 
 
@@ -33,7 +42,8 @@ def documents(root: Path) -> list[Path]:
 
 def fill(text: str, root: Path, folder: Path | None = None) -> str:
     """`text` of a document in `folder`, `root` when left out, with each table made anew from the files under `root`."""
-    return BLOCK.sub(lambda block: block[1] + newest_table(root, block[2], folder or root) + "\n" + block[3], text)
+    text = BLOCK.sub(lambda block: block[1] + newest_table(root, block[2], folder or root) + "\n" + block[3], text)
+    return CHOICE.sub(lambda block: block[1] + choices(root, block[2], folder or root) + "\n" + block[3], text)
 
 
 def newest_table(root: Path, pattern: str, folder: Path) -> str:
@@ -52,6 +62,23 @@ def table(result: dict[str, Any], source: Path) -> str:
     made = ["| " + " | ".join(cell(value) for value in line) + " |" for line in lines]
     below = f"{result['protocol']} {result['hardware']}, {result['date']}; [{source.name}]({source.as_posix()})."
     return "\n".join(["", *made, "", below, ""])
+
+
+def choices(root: Path, named: str, folder: Path) -> str:
+    """Markdown of a list of choices, each with what was measured of it."""
+    lines = [["goal", "needs", "method", "measured", "file"], ["---"] * 5]
+    for choice in yaml.safe_load((root / named).read_text(encoding="utf-8")):
+        file = sorted((root / "benchmarks" / "results").glob(choice["file"]))[-1]
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [dict(zip(result["columns"], row, strict=True)) for row in result["rows"]]
+        found = [row for row in rows if all(row[key] == value for key, value in choice["row"].items())]
+        if not found:
+            raise ValueError(f"{named}: {file.name} has no row {choice['row']}")
+        measured = ", ".join(f"{name} {cell(found[0][name])}" for name in choice["show"])
+        method = f"`{choice['method']}`" if choice["method"] else ""
+        link = f"[{file.name}]({Path(os.path.relpath(file, folder)).as_posix()})"
+        lines.append([choice["goal"], choice["needs"], method, measured, link])
+    return "\n".join(["", *("| " + " | ".join(line) + " |" for line in lines), ""])
 
 
 def cell(value: Any) -> str:
