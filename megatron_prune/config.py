@@ -101,6 +101,7 @@ class PruneConfig(Options):
         None, "folder of a structured method's statistics: read where they are there, kept where not"
     )
     calibration: Calibration = group(Calibration)
+    losses: Losses = group(Losses)
     training: Training = group(Training)
     parallelism: Parallelism = group(Parallelism)
 

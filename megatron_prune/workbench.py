@@ -22,6 +22,7 @@ from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
 from megatron_prune.decision.masks import Kept, MaskInfo, Masks, MaskWriter
 from megatron_prune.decision.prior import MaskSource, given_prior
+from megatron_prune.decision.pruned import open_source
 from megatron_prune.decision.source import ModelSource
 from megatron_prune.decision.target import NM, StructuredTarget, Target, Unstructured
 from megatron_prune.decision.trimming import Trim
@@ -31,6 +32,7 @@ from megatron_prune.log import MetricsLog, progress
 from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod, get_method, mask_methods
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.options import given
 from megatron_prune.statistics.compensation import Compensation
 from megatron_prune.statistics.experts import ExpertActivity
 from megatron_prune.statistics.merging import Merging
@@ -41,6 +43,7 @@ from megatron_prune.training.learning import LearningRunner
 from megatron_prune.training.loop import check_learning, model_options
 from megatron_prune.training.shearing import ShearingRunner
 from megatron_prune.training.stopping import StopRequest
+from megatron_prune.training.weighting import Weighting, settled, teaches_itself
 
 DECISION, WEIGHTS, MADE_PRIOR = "decision", "weights", "prior"
 """Folders in a run."""
@@ -211,7 +214,7 @@ class Workbench:
 
     def learn(self) -> LearningRunner:
         """A training session for mask logits, which writes the masks that it decides on."""
-        identity = {"data": self.inputs.data.info(), "method_options": self.method.options()}
+        identity = {"data": self.inputs.data.info(), "method_options": self.method.options(), "losses": self._losses}
         prior = self._given_prior or self._made_prior()
         self._learner = LearningRunner(
             *self._session(),
@@ -219,8 +222,25 @@ class Workbench:
             writer=self._writer,
             prior=prior,
             initial_logits=self.settings.initial_logits,
+            weighting=Weighting.of(self.settings.losses) if self._losses else None,
+            teacher=self._teacher(),
         )
         return self._learner
+
+    @property
+    def _losses(self) -> dict[str, Any] | None:
+        """What is lowered, for the record; None: the next-token loss alone."""
+        losses = self.settings.losses
+        return settled(losses) if given(losses) else None
+
+    def _teacher(self) -> PrunableModel | None:
+        """The model to learn from. The model itself where its weights stay as they are, which then needs no copy."""
+        losses = self.settings.losses
+        if losses.teacher is None:
+            return None
+        if teaches_itself(losses, self.settings.input, self.config.dtype, self.method.weights_stay):
+            return self.model
+        return open_source(losses.teacher).load(self.layout, losses.teacher_dtype)
 
     def shear(self) -> ShearingRunner:
         """A training session for masks of units and weights together."""
@@ -269,7 +289,7 @@ class Workbench:
     def save(self, decision: Kept | Units) -> None:
         """Write the units, and the weights where they were changed; masks are written already. Collective."""
         self._open.close()
-        learned = self._learner is not None and self._learner.weights_trained
+        learned = self._learner is not None and self._learner.weights is not None
         searched = self.method.resumable and isinstance(decision, Units)
         changed = self._changed or (self._runner is not None and self._runner.weights_changed)
         if changed or learned or searched:
@@ -295,7 +315,8 @@ class Workbench:
         method, config = self.method, self.config
         about: dict[str, Any] = {}
         if DATA in method.needs:
-            about = {"seed": self.settings.training.seed, "notes": {"data": self.inputs.data.info()}}
+            lowered = {"losses": self._losses} if self._losses else {}
+            about = {"seed": self.settings.training.seed, "notes": {"data": self.inputs.data.info(), **lowered}}
         elif CALIBRATION in method.needs:
             about = {"seed": self.calibration.seed, "calibration": self.calibration.info()}
         return MaskInfo(method.name, str(self.target), method.options(), config.family, config.fingerprint(), **about)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_prune.config import PruneConfig
 from megatron_prune.errors import UserError
-from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, STATISTICS, PruningMethod, methods_that
-from megatron_prune.option_groups import Calibration, Training
+from megatron_prune.methods.base import CALIBRATION, DATA, LOSSES, PRIOR, STATISTICS, PruningMethod, methods_that
+from megatron_prune.option_groups import Calibration, Losses, Training
 from megatron_prune.options import entries, flag, flatten, given
 
 LONG = "resumable"
@@ -15,6 +15,7 @@ USED_BY = {
     **{entry.key: DATA for entry in entries(Training) if entry.key != "deterministic"},
     **dict.fromkeys(("seed", "time_limit", "resume"), LONG),
     **dict.fromkeys(("prior", "initial_logits"), PRIOR),
+    **{entry.key: LOSSES for entry in entries(Losses)},
     "statistics": STATISTICS,
 }
 """Key of an option of `prune` -> the kind of method that uses it; options that are not here serve all methods."""
@@ -22,6 +23,7 @@ WORDS = {
     CALIBRATION: "that look at calibration text",
     DATA: "that learn from text",
     PRIOR: "that start from a mask",
+    LOSSES: "that weigh losses and learn from a teacher",
     STATISTICS: "that keep statistics",
     LONG: "that take hours and can go on",
 }

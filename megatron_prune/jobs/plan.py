@@ -32,6 +32,11 @@ e' processes that share an expert; who gets more takes more. A layer of E expert
 With `--mask-draw step` there is one copy of the masked weights for a whole step, with recomputation too, and from the
 first backward pass on a float32 sum of their gradients. Both are counted at each pass of the schedule.
 
+A teacher adds its weights, unless it is the model itself with its masks left out, and a float32 tensor of the size of
+the logits for each loss that is made of them. A loss of hidden states keeps the outputs of both models' layers in
+float32. In a pipeline what a teacher has said of all micro-batches of a step waits for the student: the outputs of its
+layers, and on the last stage those of its final norm.
+
 Before its first backward pass, stage p of P runs P - p - 1 micro-batches forward, and with v interleaved chunks on each
 stage 2 (P - p - 1) + (v - 1) P passes of one chunk, or all that the step has; then one forward and one backward in turn
 (Narayanan et al. 2021, arXiv:2104.04473, section 2.2). What is held at once is counted along that schedule. Not
@@ -44,10 +49,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatron_prune.config import PruneConfig
+from megatron_prune.decision.run_folder import DESCRIPTION, weights_of
 from megatron_prune.decision.target import NM, parse_target
 from megatron_prune.errors import UserError
 from megatron_prune.foreign import read_json
@@ -60,6 +66,7 @@ from megatron_prune.model.family import WeightMap
 from megatron_prune.model.given import wrong
 from megatron_prune.model.sizes import ModelConfig, channels_with_sink, dimensions, rotary_channels
 from megatron_prune.option_groups import Parallelism, Training
+from megatron_prune.training.weighting import Weighting, check_way, teaches_itself
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of an element of a model; one in float16 is imported as bfloat16."""
@@ -83,6 +90,8 @@ class Memory:
     activations: int
     loss: int
     """Probabilities over the vocabulary and the final norm, on the last stage."""
+    teacher: int
+    """Weights of a second model to learn from, and in a pipeline what waits for the student of what a teacher said."""
 
     @property
     def total(self) -> int:
@@ -101,6 +110,15 @@ def read_config(path: Path) -> ModelConfig:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What is learned from a teacher."""
+
+    model: ModelConfig | None
+    """The teacher, in the type that it has while it teaches; None: the model itself, with its masks left out."""
+    weighting: Weighting
+
+
+@dataclass(frozen=True)
 class Job:
     """What is trained, how, and on how many processes."""
 
@@ -115,6 +133,9 @@ class Job:
     """They are bfloat16, with float32 masters."""
     one_draw: bool = False
     """Masks are drawn once for all micro-batches of a step."""
+    train_norms: bool = False
+    """Beside the weights."""
+    lesson: Lesson | None = None
 
     @property
     def element(self) -> int:
@@ -203,8 +224,10 @@ def asked_pattern(config: PruneConfig) -> NM:
 def job_of(config: PruneConfig, processes: int) -> Job:
     """What `prune` with these options would be on that many processes; UserError when it learns no masks."""
     target = asked_pattern(config)
+    model = read_config(config.input)
+    check_way(config.losses, config.training, config.parallelism)
     return Job(
-        read_config(config.input),
+        model,
         config.parallelism,
         config.training,
         target,
@@ -212,7 +235,21 @@ def job_of(config: PruneConfig, processes: int) -> Job:
         bool(config.method_options.get("train_weights")),
         config.method_options.get("logits_dtype") == "bfloat16",
         config.method_options.get("mask_draw") == "step",
+        bool(config.method_options.get("train_norms")),
+        _lesson(config, model),
     )
+
+
+def _lesson(config: PruneConfig, model: ModelConfig) -> Lesson | None:
+    losses = config.losses
+    if losses.teacher is None:
+        return None
+    weighting = Weighting.of(losses)
+    if teaches_itself(losses, config.input, model.dtype, not config.method_options.get("train_weights")):
+        return Lesson(None, weighting)
+    is_run = (losses.teacher / DESCRIPTION).is_file()
+    teacher = read_config(weights_of(losses.teacher) if is_run else losses.teacher)
+    return Lesson(replace(teacher, dtype=losses.teacher_dtype or teacher.dtype), weighting)
 
 
 def plan(job: Job) -> list[Memory]:
@@ -282,8 +319,27 @@ def _stage(job: Job, stage: int) -> Memory:
     state = Counter[str]()
     for some, sharers in parts:
         state.update(_state(job, some, sharers))
-    weights = sum(job.local_size(map) * (FLOAT32 if map.always_float32 else job.element) for map in maps)
-    return Memory(weights=weights, **state, **_kept(job, stage, _layers(job, stage, maps)))
+    kept = _kept(job, stage, _layers(job, stage, maps))
+    return Memory(weights=_weights(job, maps), teacher=_teacher(job, stage), **state, **kept)
+
+
+def _weights(job: Job, maps: list[WeightMap]) -> int:
+    return sum(job.local_size(map) * (FLOAT32 if map.always_float32 else job.element) for map in maps)
+
+
+def _teacher(job: Job, stage: int) -> int:
+    """Bytes of a second model, and of what waits of a step in a pipeline."""
+    lesson = job.lesson
+    if lesson is None:
+        return 0
+    theirs = replace(job, model=lesson.model or job.model)
+    weights = _weights(theirs, _maps_of(theirs, stage)) if lesson.model else 0
+    if job.stages == 1:
+        return weights
+    outputs = bool(lesson.weighting.distillation) and stage == job.stages - 1
+    layers = job.layers if lesson.weighting.hidden else 0
+    waiting = job.training.num_microbatches(job.replicas) * (outputs + layers)
+    return weights + waiting * theirs.hidden * theirs.element
 
 
 def _state(job: Job, maps: list[WeightMap], sharers: int) -> dict[str, int]:
@@ -291,7 +347,7 @@ def _state(job: Job, maps: list[WeightMap], sharers: int) -> dict[str, int]:
     prunable = _prunable(job, maps)
     logits = [[size // job.target.m * math.comb(job.target.m, job.target.n) for size in sizes] for sizes in prunable]
     none: list[list[int]] = [[] for _ in prunable]
-    weights = prunable if job.train_weights else none
+    weights = _add(prunable, _norms(job, maps) if job.train_norms else none) if job.train_weights else none
     masters = FLOAT32 if job.element != FLOAT32 else 0
     buffers = _buffers(job, logits, weights, sharers)
     masters *= _buffers(job, logits if job.narrow_logits else none, weights, sharers) // sharers
@@ -327,10 +383,25 @@ def _prunable(job: Job, maps: list[WeightMap]) -> list[list[int]]:
     return sizes
 
 
+def _norms(job: Job, maps: list[WeightMap]) -> list[list[int]]:
+    """Elements of each parameter of a stage's norms, chunk by chunk; the final norm is the last one's."""
+    sizes: list[list[int]] = [[] for _ in range(job.chunks)]
+    for map in maps:
+        if "layernorm" in map.megatron:
+            chunk = job.chunks - 1 if map.layer is None else map.layer // job.layers // job.stages
+            sizes[chunk].append(job.local_size(map))
+    return sizes
+
+
+def _add(some: list[list[int]], more: list[list[int]]) -> list[list[int]]:
+    """The sizes of both, chunk by chunk."""
+    return [a + b for a, b in zip(some, more, strict=True)]
+
+
 def _buffers(job: Job, logits: list[list[int]], weights: list[list[int]], sharers: int) -> int:
     """Elements of megatron-core's gradient buffers: one for each chunk and type of parameter."""
     together = job.narrow_logits or job.element == FLOAT32
-    buffers = [a + b for a, b in zip(logits, weights, strict=True)] if together else [*logits, *weights]
+    buffers = _add(logits, weights) if together else [*logits, *weights]
     return sum(_buffer(job, sizes, sharers) for sizes in buffers)
 
 
@@ -416,7 +487,7 @@ def _at(job: Job, stage: int, layers: list[list[tuple[int, int]]], counts: tuple
         layer, masked = max(moments, key=sum)
         return {"masked_weights": masked, "activations": inputs + layer, "loss": max(0, loss - layer - masked)}
     # The first layer's first norm has no input that asks for a gradient: the embedding is frozen.
-    first = _norm(job) * counts[0] if stage == 0 else 0
+    first = _norm_input(job) * counts[0] if stage == 0 else 0
     pairs = [
         (count * kept, count * masked) for count, chunk in zip(counts, layers, strict=True) for kept, masked in chunk
     ]
@@ -425,7 +496,13 @@ def _at(job: Job, stage: int, layers: list[list[tuple[int, int]]], counts: tuple
 
 
 def _norm(job: Job) -> int:
-    """Bytes kept of one micro-batch by a norm."""
+    """Bytes kept of one micro-batch by a norm: its input, and for a gain that trains what it multiplies."""
+    multiplied = FLOAT32 if job.model.norm_rounds_last else job.element
+    gain = job.train_norms and job.model.normalization == "RMSNorm"
+    return _norm_input(job) + (job.hidden * multiplied if gain else 0)
+
+
+def _norm_input(job: Job) -> int:
     return job.hidden * (FLOAT32 if job.model.normalization == "RMSNorm" else job.element)
 
 
@@ -437,7 +514,8 @@ def _layer(job: Job, layer: int) -> int:
     else:
         mlp = _mlp_tensors(job.model) * job.tokens * block.ffn_hidden_size // job.tensor * job.element
     halves = bool(block.num_attention_heads) + bool(block.ffn_hidden_size)
-    return halves * (_norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp
+    compared = 2 * job.hidden * FLOAT32 if job.lesson and job.lesson.weighting.hidden else 0
+    return halves * (_norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp + compared
 
 
 def _experts(job: Job, block: Block) -> int:
@@ -502,8 +580,10 @@ def _mlp_tensors(model: ModelConfig) -> int:
 
 
 def _loss(job: Job) -> int:
-    """Bytes kept of one micro-batch by the final norm and the loss."""
-    return _norm(job) + job.tokens * -(-job.model.vocab_size // job.tensor) * FLOAT32
+    """Bytes kept of one micro-batch by the final norm and the losses of the logits."""
+    weighting = job.lesson.weighting if job.lesson else Weighting()
+    losses = max(1, bool(weighting.lm) + bool(weighting.distillation))
+    return _norm(job) + losses * job.tokens * -(-job.model.vocab_size // job.tensor) * FLOAT32
 
 
 def told(job: Job, stages: list[Memory]) -> list[str]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_prune.config import PruneConfig
 from megatron_prune.decision.masks import Kept
+from megatron_prune.decision.pruned import open_source
 from megatron_prune.decision.resume import (
     begun,
     check_resume,
@@ -29,6 +30,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.exporting.preflight import check_export, check_result
 from megatron_prune.files import new_folder
 from megatron_prune.jobs.given import check_given
+from megatron_prune.jobs.teacher import check_taught
 from megatron_prune.methods.base import DATA, get_method
 from megatron_prune.methods.fit import check_experts, check_shards, check_target
 from megatron_prune.model.checkpoint import compute_dtype
@@ -56,6 +58,8 @@ def prune(config: PruneConfig) -> str:
     method.check(source.config, target)
     going_on = may_go_on(config)
     layout = layout_of(config.parallelism)
+    if config.losses.teacher:
+        check_taught(config, source, open_source(config.losses.teacher))
     with (
         backend.deterministic(config.training.deterministic),
         backend.running(layout, config.training.seed, config.parallelism.distributed_timeout_minutes),

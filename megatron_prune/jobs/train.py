@@ -24,6 +24,7 @@ from megatron_prune.decision.run_folder import TRAINED, RunDescription
 from megatron_prune.decision.source import ModelSource, tell_left
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.preflight import check_export
+from megatron_prune.jobs.teacher import check_taught
 from megatron_prune.log import MetricsLog
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.layout import layout_of
@@ -32,7 +33,7 @@ from megatron_prune.training.loop import check_learning, model_options
 from megatron_prune.training.lora import Adapters, linear_kinds
 from megatron_prune.training.recovery import RecoveryRunner
 from megatron_prune.training.stopping import Stopped, StopRequest
-from megatron_prune.training.weighting import Weighting, check_teacher
+from megatron_prune.training.weighting import Weighting, settled
 
 
 def train(config: TrainConfig) -> str:
@@ -41,7 +42,7 @@ def train(config: TrainConfig) -> str:
     source = open_source(config.input)
     teacher = open_source(config.losses.teacher) if config.losses.teacher else None
     layout = layout_of(config.parallelism)
-    check(config, source, teacher, layout)
+    check(config, source, teacher)
     tell_left(source)
     going_on = may_go_on(config)
     with (
@@ -56,7 +57,7 @@ def train(config: TrainConfig) -> str:
         return _train(config, source, teacher, layout, stop)
 
 
-def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None, layout: backend.Layout) -> None:
+def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None) -> None:
     """Refuse what cannot be trained, before anything is loaded."""
     t = config.training
     if not t.data:
@@ -70,17 +71,7 @@ def check(config: TrainConfig, source: ModelSource, teacher: ModelSource | None,
     if config.lora.rank:
         linear_kinds(source.config, config.lora.targets)
     if teacher is not None:
-        _check_teacher(config, source, teacher, layout)
-
-
-def _check_teacher(config: TrainConfig, source: ModelSource, teacher: ModelSource, layout: backend.Layout) -> None:
-    given = f"--teacher {config.losses.teacher}"
-    teacher.config.check_length(config.training.seq_length)
-    if layout.virtual_pipeline:
-        raise UserError(f"{given}: not with --virtual-pipeline-model-parallel-size; leave one of them out")
-    check_teacher(config.losses, config.input, source, teacher)
-    if config.losses.hidden_weight and config.training.recompute:
-        raise UserError("--hidden-weight: not with --recompute, whose layers leave no outputs; leave one of them out")
+        check_taught(config, source, teacher)
 
 
 def _about(config: TrainConfig, source: ModelSource, state: str = "") -> RunDescription:
@@ -166,10 +157,7 @@ class MegatronEngine:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     """What a resumed run must share with the one that wrote its checkpoint."""
-    losses = flatten(config.losses)
-    if config.losses.teacher:
-        losses["teacher"] = str(config.losses.teacher.resolve())
-    return {**losses, **flatten(config.lora), "engine": config.engine, "keep_zeros": config.keep_zeros}
+    return {**settled(config.losses), **flatten(config.lora), "engine": config.engine, "keep_zeros": config.keep_zeros}
 
 
 def _adapters(config: TrainConfig) -> Adapters | None:

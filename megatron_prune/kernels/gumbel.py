@@ -65,6 +65,7 @@ class Call:
     implementation: str
     accumulate_into: Tensor | None = None
     stand_in: bool = False
+    straight: bool = False
 
 
 @functools.cache
@@ -87,6 +88,7 @@ def masked_weight(
     regularization: float = 0.0,
     accumulate_into: Tensor | None = None,
     stand_in: bool = False,
+    straight: bool = False,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """The masked weight, [out, in] in the weight's dtype, differentiable in the logits.
@@ -96,7 +98,8 @@ def masked_weight(
     weight [out, in] and logits [out, in / m, C(m, n)] are contiguous, fp32 or bf16 (PyTorch path: any float);
     arithmetic is fp32 (fp64 when either is). g is the standard Gumbel noise of `draw`; None means g = 0.
     hard=True: straight-through. Forward and weight gradient use the likeliest pattern, the logits see the
-    soft one.
+    soft one. straight=True: the weight's gradient is the incoming one, whatever the mask, so that removed
+    weights go on learning (Zhou et al. 2021, arXiv:2102.04010, section 3.2).
 
     regularization r adds the gradient of -r * sum((weight * mask)^2) to the logits' gradient (not to the
     weight's), independent of the incoming gradient: scale it yourself when the loss is scaled.
@@ -114,7 +117,9 @@ def masked_weight(
         _check_accumulator(accumulate_into, logits)
     chosen = _choose(implementation, weight, logits)
     key = draw.key() if draw is not None else None
-    call = Call(n, m, scale, temperature, key, position, hard, regularization, chosen, accumulate_into, stand_in)
+    call = Call(
+        n, m, scale, temperature, key, position, hard, regularization, chosen, accumulate_into, stand_in, straight
+    )
     result: Tensor = _MaskedWeight.apply(weight, logits, call)  # type: ignore[no-untyped-call]
     return result
 
@@ -184,11 +189,14 @@ class _MaskedWeight(torch.autograd.Function):
         weight, logits = ctx.saved_tensors
         call: Call = ctx.call
         needs_weight, needs_logits = ctx.needs_input_grad[:2]
+        grad_output = grad_output.contiguous()
         add = call.accumulate_into is not None and needs_logits
-        grad_weight = expect_writes(torch.empty_like(weight)) if needs_weight else None
+        grad_weight = expect_writes(torch.empty_like(weight)) if needs_weight and not call.straight else None
         grad_logits = call.accumulate_into if add else expect_writes(torch.empty_like(logits)) if needs_logits else None
         step = _functions(call.implementation).backward
-        step(weight, logits, grad_output.contiguous(), grad_weight, grad_logits, add, call)
+        step(weight, logits, grad_output, grad_weight, grad_logits, add, call)
+        if needs_weight and call.straight:
+            grad_weight = grad_output
         if add:
             grad_logits = torch.empty_like(logits) if call.stand_in else None
         return grad_weight, grad_logits, None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CALIBRATION",
     "DATA",
+    "LOSSES",
     "PRIOR",
     "STATISTICS",
     "HyperParameter",
@@ -153,7 +154,7 @@ class Workbench(Protocol):
         """A training session for masks of units and weights together."""
 
 
-CALIBRATION, DATA, PRIOR, STATISTICS = "calibration", "data", "prior", "statistics"
+CALIBRATION, DATA, LOSSES, PRIOR, STATISTICS = "calibration", "data", "losses", "prior", "statistics"
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,9 @@ class PruningMethod:
     needs: ClassVar[tuple[str, ...]] = (CALIBRATION,)
     """What the user must give: `CALIBRATION` text or training `DATA`; read before any weight."""
     takes: ClassVar[tuple[str, ...]] = ()
-    """What the user may give besides: a `PRIOR` to start from, a folder of `STATISTICS` for several targets."""
+    """What the user may give besides: a `PRIOR` to start from, `LOSSES` such as a teacher's, a folder of `STATISTICS`
+    for several targets.
+    """
     resumable: ClassVar[bool] = False
     """Whether it takes hours: it works in the run folder, stops when asked to, and goes on after a kill."""
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -186,6 +189,11 @@ class PruningMethod:
     """Whether it knows such models within a budget."""
     mask_only: ClassVar[Mapping[str, Any]] = {}
     """Hyper-parameters under which it leaves the kept weights alone, as a prior of mask learning."""
+
+    @property
+    def weights_stay(self) -> bool:
+        """Whether it leaves all weights of the model as they are while it learns."""
+        return False
 
     def options(self) -> dict[str, Any]:
         """This method's hyper-parameters, for the record."""

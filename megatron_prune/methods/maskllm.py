@@ -16,6 +16,10 @@ Where this differs from the paper, and why:
   grow geometrically at constant temperature, and to give Adam an epsilon of the size of the clipped gradients, so that
   only groups with large gradients move (`benchmarks/maskllm_*.yaml`).
 - The noise is counter-based: the same for every parallel layout, and redrawn in backward instead of stored.
+- What is lowered may be the divergence from the dense model (`--teacher`) in place of the next-token loss. Where the
+  teacher is the model itself and its weights are frozen, it is the same model without masks, not a second one.
+- Weights may train together with their masks (`train_weights`), with what masks remove decaying to zero: AST (Huang et
+  al. 2024, arXiv:2407.20584) and CAST (Huang et al. 2025, arXiv:2509.25996) do so with masks made of magnitudes.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from megatron_prune.kernels.gumbel import decode, patterns
 from megatron_prune.methods.base import (
     CALIBRATION,
     DATA,
+    LOSSES,
     PRIOR,
     PruningMethod,
     Workbench,
@@ -48,6 +53,7 @@ from megatron_prune.options import entries
 
 if TYPE_CHECKING:
     from megatron_prune.model.masked_linear import MaskDraw
+    from megatron_prune.training.joint import WeightTraining
 
 
 SHORT = {
@@ -64,6 +70,11 @@ SHORT = {
 }
 """The recipe for few steps, as the docstring has it: those of the learned masks of SmolLM2-135M in docs/results.md."""
 DRAWS = ("microbatch", "step")
+GRADIENTS = ("masked", "dense")
+WEIGHT_OPTIONS = (
+    *("train_norms", "weight_lr_multiplier", "weight_eps", "weight_clip", "weight_gradient"),
+    *("masked_decay", "decay_warmup"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -86,7 +97,7 @@ class MaskLLM(PruningMethod):
     paper: ClassVar[str] = "Fang et al. 2024, arXiv:2409.17481"
     targets: ClassVar[Mapping[type, str]] = {NM: "N:M: one logit per pattern of each group"}
     needs: ClassVar[tuple[str, ...]] = (DATA,)
-    takes: ClassVar[tuple[str, ...]] = (PRIOR, CALIBRATION)
+    takes: ClassVar[tuple[str, ...]] = (PRIOR, CALIBRATION, LOSSES)
     resumable: ClassVar[bool] = True
 
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "short": SHORT}
@@ -105,14 +116,30 @@ class MaskLLM(PruningMethod):
     mask_draw: str = hyperparameter("microbatch", "a new mask for each micro-batch (the paper's), or one for a step")
     logits_dtype: str = hyperparameter("float32", "or bfloat16, with float32 masters: less with a shared optimizer")
     train_weights: bool = hyperparameter(False, "train the weights too; the paper freezes them")
+    train_norms: bool = hyperparameter(False, "with the weights, the norms")
+    weight_lr_multiplier: float = hyperparameter(1.0, "learning rate of the weights (and norms), in units of --lr")
+    weight_eps: float = hyperparameter(0.0, "Adam's epsilon for the weights; 0: --adam-eps, as for the logits")
+    weight_clip: float = hyperparameter(0.0, "largest norm of the weights' gradients; 0: --clip-grad of all together")
+    weight_gradient: str = hyperparameter("masked", "of a weight: masked as the weight is, or dense (straight-through)")
+    masked_decay: float = hyperparameter(0.0, "decay of what a mask removes, in units of the weights' learning rate")
+    decay_warmup: float = hyperparameter(0.5, "share of the steps in which that decay rises from 0")
 
     def __post_init__(self) -> None:
         positive = "scale_start scale_end temperature_start temperature_end prior_strength std lr_multiplier".split()
-        for name in positive:
+        for name in (*positive, "weight_lr_multiplier"):
             if not getattr(self, name) > 0:
                 raise UserError(f"maskllm: {name} {getattr(self, name)} was given; allowed: above 0")
         if self.recipe not in self.recipes:
             raise UserError(f"maskllm: recipe {self.recipe!r} was given; allowed: {', '.join(self.recipes)}")
+        for name in ("weight_regularization", "weight_eps", "weight_clip", "masked_decay"):
+            if getattr(self, name) < 0:
+                raise UserError(f"maskllm: {name} {getattr(self, name)} was given; allowed: 0 or more")
+        if not 0 <= self.decay_warmup <= 1:
+            raise UserError(f"maskllm: decay_warmup {self.decay_warmup} was given; allowed: 0 to 1")
+        if self.weight_gradient not in GRADIENTS:
+            raise UserError(
+                f"maskllm: weight_gradient {self.weight_gradient!r} was given; allowed: {', '.join(GRADIENTS)}"
+            )
         if self.schedule_shape not in SCHEDULES:
             raise UserError(
                 f"maskllm: schedule_shape {self.schedule_shape!r} was given; allowed: {', '.join(SCHEDULES)}"
@@ -121,10 +148,11 @@ class MaskLLM(PruningMethod):
             raise UserError(f"maskllm: mask_draw {self.mask_draw!r} was given; allowed: {', '.join(DRAWS)}")
         if self.logits_dtype not in DTYPES:
             raise UserError(f"maskllm: logits_dtype {self.logits_dtype!r} was given; allowed: {', '.join(DTYPES)}")
-        if self.weight_regularization < 0:
-            raise UserError(
-                f"maskllm: weight_regularization {self.weight_regularization} was given; allowed: 0 or more"
-            )
+
+    @property
+    def weights_stay(self) -> bool:
+        """Unless they are trained too."""
+        return not self.train_weights
 
     def decide(self, work: Workbench, target: NM) -> Kept:
         """Learn the mask logits of every prunable linear and keep each group's best pattern."""
@@ -138,8 +166,9 @@ class MaskLLM(PruningMethod):
         draw = runner.learn_masks(
             target.n,
             target.m,
-            self.train_weights,
+            self._weights(),
             hard=self.hard,
+            straight=self.weight_gradient == "dense",
             per_step=self.mask_draw == "step",
             logits_dtype=DTYPES[self.logits_dtype],
         )
@@ -152,8 +181,25 @@ class MaskLLM(PruningMethod):
         )
         return runner.keep(lambda logits: decode(logits, target.n, target.m))
 
+    def _weights(self) -> WeightTraining | None:
+        """How the weights train, if they do."""
+        from megatron_prune.training.joint import WeightTraining
+
+        if not self.train_weights:
+            return None
+        return WeightTraining(
+            lr_factor=self.weight_lr_multiplier,
+            eps=self.weight_eps,
+            clip=self.weight_clip,
+            decay=self.masked_decay,
+            decay_warmup=self.decay_warmup,
+            norms=self.train_norms,
+        )
+
     def idle(self, settings: Mapping[str, Any]) -> Mapping[str, str]:
-        """What the start of the logits does not need, and calibration text where no method makes the prior of it."""
+        """What the start of the logits and frozen weights do not need, and calibration text where no method makes the
+        prior of it.
+        """
         prior, found = settings["prior"], {}
         if settings["initial_logits"]:
             found = dict.fromkeys(("prior_strength", "std"), "with --initial-logits, which are taken as they are")
@@ -162,6 +208,10 @@ class MaskLLM(PruningMethod):
         if prior not in mask_methods() or CALIBRATION not in get_method(prior).needs:
             keys = [entry.key for entry in entries(Calibration)]
             found |= dict.fromkeys(keys, "unless --prior names a method that looks at it, such as sparsegpt")
+        if not self.train_weights:
+            found |= dict.fromkeys(WEIGHT_OPTIONS, "without --train-weights")
+        elif not self.masked_decay:
+            found |= {"decay_warmup": "without --masked-decay"}
         return found
 
     def schedule(self, draw: MaskDraw, step: int, steps: int, microbatches: int) -> dict[str, float]:

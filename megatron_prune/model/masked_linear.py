@@ -40,6 +40,8 @@ class MaskDraw:
     regularization: float = 0.0
     """Weight of -sum((W * mask)^2) in the loss of one micro-batch."""
     hard: bool = False
+    straight: bool = False
+    """Weights that are trained get the gradient of the masked weight as it is, removed ones too."""
     step: int = 0
     microbatch: int = 0
     """Global number of the micro-batch inside its step, over all data-parallel ranks."""
@@ -51,6 +53,8 @@ class MaskDraw:
     logits_dtype: torch.dtype = torch.float32
     decoded: bool = False
     """Use each group's best pattern instead of a sample: what the finished mask will do."""
+    off: bool = False
+    """Use the weights without masks: the model as a teacher of its own masks."""
 
     def draw(self, tensor_id: int, pending: deque[int]) -> Draw | None:
         """The noise key of one linear in this pass; None for the noiseless mask.
@@ -151,6 +155,8 @@ class MaskedLinear(torch.nn.Module):
         return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
 
     def _masked(self, weight: Tensor, draw: MaskDraw) -> Tensor:
+        if draw.off:
+            return weight
         if draw.decoded:
             return weight * decode(self.mask_logits, draw.n, draw.m)
         if not (draw.per_step and self.training):
@@ -188,6 +194,7 @@ class MaskedLinear(torch.nn.Module):
             draw=draw.draw(self.tensor_id, self.pending),
             position=self.position,
             hard=draw.hard,
+            straight=draw.straight,
             regularization=regularization * self.seen_together,
             accumulate_into=getattr(self.mask_logits, "main_grad", None),
             stand_in=self.passes is not None,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,13 @@ from megatron_prune.model.checkpoint import load_sharded
 from megatron_prune.model.masked_linear import MaskDraw
 from megatron_prune.model.prunable import LocalLinear, PrunableModel, linear_names
 from megatron_prune.training.checkpoints import find_newest
-from megatron_prune.training.loop import Steps, Trainer
+from megatron_prune.training.joint import MaskedDecay, WeightTraining
+from megatron_prune.training.loop import MASK_LOGITS, WEIGHTS, Steps, Trainer
+from megatron_prune.training.recovery import RecoveryLoss
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
+from megatron_prune.training.throughput import forward_flops
+from megatron_prune.training.weighting import Weighting
 
 NOISE_AT_ONCE = 2**22
 """Logits whose start is drawn together, with some 50 bytes of temporaries each."""
@@ -49,7 +53,7 @@ class LearningRunner(TrainingSession):
     """Learns mask logits in `folder`; `prior` and `initial_logits` say where learning starts."""
 
     model: PrunableModel
-    trained = "mask_logits"
+    trained = MASK_LOGITS
 
     def __init__(
         self,
@@ -57,23 +61,35 @@ class LearningRunner(TrainingSession):
         writer: Callable[[], MaskWriter | None],
         prior: MaskSource | None = None,
         initial_logits: Path | None = None,
+        weighting: Weighting | None = None,
+        teacher: PrunableModel | None = None,
         **kwargs: Any,
     ) -> None:
-        """`args` and `kwargs` are TrainingSession's."""
+        """`args` and `kwargs` are TrainingSession's.
+
+        `weighting`: of the losses in their sum; None: the next-token loss alone. `teacher`: a frozen model in the same
+        layout, or the model itself, which then teaches without its masks.
+        """
         super().__init__(*args, **kwargs)
         self.writer = writer
         self.prior = prior
         self.initial_logits = initial_logits
+        self.weighting = weighting
+        self.teacher = teacher
         self.draw: MaskDraw | None = None
         self.microbatches = 1
-        self.weights_trained = False
+        self.weights: WeightTraining | None = None
+        """How the weights train; None: they are frozen."""
+        self.decay = 0.0
+        """What removed weights lose of themselves in this step."""
         self.start: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
         self.moved: float | None = None
         """Share of the groups that had left their start when the masks were last looked at."""
 
-    def learn_masks(self, n: int, m: int, train_weights: bool, **draw: Any) -> MaskDraw:
-        """Give every prunable linear mask logits and freeze everything else (but the weights, on request).
+    def learn_masks(self, n: int, m: int, weights: WeightTraining | None = None, **draw: Any) -> MaskDraw:
+        """Give every prunable linear mask logits and freeze everything else, but the weights where it is said how they
+        train.
 
         `draw`: more fields of MaskDraw. UserError for logits in bfloat16 in a model that is not.
         """
@@ -85,13 +101,21 @@ class LearningRunner(TrainingSession):
             )
         for chunk in self.model.chunks:
             chunk.requires_grad_(False)
-        self.weights_trained = train_weights
+        self.weights = weights
         t = self.training
         self.draw = MaskDraw(n, m, seed=t.seed, recompute=t.recompute, **draw)
         self.model.learn_masks(self.draw)
-        for linear in self.model.linears():
-            linear.module.weight.requires_grad_(train_weights)
+        if weights is not None:
+            for linear in self.model.linears():
+                linear.module.weight.requires_grad_()
+            for norm in self._norms() if weights.norms else ():
+                norm.requires_grad_()
         return self.draw
+
+    def _norms(self) -> Iterator[torch.nn.Parameter]:
+        """The parameters of this rank's norms: those of the residual stream, and of queries and keys."""
+        for chunk in self.model.chunks:
+            yield from (parameter for name, parameter in chunk.named_parameters() if "layernorm" in name)
 
     @torch.no_grad()
     def start_logits(self, from_mask: Callable[[Tensor], Tensor], std: float) -> None:
@@ -133,11 +157,25 @@ class LearningRunner(TrainingSession):
         def on_microbatch(step: int, number: int) -> None:
             draw.step, draw.microbatch = step, number
 
-        trainer = Trainer(self.model, self.training, self.data, multipliers, on_microbatch)
+        trainer = Trainer(
+            self.model,
+            self.training,
+            self.data,
+            multipliers,
+            on_microbatch,
+            self._objective(),
+            before_update=lambda: decay.apply(self.decay),
+            weights=self.weights,
+        )
+        decay = MaskedDecay(self.model, trainer.optimizer)
         self.microbatches = trainer.microbatches
         if not self.resume:
             self._warn_of_short_steps(multipliers["*mask_logits"])
-        self.take_steps(trainer, on_step)
+
+        def with_decay(step: int, steps: int) -> dict[str, float]:
+            return {**on_step(step, steps), **self._set_decay(trainer, step, steps)}
+
+        self.take_steps(trainer, with_decay)
         moved = self.moved if self.moved is not None else self._mask_statistics()["differs_from_start_fraction"]
         say(
             f"{moved:.2%} of the groups have left their start"
@@ -145,6 +183,24 @@ class LearningRunner(TrainingSession):
             else "no group has left its start: the masks are those that learning began with; give more steps, a larger "
             "--lr or --lr-multiplier, or a smaller --prior-strength"
         )
+
+    def _set_decay(self, trainer: Trainer, step: int, steps: int) -> dict[str, float]:
+        """Move the decay of removed weights to its value at a step; what to log of the weights that train."""
+        if self.weights is None:
+            return {}
+        rate = trainer.learning_rates()[WEIGHTS]
+        self.decay = self.weights.decay_at(step, steps, rate)
+        decay = {"masked_decay": self.decay} if self.weights.decay else {}
+        return {"learning_rate/weights": rate, **decay}
+
+    def _objective(self) -> RecoveryLoss | None:
+        """What is lowered, where it is not the next-token loss alone."""
+        if self.weighting is None:
+            return None
+        if self.teacher is not None:
+            self.flops += forward_flops(self.teacher.config, self.training.seq_length)
+        count = self.training.num_microbatches(self.model.layout.data)
+        return RecoveryLoss(self.model, self.weighting, self.teacher, count, self.draw)
 
     @torch.no_grad()
     def _warn_of_short_steps(self, multiplier: float) -> None:
@@ -166,8 +222,23 @@ class LearningRunner(TrainingSession):
             )
 
     def measure(self) -> dict[str, float]:
-        """What has become of the masks."""
-        return self._mask_statistics()
+        """What has become of the masks, and of the weights that they remove."""
+        return self._mask_statistics() | (self._removed_share() if self.weights is not None else {})
+
+    @torch.no_grad()
+    def _removed_share(self) -> dict[str, float]:
+        """Share of the sum of squares of all masked weights that the removed ones have. Collective."""
+        draw = self.draw
+        assert draw is not None
+        sums = torch.zeros(2, dtype=torch.float64, device=backend.device())
+        for linear in self.model.linears():
+            squares = linear.module.weight.float().square()
+            removed = squares.masked_fill(gumbel.decode(linear.module.mask_logits, draw.n, draw.m), 0.0)
+            counted = self.model.seen_together(linear.map)  # so many replicas of the rest share an expert
+            sums += torch.stack([part.sum(dtype=torch.float64) for part in (removed, squares)]) * counted
+        dist.all_reduce(sums)
+        removed_sum, whole = sums.tolist()
+        return {"removed_squares_fraction": removed_sum / whole if whole else 0.0}
 
     @torch.no_grad()
     def _mask_statistics(self) -> dict[str, float]:

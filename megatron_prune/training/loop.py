@@ -41,6 +41,7 @@ from megatron_prune.model.forward import sequence_parts, window_losses
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.model.sizes import ModelConfig
 from megatron_prune.option_groups import Training
+from megatron_prune.training.joint import WeightTraining, holds_mask_logits
 from megatron_prune.training.state import adam_of, load_training_state, training_state, use_fused_kernel
 
 
@@ -64,6 +65,8 @@ class StepResult:
     """The losses that `loss` is a weighted sum of, when there are several."""
 
 
+MASK_LOGITS, WEIGHTS = "mask_logits", "weights"
+"""What learning rates are named after."""
 BALANCED = "seq_aux_loss"
 """megatron-core's loss of the router's load (Fedus et al. 2021, arXiv:2101.03961, section 2.2), sequence by sequence:
 the same however sequences are spread.
@@ -166,13 +169,16 @@ class Trainer:
         on_microbatch: Callable[[int, int], None] = lambda step, number: None,
         objective: NextToken | None = None,
         before_update: Callable[[], None] = lambda: None,
+        weights: WeightTraining | None = None,
     ) -> None:
+        """`weights`: how weights train that do so beside mask logits."""
         self.model = model
         self.training = training
         self.data = data
         self.on_microbatch = on_microbatch
         self.objective = objective or NextToken()
         self.before_update = before_update
+        self.weights = weights or WeightTraining()
         self.replicas = parallel_state.get_data_parallel_world_size()
         self.replica = parallel_state.get_data_parallel_rank()
         self.microbatches = training.num_microbatches(self.replicas)
@@ -238,6 +244,7 @@ class Trainer:
             config, self.chunks, config_overrides=overrides, use_gloo_process_groups=False
         )
         use_fused_kernel(optimizer)
+        self.weights.settle(optimizer, t)
         if backend.has_cuda():
             say(f"Adam: {adam_of(optimizer)}")
         return optimizer
@@ -248,21 +255,22 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rates = self._learning_rates()
+        rates = self.learning_rates()
         self.objective.begin(self._batches(step), self.microbatches)
         parts = self._mean_losses(self._pass(self._batches(step), step))
         loss = self.objective.total(parts)
         check_loss(step, loss)
         self.before_update()
-        ok, grad_norm, _zeros = self.optimizer.step()
-        check_norm(step, float(grad_norm or 0.0) if ok else math.nan)
+        ok, grad_norm = self.weights.update(self.optimizer, self.training.clip_grad)
+        check_norm(step, grad_norm if ok else math.nan)
         self.scheduler.step(increment=1)
         tokens = self.training.global_batch_size * self.training.seq_length
-        return StepResult(loss, float(grad_norm or 0.0), rates, tokens, parts)
+        return StepResult(loss, grad_norm, rates, tokens, parts)
 
-    def _learning_rates(self) -> dict[str, float]:
+    def learning_rates(self) -> dict[str, float]:
+        """Those of the coming step."""
         groups = self.optimizer.param_groups
-        return {"mask_logits" if _holds_mask_logits(g) else "weights": float(g["lr"]) for g in groups}
+        return {MASK_LOGITS if holds_mask_logits(g) else WEIGHTS: float(g["lr"]) for g in groups}
 
     def evaluate(self, windows: Tensor) -> float:
         """Mean next-token loss over held-out windows `[n, seq_length]`, which are spread over the replicas."""
@@ -381,11 +389,6 @@ def check_interleaving(layout: backend.Layout, microbatches: int) -> None:
             f"a step has {microbatches} micro-batches on each replica; with --virtual-pipeline-model-parallel-size it "
             f"must be a multiple of --pipeline-model-parallel-size {layout.pipeline}: change --global-batch-size"
         )
-
-
-def _holds_mask_logits(group: dict[str, Any]) -> bool:
-    """By what megatron-core calls a group without settings of its own; a group's tensors may be nameless shards."""
-    return not group["default_config"]
 
 
 def _let_gradients_reach_frozen_layers(model: Any) -> None:

@@ -6,10 +6,13 @@ first, and what the losses need of them waits in queues until the student's micr
     one stage         teacher(0) student(0) teacher(1) student(1) ...     one micro-batch waits
     several stages    teacher(0) teacher(1) ...  student(0) student(1) ... through the pipeline; all of a step wait, on
                       the last stage as hidden states, from which the logits are made when they are needed
+
+Where only masks are learned, the teacher may be the student without them: no second model then, one forward pass more.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,6 +26,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megatron_prune.model import context
+from megatron_prune.model.masked_linear import MaskDraw
 from megatron_prune.model.prunable import LocalLinear, PrunableModel
 from megatron_prune.training.loop import LossFunction, NextToken, Trainer, mean_part, micro_batch
 from megatron_prune.training.lora import Adapters, add_adapters, merge_adapters
@@ -41,18 +45,34 @@ class Teacher:
         assert len(model.chunks) == 1, "an interleaved pipeline is refused"
         self.model = model
         self.chunk = model.chunks[0]
-        self.chunk.requires_grad_(False)
-        self.chunk.eval()
         self.keep_final = keep_final
+        self.reading = False
         self.final: deque[Tensor] = deque()
         self.outputs: dict[int, deque[Tensor]] = {layer: deque() for layer in layers}
         self.embedding = None
         if self.chunk.post_process and self.chunk.share_embeddings_and_output_weights:
             self.embedding = self.chunk.shared_embedding_or_output_weight()
-        self.chunk.post_process = False  # of the GPTModel only: its output is then the final norm's
+        self.prepare()
         for layer, kept in self.outputs.items():
             module = self.chunk.decoder.layers[layer - model.first_layer(0)]
-            module.register_forward_hook(lambda _module, _inputs, output, kept=kept: kept.append(output[0]))
+            module.register_forward_hook(partial(self._note, kept))
+
+    def prepare(self) -> None:
+        """Make the model one that only reads."""
+        self.chunk.requires_grad_(False)
+        self.chunk.eval()
+        self.chunk.post_process = False  # of the GPTModel only: its output is then the final norm's
+
+    @contextlib.contextmanager
+    def as_reader(self) -> Iterator[None]:
+        """The model as it reads, in the block."""
+        self.reading = True
+        yield
+        self.reading = False
+
+    def _note(self, kept: deque[Tensor], _module: Any, _inputs: Any, output: tuple[Tensor, Any]) -> None:
+        if self.reading:
+            kept.append(output[0].detach())  # megatron-core's layers add to the residual stream with gradients enabled
 
     @torch.no_grad()
     def read(self, batches: Iterator[Tensor], count: int, windows_shape: tuple[int, int]) -> None:
@@ -62,15 +82,16 @@ class Teacher:
             tokens, positions, _labels = micro_batch(next(batches))
             return chunk(tokens, positions, None), _keep
 
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[self.chunk],
-            num_microbatches=count,
-            seq_length=windows_shape[1],
-            micro_batch_size=windows_shape[0],
-            forward_only=True,
-        )
+        with self.as_reader():
+            results = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=batches,
+                model=[self.chunk],
+                num_microbatches=count,
+                seq_length=windows_shape[1],
+                micro_batch_size=windows_shape[0],
+                forward_only=True,
+            )
         if self.keep_final:
             self.final.extend(result["hidden"] for result in results)
 
@@ -81,8 +102,33 @@ class Teacher:
         return logits.transpose(0, 1)
 
 
+class OwnTeacher(Teacher):
+    """The student itself, with all its weights: masks are left out while it reads."""
+
+    def __init__(self, model: PrunableModel, draw: MaskDraw, layers: Sequence[int], keep_final: bool) -> None:
+        """`draw`: that of the student's masks."""
+        self.draw = draw
+        super().__init__(model, layers, keep_final)
+
+    def prepare(self) -> None:
+        """Nothing: it learns, too."""
+
+    @contextlib.contextmanager
+    def as_reader(self) -> Iterator[None]:
+        """As the base class; what a step has set up for the student is put back."""
+        chunk, config = self.chunk, self.chunk.config
+        training, post_process, no_sync = chunk.training, chunk.post_process, config.no_sync_func
+        chunk.eval()
+        # Leaving no_sync's block says that the student's last micro-batch has come, and its gradients would be reduced.
+        chunk.post_process, config.no_sync_func, self.draw.off = False, None, True
+        with super().as_reader():
+            yield
+        chunk.train(training)
+        chunk.post_process, config.no_sync_func, self.draw.off = post_process, no_sync, False
+
+
 def _keep(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    return output.new_zeros(()), {"hidden": output}
+    return output.new_zeros(()), {"hidden": output.detach()}
 
 
 def _straight_gradient(_module: Any, _inputs: Any, output: tuple[Tensor, Any]) -> None:
@@ -99,18 +145,33 @@ def _straight_gradient(_module: Any, _inputs: Any, output: tuple[Tensor, Any]) -
 class RecoveryLoss(NextToken):
     """The weighted sum of language-model loss, distillation and the distance of hidden states; 0 leaves one out."""
 
-    def __init__(self, student: PrunableModel, weighting: Weighting, teacher: PrunableModel | None, count: int) -> None:
-        """`count`: micro-batches of a replica in a step. Hidden states need a teacher as wide and at least as deep."""
+    def __init__(
+        self,
+        student: PrunableModel,
+        weighting: Weighting,
+        teacher: PrunableModel | None,
+        count: int,
+        draw: MaskDraw | None = None,
+    ) -> None:
+        """`count`: micro-batches of a replica in a step. Hidden states need a teacher as wide and at least as deep.
+
+        The student can be its own teacher where it only learns masks, those of `draw`.
+        """
         self.weighting = weighting
         self.weights = weighting.parts
         self.names = tuple(self.weights)
         self.count = count
         self.pipeline = student.layout.pipeline > 1
         self.hidden: Tensor | float = 0.0
-        self.teacher = None
+        self.teacher: Teacher | None = None
         if teacher is not None:
             pairs = self._pairs(student, teacher) if weighting.hidden else {}
-            self.teacher = Teacher(teacher, list(pairs.values()), weighting.distillation > 0)
+            kept = (list(pairs.values()), weighting.distillation > 0)
+            if teacher is student:
+                assert draw is not None
+                self.teacher = OwnTeacher(student, draw, *kept)
+            else:
+                self.teacher = Teacher(teacher, *kept)
             self._watch(student, pairs)
             if student.chunks[-1].post_process:
                 student.chunks[-1].output_layer.register_forward_hook(_straight_gradient)

@@ -106,7 +106,7 @@ class Slot:
         return self.adam.state[self.main]
 
 
-def _slots(optimizer: Any) -> dict[Parameter, Slot]:
+def slots_of(optimizer: Any) -> dict[Parameter, Slot]:
     """The slot of every trained parameter of which this rank has optimizer state."""
     found: dict[Parameter, Slot] = {}
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -154,7 +154,7 @@ def _optimizer_state(
     chunks: Sequence[Module], optimizer: Any, parameters: Sharded, is_loading: bool
 ) -> dict[str, dict[str, Any]]:
     """Sharded tensors of the optimizer's state by kind, chunk and parameter, and the number of steps it has done."""
-    slots = _slots(optimizer)
+    slots = slots_of(optimizer)
     state: dict[str, Any] = {"step": _steps(slots)}
     for number, chunk in enumerate(chunks):
         key = f"chunk{number}"
@@ -203,7 +203,7 @@ def _steps(slots: dict[Parameter, Slot]) -> int:
 
 @torch.no_grad()
 def _load_optimizer_state(chunks: Sequence[Module], optimizer: Any, state: dict[str, Any]) -> None:
-    slots = _slots(optimizer)
+    slots = slots_of(optimizer)
     for number, chunk in enumerate(chunks):
         for name, parameter in chunk.named_parameters():
             slot = slots.get(parameter)

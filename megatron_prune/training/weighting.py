@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from megatron_prune.claims import real
 from megatron_prune.errors import UserError
 from megatron_prune.model.sizes import ModelConfig
-from megatron_prune.option_groups import Losses
+from megatron_prune.option_groups import Losses, Parallelism, Training
+from megatron_prune.options import flatten
 
 HiddenLoss = Literal["cosine", "mse"]
 
@@ -44,6 +46,20 @@ class Weighting:
         return sum(weight * losses[name] for name, weight in self.parts.items())
 
 
+def settled(losses: Losses) -> dict[str, Any]:
+    """The options by key, as a run records what it lowers; wherever it is resumed from, the teacher is the same."""
+    found = flatten(losses)
+    if losses.teacher:
+        found["teacher"] = str(losses.teacher.resolve())
+    return found
+
+
+def teaches_itself(losses: Losses, model: Path, dtype: str, weights_stay: bool) -> bool:
+    """Whether the teacher is the model at `model` itself, of type `dtype`: then a second one is not needed."""
+    same = losses.teacher is not None and real(losses.teacher) == real(model)
+    return same and weights_stay and losses.teacher_dtype in (None, dtype)
+
+
 def teacher_layer(layer: int, layers: int, of: int) -> int:
     """The layer of a teacher of `of` layers at the same relative depth as `layer` of a student of `layers`, from 0.
 
@@ -62,6 +78,16 @@ class Described(Protocol):
     @property
     def tokenizer(self) -> Path:
         """Folder of its tokenizer."""
+
+
+def check_way(losses: Losses, training: Training, layout: Parallelism) -> None:
+    """UserError for a layout, or a way to save memory, in which a teacher cannot be listened to."""
+    if losses.teacher is not None and layout.virtual_pipeline_model_parallel_size:
+        raise UserError(
+            f"--teacher {losses.teacher}: not with --virtual-pipeline-model-parallel-size; leave one of them out"
+        )
+    if losses.hidden_weight and training.recompute:
+        raise UserError("--hidden-weight: not with --recompute, whose layers leave no outputs; leave one of them out")
 
 
 def check_teacher(losses: Losses, given: Path, student: Described, teacher: Described) -> None:

@@ -1,9 +1,10 @@
 """Sizes of the real objects of mask-learning runs: `measure.py CASES.json FOLDER` -> FOLDER/PROCESSES_RANK.json.
 
-A case is a model directory, a number of processes, fields of `Parallelism` and of `Training`, whether weights are
-trained, and whether masks are drawn once a step. Each runs one step, and these bytes are written down: parameters, mask
-logits, gradient buffers and their padding, optimizer state, and the largest sum of what autograd and masks of a step
-kept at one time, each storage counted once and parameters not at all. The processes are
+A case is a model directory, a number of processes, fields of `Parallelism` and of `Training`, whether weights and norms
+are trained, whether masks are drawn once a step, and what is learned from which teacher. Each runs one step, and these
+bytes are written down: parameters, mask logits, gradient buffers and their padding, optimizer state, a teacher's
+parameters and what it has said of a step, and the largest sum of what autograd and masks of a step kept at one time,
+each storage counted once and parameters not at all. The processes are
 forked from this one, which has imported everything: that costs most here.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from torch import Tensor
 from megatron_prune.decision.source import open_model
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.masked_linear import MaskDraw, MaskedLinear, StepWeight
+from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Parallelism, Training
 from megatron_prune.training.loop import RECOMPUTE, Trainer
+from megatron_prune.training.recovery import RecoveryLoss
+from megatron_prune.training.weighting import Weighting
 
 
 class Words:
@@ -97,13 +102,23 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         model = open_model(Path(case["model"])).load(layout, **extra)
         chunks = torch.nn.ModuleList(model.chunks)
         chunks.requires_grad_(False)
-        model.learn_masks(
-            MaskDraw(2, 4, seed=0, logits_dtype=getattr(torch, case["logits"]), per_step=case["one_draw"])
-        )
+        draw = MaskDraw(2, 4, seed=0, logits_dtype=getattr(torch, case["logits"]), per_step=case["one_draw"])
+        model.learn_masks(draw)
         for linear in model.linears():
             linear.module.weight.requires_grad_(case["train_weights"])
-        trainer = Trainer(model, training, Words(training.seq_length))
+        for name, parameter in chunks.named_parameters():
+            if case["train_norms"] and "layernorm" in name:
+                parameter.requires_grad_()
+        objective, teacher = None, model
+        if case["weighting"]:
+            if case["teacher"]:
+                teacher = open_model(Path(case["teacher"])).load(layout)
+            count = training.num_microbatches(layout.data)
+            objective = Waiting(model, Weighting(**case["weighting"]), teacher, count, draw)
+        trainer = Trainer(model, training, Words(training.seq_length), objective=objective)
         kept = Kept(chunks)
+        if teacher is not model:
+            kept.model |= {tensor.untyped_storage().data_ptr() for tensor in teacher.chunks[0].parameters()}
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
             trainer.step(0)
         named = dict(chunks.named_parameters())
@@ -116,8 +131,28 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
             "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
             "padding": 4 * sum(buffer.numel - sum(p.numel() for p in buffer.params) for buffer in buffers),
             "optimizer": _optimizer_bytes(trainer.optimizer),
+            "teacher": _teacher_bytes(objective, teacher, model),
             "kept": kept.peak,
         }
+
+
+class Waiting(RecoveryLoss):
+    """Counts what a teacher has said of a step when the student begins it."""
+
+    most = 0
+
+    def begin(self, batches: Iterator[Tensor], count: int) -> None:
+        """As the base class."""
+        super().begin(batches, count)
+        assert self.teacher is not None
+        queues = [self.teacher.final, *self.teacher.outputs.values()]
+        self.most = sum(tensor.nbytes for queue in queues for tensor in queue)
+
+
+def _teacher_bytes(objective: Waiting | None, teacher: PrunableModel, model: PrunableModel) -> int:
+    """Of a second model, and of what waited."""
+    parameters = teacher.chunks[0].parameters() if teacher is not model else ()
+    return sum(parameter.nbytes for parameter in parameters) + (objective.most if objective else 0)
 
 
 def _optimizer_bytes(optimizer: Any) -> int:

@@ -82,8 +82,11 @@ FEW = (CASES[1], CASES[-1], REMOVED, MERGED, NARROWED, GROUPED, CONTROL)
 TRAINED = {
     "learned": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--temperature-end", "2"]
     + ["--prior", "magnitude", "--weight-regularization", "1e-3"],
+    "taught": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--temperature-end", "2"]
+    + ["--prior", "magnitude", "--teacher", "ROOT/mixed", "--lm-weight", "1", "--hidden-weight", "1"],
     "masks_and_weights": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--train-weights"]
-    + ["--temperature-end", "2", "--prior", "magnitude", "--use-distributed-optimizer"],
+    + ["--temperature-end", "2", "--prior", "magnitude", "--use-distributed-optimizer", "--masked-decay", "100"]
+    + ["--weight-clip", "0.5", "--weight-eps", "1e-6"],
     "recovered": ["train", "--use-distributed-optimizer", "--moe-aux-loss-coeff", "0.1"],
     "adapted": ["train", "--lora-rank", "4"],
 }
@@ -91,7 +94,7 @@ TRAINED |= {f"latent_{name}": TRAINED[name] for name in ("learned", "recovered",
 """The same of a model with latent attention."""
 TRAINING = [
     *((name, EP2) for name in TRAINED),
-    *((name, EP2_TP2_SP) for name in ("learned", "recovered", "adapted")),
+    *((name, EP2_TP2_SP) for name in ("learned", "taught", "recovered", "adapted")),
     ("recovered", TP2_SP_ETP1),
     ("learned", ETP2),
     *((name, EP2_ETP2_SP) for name in ("masks_and_weights", "recovered")),
@@ -125,7 +128,8 @@ def train_command(root: Path, name: str, layout: Layout) -> list[str]:
     data = ["--data", str(root / "words.jsonl"), "--seq-length", "32", "--global-batch-size", "4"]
     steps = ["--train-iters", str(STEPS), "--lr", "1e-3", "--save-interval", "2"]
     steps += ["--eval-data", str(root / "words.jsonl"), "--eval-windows", "3", "--eval-interval", "4"]
-    return [*TRAINED[name], *inputs, *data, *steps, *layout.flags()]
+    verb = [word.replace("ROOT", str(root)) for word in TRAINED[name]]
+    return [*verb, *inputs, *data, *steps, *layout.flags()]
 
 
 @pytest.fixture(scope="module")

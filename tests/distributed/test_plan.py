@@ -16,8 +16,9 @@ import torch
 from megatron_prune.__main__ import main
 from megatron_prune.decision.target import NM
 from megatron_prune.errors import UserError
-from megatron_prune.jobs.plan import Job, held, plan, read_config
+from megatron_prune.jobs.plan import Job, Lesson, held, plan, read_config
 from megatron_prune.option_groups import Parallelism, Training
+from megatron_prune.training.weighting import Weighting
 from tests.distributed.launch import TIMEOUT_S, must_pass
 from tests.models import tiny_blocks, tiny_llama, tiny_model
 
@@ -50,6 +51,10 @@ class Case:
     expert_tensor: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """More fields of `Training`."""
+    train_norms: bool = False
+    weighting: dict[str, float] = field(default_factory=dict)
+    """Losses, where a teacher is learned from; it is the model itself or"""
+    teacher: str = ""
 
     def layout(self) -> dict[str, Any]:
         """Fields of `Parallelism`."""
@@ -72,11 +77,16 @@ class Case:
         layout, training = Parallelism(**self.layout()), Training(**TRAINING | self.options | options)
         replicas = layout.data_parallel_size(self.processes)
         model, narrow = read_config(root / self.model), self.logits == "bfloat16"
-        return Job(model, layout, training, NM(2, 4), replicas, self.train_weights, narrow, self.one_draw)
+        job = Job(model, layout, training, NM(2, 4), replicas, self.train_weights, narrow, self.one_draw)
+        teacher = read_config(root / self.teacher) if self.teacher else None
+        lesson = Lesson(teacher, Weighting(**self.weighting)) if self.weighting else None  # type: ignore[arg-type]
+        return replace(job, train_norms=self.train_norms, lesson=lesson)
 
 
 RECOMPUTE = {"recompute": True}
 SHARED = {"use_distributed_optimizer": True}
+MIXED = dict(lm=0.5, distillation=1.0)
+HIDDEN = dict(lm=0.0, distillation=1.0, hidden=1.0)
 CASES = [
     Case("one"),
     Case("bf16", "bfloat16"),
@@ -93,6 +103,16 @@ CASES = [
     Case("pp4", "tied", 4, pipeline=4),
     Case("cp2_dp2_shared", "bfloat16", 4, context=2, train_weights=True, options=SHARED),
     Case("tp2_cp2_sp", "tied", 4, tensor=2, context=2, sequence_parallel=True),
+    Case("norms", train_weights=True, train_norms=True),
+    Case("norms_shared_bf16", "bfloat16", 4, train_weights=True, train_norms=True, options=SHARED),
+    Case("norms_pp2_vpp2", "tied", 4, tensor=2, pipeline=2, virtual=2, train_weights=True, train_norms=True),
+    Case("own_teacher", "bfloat16", weighting=MIXED),
+    Case("own_teacher_recomputed", "bfloat16", weighting=MIXED, options=RECOMPUTE),
+    Case("own_teacher_hidden", "bfloat16", weighting=HIDDEN),
+    Case("own_teacher_hidden_fp32", weighting=HIDDEN),
+    Case("own_teacher_tp2_sp_pp2", "tied", 4, tensor=2, pipeline=2, sequence_parallel=True, weighting=HIDDEN),
+    Case("teacher", "bfloat16", train_weights=True, weighting=MIXED, teacher="tied"),
+    Case("teacher_pp2", "bfloat16", 4, pipeline=2, train_weights=True, weighting=HIDDEN, teacher="float32"),
     Case("one_draw", one_draw=True),
     Case("one_draw_bf16_weights", "bfloat16", one_draw=True, train_weights=True),
     Case("one_draw_recomputed", "bfloat16", one_draw=True, options=RECOMPUTE),
@@ -147,6 +167,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train_weights=case.train_weights,
             logits=case.logits,
             one_draw=case.one_draw,
+            train_norms=case.train_norms,
+            weighting=case.weighting,
+            teacher=str(root / case.teacher) if case.teacher else "",
         )
         for case in CASES
     ]
@@ -174,7 +197,7 @@ def test_state_is_exact(root: Path, case: Case) -> None:
     stages = plan(case.job(root))
     for rank, found in enumerate(measured(root, case)):
         said = stages[case.stage(rank)]
-        for name in ("weights", "mask_logits", "gradients"):
+        for name in ("weights", "mask_logits", "gradients", "teacher"):
             assert getattr(said, name) == found[name], f"{name} on process {rank}"
         if not case.options.get("use_distributed_optimizer"):
             assert said.optimizer == found["optimizer"], f"process {rank}"
@@ -188,7 +211,7 @@ def test_shared_optimizer_state_is_exact_but_for_padding(root: Path, case: Case)
         parts = [found for rank, found in enumerate(measured(root, case)) if case.stage(rank) == stage]
         if case.expert == 1:  # else experts have fewer replicas than the rest
             assert sum(found["optimizer"] for found in parts) == whole[stage].optimizer
-        assert (parts[0]["padding"] > 0) == (case.model == "ragged")
+        assert (parts[0]["padding"] > 0) == (case.model == "ragged" or case.train_norms)
         largest, padding = max(found["optimizer"] for found in parts), 3 * parts[0]["padding"]  # moments and master
         assert largest <= shared[stage].optimizer <= largest + padding
 

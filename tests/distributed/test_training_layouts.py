@@ -15,8 +15,18 @@ from tests.runs import curve
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 DISTRIBUTED = "--use-distributed-optimizer"
 RECOMPUTE = "--recompute"
+OVERLAPPED = "--overlap-grad-reduce"
 WEIGHTS = "--train-weights"
 ONE_DRAW = "--mask-draw=step"
+TAUGHT, JOINT = "taught", "joint"
+MEANT = {
+    TAUGHT: "--teacher ROOT/dense --lm-weight 0.5 --hidden-weight 1 --distillation-temperature 2",
+    JOINT: "--train-weights --train-norms --weight-lr-multiplier 0.5 --weight-eps 1e-6 --weight-clip 0.5 "
+    "--weight-gradient dense --masked-decay 200 --decay-warmup 0.5 --teacher ROOT/dense",
+}
+"""Options by a name for them: masks that the dense model teaches, and weights that train with them."""
+KINDS = (WEIGHTS, ONE_DRAW, TAUGHT, JOINT)
+"""Options with which a run is another one, in any layout."""
 STEPS = 5
 
 
@@ -35,7 +45,7 @@ class Case:
     @property
     def reference(self) -> Case:
         """The run in one process that this one must follow."""
-        return Case(ONE, tuple(option for option in self.options if option in (WEIGHTS, ONE_DRAW)))
+        return Case(ONE, tuple(option for option in self.options if option in KINDS))
 
 
 CASES = [
@@ -49,6 +59,14 @@ CASES = [
     Case(Layout("dp2", 2), (DISTRIBUTED,)),
     Case(Layout("dp2", 2), (WEIGHTS, DISTRIBUTED, RECOMPUTE)),
     Case(Layout("dp2", 2), (ONE_DRAW, RECOMPUTE)),
+    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (TAUGHT,)),
+    Case(Layout("pp2", 2, pipeline=2), (TAUGHT,)),
+    Case(Layout("cp2", 2, context=2), (TAUGHT, ONE_DRAW)),
+    Case(Layout("dp2", 2), (TAUGHT, OVERLAPPED)),
+    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (JOINT,)),
+    Case(Layout("pp2", 2, pipeline=2), (JOINT,)),
+    Case(Layout("dp2", 2), (JOINT, DISTRIBUTED)),
+    Case(Layout("tp2dp2sp", 4, tensor=2, sequence_parallel=True), (JOINT, DISTRIBUTED)),
     Case(Layout("pp4", 4, pipeline=4)),
     Case(Layout("tp2pp2vpp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True, virtual=2), (WEIGHTS,)),
     Case(Layout("tp2cp2sp", 4, tensor=2, context=2, sequence_parallel=True), (RECOMPUTE,)),
@@ -75,7 +93,8 @@ def command(root: Path, case: Case) -> list[str]:
         "--prior": "magnitude",
     }
     words_of_options = [word for pair in options.items() for word in pair]
-    return [*"prune --method maskllm --target 2:4".split(), *words_of_options, *case.layout.flags(), *case.options]
+    more = [word for each in case.options for word in MEANT.get(each, each).replace("ROOT", str(root)).split()]
+    return [*"prune --method maskllm --target 2:4".split(), *words_of_options, *case.layout.flags(), *more]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +128,14 @@ def test_training_follows_one_process(root: Path, case: Case) -> None:
     assert min(curve(root / case.name, "learning_rate")) > 0
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if {TAUGHT, JOINT} & {*case.options}], ids=lambda c: c.name)
+def test_each_loss_and_what_fades_follow_one_process(root: Path, case: Case) -> None:
+    own = ["lm_loss", "hidden_loss"] if TAUGHT in case.options else ["removed_squares_fraction", "masked_decay"]
+    for key in ("distillation_loss", *own):
+        found, expected = curve(root / case.name, key), curve(root / case.reference.name, key)
+        assert len(found) == STEPS and found == pytest.approx(expected, abs=1e-5, rel=1e-5), key
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_masks_are_those_of_one_process(root: Path, case: Case) -> None:
     found, expected = (Masks.load(root / each.name / "decision") for each in (case, case.reference))
@@ -121,3 +148,8 @@ def test_training_moves_what_is_compared(root: Path) -> None:
     masks, weights = Case(ONE), Case(ONE, (WEIGHTS,))
     assert abs(curve(root / masks.name, "loss")[-1] - curve(root / weights.name, "loss")[-1]) > 1e-3
     assert abs(curve(root / weights.name, "eval_loss")[0] - curve(root / weights.name, "eval_loss")[1]) > 1e-2
+    taught, joint = Case(ONE, (TAUGHT,)), Case(ONE, (JOINT,))
+    assert abs(curve(root / taught.name, "eval_loss")[1] - curve(root / masks.name, "eval_loss")[1]) > 1e-3
+    assert abs(curve(root / joint.name, "eval_loss")[1] - curve(root / weights.name, "eval_loss")[1]) > 1e-3
+    fading = curve(root / joint.name, "removed_squares_fraction")
+    assert fading[-1] < 0.9 * fading[0]

@@ -9,6 +9,7 @@ import pytest
 from megatron_prune.__main__ import main
 from megatron_prune.jobs.given import USED_BY, uses
 from megatron_prune.methods.base import get_method, methods
+from megatron_prune.option_groups import Losses
 from megatron_prune.options import entries, flag
 from megatron_prune.verbs import VERBS
 from tests.models import byte_tokenizer, tiny_llama, words
@@ -48,7 +49,13 @@ VALUES = {
     "data_split": "9,1",
     "lr_decay_style": "linear",
     "calibration_documents": "3",
+    "teacher_dtype": "float32",
+    "hidden_loss": "mse",
 }
+
+
+BESIDE = {"domain_targets": ["--domain-interval", "3"]}
+"""What an option needs beside it."""
 
 
 def value_of(key: str) -> list[str]:
@@ -71,10 +78,11 @@ def test_what_a_method_has_no_use_for_is_refused_before_the_model_is_looked_at(
     method = get_method(name)
     target = "2:4" if name in (*ONE_SHOT, "maskllm") else TARGETS.get(name, "num_layers=1")
     unused = [key for key, kind in USED_BY.items() if not uses(method, kind)]
+    losses = {entry.key for entry in entries(Losses)} - {"teacher", "lm_weight"}
     assert unused or name == "maskllm"
     words = ["prune", "--input", str(tmp_path / "no"), "--output", str(tmp_path / "out"), "--method", name]
     for key in unused:
-        more = ["--domain-interval", "3"] if key == "domain_targets" else []
+        more = BESIDE.get(key, ["--teacher", "nowhere", "--hidden-weight", "1"] if key in losses else [])
         line = refused([*words, "--target", target, flag(key), *value_of(key), *more], capsys)
         assert flag(key) in line and ("has no use for it" in line or "--lr" in line or "needs" in line), line
     assert not list(tmp_path.iterdir())

@@ -372,6 +372,20 @@ def test_accumulate_into_adds_the_ordinary_gradient(implementation: Any) -> None
     torch.testing.assert_close(accumulator, 1 + 2 * expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_straight_gradient_is_the_incoming_one(implementation: Any) -> None:
+    """Of the weight; output and the logits' gradient are as ever."""
+    weight, logits, grad = example(2, 4)
+    plain, straight = (
+        evaluate(weight, logits, grad, 2, 4, learn_weight=True, straight=each, implementation=implementation)
+        for each in (False, True)
+    )
+    assert torch.equal(plain[0], straight[0]) and torch.equal(plain[1], straight[1])
+    assert straight[2] is not None and torch.equal(straight[2], grad)
+    assert plain[2] is not None and not torch.equal(plain[2], grad)
+    frozen = evaluate(weight, logits, grad, 2, 4, straight=True, implementation=implementation)
+    assert frozen[2] is None
+
+
 def test_frozen_weight_gets_no_gradient_and_frozen_logits_none(implementation: Any) -> None:
     weight, logits, grad = example(2, 4)
     assert evaluate(weight, logits, grad, 2, 4, implementation=implementation)[2] is None

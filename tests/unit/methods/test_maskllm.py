@@ -15,9 +15,10 @@ from megatron_prune.errors import UserError
 from megatron_prune.kernels.gumbel import decode, patterns
 from megatron_prune.kernels.selection import select_nm
 from megatron_prune.methods.base import get_method
-from megatron_prune.methods.maskllm import MaskLLM, prior_logits
+from megatron_prune.methods.maskllm import WEIGHT_OPTIONS, MaskLLM, prior_logits
 from megatron_prune.option_groups import Calibration
 from megatron_prune.options import entries
+from megatron_prune.training.joint import WeightTraining
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (2, 8)])
@@ -96,15 +97,23 @@ def test_the_schedule_moves_the_draw() -> None:
     assert (draw.scale, draw.temperature, draw.regularization) == (5e2, 0.05, 0.0)
 
 
-@pytest.mark.parametrize("option", ["scale_start", "temperature_end", "prior_strength", "lr_multiplier"])
+@pytest.mark.parametrize(
+    "option", ["scale_start", "temperature_end", "prior_strength", "lr_multiplier", "weight_lr_multiplier"]
+)
 def test_options_out_of_range_are_refused(option: str) -> None:
     with pytest.raises(UserError, match=f"{option} 0 was given; allowed: above 0"):
         get_method("maskllm", **{option: 0})
 
 
-def test_negative_regularisation_is_refused() -> None:
-    with pytest.raises(UserError, match="0 or more"):
-        MaskLLM(weight_regularization=-1.0)
+@pytest.mark.parametrize("option", ["weight_regularization", "weight_eps", "weight_clip", "masked_decay"])
+def test_options_below_zero_are_refused(option: str) -> None:
+    assert getattr(MaskLLM(**{option: 0.0}), option) == 0
+    with pytest.raises(UserError, match=f"{option} -1.0 was given; allowed: 0 or more"):
+        MaskLLM(**{option: -1.0})
+
+
+def test_weights_stay_unless_they_train() -> None:
+    assert MaskLLM().weights_stay and not MaskLLM(train_weights=True).weights_stay
 
 
 def test_unstructured_targets_are_refused() -> None:
@@ -118,9 +127,14 @@ def test_what_is_asked_for_reaches_the_training_session() -> None:
     runner.keep.side_effect = lambda decide: decide(torch.tensor([[[0.0, 3.0, 1.0, 0.0, 0.0, 0.0]]]))
     work: Any = SimpleNamespace(learn=lambda: runner, model=SimpleNamespace(layout=Layout()))
     target = NM(2, 4)
-    method = MaskLLM(hard=True, mask_draw="step", logits_dtype="bfloat16", train_weights=True, lr_multiplier=7.0)
+    weights: dict[str, Any] = dict(weight_lr_multiplier=0.3, weight_eps=1e-7, weight_clip=0.5, train_norms=True)
+    weights |= dict(masked_decay=9.0, decay_warmup=0.4, weight_gradient="dense")
+    asked: dict[str, Any] = dict(hard=True, mask_draw="step", logits_dtype="bfloat16", lr_multiplier=7.0)
+    method = MaskLLM(train_weights=True, **asked, **weights)
     kept: Any = method.decide(work, target)
-    runner.learn_masks.assert_called_once_with(2, 4, True, hard=True, per_step=True, logits_dtype=torch.bfloat16)
+    training = WeightTraining(lr_factor=0.3, eps=1e-7, clip=0.5, decay=9.0, decay_warmup=0.4, norms=True)
+    draw = {"hard": True, "straight": True, "per_step": True, "logits_dtype": torch.bfloat16}
+    runner.learn_masks.assert_called_once_with(2, 4, training, **draw)
     assert torch.equal(kept, patterns(2, 4)[1][None].bool())
     start, std = runner.start_logits.call_args.args
     mask = torch.tensor([[False, True, True, False]])
@@ -129,8 +143,8 @@ def test_what_is_asked_for_reaches_the_training_session() -> None:
     moved = runner.optimize.call_args.kwargs["on_step"](0, 10)
     assert moved["weight_regularization"] == 1e-5 and runner.learn_masks.return_value.regularization == 1e-5 / 4
     MaskLLM().decide(work, target)
-    plain = {"hard": False, "per_step": False, "logits_dtype": torch.float32}
-    runner.learn_masks.assert_called_with(2, 4, False, **plain)
+    plain = {"hard": False, "straight": False, "per_step": False, "logits_dtype": torch.float32}
+    runner.learn_masks.assert_called_with(2, 4, None, **plain)
 
 
 def test_experts_that_meet_several_micro_batches_take_one_draw() -> None:
@@ -155,7 +169,11 @@ def test_what_the_start_does_not_need_is_idle() -> None:
     def idle(**given: str) -> set[str]:
         return set(MaskLLM().idle(settings | given))
 
+    frozen = set(WEIGHT_OPTIONS)
+    assert set(MaskLLM(train_weights=True).idle(settings)) == {"prior_strength", "decay_warmup"} | text
+    assert set(MaskLLM(train_weights=True, masked_decay=1.0).idle(settings)) == {"prior_strength"} | text
+    text |= frozen
     assert idle() == {"prior_strength"} | text
     assert idle(initial_logits="run") == {"prior_strength", "std"} | text
     assert idle(prior="run") == idle(prior="magnitude") == text
-    assert idle(prior="sparsegpt") == set()
+    assert idle(prior="sparsegpt") == frozen

@@ -18,6 +18,7 @@ from tests.models import stories260k
 
 LEARN = ["--method", "maskllm", "--target", "2:4", "--train-iters", "12", "--seq-length", "64", "--lr", "1e-3"]
 LEARN += ["--global-batch-size", "8", "--micro-batch-size", "8", "--min-lr", "0", "--eval-interval", "12"]
+CALM = ["--scale-start", "1280", "--scale-end", "2560", "--temperature-start", "12.8", "--temperature-end", "12.8"]
 LEARN += ["--scale-start", "1", "--scale-end", "1", "--temperature-start", "0.05", "--temperature-end", "0.05"]
 
 
@@ -45,11 +46,11 @@ def told(model: Path) -> list[str]:
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def learn(root: Path, name: str, source: str) -> float:
+def learn(root: Path, name: str, source: str, *more: str) -> float:
     """Held-out loss before the first step of a run from the SparseGPT run's masks on the weights of `source`."""
     data = ["--data", str(root / "text.jsonl"), "--eval-data", str(root / "text.jsonl"), "--eval-windows", "8"]
     command = ["prune", "--input", str(root / source), "--output", str(root / name), "--prior", str(root / "run")]
-    assert main([*command, *LEARN, *data]) == 0
+    assert main([*command, *LEARN, *data, *more]) == 0
     return next(record["eval_loss"] for record in read_metrics(root / name) if record.get("step", 0) == 0)
 
 
@@ -59,6 +60,12 @@ def exported(root: Path, run: str) -> dict[str, torch.Tensor]:
     command = ["export", "--input", str(root / f"{run}-small"), "--output", str(root / f"{run}-hf")]
     assert main(command) == 0
     return load_file(root / f"{run}-hf" / "model.safetensors")
+
+
+def sparse(root: Path) -> dict[str, torch.Tensor]:
+    """Weights of the exported model of the SparseGPT run."""
+    done = root / "run-hf" / "model.safetensors"
+    return load_file(done) if done.exists() else exported(root, "run")
 
 
 def prunable(root: Path) -> list[str]:
@@ -85,10 +92,26 @@ def test_learning_starts_from_the_corrected_weights_and_may_take_removed_ones_ba
     assert back > 0
 
 
+def test_corrected_weights_train_on_with_the_dense_model_as_their_teacher(root: Path) -> None:
+    """From where frozen ones start; the result has zeros, and held-out text gets better."""
+    joint = ["--train-weights", "--teacher", str(root / "ck"), "--lm-weight", "1", "--masked-decay", "10"]
+    settings = ["--weight-eps", "1e-8", "--train-norms", "--lr-multiplier", "1", "--adam-eps", "1e-4", *CALM]
+    start = learn(root, "joint", "run/weights", *joint, *settings)
+    frozen = ["--teacher", str(root / "ck"), "--lm-weight", "1", "--lr-multiplier", "1", "--adam-eps", "1e-4", *CALM]
+    assert start == learn(root, "taught", "run/weights", *frozen)
+    ends = [[r["eval_loss"] for r in read_metrics(root / name) if "eval_loss" in r][-1] for name in ("joint", "taught")]
+    assert ends[0] < start - 0.05 and ends[0] < ends[1]
+    masks, weights = Masks.load(root / "joint" / "decision"), exported(root, "joint")
+    began = sparse(root)
+    for name in prunable(root):
+        assert not weights[name][~masks.get(name)].any()
+        assert not torch.equal(weights[name], began[name])
+
+
 def test_what_a_run_exports_has_zeros_and_its_bare_weights_are_not_exported(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights, masks = exported(root, "run"), Masks.load(root / "run" / "decision")
+    weights, masks = sparse(root), Masks.load(root / "run" / "decision")
     for name in prunable(root):
         assert np.array_equal((weights[name] != 0).numpy() | ~masks.get(name).numpy(), np.ones_like(masks.get(name)))
         assert not weights[name][~masks.get(name)].any()
