@@ -7,6 +7,7 @@ Protocol P1, calibration C1 (see bench/study.py).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,41 @@ LEARNED = [
     ("learned masks, 60 steps of 512 tokens", "maskllm_60_steps.yaml", "124.7 (published formulation)"),
     ("learned masks, long run", "maskllm_long.yaml", ""),
 ]
+JOINT = (
+    *("--train-weights", "--train-norms", "--weight-gradient", "dense", "--weight-lr-multiplier", "0.1"),
+    *("--weight-eps", "1e-8", "--weight-clip", "1", "--masked-decay", "10"),
+)
+"""Weights at a tenth of the recipe's learning rate, as `train` has it; what masks remove decays."""
+TRAINED = {"train_iters": 200, "global_batch_size": 1, "seq_length": 1024, "lr": 1.5e-4, "min_lr": 1.5e-5}
+"""After learning: as many tokens again, at the weights' learning rate of the joint rows."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A learned mask that is given more than the recipe has; the recipe is that of the long run."""
+
+    name: str
+    folder: str
+    options: tuple[str, ...] = ()
+    taught: bool = False
+    """By the dense model, also in what follows."""
+    warm: bool = False
+    """From the weights that SparseGPT has updated, and its mask."""
+    trained: bool = False
+    """Weights train after the masks are learned."""
+
+
+TAUGHT = [
+    Taught("learned masks, KL from the dense model", "taught", taught=True),
+    Taught("learned masks, then training, next token", "then_trained", trained=True),
+    Taught("learned masks, then training, KL from the dense model", "then_taught", trained=True, taught=True),
+    Taught("masks and weights together, next token", "joint", JOINT),
+    Taught("masks and weights together, KL from the dense model", "joint_taught", JOINT, taught=True),
+    Taught("learned masks from SparseGPT's weights, KL", "warm_taught", taught=True, warm=True),
+    Taught("masks and weights together from SparseGPT's weights, KL", "warm_joint", JOINT, taught=True, warm=True),
+]
+UPDATED = ONE_SHOT[5]
+"""SparseGPT 2:4 with its weights, the start of warm rows."""
 COLUMNS = ["method", "kept", "perplexity", "other tools", "wall s", "CPU s", "peak GiB"]
 
 
@@ -64,6 +100,27 @@ class Quality(Study):
         cost = self.verb("prune", output=run, **start, **text)
         return self.cells(name, "2:4", self.trimmed(run, "_sparse"), cost, peer)
 
+    def more(self, row: Taught) -> list[Any]:
+        """Learn with what the row has besides, train on where it says so, trim and evaluate."""
+        prior = UPDATED if row.warm else MASK_ONLY
+        self.one_shot(prior)
+        run, start = self.work / row.folder, self.work / prior.folder
+        teacher = {"teacher": self.dense} if row.taught else {}
+        first = {} if row.trained else teacher
+        places = {"input": start / "weights" if row.warm else self.dense, "prior": start, "output": run}
+        text = {"data": self.training_text()}
+        held_out = {"eval_data": self.texts.c4, "eval_documents": f"{C4_TRAINING}:"}
+        recipe = HERE / "maskllm_long.yaml"
+        cost = self.verb("prune", *row.options, config=recipe, **places, **text, **held_out, **first)
+        if row.trained:
+            run = self.work / f"{row.folder}_trained"
+            more = self.verb("train", input=self.work / row.folder, output=run, **TRAINED, **text, **teacher)
+            cost = {
+                name: max(spent, more[name]) if name == "peak_gib" else spent + more[name]
+                for name, spent in cost.items()
+            }
+        return self.cells(row.name, "2:4", self.trimmed(run, "_sparse"), cost, "")
+
     def cells(self, name: str, target: str, checkpoint: Path, cost: Times, peer: str) -> list[Any]:
         """One line of the table."""
         spent = [round(cost["wall_s"]), round(cost["cpu_s"]), round(cost["peak_gib"], 1)]
@@ -72,17 +129,20 @@ class Quality(Study):
 
 def main() -> None:
     """Run everything and write the result file."""
-    only = option("--only", help="do just this recipe (and what it needs), without a result file")
+    only = option("--only", help="do just this recipe, or row of --taught, and what it needs, without a result file")
     more = option("--seeds", action="store_true", help="SparseGPT 2:4 over more draws of calibration windows too")
-    given = arguments(__doc__, MODEL, SHARED, work("runs/quality"), only, more, note())
+    taught = option("--taught", action="store_true", help="masks with a teacher, with weights, and warm starts too")
+    given = arguments(__doc__, MODEL, SHARED, work("runs/quality"), only, more, taught, note())
     bench = Quality(given.work, given.shared)
     cost = bench.imported(given.model)
     if given.only:
         print([bench.learned(*item) for item in LEARNED if given.only in item[1]])
+        print([bench.more(row) for row in TAUGHT if given.only == row.folder])
         return
     rows = [bench.cells("dense", "", bench.dense, cost, "24.195 (transformers)")]
     rows += [bench.one_shot(row) for row in ONE_SHOT]
     rows += [bench.learned(*item) for item in LEARNED]
+    rows += [bench.more(row) for row in TAUGHT] if given.taught else []
     seeds = {"layer by layer": bench.seeds(), "sequential": bench.seeds("--true-sequential")} if given.seeds else {}
     drawn = "; ".join(f"{name} {', '.join(f'{p1:.2f}' for p1 in found)}" for name, found in seeds.items())
     spread = f" SparseGPT 2:4, weights updated, calibration seeds {', '.join(SEEDS)}: {drawn}." if seeds else ""
