@@ -43,7 +43,7 @@ JOINT = (
     *("--weight-eps", "1e-8", "--weight-clip", "1", "--masked-decay", "10"),
 )
 """Weights at a tenth of the recipe's learning rate, as `train` has it; what masks remove decays."""
-TRAINED = {"train_iters": 200, "global_batch_size": 1, "seq_length": 1024, "lr": 1.5e-4, "min_lr": 1.5e-5}
+TRAINED: dict[str, Any] = {"train_iters": 200, "global_batch_size": 1, "seq_length": 1024, "lr": 1.5e-4, "min_lr": 1.5e-5}
 """After learning: as many tokens again, at the weights' learning rate of the joint rows."""
 
 
