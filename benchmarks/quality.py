@@ -43,7 +43,13 @@ JOINT = (
     *("--weight-eps", "1e-8", "--weight-clip", "1", "--masked-decay", "10"),
 )
 """Weights at a tenth of the recipe's learning rate, as `train` has it; what masks remove decays."""
-TRAINED: dict[str, Any] = {"train_iters": 200, "global_batch_size": 1, "seq_length": 1024, "lr": 1.5e-4, "min_lr": 1.5e-5}
+TRAINED: dict[str, Any] = {
+    "train_iters": 200,
+    "global_batch_size": 1,
+    "seq_length": 1024,
+    "lr": 1.5e-4,
+    "min_lr": 1.5e-5,
+}
 """After learning: as many tokens again, at the weights' learning rate of the joint rows."""
 
 
@@ -105,13 +111,13 @@ class Quality(Study):
         prior = UPDATED if row.warm else MASK_ONLY
         self.one_shot(prior)
         run, start = self.work / row.folder, self.work / prior.folder
-        teacher = {"teacher": self.dense} if row.taught else {}
+        teacher: dict[str, Any] = {"teacher": self.dense} if row.taught else {}
         first = {} if row.trained else teacher
-        places = {"input": start / "weights" if row.warm else self.dense, "prior": start, "output": run}
-        text = {"data": self.training_text()}
+        places = {"input": start / "weights" if row.warm else self.dense, "prior": start}
+        text: dict[str, Any] = {"data": self.training_text()}
         held_out = {"eval_data": self.texts.c4, "eval_documents": f"{C4_TRAINING}:"}
         recipe = HERE / "maskllm_long.yaml"
-        cost = self.verb("prune", *row.options, config=recipe, **places, **text, **held_out, **first)
+        cost = self.verb("prune", *row.options, output=run, config=recipe, **places, **text, **held_out, **first)
         if row.trained:
             run = self.work / f"{row.folder}_trained"
             more = self.verb("train", input=self.work / row.folder, output=run, **TRAINED, **text, **teacher)
