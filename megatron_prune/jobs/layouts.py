@@ -12,11 +12,15 @@ m micro-batches of each of d replicas:
     tensor      m x layers / P x 4 all-reduces of n h e bytes, 6 with recomputation (Shoeybi et al. 2019,
                 arXiv:1909.08053, section 3), each 2 (t - 1) / t of them over a link of the node, or the network
     pipeline    m x v x 2 sends of n h e bytes over the network, where P > 1
-    replicas    2 (d - 1) / d of the logits' float32 gradients over the network, once
+    experts     m x layers with experts / P x 4 exchanges, 6 with recomputation, of n h e k' / t bytes, a token going to k'
+                experts, which E processes share: (E - 1) / E of them over a link of the node where t E processes fit
+                there, else the network
+    replicas    2 (d - 1) / d of the logits' float32 gradients over the network, once; of experts those of d / E
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Iterator
@@ -25,7 +29,7 @@ from typing import Any
 
 from megatron_prune.config import PruneConfig
 from megatron_prune.errors import UserError
-from megatron_prune.jobs.plan import GIB, Job, Memory, job_of, plan
+from megatron_prune.jobs.plan import GIB, Job, Memory, job_of, plan, read_config
 from megatron_prune.model.families import get_family
 from megatron_prune.options import entries, flag, given
 from megatron_prune.training.throughput import flops_per_token
@@ -84,10 +88,14 @@ def layouts(config: PruneConfig, gpus: int, gpu_memory: float, node: int) -> lis
 
 def _possible(config: PruneConfig, gpus: int, node: int) -> Iterator[Layout]:
     asked, training = config.parallelism, config.training
+    experts = read_config(config.input).num_moe_experts
+    free = experts is not None and asked.expert_model_parallel_size == 1
+    shares = _divisors(math.gcd(experts, gpus)) if free and experts else [asked.expert_model_parallel_size]
     for tensor in _divisors(math.gcd(gpus, node)):
         for pipeline in _divisors(gpus // tensor):
-            for recompute in sorted({True, training.recompute}):
+            for recompute, expert in itertools.product(sorted({True, training.recompute}), shares):
                 changes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+                changes |= {"expert_model_parallel_size": expert}
                 try:
                     layout = replace(asked, **changes, sequence_parallel=tensor > 1)
                     replicas = layout.data_parallel_size(gpus)
@@ -117,44 +125,57 @@ def seconds(job: Job, node: int) -> dict[str, float]:
     stream = job.tokens * model.hidden_size * job.element
     reduced = 2 * (job.tensor - 1) / job.tensor * stream * model.num_layers / job.stages
     within = RATES["link" if job.tensor <= node else "network"]
-    gradients = 2 * (job.replicas - 1) / job.replicas * weights * logits * 4
+    of_experts, share = _prunable(job, True), job.layout.expert_model_parallel_size
+    copies = job.replicas // share
+    summed = (job.replicas - 1) / job.replicas * (weights - of_experts) + (copies - 1) / max(1, copies) * of_experts
+    exchanged = (share - 1) / share * stream * (model.moe_router_topk or 0) / job.tensor
+    exchanged *= sum(map(model.has_experts, range(model.num_layers))) / job.stages
+    near = RATES["link" if job.tensor * share <= node else "network"]
+    again_or_not = 6 if training.recompute else 4
     return {
         "products": flops / (gpus * RATES["products"]) * again * bubble,
         "masks": draws * weights * (8 + 24 * logits) / RATES["memory"],
-        "tensor": microbatches * reduced * (6 if training.recompute else 4) / within,
+        "tensor": microbatches * reduced * again_or_not / within,
         "pipeline": microbatches * job.chunks * 2 * stream / RATES["network"] if job.stages > 1 else 0.0,
-        "replicas": gradients / RATES["network"],
+        "experts": microbatches * exchanged * again_or_not / near,
+        "replicas": 2 * summed * logits * 4 / RATES["network"],
     }
 
 
-def _prunable(job: Job) -> int:
-    """Weights on a process of the first stage that get a mask, of all stages about as many."""
+def _prunable(job: Job, of_experts: bool = False) -> int:
+    """Weights on a process of the first stage that get a mask, of all stages about as many; or those of its experts."""
     maps = [map for map in get_family(job.model.family).weights(job.model) if map.prunable]
-    return sum(job.local_size(map) for map in maps if map.expert is None or map.expert < job.experts) // job.stages
+    own = [map for map in maps if (not of_experts if map.expert is None else map.expert < job.experts)]
+    return sum(map(job.local_size, own)) // job.stages
 
 
 def _name(layout: Layout) -> str:
     job = layout.job
     again = ", recompute" if job.training.recompute else ""
-    return f"tensor {job.tensor} x pipeline {job.stages} x {job.replicas} replicas{again}"
+    experts = f" x experts {job.layout.expert_model_parallel_size}" if job.model.num_moe_experts else ""
+    return f"tensor {job.tensor} x pipeline {job.stages}{experts} x {job.replicas} replicas{again}"
 
 
 def record(layout: Layout) -> dict[str, Any]:
     """A layout as JSON."""
     job = layout.job
     sizes = {"tensor": job.tensor, "pipeline": job.stages, "replicas": job.replicas}
+    sizes |= {"experts": job.layout.expert_model_parallel_size} if job.model.num_moe_experts else {}
     return {**sizes, "recompute": job.training.recompute, "bytes": layout.bytes, "estimated_seconds": layout.seconds}
 
 
 def told(found: list[Layout], gpus: int, node: int) -> list[str]:
     """The layouts as a table, and how the first is started."""
     fastest = found[0].step
-    lines = [f"{len(found)} layouts fit; time of a step by a model, not measured, the fastest as 1:"]
-    lines.append(f"  {'tensor':>6} {'pipeline':>8} {'replicas':>8} {'recompute':>9} {'GiB':>7} {'time':>6}")
+    lines = [f"{len(found)} layouts fit; time of a step by a model, not measured, the fastest, {fastest:.3g} s, as 1:"]
+    mixture = found[0].job.model.num_moe_experts is not None
+    titles = f"{'tensor':>6} {'pipeline':>8}" + (f" {'experts':>8}" if mixture else "")
+    lines.append(f"  {titles} {'replicas':>8} {'recompute':>9} {'GiB':>7} {'time':>6}")
     for each in found[:SHOWN]:
         job = each.job
         again = "yes" if job.training.recompute else "no"
-        sizes = f"{job.tensor:>6} {job.stages:>8} {job.replicas:>8} {again:>9}"
+        shares = f" {job.layout.expert_model_parallel_size:>8}" if mixture else ""
+        sizes = f"{job.tensor:>6} {job.stages:>8}{shares} {job.replicas:>8} {again:>9}"
         lines.append(f"  {sizes} {each.bytes / GIB:>7.1f} {each.step / fastest:>6.2f}")
     return [*lines, "the first of them:", f"  {command(found[0].config, gpus, node)}"]
 

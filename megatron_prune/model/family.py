@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -165,6 +166,10 @@ class WeightPattern:
         if self.megatron.startswith(_SPARSE):
             return bool(block.num_moe_experts)
         return bool(block.ffn_hidden_size) and not (self.megatron.startswith(_DENSE) and block.num_moe_experts)
+
+
+_TABLES: deque[tuple[Family, ModelConfig, tuple[WeightMap, ...]]] = deque(maxlen=2)
+"""The last tables of weights that were made: that of a large mixture of experts has tens of thousands of rows."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +353,14 @@ class Family:
 
     def weights(self, config: ModelConfig) -> list[WeightMap]:
         """Every Megatron tensor of the model, in model order; none for the absent halves of layers."""
+        for family, known, found in _TABLES:
+            if family is self and (known is config or known == config):
+                return list(found)
+        made = self._made_weights(config)
+        _TABLES.appendleft((self, config, tuple(made)))
+        return made
+
+    def _made_weights(self, config: ModelConfig) -> list[WeightMap]:
         table = [row for row in self.table if not row.when or getattr(config, row.when)]
         layers = [row for row in table if "{layer}" in row.megatron]
         first = table.index(layers[0])

@@ -11,8 +11,9 @@ arXiv:2204.02311: 6 N + 12 L H Q T), a multiply-add being 2:
                                               window): scores and values, all pairs, whether or not a kernel leaves out
                                               the masked half
 
-Not counted: what is linear in the width (norms, activations, drawing the masks) and what recomputation does again. So
-FLOPs per second divided by the device's peak is the model FLOP utilisation (MFU) of that appendix.
+Of experts those count that a token goes to. Not counted: what is linear in the width (norms, activations, drawing the
+masks) and what recomputation does again. So FLOPs per second divided by the device's peak is the model FLOP utilisation
+(MFU) of that appendix.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ with sparsity only: halved here."""
 
 def forward_flops(model: ModelConfig, seq_length: int) -> int:
     """Forward FLOPs of one token of a window; a backward pass that reaches every weight takes twice as many."""
-    linears = sum(math.prod(map.shape) for map in get_family(model.family).weights(model) if map.prunable)
+    maps = [map for map in get_family(model.family).weights(model) if map.prunable]
+    experts = sum(math.prod(map.shape) for map in maps if map.expert is not None)
+    linears = sum(math.prod(map.shape) for map in maps if map.expert is None)
+    linears += experts * (model.moe_router_topk or 0) // (model.num_moe_experts or 1)
     return 2 * linears + 2 * model.vocab_size * model.hidden_size + 2 * channels_seen(model, seq_length)
 
 

@@ -77,6 +77,52 @@ def test_the_model_of_time_is_the_documented_one(model: Path) -> None:
     assert math.isclose(seconds(again, 8)["tensor"], found["tensor"] * 6 / 4)
 
 
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 4096,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 768,
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_experts_are_spread_and_their_exchanges_counted(tmp_path: Path) -> None:
+    """By hand for three layers of experts and one MLP on 16 GPUs, experts over 4 of 8 replicas, tensor 2."""
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURE))
+    step = ["--mask-draw", "step", "--global-batch-size", "64"]
+    flags = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "4"]
+    job = job_of(asked(tmp_path, *flags, *step, "--processes", "16"), 16)
+    found, attention = seconds(job, 8), 4 * 2048 * (2 * 32 + 2 * 4) * 128
+    mlp, expert = 3 * 2048 * 6144, 3 * 3 * 2048 * 768
+    tokens, met = 64 * 4096, attention + mlp + 4 * expert
+    flops = tokens * (6 * met + 4 * 4096 * 2048 + 12 * 4 * 32 * 128 * 4096)
+    assert found["products"] == pytest.approx(flops / (16 * RATES["products"]))
+    assert found["experts"] == pytest.approx(8 * 3 * 4 * (3 / 4) * 4096 * 2048 * 2 * 4 / 2 / RATES["link"])
+    assert seconds(job, 4)["experts"] == pytest.approx(found["experts"] * RATES["link"] / RATES["network"])
+    rest, own = (attention + mlp) / 2, expert * 4 / 2
+    summed = 2 * (7 / 8 * rest + 1 / 2 * own) * 1.5 * 4
+    assert found["replicas"] == pytest.approx(summed / RATES["network"])
+    assert found["masks"] == pytest.approx((rest + own) * 44 / RATES["memory"])
+    proposed = layouts(asked(tmp_path, *step, "--gpus", "16", "--gpu-memory", "80"), 16, 80, 8)
+    assert {each.job.layout.expert_model_parallel_size for each in proposed} == {1, 2, 4, 8, 16}
+    given = layouts(asked(tmp_path, *step, "--gpus", "16", "--gpu-memory", "80", *flags[-2:]), 16, 80, 8)
+    assert {each.job.layout.expert_model_parallel_size for each in given} == {4}
+
+
 def test_the_verb_prints_a_command_that_starts_the_first(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", str(model), "--method", "maskllm", "--target", "2:4", "--gpus", "64", "--gpu-memory", "80"]
     words += ["--output", str(model / "plan.json"), "--prior-strength", "2", "--prior", "sparsegpt"]
