@@ -12,8 +12,8 @@ m micro-batches of each of d replicas:
     tensor      m x layers / P x 4 all-reduces of n h e bytes, 6 with recomputation (Shoeybi et al. 2019,
                 arXiv:1909.08053, section 3), each 2 (t - 1) / t of them over a link of the node, or the network
     pipeline    m x v x 2 sends of n h e bytes over the network, where P > 1
-    experts     m x layers with experts / P x 4 exchanges, 6 with recomputation, of n h e k' / t bytes, a token going to k'
-                experts, which E processes share: (E - 1) / E of them over a link of the node where t E processes fit
+    experts     m x layers with experts / P x 4 exchanges, 6 with recomputation, of n h e k' / t bytes, k' experts a
+                token, which E processes share: (E - 1) / E of them over a link of the node where t E processes fit
                 there, else the network
     replicas    2 (d - 1) / d of the logits' float32 gradients over the network, once; of experts those of d / E
 """
