@@ -270,6 +270,7 @@ CHECKPOINT_READERS = (
     "export --input SOURCE --output out --format fms",
     "inspect --input SOURCE",
     f"train --input ck --teacher SOURCE --output out --data tok {STEPS}",
+    f"prune --input ck --output out --method maskllm --target 2:4 --teacher SOURCE --data tok {STEPS}",
 )
 RUN_READERS = (
     "inspect --input SOURCE",

@@ -282,6 +282,31 @@ def test_a_float16_model_counts_as_bfloat16(tmp_path: Path, capsys: pytest.Captu
     assert "float16, imported as bfloat16" in capsys.readouterr().out
 
 
+def test_a_teacher_is_a_second_model_unless_it_is_the_model_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("model", "other"):
+        tiny_llama(tmp_path / name, dtype=torch.bfloat16)
+    options = ["--method", "maskllm", "--target", "2:4", "--seq-length", "64", "--processes", "1"]
+    command = ["plan", "--input", str(tmp_path / "model"), *options, "--teacher"]
+    found = {}
+    for name, more in {
+        "own": ["model"],
+        "other": ["other"],
+        "wide": ["model", "--teacher-dtype", "float32"],
+        "trained": ["model", "--train-weights"],
+    }.items():
+        output = tmp_path / f"{name}.json"
+        assert main([*command, str(tmp_path / more[0]), *more[1:], "--output", str(output)]) == 0
+        (found[name],) = json.loads(output.read_text())["stages"]
+    weights = found["own"]["weights"]
+    assert [found[name]["teacher"] for name in found] == [0, weights, 2 * weights, weights]
+    assert main([*command, str(tmp_path / "model"), "--hidden-weight", "1", "--recompute"]) == 2
+    assert "--hidden-weight: not with --recompute" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
 def test_the_verb_prints_and_writes(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text((root / "bfloat16" / "config.json").read_text())
     recipe = tmp_path / "learn.yaml"
