@@ -522,12 +522,18 @@ def connect(timeout: timedelta) -> None:
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives a restart of the processes, with the addresses of those that are gone. A store
-            # of rank 0's own is new each time, and the nodes of a job may count different numbers of restarts.
-            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            # torchrun's store outlives a restart of the processes, and groups that have ended, with the addresses of
+            # what is gone. A store of rank 0's own is new each time, and the nodes of a job may count different numbers
+            # of restarts.
+            start = f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+            store = dist.PrefixStore(f"{start}_{next(_connections)}", store)
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+_connections = itertools.count()
+"""How often this process has connected, as often as all others of the launch."""
 
 
 def _gpu_of_this_process() -> int:

@@ -38,6 +38,7 @@ EACH = 16
 """Documents for each window: some are shorter than a window."""
 BUFFER = 10_000
 """Documents that are shuffled together."""
+GIVEN = "--calibration"
 ADVICE = "give text files, or --calibration sample, which comes with the package"
 
 
@@ -71,10 +72,10 @@ def _file(name: str, windows: int, seed: int) -> Path:
 
 
 def _fetch(name: str, source: str, count: int, seed: int, place: Path) -> None:
-    check_hub(source, "--calibration", ADVICE)
+    check_hub(source, GIVEN, ADVICE)
     say(f"{name}: fetching {count} documents into {place.name} of the cache")
     with fenced(f"--calibration {name}: {source} cannot be streamed", ADVICE):
-        rows = open_hub(source)
+        rows = open_hub(source, GIVEN, ADVICE)
         if name not in JOINED:
             rows = rows.shuffle(seed=seed, buffer_size=BUFFER)
         texts = [row.get(KEY) for row in itertools.islice(rows, None if name in JOINED else count)]

@@ -170,12 +170,12 @@ def check_hub(source: str, given: str = "--input", advice: str = HUB_ADVICE) -> 
             HfApi().dataset_info(name, timeout=HUB_SECONDS)
 
 
-def open_hub(source: str) -> Any:
+def open_hub(source: str, given: str = "--input", advice: str = HUB_ADVICE) -> Any:
     """The streamed data set; without a network, or without such a data set, a `UserError`."""
     from datasets import load_dataset
 
     name, config, split, *_ = [*source.removeprefix(HUB).split(":"), "", ""]
-    with fenced(f"--input: {source!r} cannot be streamed", HUB_ADVICE):
+    with fenced(f"{given}: {source!r} cannot be streamed", advice):
         return load_dataset(name, config or None, split=split or "train", streaming=True)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_prune.__main__ import main
 from megatron_prune.decision.run_folder import read_run
 from megatron_prune.jobs import released
+from tests.distributed.launch import TIMEOUT_S, environment
 from tests.models import byte_tokenizer, tiny_llama, words
 
 WANDA = ["--method", "wanda", "--target", "2:4"]
@@ -159,3 +162,16 @@ def test_what_was_made_is_told(root: Path, tmp_path: Path, capsys: pytest.Captur
 def test_words_without_a_flag(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+def test_one_command_on_two_processes(root: Path, tmp_path: Path) -> None:
+    """They part and meet again for every step of it; the same weights as by one process come out."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "megatron_prune", "prune", str(root / "hf"), str(tmp_path / "run"), *WANDA, *text(root)]
+    command += ["--tensor-model-parallel-size", "2", "--export", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment())
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.stdout.rstrip().endswith("verified")
+    one, two = (load_file(folder / "out" / "model.safetensors") for folder in (root, tmp_path))
+    assert all(torch.equal(one[name], two[name]) for name in one)

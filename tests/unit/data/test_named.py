@@ -75,7 +75,11 @@ def test_without_a_network_it_is_one_line(monkeypatch: pytest.MonkeyPatch, cache
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(OSError("no net")))
     with pytest.raises(UserError, match="--calibration.*allenai/c4.*no net.*sample, which comes with the package"):
         named.named_files([Path("c4")], 2, seed=0)
-    assert not list(cache.glob("*")) if cache.exists() else True
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(UserError, match="--calibration.*allenai/c4.*offline.*sample, which comes with the package"):
+        named.named_files([Path("c4")], 2, seed=0)
+    assert not cache.exists() or not list(cache.glob("*"))
 
 
 def test_the_sample_that_comes_along_is_enough_to_prune(tmp_path: Path) -> None:
