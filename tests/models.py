@@ -44,6 +44,11 @@ YARN_ROPE = {
     "original_max_position_embeddings": 32,
 }
 """Turns of some channels are kept, of some slowed and of some between the two, within the length of a test."""
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+"""Of the layers without windows and of those with."""
 
 LLAMA_SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -82,6 +87,9 @@ TINY_SIZES: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
     | {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}
     | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
+    "gemma3_text": LLAMA_SIZES
+    | {"head_dim": 16, "sliding_window": 7, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24}
+    | {"tie_word_embeddings": True, "rope_parameters": TWO_ROPES},
     "gpt2": {"vocab_size": 128, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
     | {"bos_token_id": 0, "eos_token_id": 0},
 }

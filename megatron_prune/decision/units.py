@@ -105,6 +105,7 @@ class Units:
 
     def cut(self, whole: ModelConfig, map: WeightMap, tensor: Tensor, smaller: WeightMap) -> Tensor:
         """An unsharded Megatron tensor of the whole model -> what stays of it, which is `smaller`'s tensor."""
+        tensor = self._rescaled(whole, map, tensor)
         parts = convert.split(map, tensor, whole)
         cut = []
         for part, symbols in zip(parts, map.symbols, strict=True):
@@ -115,6 +116,19 @@ class Units:
                     rows_first = rows_first.index_select(dim, kept.to(part.device))
             cut.append(rows_first.t() if map.transposed else rows_first)
         return convert.merge(smaller, cut, self.config(whole))
+
+    def _rescaled(self, whole: ModelConfig, map: WeightMap, tensor: Tensor) -> Tensor:
+        """A weight of the embedding, and of the final norm before an output layer that is the same, so that what the
+        smaller width multiplies embeddings by changes nothing.
+        """
+        factor = whole.embedding_scale / replace(whole, hidden_size=len(self.hidden)).embedding_scale
+        if factor == 1.0 or not whole.scaled_embedding:
+            return tensor
+        if map.megatron == "embedding.word_embeddings.weight":
+            return tensor * factor
+        if map.megatron == "decoder.final_layernorm.weight" and whole.tie_word_embeddings:
+            return (tensor + whole.gain_offset) / factor - whole.gain_offset
+        return tensor
 
     def mask(self, whole: ModelConfig, map: WeightMap) -> Tensor:
         """Bool in the shape of the unsharded Megatron tensor: True where both (all) its dimensions stay."""

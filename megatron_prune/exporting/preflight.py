@@ -14,7 +14,7 @@ from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import fenced
 from megatron_prune.imports import without_triton
 from megatron_prune.log import say
-from megatron_prune.model.config_json import read_rope
+from megatron_prune.model.config_json import FULL_ATTENTION, WINDOW, read_rope
 from megatron_prune.model.families import ModelConfig, get_family
 
 _ADVICE = "correct that key, as the model's source has it, or import the model again"
@@ -55,6 +55,11 @@ def _differences(config: ModelConfig, keys: Mapping[str, str], read: Any) -> Ite
     if config.position_embedding == "rope":
         rope = {"rope_theta": config.rotary_base, **(config.rope_scaling or {"rope_type": "default"})}
         given = read.rope_parameters
+        if config.window_rotary_base is not None:
+            local = given[WINDOW].get("rope_theta")
+            if local != config.window_rotary_base:
+                yield "rope_local_base_freq", local, config.window_rotary_base
+            given = given[FULL_ATTENTION]
         if given.get("rope_type") == "yarn":  # what is left out follows from the rest
             latent = config.kv_lora_rank is not None
             given = {**given, **(read_rope({"rope_parameters": given}, ("yarn",), latent)[1] or {})}

@@ -11,7 +11,7 @@ attention scores). For a gated layer without Transformer Engine, in elements of 
 which each of c context-parallel processes has n = s / c, h hidden, f ffn, q and k channels of all query heads and
 groups, t tensor-parallel processes, and h' = h / t with sequence parallelism, else h:
 
-    norms                 2 x n b h' x 4 bytes       the input in float32
+    norms                 2 x n b h' x 4 bytes       the input in float32; 4 with norms after attention and MLP
     inputs of qkv, fc1    2 x n b h' x e
     attention, c = 1      s b (3 q + 3 k) / t x e    the fused qkv, rotated q and k, the output
     attention, c > 1      n b (2 q + 2 c k) / t x e  rotated q and the output, k and v of all processes
@@ -498,12 +498,12 @@ def _at(job: Job, stage: int, layers: list[list[tuple[int, int]]], counts: tuple
 def _norm(job: Job) -> int:
     """Bytes kept of one micro-batch by a norm: its input, and for a gain that trains what it multiplies."""
     multiplied = FLOAT32 if job.model.norm_rounds_last else job.element
-    gain = job.train_norms and job.model.normalization == "RMSNorm"
+    gain = job.train_norms and not job.model.centred_norm
     return _norm_input(job) + (job.hidden * multiplied if gain else 0)
 
 
 def _norm_input(job: Job) -> int:
-    return job.hidden * (FLOAT32 if job.model.normalization == "RMSNorm" else job.element)
+    return job.hidden * (job.element if job.model.centred_norm else FLOAT32)
 
 
 def _layer(job: Job, layer: int) -> int:
@@ -514,8 +514,9 @@ def _layer(job: Job, layer: int) -> int:
     else:
         mlp = _mlp_tensors(job.model) * job.tokens * block.ffn_hidden_size // job.tensor * job.element
     halves = bool(block.num_attention_heads) + bool(block.ffn_hidden_size)
+    norms = 2 if job.model.post_layernorm else 1  # one more of what each half gives
     compared = 2 * job.hidden * FLOAT32 if job.lesson and job.lesson.weighting.hidden else 0
-    return halves * (_norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp + compared
+    return halves * (norms * _norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp + compared
 
 
 def _experts(job: Job, block: Block) -> int:

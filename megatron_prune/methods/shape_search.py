@@ -211,6 +211,13 @@ def refitted(config: ModelConfig, found: Sequence[Mapping[str, Any]], units: Uni
             gram = found[layer][path].settled.to(weight.device, torch.float64)
             fitted = least_squares(weight, kept, gram[:, kept], gram[kept][:, kept], refit.damping)
             changed[f"{path}.weight"] = torch.zeros_like(weight).index_copy_(1, kept, fitted)
+        for path in (PROJECTION, FC2) if config.post_layernorm and refit.norm_gain else ():
+            name = f"{path}.post_layernorm.weight"
+            if name in tensors and path in found[layer] and len(kept_channels) < config.hidden_size:
+                weight = tensors[f"{path}.weight"].double()
+                gram = found[layer][path].settled.to(weight.device, torch.float64)
+                moments = ((weight @ gram) * weight).sum(1).cpu()
+                changed[name] = scaled(tensors[name], size_ratio(moments, kept_channels, centred=False))
         for path, norm in NORM_OF.items():
             name = f"{norm}.weight"
             if name in tensors and path in found[layer]:

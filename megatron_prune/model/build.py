@@ -99,7 +99,8 @@ class BlocksTransformerConfig(HeterogeneousTransformerConfig):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm as LLaMA's reference has it: normalise in float32, round, then multiply by the gain.
+    """Root-mean-square norm as LLaMA's reference has it: normalise in float32, round, then multiply by the gain, which
+    may be stored minus one.
 
     `torch.nn.RMSNorm` rounds once less in bf16; here the released models' own rounding is kept, so that bf16 numbers
     are those of transformers. The gain is marked for the gradient all-reduce of sequence parallelism.
@@ -108,7 +109,9 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=backend.device()))
+        self.offset = 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        like = dict(dtype=config.params_dtype, device=backend.device())
+        self.weight = torch.nn.Parameter(torch.full((hidden_size,), 1.0 - self.offset, **like))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)
 
     kept: Tensor | None = None
@@ -120,11 +123,14 @@ class RMSNorm(torch.nn.Module):
         wide = x.float()
         counted = wide if self.kept is None else wide.index_select(-1, self.kept)
         wide = wide * torch.rsqrt(counted.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight * wide).to(x.dtype) if self.rounds_last else self.weight * wide.to(x.dtype)
+        if self.rounds_last:
+            gain = self.weight.float() + self.offset if self.offset else self.weight
+            return (gain * wide).to(x.dtype)
+        return (self.weight + self.offset if self.offset else self.weight) * wide.to(x.dtype)
 
 
 class LastRoundedRMSNorm(RMSNorm):
-    """The same rounded once, after the gain, as gpt-oss has it."""
+    """The same rounded once, after the gain, as gpt-oss and Gemma 3 have it."""
 
     rounds_last = True
 
@@ -226,12 +232,46 @@ def _norm_and_attention(config: TransformerConfig, model: ModelConfig) -> tuple[
 
     Transformer Engine's attention has no kernel for a shared sequence with a sliding window or in float32.
     """
-    rms_norm = LastRoundedRMSNorm if model.norm_rounds_last else RMSNorm
-    ours = rms_norm if config.normalization == "RMSNorm" else LayerNorm, SDPACoreAttention
-    norm, attention = _te_modules() or ours
+    norm, attention = _te_modules() or (own_norm(model), SDPACoreAttention)
     if config.context_parallel_size > 1 and (config.window_size or config.params_dtype == torch.float32):
         attention = SDPACoreAttention
     return norm, attention
+
+
+def own_norm(model: ModelConfig) -> type[RMSNorm | LayerNorm]:
+    """The package's own norm of a model."""
+    if model.centred_norm:
+        return LayerNorm
+    return LastRoundedRMSNorm if model.norm_rounds_last else RMSNorm
+
+
+class NormedRowParallelLinear(MaskedRowParallelLinear):
+    """A row-parallel linear without a bias whose output `[s, b, hidden]` is normalised, as Gemma 3 has it."""
+
+    def __init__(self, *args: Any, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        norm, _ = _te_modules() or (LastRoundedRMSNorm, None)
+        self.post_layernorm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output and no bias, in the form of megatron-core's linears."""
+        output, bias = super().forward(x)
+        assert bias is None
+        return self.post_layernorm(output), None
+
+
+class MixedRotaryAttention(SelfAttention):
+    """Attention in a model whose layers with windows turn queries and keys by angles of their own."""
+
+    def __init__(self, *args: Any, windowed: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.windowed = windowed
+
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        """As the base class; `rotary_pos_emb [s, b, 1, 2 d]` has the angles of other layers first, then its own."""
+        parts = rotary_pos_emb.chunk(4, dim=-1)  # each twice: what a head has in its halves is turned together
+        own = torch.cat(parts[1::2] if self.windowed else parts[::2], dim=-1)
+        return super().forward(hidden_states, *args, rotary_pos_emb=own, **kwargs)
 
 
 def layer_spec(config: TransformerConfig, model: ModelConfig, layer: int) -> ModuleSpec:
@@ -251,17 +291,18 @@ def _attention_half(config: TransformerConfig, model: ModelConfig, layer: int) -
     if model.attention_sinks or model.window_layers is not None:
         own = {"window": model.window(layer), "sinks": model.attention_sinks}
         attention = ModuleSpec(module=SDPACoreAttention, params=own)
+    own_angles = None if model.window_rotary_base is None else {"windowed": model.window(layer) is not None}
     head_norm = norm if config.qk_layernorm else None
     query_norm, key_norm = (QueryNorm, KeyNorm) if model.qk_layernorm_whole else (head_norm, head_norm)
     return {
         "input_layernorm": norm,
         "self_attention": ModuleSpec(
-            module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
+            module=SelfAttention if own_angles is None else MixedRotaryAttention,
+            params={"attn_mask_type": AttnMaskType.causal, **(own_angles or {})},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=MaskedColumnParallelLinear,
                 core_attention=attention,
-                linear_proj=MaskedRowParallelLinear,
+                linear_proj=_writer(model),
                 q_layernorm=query_norm,
                 k_layernorm=key_norm,
             ),
@@ -270,10 +311,15 @@ def _attention_half(config: TransformerConfig, model: ModelConfig, layer: int) -
     }
 
 
+def _writer(model: ModelConfig) -> type[MaskedRowParallelLinear]:
+    """The class of linears that write to the residual stream."""
+    return NormedRowParallelLinear if model.post_layernorm else MaskedRowParallelLinear
+
+
 def _mlp_half(config: TransformerConfig, model: ModelConfig, block: Block) -> dict[str, Any]:
     norm, _ = _norm_and_attention(config, model)
     fc1 = MaskedGatedLinear if config.gated_linear_unit else MaskedColumnParallelLinear
-    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=MaskedRowParallelLinear))
+    dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=_writer(model)))
     return {
         "pre_mlp_layernorm": norm,
         "mlp": expert_spec() if block.num_moe_experts else dense,
@@ -364,8 +410,8 @@ def transformer_config(
         num_attention_heads=config.num_attention_heads,
         num_query_groups=config.num_query_groups,
         kv_channels=config.kv_channels,
-        normalization="RMSNorm" if config.normalization == "RMSNorm" else "LayerNorm",
-        layernorm_zero_centered_gamma=config.normalization == "LayerNorm1P",
+        normalization="LayerNorm" if config.centred_norm else "RMSNorm",
+        layernorm_zero_centered_gamma=config.gain_offset != 0.0,
         layernorm_epsilon=config.layernorm_epsilon,
         qk_layernorm=config.qk_layernorm,
         gated_linear_unit=config.gated,
@@ -419,25 +465,36 @@ def _softmax_scale(config: ModelConfig) -> float | None:
         scaling = config.rope_scaling or {}
         of_scores = yarn_mscale(scaling["factor"], scaling["mscale_all_dim"]) if "mscale_all_dim" in scaling else 1.0
         return of_scores**2 / math.sqrt(config.query_channels)
+    if config.query_pre_attn_scalar is not None:
+        return 1 / math.sqrt(config.query_pre_attn_scalar)
     factor = (config.rope_scaling or {}).get("attention_factor", 1.0)
     return None if factor == 1.0 else factor**2 / math.sqrt(config.kv_channels)
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """RoPE frequencies `[rotated channels / 2]` (float32), scaled by wavelength as LLaMA-3.1 or YaRN have it where
-    config asks.
+    config asks; behind them those of layers with windows, where they have others.
 
     Wavelengths longer than `original / low_freq_factor` are slowed by `factor`, those shorter than
     `original / high_freq_factor` are kept, and between the two the change is linear in `original / wavelength`.
     """
     channels = rotary_channels(config)
     exponent = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
-    frequencies = 1.0 / (config.rotary_base**exponent)
+    frequencies = _scaled(config, 1.0 / (config.rotary_base**exponent))
+    if config.window_rotary_base is not None:
+        frequencies = torch.cat([frequencies, 1.0 / (config.window_rotary_base**exponent)])
+    return frequencies.to(device)
+
+
+def _scaled(config: ModelConfig, frequencies: Tensor) -> Tensor:
+    """As `rope_scaling` says."""
     scaling = config.rope_scaling
     if not scaling:
-        return frequencies.to(device)
+        return frequencies
     if scaling["rope_type"] == "yarn":
-        return _yarn(frequencies, config.rotary_base, scaling).to(device)
+        return _yarn(frequencies, config.rotary_base, scaling)
+    if scaling["rope_type"] == "linear":
+        return frequencies / scaling["factor"]
     original = float(scaling["original_max_position_embeddings"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     slowed = frequencies / float(scaling["factor"])
@@ -445,7 +502,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     smooth = (1 - blend) * slowed + blend * frequencies
     wavelength = 2 * math.pi / frequencies
     scaled = torch.where(wavelength > original / low, slowed, smooth)
-    return torch.where(wavelength < original / high, frequencies, scaled).to(device)
+    return torch.where(wavelength < original / high, frequencies, scaled)
 
 
 def _yarn(frequencies: Tensor, base: float, scaling: dict[str, Any]) -> Tensor:
@@ -500,6 +557,17 @@ def _hide_padding(model: GPTModel, vocab_size: int, layout: backend.Layout) -> N
         return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
 
     model.output_layer.register_forward_hook(hook)
+
+
+def _scale_embedding(model: GPTModel, scale: float) -> None:
+    """Multiply embeddings by `scale`, rounded to their type, on their way in."""
+    if scale == 1.0 or not model.pre_process:
+        return
+
+    def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor(scale, dtype=output.dtype)
+
+    model.embedding.word_embeddings.register_forward_hook(hook)
 
 
 def _mark_shards(model: GPTModel, layout: backend.Layout) -> None:
@@ -561,6 +629,7 @@ def _build_chunk(
     elif model.pre_process:
         model.embedding.position_embeddings.to(dtype)  # megatron-core makes them float32
     _hide_padding(model, config.vocab_size, layout)
+    _scale_embedding(model, config.embedding_scale)
     _mark_shards(model, layout)
     return model.to(backend.device())
 

@@ -10,7 +10,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from megatron_prune.errors import UserError, brief
-from megatron_prune.foreign import bounded, check_shape
+from megatron_prune.foreign import bounded, check_shape, names
 
 DTYPES = ("bfloat16", "float16", "float32")
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -40,6 +40,9 @@ LARGEST: dict[str, int] = {
     "qk_pos_emb_head_dim": 2**16,
 }
 """Of ModelConfig's sizes: far beyond any model, and lists and tensors of them still end."""
+_NUMBERS = (
+    *("layernorm_epsilon", "moe_router_topk_scaling_factor", "activation_func_clamp_value", "query_pre_attn_scalar"),
+)
 LARGEST_NUMBER = 1e30
 """Of its constants; squared, a float64 still holds it."""
 _LARGEST_NUMBERS = (
@@ -106,7 +109,35 @@ def read_rope(
         )
     if kind == "default":
         return base, None, percent
+    if kind == "linear":
+        factor = float(check_number("factor", given.get("factor")))
+        return base, {"rope_type": kind, "factor": factor}, percent
     return base, _llama3(given, hf_config) if kind == "llama3" else _yarn(given, latent), percent
+
+
+def split_rope(hf_config: Mapping[str, Any], base: float, window_base: float) -> tuple[dict[str, Any], float]:
+    """Of a model whose layers with windows turn by another base: its config.json as one of the other layers alone, as
+    `read_rope` takes it, and that base. ``rope_parameters`` for each type of layer (transformers 5), or ``rope_theta``,
+    ``rope_scaling`` and ``rope_local_base_freq``; the two bases where it has none.
+    """
+    scaling = hf_config.get("rope_scaling") or {}
+    kinds = hf_config.get("rope_parameters") or {}
+    for given in (scaling, kinds, *(kinds.values() if isinstance(kinds, Mapping) else ())):
+        if not isinstance(given, Mapping | None):
+            raise UserError(f"config.json gives {brief(given)} as rope parameters; they must be an object")
+    if set(kinds) - {FULL_ATTENTION, WINDOW}:
+        raise UserError(
+            f"config.json gives rope parameters {names(list(kinds))}; allowed: {FULL_ATTENTION}, {WINDOW}, with those "
+            "of each type of layer"
+        )
+    of_all, of_windows = (kinds.get(kind) or {} for kind in (FULL_ATTENTION, WINDOW))
+    kind = of_windows.get("rope_type", of_windows.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json has rope type {brief(kind)} in layers with windows; supported: 'default'")
+    local = of_windows.get("rope_theta") or hf_config.get("rope_local_base_freq") or window_base
+    rest = {key: value for key, value in hf_config.items() if key != "rope_parameters"}
+    rest |= {"rope_theta": hf_config.get("rope_theta") or base, "rope_scaling": {**of_all, **scaling}}
+    return rest, float(check_number("rope_local_base_freq", local))
 
 
 def _yarn(given: Mapping[str, Any], latent: bool) -> dict[str, Any]:
@@ -178,9 +209,10 @@ def read_sparse_layers(hf_config: Mapping[str, Any], layers: int) -> tuple[bool,
     return None if all(found) else found
 
 
-def read_window_layers(hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
-    """Which layers see `sliding_window` tokens only, by `layer_types`; without it every other one; None: all."""
-    kinds = hf_config.get("layer_types") or [FULL_ATTENTION if layer % 2 else WINDOW for layer in range(layers)]
+def read_window_layers(hf_config: Mapping[str, Any], layers: int, pattern: int) -> tuple[bool, ...] | None:
+    """Which layers have windows, by `layer_types`; without it all but each `pattern`-th. None: all."""
+    numbers = range(1, layers + 1)
+    kinds = hf_config.get("layer_types") or [WINDOW if number % pattern else FULL_ATTENTION for number in numbers]
     if len(kinds) != layers:
         raise UserError(f"config.json has {layers} layers and {len(kinds)} layer_types; there is one for each")
     found = tuple(kind == WINDOW for kind in kinds)
@@ -210,7 +242,7 @@ def check_number(name: str, value: Any) -> float:
 def check_values(values: Mapping[str, Any]) -> None:
     """Types and ranges of what config.json gives for ModelConfig fields; None is a size that follows from others."""
     for name, value in values.items():
-        if name in ("layernorm_epsilon", "moe_router_topk_scaling_factor", "activation_func_clamp_value"):
+        if name in _NUMBERS:
             check_number(name, value)
         elif name in ("tie_word_embeddings", "moe_renormalize", "qkv_bias", "qk_layernorm"):
             if not isinstance(value, bool):

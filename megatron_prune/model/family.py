@@ -37,6 +37,7 @@ from megatron_prune.model.config_json import (
     read_rope,
     read_sparse_layers,
     read_window_layers,
+    split_rope,
 )
 from megatron_prune.model.sizes import ModelConfig, dimensions, rotary_channels
 from megatron_prune.model.stored import Part
@@ -46,7 +47,8 @@ if TYPE_CHECKING:  # environments without PyTorch read these tables too
 
 Transform = Literal["copy", "qkv", "fused_qkv", "gated"]
 FIXED = (
-    *("tie_word_embeddings", "rotary_base", "rope_scaling", "rotary_percent", "sliding_window", "layernorm_epsilon"),
+    *("tie_word_embeddings", "rotary_base", "window_rotary_base", "query_pre_attn_scalar", "rope_scaling"),
+    *("rotary_percent", "sliding_window", "layernorm_epsilon"),
     *("moe_router_topk", "moe_renormalize", "moe_router_score_function", "moe_router_expert_bias"),
     *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "moe_num_shared_experts"),
     *("moe_shared_expert_gate", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
@@ -60,6 +62,7 @@ _SPARSE = tuple(f"decoder.layers.{{layer}}.mlp.{part}." for part in ("router", "
 MOST_EXPERTS = 2**17
 """Of a model; beyond any, and lists of them still end."""
 MORE_LAYERS = "num_nextn_predict_layers"
+PATTERN = "sliding_window_pattern"
 _FOREIGN: Mapping[str, tuple[Any, ...]] = {
     "per_layer_config": (None, [], {}),
     "is_causal": (None, True),
@@ -202,8 +205,10 @@ class Family:
     """Start of the names that a checkpoint saved from the bare transformer, without its output layer, lacks."""
     windowed: bool = False
     """With `use_sliding_window` the layers from `max_window_layers` on see `sliding_window` tokens only."""
-    mixed_windows: bool = False
-    """`layer_types` says which layers see `sliding_window` tokens only; without it the first does, the third, ..."""
+    mixed_windows: int = 0
+    """Above 0 `layer_types` says which layers see `sliding_window` tokens only; without it all but each of so many."""
+    window_rope: tuple[float, float] | None = None
+    """Layers with windows turn by a base of their own; this of the others and theirs, where config.json has none."""
     rope: Mapping[str, Any] = field(default_factory=dict)
     """Keys of config.json about rotary positions that are meant where it has none of them."""
     rope_types: tuple[str, ...] = ("default", "llama3")
@@ -239,7 +244,7 @@ class Family:
             **self._positions(hf_config),
             **self.constants,
             moe_layers=self._sparse_layers(hf_config, sizes["num_layers"]),
-            window_layers=read_window_layers(hf_config, sizes["num_layers"]) if self.mixed_windows else None,
+            window_layers=self._window_layers(hf_config, sizes["num_layers"]),
             family=self.name,
             dtype=read_dtype(hf_config),
             hf_config=copy.deepcopy(dict(hf_config)),
@@ -428,6 +433,14 @@ class Family:
         if self.windowed and not hf_config.get("layer_types"):
             check_windows(hf_config)
 
+    def _window_layers(self, hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
+        if not self.mixed_windows:
+            return None
+        pattern = hf_config.get(PATTERN) or self.mixed_windows
+        if type(pattern) is not int or not 1 < pattern <= LARGEST["num_layers"]:
+            raise UserError(f"config.json gives {PATTERN} = {brief(pattern)}; it must be a whole number of at least 2")
+        return read_window_layers(hf_config, layers, pattern)
+
     def _sparse_layers(self, hf_config: Mapping[str, Any], layers: int) -> tuple[bool, ...] | None:
         """Which layers have experts; None: all, or none in a family without."""
         if self.sparse_layers == "step":
@@ -455,12 +468,16 @@ class Family:
         if self.constants.get("position_embedding") == "learned":
             return {"rotary_base": 0.0, "rope_scaling": None}
         given = {key: value for key, value in hf_config.items() if value is not None}
+        more: dict[str, Any] = {}
+        if self.window_rope is not None:
+            given, more["window_rotary_base"] = split_rope(given, *self.window_rope)
         base, scaling, percent = read_rope({**self.rope, **given}, self.rope_types, self.latent)
         if self.partial_rotary is None and percent not in (None, 1.0):
             raise UserError(
                 f"config.json has partial_rotary_factor {percent}; the {self.name} family supports 1.0 only"
             )
-        return {"rotary_base": base, "rope_scaling": scaling, "rotary_percent": percent or self.partial_rotary or 1.0}
+        more |= {"rotary_base": base, "rope_scaling": scaling}
+        return more | {"rotary_percent": percent or self.partial_rotary or 1.0}
 
     def _value(self, hf_config: Mapping[str, Any], key: str) -> Any:
         if key in self.nullable and key in hf_config:
@@ -477,13 +494,18 @@ class Family:
 
 
 def _rotary(config: ModelConfig) -> tuple[Any, ...]:
-    return config.rotary_base, config.rope_scaling, config.rotary_percent
+    return config.rotary_base, config.rope_scaling, config.rotary_percent, config.window_rotary_base
 
 
 def check_config(config: ModelConfig, family: Family) -> None:
     """UserError for the sizes and constants of a config that no config.json of its family could give."""
     check_values({name: getattr(config, name) for name in LARGEST})
-    for name in ("layernorm_epsilon", *(["rotary_base"] if config.position_embedding == "rope" else [])):
+    rotated = ["rotary_base"] if config.position_embedding == "rope" else []
+    if family.window_rope is not None:
+        rotated += ["window_rotary_base", "query_pre_attn_scalar"]
+    elif config.window_rotary_base is not None or config.query_pre_attn_scalar is not None:
+        raise UserError(f"window_rotary_base, query_pre_attn_scalar were given; a {family.name} model has none")
+    for name in ("layernorm_epsilon", *rotated):
         check_number(name, getattr(config, name))
     constants = {item.name: family.constants.get(item.name, item.default) for item in fields(ModelConfig)}
     for name in (
@@ -497,6 +519,8 @@ def check_config(config: ModelConfig, family: Family) -> None:
         "attention_sinks",
         "glu_linear_offset",
         "norm_rounds_last",
+        "post_layernorm",
+        "scaled_embedding",
     ):
         if name in family.keys:
             continue
@@ -511,7 +535,7 @@ def check_config(config: ModelConfig, family: Family) -> None:
         )
     scaling = config.rope_scaling
     if scaling is not None and read_rope({"rope_parameters": scaling}, family.rope_types, family.latent)[1] != scaling:
-        keys = YARN_KEYS if scaling.get("rope_type") == "yarn" else LLAMA3_KEYS
+        keys = {"yarn": YARN_KEYS, "linear": ("factor",)}.get(str(scaling.get("rope_type")), LLAMA3_KEYS)
         raise UserError(f"rope_scaling has keys {names(list(scaling))}; allowed: rope_type, {', '.join(keys)}")
     latent = [config.kv_lora_rank, config.qk_head_dim, config.qk_pos_emb_head_dim]
     if any((size is not None) != family.latent for size in latent) or (config.q_lora_rank and not family.latent):

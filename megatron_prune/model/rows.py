@@ -134,6 +134,18 @@ MLP_NORM = WeightPattern(
     MEGATRON + "pre_mlp_layernorm.weight",
     {HF + "post_attention_layernorm.weight": ("hidden",)},
 )
+POST_ATTENTION_NORM = WeightPattern(
+    MEGATRON + "self_attention.linear_proj.post_layernorm.weight",
+    {HF + "post_attention_layernorm.weight": ("hidden",)},
+)
+BEFORE_MLP_NORM = WeightPattern(
+    MEGATRON + "pre_mlp_layernorm.weight",
+    {HF + "pre_feedforward_layernorm.weight": ("hidden",)},
+)
+POST_MLP_NORM = WeightPattern(
+    MEGATRON + "mlp.linear_fc2.post_layernorm.weight",
+    {HF + "post_feedforward_layernorm.weight": ("hidden",)},
+)
 MLP = MEGATRON + "mlp."
 GATE_UP = gate_up(MLP, HF + "mlp.gate_proj", HF + "mlp.up_proj")
 UP = WeightPattern(

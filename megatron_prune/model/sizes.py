@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -32,6 +33,7 @@ LATER = (
     *("moe_router_num_groups", "moe_router_group_topk", "qk_layernorm_whole"),
     *("window_layers", "attention_sinks", "glu_linear_offset", "activation_func_clamp_value", "norm_rounds_last"),
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"),
+    *("window_rotary_base", "post_layernorm", "scaled_embedding", "query_pre_attn_scalar"),
 )
 """Fields that are written where they are not as usual: descriptions of other models stay what they always were."""
 
@@ -70,8 +72,8 @@ class ModelConfig:
     """Of the MLP, by its name in transformers."""
     gated: bool = True
     """The MLP multiplies activation(gate) with up."""
-    normalization: Literal["RMSNorm", "LayerNorm", "LayerNorm1P"] = "RMSNorm"
-    """LayerNorm1P stores its gain minus one."""
+    normalization: Literal["RMSNorm", "RMSNorm1P", "LayerNorm", "LayerNorm1P"] = "RMSNorm"
+    """Those with 1P store their gain minus one."""
     norm_rounds_last: bool = False
     """RMSNorm is rounded to the model's type after its gain, not before."""
     linear_bias: bool = False
@@ -91,6 +93,14 @@ class ModelConfig:
     """Which layers see so few, where not all do."""
     attention_sinks: bool = False
     """Each head has a learned score that takes part in the softmax and adds nothing."""
+    window_rotary_base: float | None = None
+    """Of the layers with windows, where it is another than that of the rest, and not scaled."""
+    post_layernorm: bool = False
+    """What attention and MLP give is normalised before it is added to the residual stream."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size) on their way in."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by its root; None: by that of the width of a head."""
     q_lora_rank: int | None = None
     """Width that queries are made from, behind a norm, in latent attention; None: from the hidden state."""
     kv_lora_rank: int | None = None
@@ -179,12 +189,17 @@ class ModelConfig:
     @property
     def gain_offset(self) -> float:
         """What a norm adds to its stored gain before use."""
-        return 1.0 if self.normalization == "LayerNorm1P" else 0.0
+        return 1.0 if self.normalization.endswith("1P") else 0.0
 
     @property
     def centred_norm(self) -> bool:
         """Whether norms take off the mean of their channels, and divide by the standard deviation."""
-        return self.normalization != "RMSNorm"
+        return not self.normalization.startswith("RMSNorm")
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied by on their way in."""
+        return math.sqrt(self.hidden_size) if self.scaled_embedding else 1.0
 
     @property
     def shared_width(self) -> int:

@@ -19,10 +19,12 @@ from torch.nn import Module, Parameter
 
 from megatron_prune.foreign import fenced
 from megatron_prune.imports import without_triton
+from megatron_prune.model.config_json import FULL_ATTENTION, WINDOW
 from megatron_prune.model.convert import experts_together
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.family import PATTERN
 
-POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rope_local_base_freq")
 """Keys of config.json about rotary positions, which `Family.from_hf` has checked."""
 ROTARY = frozenset(
     "rope_type type factor low_freq_factor high_freq_factor original_max_position_embeddings rope_theta "
@@ -37,12 +39,14 @@ def settings(config: ModelConfig) -> dict[str, Any]:
     family = get_family(config.family)
     written = family.to_hf(config)
     known = {*family.keys.values(), *family.supported, *POSITIONS, "layer_types"} - set(NOT_HANDED_ON)
-    known |= {*family.also.values(), "decoder_sparse_step", "mlp_only_layers", "first_k_dense_replace"}
+    known |= {*family.also.values(), "decoder_sparse_step", "mlp_only_layers", "first_k_dense_replace", PATTERN}
     return {key: _rotary(value) if key in POSITIONS else value for key, value in written.items() if key in known}
 
 
 def _rotary(value: Any) -> Any:
-    return {key: entry for key, entry in value.items() if key in ROTARY} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {key: _rotary(entry) for key, entry in value.items() if key in ROTARY or key in (FULL_ATTENTION, WINDOW)}
 
 
 def transformers_config(config: ModelConfig) -> Any:

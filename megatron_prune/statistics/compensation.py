@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_prune.decision.units import Units
 from megatron_prune.model.prunable import PrunableModel, expert_of, linear_groups
 from megatron_prune.statistics.channels import NormRatio, Regression
-from megatron_prune.statistics.passes import NORMS
+from megatron_prune.statistics.passes import NORMS, POST_NORMS
 from megatron_prune.statistics.reconstruction import damped_factor
 from megatron_prune.statistics.runner import HELD_BYTES
 from megatron_prune.statistics.walk import (
@@ -129,7 +129,7 @@ class Compensation:
         return NormRatio(torch.tensor(self.units.hidden), self.dense.device, self.model.config.centred_norm)
 
     def _gains(self, tensors: dict[str, Tensor]) -> None:
-        ratios = {path: self._ratio() for path in NORMS if f"{path}.weight" in tensors}
+        ratios = {path: self._ratio() for path in (*NORMS, *POST_NORMS) if f"{path}.weight" in tensors}
         for hidden in self.dense.hidden:
             seen, _ = self.dense.watch(list(ratios), hidden)
             for path, ratio in ratios.items():

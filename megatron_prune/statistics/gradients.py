@@ -157,6 +157,7 @@ class _Ends:
         for i, (window, gradient) in enumerate(zip(windows, flowing, strict=True)):
             rows, place = window.flatten().unique(return_inverse=True)
             summed = gradient.new_zeros(len(rows), gradient.shape[-1]).index_add_(0, place, gradient.flatten(0, 1))
+            summed *= self.weights.config.embedding_scale
             found[WORDS].add_rows(rows, summed, self.first_parts[i] if self.tied else 0.0)
             if positions is not None:
                 found[POSITIONS].add_rows(torch.arange(len(window), device=window.device), gradient[:, 0], 0.0)

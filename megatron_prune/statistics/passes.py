@@ -25,6 +25,8 @@ from megatron_prune.statistics.store import Statistic, StatisticsStore
 from megatron_prune.statistics.walk import Change, CutWeights, LayerWalk, WholeWeights, sum_over_ranks, unchanged
 
 NORMS = ("input_layernorm", "pre_mlp_layernorm")
+POST_NORMS = tuple(f"{path}.post_layernorm" for path in (PROJECTION, FC2))
+"""Of what attention and MLP give, in families that have them."""
 
 
 HELD_BYTES = 8 * 2**30

@@ -152,7 +152,8 @@ class LayerWalk:
         words = self.weights.outer(WORDS)
         assert words is not None
         words = words.to(self.weights.dtype)
-        hidden = [F.embedding(unit, words) for unit in self.tokens]
+        scale = torch.tensor(self.weights.config.embedding_scale, dtype=words.dtype)
+        hidden = [F.embedding(unit, words) * scale for unit in self.tokens]
         learned = self.weights.outer(POSITIONS)
         if learned is None:
             return hidden

@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_prune.model.build import LayerNorm, RMSNorm
 from megatron_prune.model.families import ModelConfig, WeightMap
 from megatron_prune.model.prunable import PrunableModel
-from megatron_prune.training.masking import NORMS, own_norms
+from megatron_prune.training.masking import NORMS, POST_NORM, own_norms
 
 SHARDED = ("group", "head", "ffn")
 """Kinds of masks of which a tensor-parallel rank uses a slice."""
@@ -50,9 +50,10 @@ class Gates:
     def _attach(self, chunk: Any, first_layer: int) -> None:
         if chunk.pre_process:
             self._after(chunk.embedding, lambda x: self._hidden(x))
-        for norm in own_norms(chunk, self.model.config):
+        for name, norm in own_norms(chunk, self.model.config):
             self.norms.append(norm)
-            self._after(norm, lambda x: self._hidden(x))
+            if name != POST_NORM:  # masked with the linear that it is in
+                self._after(norm, lambda x: self._hidden(x))
         for layer, module in enumerate(chunk.decoder.layers, start=first_layer):
             block = self.model.config.block(layer)
             if block.num_attention_heads:
@@ -165,6 +166,9 @@ def _folded(config: ModelConfig, map: WeightMap, tensor: Tensor, z: Mapping[str,
     if module.startswith("embedding"):
         return _times(tensor, hidden)
     last = module.rpartition(".")[2]
+    if last == POST_NORM:
+        assert map.layer is not None
+        return _times(tensor + config.gain_offset, _writer(z, map.layer)) - config.gain_offset
     if last in NORMS:
         if last == "final_layernorm" and config.tie_word_embeddings:
             return tensor
@@ -175,7 +179,7 @@ def _folded(config: ModelConfig, map: WeightMap, tensor: Tensor, z: Mapping[str,
     rows = _writer(z, map.layer)
     if name == "bias":
         return _times(tensor, rows)
-    if rows is not None:
+    if rows is not None and not config.post_layernorm:
         tensor = tensor * rows.expand(len(tensor))[:, None]
     if last == "linear_fc2":
         return _times(tensor, z["ffn"][map.layer] if "ffn" in z else None)

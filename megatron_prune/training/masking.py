@@ -13,12 +13,13 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
 from megatron_prune.decision.units import Units
-from megatron_prune.model.build import LayerNorm, RMSNorm
+from megatron_prune.model.build import LayerNorm, RMSNorm, own_norm
 from megatron_prune.model.families import ModelConfig
 from megatron_prune.model.prunable import FC2, PROJECTION, PrunableModel
 from megatron_prune.statistics.passes import NORMS as LAYER_NORMS
 
-NORMS = (*LAYER_NORMS, "final_layernorm")
+POST_NORM = "post_layernorm"
+NORMS = (*LAYER_NORMS, "final_layernorm", POST_NORM)
 
 
 def _absent(units: Units, layer: int) -> list[str]:
@@ -43,22 +44,23 @@ def mask_units(model: PrunableModel, units: Units) -> None:
     every = len(units.hidden) == config.hidden_size
     kept = None if every else torch.tensor(units.hidden, device=backend.device())
     for chunk in model.chunks:
-        ours = (module for module in chunk.modules() if isinstance(module, (RMSNorm, LayerNorm)))
-        for norm in ours if every else own_norms(chunk, config):
+        ours = (("", module) for module in chunk.modules() if isinstance(module, (RMSNorm, LayerNorm)))
+        for _, norm in ours if every else own_norms(chunk, config):
             norm.kept = kept
 
 
-def own_norms(chunk: Any, config: ModelConfig) -> Iterator[RMSNorm | LayerNorm]:
-    """The norms of the residual stream, those of Transformer Engine replaced by ours with the same parameters."""
+def own_norms(chunk: Any, config: ModelConfig) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
+    """The norms of the residual stream with the last part of their names, those of Transformer Engine replaced by ours
+    with the same parameters.
+    """
     for name, module in list(chunk.named_modules()):
         path, _, last = name.rpartition(".")
         if last not in NORMS or not any(True for _ in module.parameters()):
             continue
         if not isinstance(module, (RMSNorm, LayerNorm)):
-            cls = RMSNorm if config.normalization == "RMSNorm" else LayerNorm
-            own = cls(chunk.config, config.hidden_size, config.layernorm_epsilon)
+            own = own_norm(config)(chunk.config, config.hidden_size, config.layernorm_epsilon)
             for key, parameter in module.named_parameters():
                 setattr(own, key, parameter)
             setattr(chunk.get_submodule(path), last, own)
             module = own
-        yield module
+        yield last, module

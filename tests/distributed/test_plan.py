@@ -128,6 +128,8 @@ CASES = [
     Case("shared_experts", "shared_experts", one_draw=True),
     Case("sigmoid_router", "sigmoid", train_weights=True),
     Case("sinks", "sinks", train_weights=True),
+    Case("post_norms", "gemma", train_weights=True),
+    Case("post_norms_tp2_sp", "gemma", 2, tensor=2, sequence_parallel=True),
     Case("latent", "latent", train_weights=True),
     Case("latent_tp2_sp", "latent32", 2, tensor=2, sequence_parallel=True),
     Case("experts_recomputed", "experts", options=RECOMPUTE),
@@ -155,6 +157,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_model(root / "experts", "qwen3_moe", **several, dtype=torch.bfloat16, mlp_only_layers=[1])
     tiny_model(root / "shared_experts", "qwen2_moe", **several)
     tiny_model(root / "sinks", "gpt_oss", **shape, dtype=torch.bfloat16, head_dim=16)
+    tiny_model(root / "gemma", "gemma3_text", **shape, dtype=torch.bfloat16)
     tiny_model(root / "latent", "deepseek_v3", **several | dict(num_key_value_heads=4), dtype=torch.bfloat16)
     tiny_model(root / "latent32", "deepseek_v3", **several | dict(num_key_value_heads=4))
     tiny_model(root / "sigmoid", "glm4_moe", **several, dtype=torch.bfloat16)

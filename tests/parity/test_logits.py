@@ -65,6 +65,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"qk_nope_head_dim": 4, "tie_word_embeddings": True},
     ),
     "deepseek_v2": ("deepseek_v2", {}),
+    "gemma3_text": ("gemma3_text", {}),
+    "gemma3_untied": (
+        "gemma3_text",
+        {"rope_parameters": None, "tie_word_embeddings": False, "sliding_window_pattern": 3, "num_key_value_heads": 4},
+    ),
     "gpt_oss_other": (
         "gpt_oss",
         {"layer_types": ["full_attention", *["sliding_attention"] * 3], "swiglu_limit": 0.5}
@@ -77,9 +82,10 @@ OTHER_LAYOUTS = {
     "mistral_without_window": (),
     "gpt2_untied": (),
     **dict.fromkeys(("mistral", "qwen2", "qwen3", "nemotron", "gpt2"), (TP2_SP, PP2)),
+    "gemma3_text": (TP2_SP, PP2, TP2_PP2_SP),
     **dict.fromkeys(("mixtral", "olmoe", "qwen2_moe", "glm4_moe"), (EP2, EP2_TP2_SP, TP2_SP)),
     "gpt_oss": (EP2, EP2_TP2_SP, TP2_SP_ETP1, EP2_PP2),
-    **dict.fromkeys(("glm4_moe_groups", "gpt_oss_other", "deepseek_v3_plain"), ()),
+    **dict.fromkeys(("glm4_moe_groups", "gpt_oss_other", "deepseek_v3_plain", "gemma3_untied"), ()),
     "deepseek_v3": (EP2, EP2_TP2_SP, TP2_SP, EP2_PP2),
     "deepseek_v2": (EP2_TP2_SP,),
     "qwen3_moe": (EP2, EP2_TP2_SP, TP2_SP, EP2_ETP2_SP, EP2_PP2, EP4),

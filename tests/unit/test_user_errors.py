@@ -163,7 +163,7 @@ def test_a_truncated_safetensors_file(root: Path, capsys: pytest.CaptureFixture[
 def test_an_unsupported_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tiny_llama(root / "other_hf")
     edit_config(other, model_type="mamba")
-    assert "supported: deepseek_v2, deepseek_v3, glm4_moe, gpt2, gpt_oss, kimi_k2, llama" in refused(
+    assert "supported: deepseek_v2, deepseek_v3, gemma3_text, glm4_moe, gpt2, gpt_oss, kimi_k2, llama" in refused(
         ["import", "--input", str(other), "--output", str(root / "x")], capsys
     )
 

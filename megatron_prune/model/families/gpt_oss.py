@@ -48,7 +48,7 @@ FAMILY = Family(
     | {"activation": "quick_gelu", "glu_linear_offset": 1.0, "norm_rounds_last": True},
     rope={"rope_theta": 150000.0, "rope_parameters": {"rope_type": "yarn", "truncate": False, **YARN}},
     rope_types=("default", "yarn"),
-    mixed_windows=True,
+    mixed_windows=2,
     alternating=True,
     also={"num_local_experts": "num_experts"},
     table=(

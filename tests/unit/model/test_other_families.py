@@ -114,8 +114,16 @@ DEEPSEEK_V2: dict[str, Any] = {  # as DeepSeek-V2-Lite has it
     "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "tie_word_embeddings": False,
     "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16", "v_head_dim": 128, "vocab_size": 102400,
 }  # fmt: skip
+GEMMA3: dict[str, Any] = {  # as gemma-3-1b has it
+    "model_type": "gemma3_text", "attention_bias": False, "attn_logit_softcapping": None, "cache_implementation":
+    "hybrid", "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,
+    "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512,
+    "sliding_window_pattern": 6, "torch_dtype": "bfloat16", "vocab_size": 262144,
+}  # fmt: skip
 SPARSE = [QWEN3_MOE, MIXTRAL, OLMOE, QWEN2_MOE, GLM4_MOE, GPT_OSS, DEEPSEEK_V3, DEEPSEEK_V2]
-PUBLISHED = [GPT2, QWEN2, QWEN3, MISTRAL, NEMOTRON, *SPARSE]
+PUBLISHED = [GPT2, QWEN2, QWEN3, MISTRAL, NEMOTRON, GEMMA3, *SPARSE]
 
 
 def config_of(values: dict[str, Any]) -> ModelConfig:

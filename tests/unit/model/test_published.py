@@ -126,6 +126,15 @@ GPT_OSS: dict[str, Any] = SIZES | {
     "transformers_version": "4.55.0.dev0", "use_cache": True,
 }  # fmt: skip
 
+GEMMA3: dict[str, Any] = SIZES | {
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 4],
+    "final_logit_softcapping": None, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_range": 0.02, "max_position_embeddings": 32768, "model_type": "gemma3_text", "pad_token_id": 0,
+    "query_pre_attn_scalar": 32, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None,
+    "rope_theta": 1000000, "sliding_window": 8, "sliding_window_pattern": 2, "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0", "use_cache": True,
+}  # fmt: skip
 DEEPSEEK_V3: dict[str, Any] = SIZES | {
     "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "bos_token_id": 0, "eos_token_id": 1,
@@ -201,6 +210,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "GLM-4.5": GLM4_MOE,
     "GLM-4.5-Air": GLM4_MOE | {"routed_scaling_factor": 1.0, "use_qk_norm": False},
     "gpt-oss-20b, dequantised": GPT_OSS,
+    "gemma-3-1b": GEMMA3,
+    "text of gemma-3-4b": GEMMA3 | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 6},
+    "gemma-3 of transformers 5": {key: value for key, value in GEMMA3.items() if not key.startswith(("rope", "torch"))}
+    | {"dtype": "bfloat16", "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {
+        "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"}}},
     "DeepSeek-V3, dequantised": DEEPSEEK_V3,
     "DeepSeek-V3 of transformers 5": in_style_of_5(DEEPSEEK_V3, head_dim=8, qk_head_dim=24, rope_interleave=True),
     "Moonlight-16B-A3B": DEEPSEEK_V3 | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3, "q_lora_rank": None,
@@ -309,7 +324,7 @@ NOT_REPRESENTED: list[tuple[dict[str, Any], str]] = [
     (LLAMA3 | {"dtype": {"": "bfloat16"}}, "config.json has dtype .*save the model in one"),
     (LLAMA3 | {"dtype": "float64"}, "dtype 'float64'.*save the model in one"),
     ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, "text_config is of a mistral model: save"),
-    ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported: deepseek_v2, deepseek_v3, glm4_moe, gpt2"),
+    ({"model_type": ["llama"]}, r"model_type \['llama'\]; supported: deepseek_v2, deepseek_v3, gemma3_text, glm4"),
 ]  # fmt: skip
 
 

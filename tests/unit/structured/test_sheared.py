@@ -154,6 +154,8 @@ def soft_masks(config: Any) -> dict[str, Tensor]:
         ("qwen3", {"tie_word_embeddings": True}),
         ("nemotron", {}),
         ("gpt2", {}),
+        ("gemma3_text", {}),
+        ("gemma3_text", {"tie_word_embeddings": False}),
     ],
 )
 def test_the_masked_model_is_the_cut_one(tmp_path: Path, family: str, sizes: dict[str, Any]) -> None:

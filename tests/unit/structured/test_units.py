@@ -55,7 +55,7 @@ def test_cutting_nothing_changes_no_bit(tmp_path: Path, family: str) -> None:
         assert torch.equal(model.whole(map), same.whole(map)), map.megatron
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "nemotron"])
+@pytest.mark.parametrize("family", [*FAMILIES, "nemotron", "gemma3_text"])
 @pytest.mark.parametrize("channels", [False, True])
 def test_a_masked_model_equals_the_cut_one(tmp_path: Path, family: str, channels: bool) -> None:
     """Zeros do what absence does, for heads, groups, neurons and layers, and for channels if norms skip them."""
