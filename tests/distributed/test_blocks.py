@@ -24,7 +24,7 @@ MODEL = "blocks"
 CASES = [Case("wanda", "2:4"), Case("sparsegpt", "2:4", ("--true-sequential",))]
 LAYOUTS = [TP2_SP, PP2]
 STEPS = 4
-FAMILIES = ("gpt2", "qwen3", "nemotron")
+FAMILIES = ("gpt2", "qwen3", "nemotron", "gemma3_text")
 """With biases and transposed weights, with norms of heads, without a gate."""
 
 
