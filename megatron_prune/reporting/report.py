@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from pathlib import PurePosixPath
-from statistics import fmean
 from typing import Any
 
 from megatron_prune.decision.masks import MaskRow
@@ -62,8 +61,9 @@ def place(path: str) -> str:
 def task_means(results: list[Result]) -> list[tuple[str, int, float]]:
     """Model, number of tasks, and the mean over them of each one's first score."""
     found = [(model["model"], model["tasks"]) for result in results for model in result.content["results"]]
-    firsts = [(name, [next(iter(task["metrics"].values())) for task in tasks.values()]) for name, tasks in found]
-    return [(name, len(scores), fmean(scores)) for name, scores in firsts if scores]
+    firsts = [(name, [list(task["metrics"].values())[:1] for task in tasks.values()]) for name, tasks in found]
+    scores = [(name, [score for first in each for score in first]) for name, each in firsts]
+    return [(name, len(values), sum(values) / len(values)) for name, values in scores if values]
 
 
 def figures(value: Any) -> str:
