@@ -112,7 +112,7 @@ def test_weights_in_fp8_are_what_their_codes_stand_for(tmp_path: Path, capsys: p
     assert main(["import", "--input", str(tmp_path / "packed"), "--output", str(tmp_path / "ck")]) == 0
     told = capsys.readouterr().out
     assert "has its weights in FP8: they are read as bfloat16, and exported so" in told
-    assert "1 tensors that no weight of the model is in, such as 'model.layers.2." in told
+    assert "1 tensors that no weight of the model is in, such as model.layers.2." in told
     assert main(["export", "--input", str(tmp_path / "ck"), "--output", str(tmp_path / "back")]) == 0
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert all(torch.equal(back[name], plain[name]) for name in plain)
