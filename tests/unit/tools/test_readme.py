@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prune.__main__ import VERBS
+from megatron_prune.methods.base import methods
 from megatron_prune.options import entries, flag
 from tools import readme_table
 
@@ -69,7 +70,8 @@ def test_commands_name_verbs_and_flags_that_exist(document: str) -> None:
             continue
         known = {flag(option.key) for option in entries(VERBS[verb].config)} | {"--config"}
         given = set(re.findall(r"(--[a-z][\w-]*)", rest.split(" #")[0]))
-        hyper = {"--no-update-weights", "--prior-strength", "--lr-multiplier"}
+        knobs = [knob.name for info in methods() if info.name in rest.split() for knob in info.hyperparameters]
+        hyper = {flag(form) for name in knobs for form in (name, f"no_{name}")}
         assert given - known - hyper == set(), f"{verb}: {given - known}"
 
 
