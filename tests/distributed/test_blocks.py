@@ -25,7 +25,7 @@ CASES = [Case("wanda", "2:4"), Case("sparsegpt", "2:4", ("--true-sequential",))]
 LAYOUTS = [TP2_SP, PP2]
 STEPS = 4
 FAMILIES = ("gpt2", "qwen3", "nemotron", "gemma3_text")
-"""With biases and transposed weights, with norms of heads, without a gate."""
+"""With biases and transposed weights, with norms of heads, without a gate, with windows and further norms."""
 
 
 def commands(root: Path, layout: Layout) -> list[list[str]]:
