@@ -49,8 +49,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 CHOICES = (0, 1, 2)
 """Of experts at random; the row is their mean."""
-SEEDS = (0, 1)
-"""Of the order of the data in recovery; as well."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class Mixture(Study):
 
     def __init__(self, given: argparse.Namespace) -> None:
         super().__init__(given.work, given.shared)
-        self.steps, self.more = given.steps, given.more
+        self.steps, self.more, self.seeds = given.steps, given.more, given.seeds
         self.dense = self.work / "experts_trained" / "weights"
         self.held_out = self.work / "held_out.txt"
 
@@ -175,7 +173,7 @@ class Mixture(Study):
             small = self.trimmed(run)
             sizes = counted(small)
             before.append(self.quality(small))
-            after += [self.recovered(small, seed) for seed in (SEEDS if len(row.options) == 1 else (0,))]
+            after += [self.recovered(small, seed) for seed in (self.seeds if len(row.options) == 1 else self.seeds[:1])]
         return [row.name, *sizes, geometric(before), geometric(after), round(min(after), 2), round(max(after), 2)]
 
 
@@ -198,7 +196,8 @@ def main() -> None:
     steps = option("--steps", type=int, default=1200, help="of the whole models")
     more = option("--more", type=int, default=60, help="of the pruned ones")
     only = option("--only", type=int, nargs="+", help="do just these rows, from 0, without a result file")
-    given = arguments(__doc__, SHARED, steps, more, work("runs/experts"), only)
+    seeds = option("--seeds", type=int, nargs="+", default=[0, 1], help="of the order of the data in recovery")
+    given = arguments(__doc__, SHARED, steps, more, work("runs/experts"), only, seeds)
     bench = Mixture(given)
     bench.write_texts()
     if given.only:
@@ -208,16 +207,16 @@ def main() -> None:
     rows: list[list[Any]] = []
     for name, title in (("dense", "a dense model of that size"), ("experts", "16 experts, 4 for each token")):
         model = bench.learned(name)
-        longer = [bench.recovered(model, seed) for seed in SEEDS]
+        longer = [bench.recovered(model, seed) for seed in given.seeds]
         spread = [round(min(longer), 2), round(max(longer), 2)]
         rows.append([title, *counted(model), round(bench.quality(model), 2), geometric(longer), *spread])
     rows += [bench.line(row) for row in ROWS]
     protocol = (
         f"Models of 6 layers of 128, {given.steps} steps of 16 x {LENGTH} tokens of the training mix; perplexity of "
         f"{WINDOWS} windows of {LENGTH} of documents held out, a vocabulary of {VOCABULARY}. Calibration: 256 windows. "
-        f"Recovery: {given.more} more steps for every row, whole models too, means over {len(SEEDS)} seeds; of random "
-        f"experts, over {len(CHOICES)} choices. 2:4: all linears of attention and experts, half "
-        "of whose weights are zero."
+        f"Recovery: {given.more} more steps for every row, whole models too, data in {len(given.seeds)} orders; of "
+        f"random experts, over {len(CHOICES)} choices. 2:4: all linears of attention and experts, half of whose weights "
+        "are zero."
     )
     write_result("experts", given, COLUMNS, rows, protocol)
 
