@@ -215,8 +215,8 @@ def main() -> None:
         f"Models of 6 layers of 128, {given.steps} steps of 16 x {LENGTH} tokens of the training mix; perplexity of "
         f"{WINDOWS} windows of {LENGTH} of documents held out, a vocabulary of {VOCABULARY}. Calibration: 256 windows. "
         f"Recovery: {given.more} more steps for every row, whole models too, data in {len(given.seeds)} orders; of "
-        f"random experts, over {len(CHOICES)} choices. 2:4: all linears of attention and experts, half of whose weights "
-        "are zero."
+        f"random experts, over {len(CHOICES)} choices. 2:4: all linears of attention and experts, half of whose "
+        "weights are zero."
     )
     write_result("experts", given, COLUMNS, rows, protocol)
 
