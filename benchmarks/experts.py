@@ -47,7 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("qwen3_moe", SIZES | EXPERTS | {"intermediate_size": 256, "norm_topk_prob": True}),
     "dense": ("qwen3", SIZES | {"intermediate_size": 256}),
 }
-CHOICES = (0, 1, 2)
+CHOICES = (0, 1)
 """Of experts at random; the row is their mean."""
 
 
@@ -162,6 +162,13 @@ class Mixture(Study):
         self.verb("train", input=model, output=run, lr="5e-4", min_lr="5e-5", seed=seed, **self.data(self.more))
         return self.quality(run / "weights")
 
+    def kept(self, row: Row) -> bool:
+        """Whether all of a row was done."""
+        ends = [f"{folder}_trimmed_recovered_{self.seeds[-1]}" for folder in row.folders()]
+        if len(ends) > 1:
+            ends = [f"{folder}_trimmed_recovered_{self.seeds[0]}" for folder in row.folders()]
+        return all((self.work / end / "weights.perplexity.json").exists() for end in ends)
+
     def line(self, row: Row) -> list[Any]:
         """Prune, trim, evaluate, recover."""
         text = {"calibration": self.work / "training.jsonl", "calibration_samples": 256}
@@ -197,7 +204,8 @@ def main() -> None:
     more = option("--more", type=int, default=60, help="of the pruned ones")
     only = option("--only", type=int, nargs="+", help="do just these rows, from 0, without a result file")
     seeds = option("--seeds", type=int, nargs="+", default=[0, 1], help="of the order of the data in recovery")
-    given = arguments(__doc__, SHARED, steps, more, work("runs/experts"), only, seeds)
+    kept = option("--kept", action="store_true", help="write the rows whose runs are in the work folder, and run none")
+    given = arguments(__doc__, SHARED, steps, more, work("runs/experts"), only, seeds, kept)
     bench = Mixture(given)
     bench.write_texts()
     if given.only:
@@ -210,7 +218,7 @@ def main() -> None:
         longer = [bench.recovered(model, seed) for seed in given.seeds]
         spread = [round(min(longer), 2), round(max(longer), 2)]
         rows.append([title, *counted(model), round(bench.quality(model), 2), geometric(longer), *spread])
-    rows += [bench.line(row) for row in ROWS]
+    rows += [bench.line(row) for row in ROWS if not given.kept or bench.kept(row)]
     protocol = (
         f"Models of 6 layers of 128, {given.steps} steps of 16 x {LENGTH} tokens of the training mix; perplexity of "
         f"{WINDOWS} windows of {LENGTH} of documents held out, a vocabulary of {VOCABULARY}. Calibration: 256 windows. "
