@@ -76,6 +76,7 @@ def scores(experts: int) -> list[Row]:
         Row(f"{experts} experts, REAP", "reap", target),
         *named,
         Row(f"{experts} experts, merged (REAM)", "ream", target),
+        Row(f"{experts} experts, merged in pairs (REAM)", "ream", target, (("--group-size=2",),)),
         Row(f"{experts} experts, random", "reap", target, chance),
     ]
 
