@@ -182,7 +182,6 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("export --input ck --output x --format fms", "this is a deepseek_v3 model; use --format hf"),
         ("export --input ck --output x --format maxtext", "MaxText export is for"),
         ("latency --input ck --output x", "experts"),
-        ("train --input hf --output x --data w.jsonl --engine fsdp", "has experts, which it does not share out"),
         (
             "prune --input ck --output x --method minitron --target num_attention_heads=2 --calibration w.jsonl",
             "num_attention_heads=2 with 4 query groups",
