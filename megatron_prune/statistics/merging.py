@@ -92,8 +92,8 @@ class Merging:
             self.maps.setdefault((map.layer, map.expert), []).append(map)
         self.whole = WholeWeights(model)
         whole = Units.all(model.config)
-        first = tuple(range(count))
-        blocks = tuple(replace(block, experts=first) if block.experts else block for block in whole.blocks)
+        any_of = keep(torch.zeros(model.config.num_moe_experts or 0), count)  # until a layer's are known
+        blocks = tuple(replace(block, experts=any_of) if block.experts else block for block in whole.blocks)
         self.units = replace(whole, blocks=blocks)
         self.cut = CutWeights(model, self.units)
         self.dense = LayerWalk(self.whole, tokens)
