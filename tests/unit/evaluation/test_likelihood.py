@@ -74,7 +74,11 @@ def test_both_scorers_say_what_transformers_says(kind: str, tmp_path: Path) -> N
     for total, greedy in found:
         assert np.abs(total - expected).max() < TOLERANCE
         assert greedy.tolist() == best.tolist()
-    if kind not in ("gpt2", "gpt_oss", "gemma3_text"):  # without a rotary embedding, or trees: below is the control for positions
+    if kind not in (
+        "gpt2",
+        "gpt_oss",
+        "gemma3_text",
+    ):  # without a rotary embedding, or trees: below is the control for positions
         assert np.abs(misplaced - expected).max() > 100 * TOLERANCE
     assert any(not batch.causal for batch in plan(asked, LONGEST, 100))
 

@@ -118,4 +118,7 @@ def test_what_a_run_exports_has_zeros_and_its_bare_weights_are_not_exported(
     capsys.readouterr()
     command = ["export", "--input", str(root / "run" / "weights"), "--output", str(tmp_path / "out")]
     assert main(command) == 2
-    assert "before its decision is applied; give the run itself, or the checkpoint that trim writes" in capsys.readouterr().err
+    assert (
+        "before its decision is applied; give the run itself, or the checkpoint that trim writes"
+        in capsys.readouterr().err
+    )
