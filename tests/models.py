@@ -431,7 +431,9 @@ def edit_config(directory: Path, **changes: Any) -> None:
     """Change keys of ``directory/config.json``; None removes a key."""
     file = directory / "config.json"
     config = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    file.write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None or key not in changes})
+    )
 
 
 def words(path: Path, documents: int = 64, seed: int = 0) -> Path:

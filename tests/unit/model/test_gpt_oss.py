@@ -74,7 +74,7 @@ def test_windows_follow_the_layers_that_stay(directory: Path) -> None:
         assert written["layer_types"] == kinds and written["num_hidden_layers"] == len(kinds)
         assert [smaller.window(n) for n in range(len(kinds))] == [7 if kind == SLIDING else None for kind in kinds]
         assert ModelConfig.from_dict(json.loads(json.dumps(smaller.to_dict()))) == smaller
-    assert channels_seen(whole, 100) == 4 * 16 * (7 + 100 + 7 + 100)
+    assert channels_seen(whole, 100) == 2 * 4 * 16 * (7 + 100 + 7 + 100)
 
 
 @pytest.mark.parametrize(
