@@ -18,9 +18,9 @@ from megatron_prune.exporting.huggingface import write_hf
 from megatron_prune.fsdp.checkpoint import FsdpSave, load_fsdp
 from megatron_prune.fsdp.model import ShardedModel, ShardedZeros, check_model
 from megatron_prune.fsdp.trainer import FsdpTrainer, Objective
+from megatron_prune.model.cost import forward_flops
 from megatron_prune.ranks import together
 from megatron_prune.training.session import TrainingSession
-from megatron_prune.training.throughput import forward_flops
 from megatron_prune.training.weighting import Weighting
 
 

@@ -25,6 +25,7 @@ from megatron_prune.kernels.philox import gumbel_noise
 from megatron_prune.log import say
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
+from megatron_prune.model.cost import forward_flops
 from megatron_prune.model.masked_linear import MaskDraw
 from megatron_prune.model.prunable import LocalLinear, PrunableModel, linear_names
 from megatron_prune.training.checkpoints import find_newest
@@ -33,7 +34,6 @@ from megatron_prune.training.loop import MASK_LOGITS, WEIGHTS, Steps, Trainer
 from megatron_prune.training.recovery import RecoveryLoss
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
-from megatron_prune.training.throughput import forward_flops
 from megatron_prune.training.weighting import Weighting
 
 NOISE_AT_ONCE = 2**22

@@ -26,13 +26,13 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from megatron_prune.model import context
+from megatron_prune.model.cost import forward_flops
 from megatron_prune.model.masked_linear import MaskDraw
 from megatron_prune.model.prunable import LocalLinear, PrunableModel
 from megatron_prune.training.loop import LossFunction, NextToken, Trainer, mean_part, micro_batch
 from megatron_prune.training.lora import Adapters, add_adapters, merge_adapters
 from megatron_prune.training.losses import AddLoss, divergence, hidden_distance
 from megatron_prune.training.session import TrainingSession
-from megatron_prune.training.throughput import forward_flops
 from megatron_prune.training.weighting import Weighting, teacher_layer
 from megatron_prune.training.zeros import Zeros
 

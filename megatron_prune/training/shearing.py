@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_prune.decision.target import Shape
 from megatron_prune.decision.units import Units
+from megatron_prune.model.cost import forward_flops
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Training
 from megatron_prune.ranks import from_leader
@@ -22,7 +23,6 @@ from megatron_prune.training import hard_concrete
 from megatron_prune.training.gates import Gates, fold
 from megatron_prune.training.loop import Samples, StepResult, Steps, Trainer
 from megatron_prune.training.session import TrainingSession
-from megatron_prune.training.throughput import forward_flops
 from megatron_prune.training.unit_masks import UnitMasks, units_of
 
 

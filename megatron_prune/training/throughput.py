@@ -18,15 +18,13 @@ masks) and what recomputation does again. So FLOPs per second divided by the dev
 
 from __future__ import annotations
 
-import math
 import re
 import resource
 
 import torch
 
 from megatron_prune.device import has_cuda
-from megatron_prune.model.cost import channels_seen
-from megatron_prune.model.families import get_family
+from megatron_prune.model.cost import forward_flops
 from megatron_prune.model.sizes import ModelConfig
 
 TERA = 10**12
@@ -46,17 +44,10 @@ PEAK_TFLOPS = {
 with sparsity only: halved here."""
 
 
-def forward_flops(model: ModelConfig, seq_length: int) -> int:
-    """Forward FLOPs of one token of a window; a backward pass that reaches every weight takes twice as many."""
-    maps = [map for map in get_family(model.family).weights(model) if map.prunable]
-    experts = sum(math.prod(map.shape) for map in maps if map.expert is not None)
-    linears = sum(math.prod(map.shape) for map in maps if map.expert is None)
-    linears += experts * (model.moe_router_topk or 0) // (model.num_moe_experts or 1)
-    return 2 * linears + 2 * model.vocab_size * model.hidden_size + 2 * channels_seen(model, seq_length)
-
-
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
-    """Forward and backward FLOPs of one token of a window when masks are learned: see above."""
+    """Forward and backward FLOPs of one token of a window when masks are learned: see above. A backward pass that
+    reaches every weight takes twice as many as the forward pass.
+    """
     return 3 * forward_flops(model, seq_length) - 2 * model.vocab_size * model.hidden_size
 
 
