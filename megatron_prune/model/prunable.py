@@ -170,6 +170,14 @@ class PrunableModel:
             return self.layout.replicas_together
         return 1 / self.layout.tensor if map.shard_dim is None and self.layout.sequence_parallel else 1.0
 
+    def counts(self, map: WeightMap) -> bool:
+        """Whether this rank's part of a weight is the first of its copies: the one to count where ranks are summed."""
+        if map.expert is not None:
+            return parallel_state.get_expert_data_parallel_rank() == 0
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        whole = map.shard_dim is None  # on every tensor-parallel rank
+        return replica == 0 and not (whole and self.tp_rank)
+
     def part(self, map: WeightMap) -> tuple[int, int]:
         """This rank's place among those that share a weight's layer or expert, and how many they are."""
         if map.expert is None:
@@ -309,14 +317,13 @@ class PrunableModel:
 
     def zeros(self) -> Zeros:
         """Of all prunable weights of the whole model. Collective."""
-        sums = torch.zeros(2, dtype=torch.float64, device=backend.device())
+        zeros = torch.zeros((), dtype=torch.int64, device=backend.device())
         for linear in self.linears():
-            weight, counted = linear.module.weight, self.seen_together(linear.map)  # so many replicas share an expert
-            here = [weight.numel() - int(weight.count_nonzero()), weight.numel()]
-            sums += torch.tensor(here, dtype=sums.dtype, device=sums.device) * counted
-        dist.all_reduce(sums)
-        size = sum(math.prod(map.shape) for map in self.maps if map.prunable)
-        return Zeros(round(float(sums[0] / sums[1].clamp(min=1)) * size), size)
+            weight = linear.module.weight
+            if self.counts(linear.map):
+                zeros += weight.numel() - weight.count_nonzero()
+        dist.all_reduce(zeros)
+        return Zeros(int(zeros), sum(math.prod(map.shape) for map in self.maps if map.prunable))
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face name and tensor of every weight, one Megatron tensor at a time, on every rank. Collective."""

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_prune.errors import UserError
@@ -24,6 +23,7 @@ class Zeros:
 
     @torch.no_grad()
     def __init__(self, model: PrunableModel) -> None:
+        self.model = model
         self.linears = model.linears()
         self.masks = {linear.name: linear.module.weight == 0 for linear in self.linears}
         for linear in self.linears:
@@ -38,7 +38,8 @@ class Zeros:
     @torch.no_grad()
     def check(self, when: str) -> int:
         """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
-        return check_zeros(((_used(x)[self.masks[x.name]], _is_first(x)) for x in self.linears), when)
+        found = ((_used(x)[self.masks[x.name]], self.model.counts(x.map)) for x in self.linears)
+        return check_zeros(found, when)
 
 
 def check_zeros(found: Iterable[tuple[Tensor, bool]], when: str) -> int:
@@ -58,15 +59,6 @@ def check_zeros(found: Iterable[tuple[Tensor, bool]], when: str) -> int:
             "resume from an earlier checkpoint, or begin a new run"
         )
     return zeros
-
-
-def _is_first(linear: LocalLinear) -> bool:
-    """Whether this rank's part of a weight is the first of its copies."""
-    if linear.map.expert is not None:
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    whole = linear.map.shard_dim is None  # on every tensor-parallel rank
-    return replica == 0 and not (whole and parallel_state.get_tensor_model_parallel_rank())
 
 
 def _used(linear: LocalLinear) -> Tensor:
