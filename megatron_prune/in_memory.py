@@ -30,6 +30,7 @@ from megatron_prune.methods.fit import check_experts, check_target
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.families import ModelConfig, family_of, get_family
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.model.transformers_model import float32_ends
 from megatron_prune.option_groups import Calibration
 from megatron_prune.options import check_kind
 from megatron_prune.workbench import DECISION, Workbench
@@ -126,7 +127,7 @@ class _Parameters:
         self.model_config = config
         self._state = model.state_dict()
         maps = get_family(config.family).weights(config)
-        self._parts = {name: (place, part) for map in maps for name, place, part in map.fused()}
+        self._places = {name: (place, part) for map in maps for name, place, part in map.places()}
 
     def read(self, name: str) -> Tensor:
         """The parameter ``name``, on the CPU."""
@@ -134,15 +135,13 @@ class _Parameters:
 
     def place(self, name: str) -> Tensor:
         """The parameter ``name`` itself, or the part of one that it is."""
-        for known in (name, name.replace(".block_sparse_moe.", ".mlp.")):  # of Mixtral's router
-            if known in self._state:
-                return self._state[known]
-        whole, part = self._parts.get(name, (None, None))
-        if whole not in self._state or part is None:
+        place, part = self._places[name]
+        if place not in self._state:
             raise UserError(
                 f"prune_model: the model has no {name}; give a language model of transformers (...ForCausalLM)"
             )
-        return part.of(self._state[whole])
+        whole = self._state[place]
+        return whole if part is None else part.of(whole)
 
 
 def _source(model: PreTrainedModel, config: ModelConfig) -> ModelSource:
@@ -162,7 +161,7 @@ def _config(model: PreTrainedModel) -> ModelConfig:
         raise UserError(f"prune_model: {brief(model)} given; allowed: a language model of transformers")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UserError("prune_model: parameters without memory were given; load the model whole, without offloading")
-    wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # routers, in some families
+    wide = float32_ends(model)
     kept = [parameter for name, parameter in model.named_parameters() if not name.endswith(wide)]
     kinds = {str(parameter.dtype).removeprefix("torch.") for parameter in kept}
     if len(kinds) != 1:

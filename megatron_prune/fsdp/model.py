@@ -62,14 +62,9 @@ class ShardedModel:
         self.parameters: dict[str, Parameter] = dict(self.module.named_parameters())
         """By transformers' name, each once; tensors are torch's DTensors."""
         self.buffers = dict(self.module.named_buffers())
-        self.places = {name: self._place(map, name) for map in _weights(self.config) for name in map.hf}
+        self.places = {name: (place, part) for map in _weights(self.config) for name, place, part in map.places()}
         """Of every weight by its name in a file: where it is, and which part of that, where it is one of experts."""
         self._load(reader, masks)
-
-    def _place(self, map: WeightMap, name: str) -> tuple[str, Part | None]:
-        fused = {one: (place, part) for one, place, part in map.fused()}
-        place = name.replace(".block_sparse_moe.", ".mlp.")  # Mixtral's router, in transformers 5
-        return fused.get(name, (place, None))
 
     def _shard(self, compute: torch.dtype | None) -> None:
         """Layer by layer, the rest with the whole; memory is taken now."""
@@ -103,12 +98,13 @@ class ShardedModel:
             rows = -(-parameter.shape[0] // dist.get_world_size())
             first = min(dist.get_rank() * rows, parameter.shape[0])
             here = slice(first, first + own.shape[0])
-            if part is not None:
-                if not here.start <= part.expert < here.stop:
-                    continue
+            if part is None:
+                own.copy_(reader.read_rows(name, here.start, here.stop))
+            elif here.start <= part.expert < here.stop:
                 own, here = replace(part, expert=part.expert - first).of(own), slice(None)
-            found = reader.read(name) if part is not None else reader.read_rows(name, here.start, here.stop)
-            own.copy_(found)
+                own.copy_(reader.read(name))
+            else:
+                continue
             if masks is not None and name in prunable:
                 own.masked_fill_(~masks(name)[here].to(own.device), 0.0)
 

@@ -124,9 +124,15 @@ class WeightMap:
             return
         pair = len(self.hf) > 1
         for half, name in enumerate(self.hf):
-            start = name.partition(".experts.")[0].replace(".block_sparse_moe", ".mlp")
+            start = in_transformers(name.partition(".experts.")[0])
             end = ("gate_up_proj" if pair else "down_proj") + ("_bias" if name.endswith(".bias") else "")
             yield name, f"{start}.experts.{end}", Part(self.expert, half if pair else None, self.alternating)
+
+    def places(self) -> Iterator[tuple[str, str, Part | None]]:
+        """Each Hugging Face name, the parameter of transformers' model that it is in, and which part; None: all of it."""
+        fused = {name: (place, part) for name, place, part in self.fused()}
+        for name in self.hf:
+            yield name, *fused.get(name, (in_transformers(name), None))
 
     def fused_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Shapes of those tensors by their names."""
@@ -169,6 +175,11 @@ class WeightPattern:
         if self.megatron.startswith(_SPARSE):
             return bool(block.num_moe_experts)
         return bool(block.ffn_hidden_size) and not (self.megatron.startswith(_DENSE) and block.num_moe_experts)
+
+
+def in_transformers(name: str) -> str:
+    """A name in a file as transformers 5 has it in its model: Mixtral's experts and router are another module there."""
+    return name.replace(".block_sparse_moe", ".mlp")
 
 
 _TABLES: deque[tuple[Family, ModelConfig, tuple[WeightMap, ...]]] = deque(maxlen=2)

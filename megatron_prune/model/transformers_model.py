@@ -22,7 +22,7 @@ from megatron_prune.imports import without_triton
 from megatron_prune.model.config_json import FULL_ATTENTION, WINDOW
 from megatron_prune.model.convert import experts_together
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.model.family import PATTERN
+from megatron_prune.model.family import PATTERN, in_transformers
 
 POSITIONS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rope_local_base_freq")
 """Keys of config.json about rotary positions, which `Family.from_hf` has checked."""
@@ -85,9 +85,9 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     model: Any = empty_model(config, dtype)
     missing = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
-    wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # routers, in some families
+    wide = float32_ends(model)
     for name, tensor in experts_together(config, weights):
-        place = name.replace(".block_sparse_moe.", ".mlp.")
+        place = in_transformers(name)
         if place in buffers:
             buffers[place].copy_(tensor)
             continue
@@ -98,6 +98,11 @@ def filled_model(config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dty
     assert not missing, f"the family's table and transformers name other weights: {sorted(missing)[:3]}"
     model.tie_weights()  # the parameters are others than those that were tied
     return model
+
+
+def float32_ends(model: Any) -> tuple[str, ...]:
+    """Ends of the names of parameters that transformers keeps in float32 in models of any type: routers, in some."""
+    return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 @contextlib.contextmanager
