@@ -9,9 +9,8 @@ from typing import Any
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
-from megatron_prune.decision import run_folder
 from megatron_prune.decision.masks import Masks
-from megatron_prune.decision.run_folder import decision_of, read_run, weights_of
+from megatron_prune.decision.run_folder import decision_of, is_run, read_run, weights_of
 from megatron_prune.decision.source import ModelSource, open_model
 from megatron_prune.decision.trimming import Trim, is_trim
 from megatron_prune.decision.units import Units
@@ -63,7 +62,7 @@ def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> 
 
 def open_pruned(path: Path) -> ModelSource:
     """As `open_source`; of a run that has decided on a smaller model the source is that model."""
-    if not (path / run_folder.DESCRIPTION).is_file() or read_run(path).method == "train":
+    if not is_run(path) or read_run(path).method == "train":
         return open_source(path)
     decision = decision_of(path)
     if not is_trim(decision):
@@ -81,7 +80,7 @@ def open_pruned(path: Path) -> ModelSource:
 
 def open_source(path: Path) -> ModelSource:
     """The model of a checkpoint, a Hugging Face directory or a run (with its masks applied); UserError otherwise."""
-    if not (path / run_folder.DESCRIPTION).is_file():
+    if not is_run(path):
         return open_model(path)
     about = read_run(path)
     if about.method == "train":

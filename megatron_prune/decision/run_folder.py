@@ -80,7 +80,7 @@ def write_run(folder: Path, description: RunDescription) -> None:
 
 def read_run(folder: Path) -> RunDescription:
     """The description of a run; UserError when `folder` is none."""
-    if not (folder / DESCRIPTION).is_file():
+    if not is_run(folder):
         raise given.wrong(folder, "run")
     found: RunDescription = read_json(folder / DESCRIPTION, "a pruning run", RunDescription)
     return found
@@ -96,7 +96,7 @@ def decision_of(folder: Path) -> Path:
     """The decision of a run (or the folder itself when it is a decision); UserError while there is none yet."""
     if any((folder / name).is_file() for name in RECORDS):
         return folder
-    if not (folder / DESCRIPTION).is_file():
+    if not is_run(folder):
         raise given.wrong(folder, "decision")
     description = read_run(folder)
     if description.method == "train":

@@ -85,7 +85,7 @@ def open_source(given: str | Path) -> Source:
     if is_checkpoint(path):
         about = read_description(path)
         return Source(path, "checkpoint", about.config, about.source.get("target"), about.source.get("parameters"))
-    if (path / run_folder.DESCRIPTION).is_file():
+    if run_folder.is_run(path):
         model = open_pruned(path)
         return Source(path, "run", model.config, model.history.get("target"), model.history.get("parameters"))
     reader = open_reader(str(given))

@@ -22,7 +22,7 @@ from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.decision.masks import Masks, pack_mask, prunable_shapes, unpack_mask
 from megatron_prune.decision.pruned import open_pruned
-from megatron_prune.decision.run_folder import decision_of, read_run
+from megatron_prune.decision.run_folder import decision_of, is_run, read_run
 from megatron_prune.decision.target import NM, Unstructured, parse_any_target
 from megatron_prune.decision.trimming import is_trim
 from megatron_prune.errors import UserError
@@ -94,7 +94,7 @@ def export_maxtext(config: ExportConfig) -> None:
 
 def _masks_of(path: Path, history: dict[str, Any]) -> Masks | NM | Unstructured | None:
     """Which weights stay zero: a run's decision, or those that the pattern a checkpoint was pruned to has made zero."""
-    if (path / "run.json").is_file() and read_run(path).method != "train" and not is_trim(decision_of(path)):
+    if is_run(path) and read_run(path).method != "train" and not is_trim(decision_of(path)):
         return Masks.load(decision_of(path))
     target = parse_any_target(history["target"]) if history.get("target") else None
     return target if isinstance(target, NM | Unstructured) else None

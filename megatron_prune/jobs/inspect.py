@@ -26,7 +26,7 @@ def described(path: Path) -> list[str]:
     """Lines on what `path` is; UserError when it is nothing of ours."""
     if is_checkpoint(path):
         return _checkpoint(path)
-    if (path / run_folder.DESCRIPTION).is_file():
+    if run_folder.is_run(path):
         return _run(path)
     if (path / "decision.json").is_file() or is_trim(path):
         return _decision(path)

@@ -53,7 +53,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatron_prune.config import PruneConfig
-from megatron_prune.decision.run_folder import DESCRIPTION, weights_of
+from megatron_prune.decision.run_folder import is_run, weights_of
 from megatron_prune.decision.target import NM, parse_target
 from megatron_prune.errors import UserError
 from megatron_prune.foreign import read_json
@@ -247,8 +247,7 @@ def _lesson(config: PruneConfig, model: ModelConfig) -> Lesson | None:
     weighting = Weighting.of(losses)
     if teaches_itself(losses, config.input, model.dtype, not config.method_options.get("train_weights")):
         return Lesson(None, weighting)
-    is_run = (losses.teacher / DESCRIPTION).is_file()
-    teacher = read_config(weights_of(losses.teacher) if is_run else losses.teacher)
+    teacher = read_config(weights_of(losses.teacher) if is_run(losses.teacher) else losses.teacher)
     return Lesson(replace(teacher, dtype=losses.teacher_dtype or teacher.dtype), weighting)
 
 

@@ -129,7 +129,7 @@ class WeightMap:
             yield name, f"{start}.experts.{end}", Part(self.expert, half if pair else None, self.alternating)
 
     def places(self) -> Iterator[tuple[str, str, Part | None]]:
-        """Each Hugging Face name, the parameter of transformers' model that it is in, and which part; None: all of it."""
+        """Each Hugging Face name, the parameter of transformers' model that it is in, and which part; None: all."""
         fused = {name: (place, part) for name, place, part in self.fused()}
         for name in self.hf:
             yield name, *fused.get(name, (in_transformers(name), None))

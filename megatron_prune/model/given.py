@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_prune.data.text import SUFFIXES
 from megatron_prune.errors import UserError, shown
 
 Wanted = Literal["checkpoint", "hugging face", "model", "run", "decision", "ours", "reported"]
@@ -64,7 +65,6 @@ def is_file(*suffixes: str) -> Callable[[Path], bool]:
     return lambda path: os.path.isfile(path) and path.name.endswith(suffixes)
 
 
-TEXT = (".txt", ".raw", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".parquet")
 _PRUNE = "prune it first, and give the run"
 _PRUNE_IT: Mapping[Wanted, str] = {"run": _PRUNE, "decision": _PRUNE}
 _TRIM = "trim --input {path} --output CHECKPOINT first, and give that checkpoint"
@@ -134,12 +134,7 @@ KINDS = (
     ),
     Kind("preprocessed text", lambda path: is_file(".idx")(path) or _is_prefix(path), {}, "give it to --data"),
     Kind("a mask file", is_file(".npz"), {}, "give it to import --mask, or to prune --prior"),
-    Kind(
-        "text",
-        is_file(*TEXT),
-        {},
-        "give it to --data or --calibration",
-    ),
+    Kind("text", is_file(*SUFFIXES), {}, "give it to --data or --calibration"),
     Kind("a tokenizer without a model", has("tokenizer.json", "tokenizer.model", "tokenizer_config.json"), {}),
     Kind("a folder without a config.json", ends(".safetensors"), {}, "fetch the whole model again"),
     Kind("a folder of pickle files", ends(".bin", ".pt", ".pth"), {}, "fetch the whole model, as safetensors, again"),

@@ -96,7 +96,7 @@ def collect(inputs: Sequence[Path]) -> Collected:
     """Read every input; UserError, naming it, for one that is none of those known."""
     found = Collected([], [], [])
     for path, name in zip(inputs, names(inputs), strict=True):
-        if (path / run_folder.DESCRIPTION).is_file():
+        if run_folder.is_run(path):
             found.runs.append(read_run(path, name))
         elif is_checkpoint(path) or (path / "config.json").is_file():
             found.models.append(read_model(path, name))

@@ -70,15 +70,15 @@ class ExpertLikeness:
 
     def value(self) -> Tensor:
         """The mean of both cosines, float64 `[experts, experts]`; one with a vector of length 0 is 0."""
-        return (cosines(self.outputs @ self.outputs.t()) + cosines(self.logits)) / 2
+        pairs = [self.outputs @ self.outputs.t(), self.logits]
+        return torch.stack([cosines(x, x.diagonal(), x.diagonal()) for x in pairs]).mean(0)
 
     def tensors(self) -> list[Tensor]:
         """The float64 accumulators to sum over ranks, in place."""
         return [self.outputs, self.logits]
 
 
-def cosines(products: Tensor) -> Tensor:
-    """Cosines `[n, n]` of vectors whose inner products are `[n, n]`; 0 where one has length 0."""
-    lengths = products.diagonal().clamp(min=0).sqrt()
-    both = lengths[:, None] * lengths
-    return torch.where(both > 0, products / both.clamp(min=torch.finfo(products.dtype).tiny), 0.0)
+def cosines(products: Tensor, squares: Tensor, other_squares: Tensor) -> Tensor:
+    """Cosines `[n, m]` of vectors with these inner products `[n, m]` and squared lengths; 0 where one has length 0."""
+    lengths = torch.sqrt(squares[:, None] * other_squares)
+    return torch.where(lengths > 0, products / lengths.clamp(min=torch.finfo(products.dtype).tiny), 0.0)

@@ -28,7 +28,7 @@ from megatron_prune.model import convert
 from megatron_prune.model.families import WeightMap
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.ranks import from_leader
-from megatron_prune.statistics.experts import ExpertActivity, ExpertLikeness
+from megatron_prune.statistics.experts import ExpertActivity, ExpertLikeness, cosines
 from megatron_prune.statistics.walk import CutWeights, LayerWalk, WholeWeights, inner, sum_over_ranks
 
 ROUTER = "mlp.router"
@@ -62,9 +62,7 @@ def unit_distance(products: Tensor, squares: Tensor, other_squares: Tensor) -> T
 
     A vector of length 0 is as far from any other as vectors at right angles are.
     """
-    lengths = torch.sqrt(squares[:, None] * other_squares)
-    cosine = torch.where(lengths > 0, products / lengths.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return torch.sqrt((2 - 2 * cosine).clamp(min=0))
+    return torch.sqrt((2 - 2 * cosines(products, squares, other_squares)).clamp(min=0))
 
 
 class Merging:
