@@ -129,3 +129,16 @@ def test_learned_masks_are_of_all_linears(root: Path, tmp_path: Path, capsys: py
     assert "leave dense= out" in capsys.readouterr().err
     with pytest.raises(UserError, match="give a list of parts"):
         parse_any_target({"n": 2, "m": 4, "dense": "q_proj"})
+
+
+def test_models_for_maxtext_may_have_them() -> None:
+    """Which weights stay zero in its trainer follows from the pattern, but in those that were left dense."""
+    from megatron_prune.exporting.maxtext import _source_of
+
+    mask_of = _source_of(NM(2, 4, ("down_proj",)))
+    dense = torch.arange(1.0, 17.0).reshape(2, 8)
+    assert mask_of("model.layers.0.mlp.down_proj.weight", dense).all()
+    sparse = dense * torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(2)
+    assert torch.equal(mask_of("model.layers.0.mlp.up_proj.weight", sparse), sparse != 0)
+    with pytest.raises(UserError, match="up_proj.weight was pruned to 2:4,dense=down_proj and is not any more"):
+        mask_of("model.layers.0.mlp.up_proj.weight", dense)
