@@ -104,13 +104,13 @@ def _decision(path: Path) -> list[str]:
     if is_trim(path):
         return _trim(path)
     masks = Masks.load(path)
-    size = sum(row.size for row in masks.summary())
-    kept_of_all = sum(row.kept for row in masks.summary())
+    rows = masks.summary()
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for row in masks.summary():
+    for row in rows:
         sums[row.projection][0] += row.kept
         sums[row.projection][1] += row.size
     kept = [f"  {name:<10} {kept} of {size} kept ({kept / size:.6f})" for name, (kept, size) in sums.items()]
+    kept_of_all, size = sum(row.kept for row in rows), sum(row.size for row in rows)
     whole = f"{kept_of_all:,} of {size:,} weights kept, density {masks.density:.6f}"
     return [f"{path}: {masks.info.method} {masks.info.target}, {whole}", *kept]
 
