@@ -6,13 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_prune.__main__ import main
 from megatron_prune.backend import core_version
 from megatron_prune.log import read_metrics
+from tests.models import byte_tokenizer, tiny_model, words
 
 
 def curve(run: Path, key: str = "loss") -> list[float]:
@@ -55,3 +58,19 @@ PARTS = ("__0_0.distcp", "__0_1.distcp") if OLD else ("__0_0.distcp",)
 COMMON = "common.pt" if OLD else PARTS[0]
 """File with what is not sharded."""
 STORED = [*dict.fromkeys((PARTS[0], COMMON, ".metadata"))]
+
+
+def imported(folder: Path, family: str) -> Path:
+    """A folder with a checkpoint `ck` of a tiny model `hf`, and a text `w.jsonl`."""
+    byte_tokenizer(tiny_model(folder / "hf", family, vocab_size=257))
+    words(folder / "w.jsonl", documents=4)
+    assert main(["import", "--input", str(folder / "hf"), "--output", str(folder / "ck")]) == 0
+    return folder
+
+
+def refused_in_a_line(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Assert that a command ends with status 2 and one line, and makes nothing called `x` in this folder."""
+    capsys.readouterr()
+    assert main(command.split()) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line and not Path("x").exists()

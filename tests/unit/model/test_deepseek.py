@@ -17,7 +17,8 @@ from megatron_prune.model import fp8_blocks
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.cost import forward_flops, kv_cache_bytes
 from megatron_prune.model.families import FAMILIES, family_of
-from tests.models import TINY_SIZES, byte_tokenizer, edit_config, packed_deepseek, tiny_model, words
+from tests import runs
+from tests.models import TINY_SIZES, byte_tokenizer, edit_config, packed_deepseek, tiny_model
 from tests.unit.model.test_other_families import DEEPSEEK_V2, DEEPSEEK_V3
 
 YARN = DEEPSEEK_V3["rope_scaling"]
@@ -168,12 +169,8 @@ def test_fp8_of_other_families_is_refused_with_what_to_do(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint `ck` of a tiny model `hf`, and a text."""
-    folder = tmp_path_factory.mktemp("imported")
-    byte_tokenizer(tiny_model(folder / "hf", "deepseek_v3", vocab_size=257))
-    words(folder / "w.jsonl", documents=4)
-    assert main(["import", "--input", str(folder / "hf"), "--output", str(folder / "ck")]) == 0
-    return folder
+    """See `runs.imported`."""
+    return runs.imported(tmp_path_factory.mktemp("imported"), "deepseek_v3")
 
 
 @pytest.mark.parametrize(
@@ -198,9 +195,7 @@ def test_what_does_not_take_it_says_so_in_a_line(
     imported: Path, command: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(imported)
-    assert main(command.split()) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and not (imported / "x").exists()
+    runs.refused_in_a_line(command, message, capsys)
 
 
 @pytest.mark.parametrize("targets", ["linear_qkv linear_proj", "q_a_proj kv_a_proj_with_mqa kv_b_proj", "linear_fc1"])

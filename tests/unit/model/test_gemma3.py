@@ -24,6 +24,7 @@ from megatron_prune.model.prunable import FC2, PROJECTION
 from megatron_prune.statistics.compensation import Compensation
 from megatron_prune.statistics.passes import Passes
 from megatron_prune.statistics.walk import WholeWeights
+from tests import runs
 from tests.models import TWO_ROPES, byte_tokenizer, edit_config, tiny_model, words
 from tests.unit.model.test_other_families import GEMMA3
 
@@ -206,10 +207,5 @@ def test_the_language_part_of_a_model_that_sees_is_named(tmp_path: Path) -> None
 def test_what_does_not_take_it_says_so_in_a_line(
     tmp_path: Path, command: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    byte_tokenizer(tiny_model(tmp_path / "hf", "gemma3_text", vocab_size=257))
-    assert main("import --input hf --output ck".split()) == 0
-    capsys.readouterr()
-    assert main(command.split()) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and not (tmp_path / "x").exists()
+    monkeypatch.chdir(runs.imported(tmp_path, "gemma3_text"))
+    runs.refused_in_a_line(command, message, capsys)

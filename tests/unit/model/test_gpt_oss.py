@@ -26,7 +26,8 @@ from megatron_prune.model.convert import HFReader, experts_together
 from megatron_prune.model.cost import channels_seen
 from megatron_prune.model.families import FAMILIES, ModelConfig, family_of
 from megatron_prune.model.forward import logits
-from tests.models import YARN_ROPE, byte_tokenizer, edit_config, from_mxfp4, packed_gpt_oss, tiny_model, words
+from tests import runs
+from tests.models import YARN_ROPE, edit_config, from_mxfp4, packed_gpt_oss, tiny_model
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -289,12 +290,8 @@ def test_mxfp4_of_other_families_is_refused_with_what_to_do(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint `ck` of a tiny model `hf`, and a text."""
-    folder = tmp_path_factory.mktemp("imported")
-    byte_tokenizer(tiny_model(folder / "hf", "gpt_oss", vocab_size=257))
-    words(folder / "w.jsonl", documents=4)
-    assert main(["import", "--input", str(folder / "hf"), "--output", str(folder / "ck")]) == 0
-    return folder
+    """See `runs.imported`."""
+    return runs.imported(tmp_path_factory.mktemp("imported"), "gpt_oss")
 
 
 @pytest.mark.parametrize(
@@ -313,9 +310,7 @@ def test_what_does_not_take_it_says_so_in_a_line(
     imported: Path, command: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(imported)
-    assert main(command.split()) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and not (imported / "x").exists()
+    runs.refused_in_a_line(command, message, capsys)
 
 
 def test_both_forms_of_a_model_score_texts_alike(imported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
