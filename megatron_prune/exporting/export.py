@@ -15,12 +15,11 @@ from megatron_prune.decision.masks import Masks
 from megatron_prune.decision.pruned import open_pruned
 from megatron_prune.decision.run_folder import decision_of, is_run
 from megatron_prune.decision.source import ModelSource
-from megatron_prune.decision.target import NM, Unstructured, parse_any_target
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import Form, costs, form_of
 from megatron_prune.exporting.huggingface import write_directory, write_hf
 from megatron_prune.exporting.maxtext import export_maxtext
-from megatron_prune.exporting.padding import padded
+from megatron_prune.exporting.padding import kept_history, padded
 from megatron_prune.model import fms, given
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.families import ModelConfig, check_exportable, get_family
@@ -50,7 +49,7 @@ def _directory(config: ExportConfig) -> list[str]:
     form = form_of(stored, config.layers)
     written = get_family(stored.family).uniform(stored) if form == "padded" else stored
     check_exportable(written)
-    history = _kept_history(source.history, padded=written != stored)
+    history = kept_history(source.history) if written != stored else source.history
     write, layout = _writer(config, written, form, source.tokenizer, history), layout_of(config.parallelism)
     told = costs(stored, form) if form else []
     with backend.running(layout):
@@ -90,14 +89,6 @@ def open_exported(path: Path) -> ModelSource:
             "itself, or the checkpoint that trim writes from it"
         )
     return source
-
-
-def _kept_history(history: Mapping[str, Any], padded: bool) -> Mapping[str, Any]:
-    """What of a checkpoint's history holds of its export: padding takes sizes and budgets back."""
-    target = history.get("target")
-    if not padded or target is None or isinstance(parse_any_target(target), (NM, Unstructured)):
-        return history
-    return {**history, "target": None, "parameters": None}
 
 
 def _writer(

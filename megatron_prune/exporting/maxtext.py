@@ -28,7 +28,7 @@ from megatron_prune.decision.trimming import is_trim
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import form_of
 from megatron_prune.exporting.huggingface import write_hf
-from megatron_prune.exporting.padding import padded
+from megatron_prune.exporting.padding import kept_history, padded
 from megatron_prune.files import new_folder
 from megatron_prune.maxtext import layout
 from megatron_prune.maxtext.folder import write_settings
@@ -76,7 +76,8 @@ def export_maxtext(config: ExportConfig) -> None:
             return
         with new_folder(config.output, alone=True) as folder:
             handover, made = folder / "handover", folder / "made"
-            write_hf(handover / "hf", written, weights, source.tokenizer)
+            history = kept_history(source.history) if form == "padded" else source.history
+            write_hf(handover / "hf", written, weights, source.tokenizer, history=history)
             arguments = ["--input", handover / "hf", "--output", made, "--weights-dtype", config.weights_dtype]
             if masks is not None or form == "padded":
                 names = prunable_shapes(written)

@@ -8,12 +8,13 @@ channels that are zeros add nothing, so the model computes the same, at the cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import NM, Unstructured, parse_any_target
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.families import Block, ModelConfig, WeightMap, dimensions, get_family
 from megatron_prune.model.transformers_model import filled_model
@@ -30,6 +31,14 @@ def in_transformers(reader: HFReader, dtype: torch.dtype) -> Any:
     if config.blocks is None:
         return filled_model(config, weights, dtype)
     return filled_model(get_family(config.family).uniform(config), padded(config, weights), dtype)
+
+
+def kept_history(history: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What of a checkpoint's history holds of it when it is padded, which takes sizes and budgets back."""
+    target = history.get("target")
+    if target is None or isinstance(parse_any_target(target), (NM, Unstructured)):
+        return history
+    return {**history, "target": None, "parameters": None}
 
 
 def padded(config: ModelConfig, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

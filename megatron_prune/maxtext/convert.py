@@ -13,6 +13,7 @@ from megatron_prune.maxtext.folder import Folder, read_weights, write_folder
 from megatron_prune.maxtext.hf import HFDirectory, write_directory
 from megatron_prune.maxtext.masks import PackedMasks, stacked
 from megatron_prune.maxtext.options import ConvertConfig, ExportConfig, VerifyConfig
+from megatron_prune.model.pruning import read_pruning
 
 
 def convert(config: ConvertConfig) -> None:
@@ -22,7 +23,10 @@ def convert(config: ConvertConfig) -> None:
     layout.check(source.config)
     masks = PackedMasks(config.masks, source.config) if config.masks else None
     tree = layout.to_maxtext(source.read, source.config, {} if masks is None else masks, config.weights_dtype)
-    write_folder(config.output, tree, source.config, masks, config.input)
+    history = read_pruning(config.input)
+    if masks is not None and masks.pattern:
+        history["target"] = masks.pattern
+    write_folder(config.output, tree, source.config, masks, config.input, history)
     print(f"{config.output}: {source.config.num_layers} layers, {'masks' if masks else 'no masks'}, for MaxText 0.2.5")
 
 
@@ -40,7 +44,8 @@ def export(config: ExportConfig) -> None:
                 "trained without its masks; train with python -m megatron_prune.maxtext train"
             )
     weights = layout.from_maxtext(tree, folder.config, {} if masks is None else masks)
-    written = write_directory(config.output, folder.config, weights, folder.tokenizer)
+    history = read_pruning(config.input)
+    written = write_directory(config.output, folder.config, weights, folder.tokenizer, history)
     tied = folder.config.tie_word_embeddings and not written.tie_word_embeddings
     print(f"{config.output}: {written.dtype}" + ("; the output layer is untied now, it was trained" if tied else ""))
 

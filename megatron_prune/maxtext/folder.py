@@ -4,6 +4,7 @@ megatron_prune_maxtext.json   what it is: sizes and constants, and the Hugging F
 maxtext.yml                   MaxText's configuration: sizes, rotary embedding, where the weights are
 weights/0/                    an Orbax checkpoint with scanned layers, in float32 or bfloat16
 masks.npz                     which weights stay zero; absent where none do
+pruning.json                  how it was pruned (megatron_prune.model.pruning); absent where it was not
 tokenizer/                    tokenizer, chat template and generation config
 
 Read and written here; Orbax and JAX are needed for the weights alone.
@@ -30,6 +31,7 @@ from megatron_prune.maxtext.checkpoints import damaged, fault
 from megatron_prune.maxtext.masks import PackedMasks
 from megatron_prune.model.description import checked_config
 from megatron_prune.model.families import ModelConfig
+from megatron_prune.model.pruning import write_pruning
 
 FORMAT = 1
 DESCRIPTION = "megatron_prune_maxtext.json"
@@ -89,9 +91,18 @@ def is_folder(path: Path) -> bool:
 
 
 def write_folder(
-    path: Path, tree: layout.Tree, config: ModelConfig, masks: PackedMasks | None, tokenizer: Path
+    path: Path,
+    tree: layout.Tree,
+    config: ModelConfig,
+    masks: PackedMasks | None,
+    tokenizer: Path,
+    history: Mapping[str, Any],
 ) -> None:
-    """Write a model for MaxText; `path` must not exist and appears whole or not at all."""
+    """Write a model for MaxText; `path` must not exist and appears whole or not at all.
+
+    `history`: of the checkpoint, from which what it says of pruning is written down; a pattern of zeros where masks hold
+    it in training.
+    """
     layout.check(config)
     layout.check_tree(tree, config)
     with new_folder(path) as folder:
@@ -101,6 +112,7 @@ def write_folder(
         copy_tokenizer(tokenizer, folder / TOKENIZER)
         if masks is not None:
             masks.save(folder / MASKS)
+        write_pruning(folder, history if masks is not None or history.get("parameters") else {})
         save_weights(folder / WEIGHTS, tree)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.files import new_folder, write_json
 from megatron_prune.foreign import fenced, read_json
 from megatron_prune.model.families import ModelConfig, family_of, get_family
+from megatron_prune.model.pruning import write_pruning
 from megatron_prune.schema import RelativeName, Word
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -93,12 +94,14 @@ def write_directory(
     config: ModelConfig,
     weights: Iterator[tuple[str, np.ndarray]],
     tokenizer: Path,
+    history: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ModelConfig:
     """Write a Hugging Face directory with tokenizer and generation config; `directory` must not exist.
 
     `weights` in model order, the output layer last: of a tied model it is left out where it still repeats the
-    embedding, and else the model becomes one with an output layer of its own. Returns the config written.
+    embedding, and else the model becomes one with an output layer of its own. `history`: as `write_pruning` takes it.
+    Returns the config written.
     """
     family = get_family(config.family)
     names = {name for map in family.weights(config) for name in map.hf}
@@ -122,6 +125,7 @@ def write_directory(
         _name(folder, shards)
         write_json(folder / "config.json", family.to_hf(config))
         copy_tokenizer(tokenizer, folder)
+        write_pruning(folder, history or {})
     return config
 
 

@@ -234,8 +234,10 @@ def test_the_way_back_is_bit_equal(root: Path, name: str) -> None:
         assert written[key].dtype == tensor.dtype and torch.equal(bits(written[key]), bits(tensor)), key
     files = {file.name for file in (root / name).iterdir()}
     assert {file.name for file in (root / f"{name}_hf").iterdir()} == files and "generation_config.json" in files
-    configs = (json.loads((root / folder / "config.json").read_text()) for folder in (name, f"{name}_hf"))
-    assert next(configs) == next(configs)
+    for file in files & {"config.json", "pruning.json"}:
+        configs = (json.loads((root / folder / file).read_text()) for folder in (name, f"{name}_hf"))
+        assert next(configs) == next(configs), file
+    assert ("pruning.json" in files) == (name in {"sparse", "experts"})
 
 
 @pytest.mark.parametrize(("width", "query"), [(16, "bfloat16"), (8, "float32")])
@@ -320,6 +322,7 @@ def test_what_does_not_fit_is_refused(root: Path, call: str, message: str) -> No
 
 def test_learned_masks_are_whole_patterns_and_lower_the_loss(root: Path) -> None:
     assert said(root, "learn").startswith("0 ") and said(root, "learned").startswith("0 ")
+    assert json.loads((root / "learned_maxtext" / "pruning.json").read_text())["target"] == "2:4"
     masks = PackedMasks(root / "learned" / "masks.npz", HFReader(root / "dense").model_config)
     assert masks.pattern == "2:4"
     assert all((masks[name].reshape(-1, 4).sum(-1) == 2).all() for name in masks)
