@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megatron_prune.claims import refuse_existing
 from megatron_prune.decision.target import NM, Target, parse_target
+from megatron_prune.decision.tiles import Grid, broken_groups
 from megatron_prune.errors import UserError, brief
 from megatron_prune.files import abandon_folder, begin_folder, publish_folder, write_json, writing
 from megatron_prune.foreign import fenced, read_format, strict
@@ -143,13 +144,29 @@ def check_mask(mask: Tensor, target: Target, name: str) -> None:
 def _check_groups(mask: Tensor, target: NM, name: str) -> None:
     target.check(mask.shape[-1], name)
     kept = mask.reshape(mask.shape[0], -1, target.m).sum(-1)
-    wrong = (kept != target.n).nonzero()
+    broken = broken_groups(mask, target)
+    if target.share != 1 and not broken.any():
+        _check_tiles(kept, target, name)
+        return
+    wrong = (broken | (kept < target.n)).nonzero()
     if len(wrong):
         row, group = wrong[0].tolist()
         raise UserError(
             f"the mask of {name} keeps {int(kept[row, group])} of the {target.m} inputs from "
             f"{group * target.m} on in row {row}; {target} keeps exactly {target.n} "
             f"(wrong groups: {len(wrong)})"
+        )
+
+
+def _check_tiles(kept: Tensor, target: NM, name: str) -> None:
+    """UserError for a tile that is neither dense nor in the pattern."""
+    grid = Grid.of((kept.shape[0], kept.shape[1] * target.m), target)
+    sizes = grid.sizes()
+    whole = grid.sums(kept == target.m) == sizes
+    pruned = grid.sums(kept == target.n) == sizes
+    if not (whole | pruned).all():
+        raise UserError(
+            f"the mask of {name} has tiles of {target.tiles} that are neither dense nor {target.n}:{target.m}"
         )
 
 

@@ -6,6 +6,8 @@ Written ``2:4``, ``0.5``, ``num_layers=24,ffn_hidden_size=1152`` or ``parameters
 
 Either of the first two may leave weights dense: ``2:4,dense=down_proj+layers.0.`` (in a file ``dense: [down_proj,
 layers.0.]``) prunes none whose Hugging Face name has one of these in it; ``*`` stands for anything.
+``2:4@0.75`` prunes three quarters of every weight, in tiles of 128 by 128, and leaves the other tiles dense;
+``2:4@0.75,tile=64xall`` has tiles of 64 whole rows (outputs), ``tile=allx64`` of 64 whole columns (inputs).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import UserError, brief
 
@@ -30,16 +32,17 @@ MEASURES = ("parameters", "active_parameters", "forward_flops", "kv_cache_bytes"
 """What a budget may limit: weights of the model, all or those that a token meets; of a token, FLOPs with 2048 before it
 and bytes of key-value cache.
 """
+_NUMBER = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?|nan|inf)"
 LATENCY = "latency_us"
 """Another measure: microseconds by a table that was measured; see `decision/latency.py`."""
 _ALLOWED = (
-    "N:M such as 2:4 (N kept of every M inputs), a sparsity between 0 and 1 such as 0.5 (share removed), either with "
-    "weights that stay dense such as 2:4,dense=down_proj, sizes such as "
+    "N:M such as 2:4 (N kept of every M inputs), of a share of each weight such as 2:4@0.75, a sparsity between 0 and "
+    "1 such as 0.5 (share removed), any with weights that stay dense such as 2:4,dense=down_proj, sizes such as "
     "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M, kv_cache_bytes=10K "
     "or latency_us=800K"
 )
 
-
+_TILES = "rows x columns, such as 128x128, 64xall or allx64"
 MOST_PATTERNS = 100
 """Of names of weights that stay dense."""
 
@@ -67,6 +70,33 @@ class _LeavesDense:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """A piece of a weight `[out, in]` that is pruned or stays dense; those at the edges may be smaller. 0: all."""
+
+    rows: int = 128
+    columns: int = 128
+
+    def __post_init__(self) -> None:
+        wrong = [size for size in (self.rows, self.columns) if type(size) is not int or not 0 <= size <= LARGEST]
+        if wrong or not (self.rows or self.columns):
+            raise UserError(f"a tile of {brief(self.rows)} by {brief(self.columns)} is not possible; give {_TILES}")
+
+    def __str__(self) -> str:
+        return f"{self.rows or 'all'}x{self.columns or 'all'}"
+
+    @classmethod
+    def parse(cls, given: object) -> Tile:
+        """The tile meant by ``128x128``, ``64xall`` or ``allx64``; UserError says what is allowed."""
+        found = re.fullmatch(
+            r"\s*([1-9][0-9]{0,8}|all)x([1-9][0-9]{0,8}|all)\s*", given if isinstance(given, str) else ""
+        )
+        if not found:
+            raise UserError(f"tile={brief(given)} is not possible; give {_TILES}")
+        rows, columns = (0 if size == "all" else int(size) for size in found.groups())
+        return cls(rows, columns)
+
+
+@dataclass(frozen=True)
 class NM(_LeavesDense):
     """Keep ``n`` of every ``m`` consecutive inputs of each output row, groups starting at its first input."""
 
@@ -76,6 +106,10 @@ class NM(_LeavesDense):
     """Weights in a group."""
     dense: tuple[str, ...] = ()
     """Parts of the names of weights that are not pruned."""
+    share: float = 1.0
+    """Share of each weight that is pruned, in whole tiles; the other tiles stay dense."""
+    tile: Tile | None = None
+    """What a tile is, where the share is not 1."""
 
     def __post_init__(self) -> None:
         self._check_patterns()
@@ -85,14 +119,35 @@ class NM(_LeavesDense):
                 f"pattern {brief(self.n)}:{brief(self.m)} is not possible; N:M keeps N of every M inputs, "
                 f"with whole numbers 0 < N < M <= {MAX_M}"
             )
+        if type(self.share) not in (int, float) or not 0 < self.share <= 1:
+            raise UserError(
+                f"share {brief(self.share)} of {self.n}:{self.m} is not possible; give one above 0, below 1"
+            )
+        if self.share == 1:
+            if self.tile is not None:
+                raise UserError(f"tile={self.tile} is for a share of {self.n}:{self.m}, such as {self.n}:{self.m}@0.75")
+            return
+        if self.tile is None:
+            object.__setattr__(self, "tile", Tile())
+        if self.tiles.columns and self.tiles.columns % self.m:
+            raise UserError(
+                f"tile={self.tile} cuts groups of {self.m} inputs; give a multiple of {self.m} as its width"
+            )
+
+    @property
+    def tiles(self) -> Tile:
+        """Its tiles, where the share is not 1."""
+        assert self.tile is not None, "every tile is pruned"
+        return self.tile
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}{self._except()}"
+        tile = f",tile={self.tile}" if self.tile not in (None, Tile()) else ""
+        return f"{self.n}:{self.m}{f'@{float(self.share)!r}' if self.share != 1 else ''}{tile}{self._except()}"
 
     @property
     def density(self) -> float:
         """Share of the weights that are kept."""
-        return self.n / self.m
+        return self.share * self.n / self.m + 1 - self.share
 
     def check(self, in_features: int, name: str = "a linear layer") -> None:
         """Raise UserError when rows of ``in_features`` inputs do not divide into groups."""
@@ -226,23 +281,26 @@ def _from_string(text: str) -> Target | StructuredTarget:
         if isinstance(found, Shape | Budget):
             raise UserError(f"target {brief(text)}: dense= is for patterns of weights, such as 2:4,dense=down_proj")
         return replace(found, dense=tuple(dense.strip().split("+")))
-    pattern = re.fullmatch(r"\s*([0-9]{1,9})\s*:\s*([0-9]{1,9})\s*", text)
+    pattern = re.fullmatch(rf"\s*([0-9]{{1,9}})\s*:\s*([0-9]{{1,9}})\s*(?:@\s*({_NUMBER})\s*)?(?:,\s*tile=(.*))?", text)
     if pattern:
-        return NM(int(pattern[1]), int(pattern[2]))
+        n, m, share, tile = pattern.groups()
+        return NM(int(n), int(m), (), float(share or 1), None if tile is None else Tile.parse(tile))
     if "=" in text:
         return _from_mapping(dict(_pair(text, part) for part in text.split(",")))
-    if re.fullmatch(r"\s*[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?|nan|inf)\s*", text):
+    if re.fullmatch(rf"\s*{_NUMBER}\s*", text):
         return Unstructured(float(text))
     raise UserError(f"target {brief(text)} is not understood; give {_ALLOWED}")
 
 
 def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
-    if set(given) - {"dense"} in ({"n", "m"}, {"sparsity"}):
+    if (kind := _kind(given)) is not None:
         dense = given.get("dense", [])
         if not isinstance(dense, list | tuple) or not all(isinstance(each, str) for each in dense):
             raise UserError(f"target dense: {brief(dense)} is not possible; give a list of parts of names of weights")
-        kind = NM if "n" in given else Unstructured
-        return kind(**{**{str(key): value for key, value in given.items()}, "dense": tuple(dense)})  # type: ignore[arg-type]
+        values: dict[str, Any] = {str(key): value for key, value in given.items()} | {"dense": tuple(dense)}
+        if "tile" in values:
+            values["tile"] = Tile.parse(values["tile"])
+        return kind(**values)
     if len(given) == 1 and set(given) <= {*MEASURES, LATENCY}:
         ((measure, limit),) = given.items()
         return Budget(_count(limit), str(measure))
@@ -254,6 +312,13 @@ def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     shown = ", ".join(f"{brief(str(key), 30)}: {brief(value, 30)}" for key, value in list(given.items())[:3])
     raise UserError(f"target {{{shown}}} is not understood{hint}; give {_ALLOWED}")
+
+
+def _kind(given: Mapping[object, object]) -> type[NM] | type[Unstructured] | None:
+    """What of single weights has these keys."""
+    if set(given) - {"dense", "share", "tile"} == {"n", "m"}:
+        return NM
+    return Unstructured if set(given) - {"dense"} == {"sparsity"} else None
 
 
 def _pair(text: str, part: str) -> tuple[str, str]:

@@ -27,16 +27,18 @@ from torch.sparse import to_sparse_semi_structured
 from megatron_prune.config import BenchConfig, ExportConfig
 from megatron_prune.decision.masks import prunable_shapes
 from megatron_prune.decision.run_folder import is_run
-from megatron_prune.decision.target import NM
+from megatron_prune.decision.target import NM, parse_any_target
 from megatron_prune.errors import UserError
+from megatron_prune.evaluation.regions import runs, split
 from megatron_prune.evaluation.verify import projections
 from megatron_prune.exporting.export import export
 from megatron_prune.exporting.padding import in_transformers
-from megatron_prune.log import device_names, environment, progress
+from megatron_prune.log import device_names, environment, progress, say
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.convert import HFReader
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.families import get_family
+from megatron_prune.model.pruning import read_pruning
 
 PROMPT = 512
 """Tokens of a prompt where none are given and the model reads as many, with those that follow."""
@@ -67,10 +69,14 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         return _bench(*_open(config, directory))
 
 
-def _bench(config: BenchConfig, reader: HFReader) -> dict[str, Any]:
+def _bench(config: BenchConfig, reader: HFReader, target: NM) -> dict[str, Any]:
     missing = missing_kernels()
+    if not runs(target):
+        missing = f"{target.tiles} tiles take one of their own; those of tile=64xall and tile=allx64 do not"
+    if missing:
+        say(f"no 2:4 kernels here ({missing}): dense figures only")
     return {
-        "benchmark": "dense against 2:4, transformers, eager",
+        "benchmark": f"dense against {target}, transformers, eager",
         "input": config.input,
         "dtype": config.dtype or reader.model_config.dtype,
         "prompt_length": config.prompt_length,
@@ -78,7 +84,7 @@ def _bench(config: BenchConfig, reader: HFReader) -> dict[str, Any]:
         "repeats": config.repeats,
         "environment": environment(),
         "no_sparse_kernels": missing,
-        **_measure(config, reader, sparse=missing is None),
+        **_measure(config, reader, target, sparse=missing is None),
     }
 
 
@@ -106,8 +112,10 @@ def _exported(config: BenchConfig) -> Iterator[str]:
         yield str(Path(folder) / "hf")
 
 
-def _open(config: BenchConfig, directory: str) -> tuple[BenchConfig, HFReader]:
-    """The model, found to be 2:4 and long enough, with the length of prompts settled; UserError otherwise."""
+def _open(config: BenchConfig, directory: str) -> tuple[BenchConfig, HFReader, NM]:
+    """The model, found to be 2:4 where it was pruned and long enough, with the length of prompts settled, and what it
+    was pruned to; UserError otherwise.
+    """
     reader = HFReader(directory)
     longest = reader.model_config.max_position_embeddings
     length = config.prompt_length or max(1, min(PROMPT, longest - config.new_tokens))
@@ -116,16 +124,20 @@ def _open(config: BenchConfig, directory: str) -> tuple[BenchConfig, HFReader]:
         raise UserError(
             f"--prompt-length and --new-tokens make {wanted} tokens and the model reads at most {longest}: use less"
         )
+    recorded = read_pruning(reader.directory).get("target")
+    target = parse_any_target(recorded) if recorded else None
+    if not isinstance(target, NM) or (target.n, target.m) != (2, 4):
+        target = NM(2, 4)
     weights = ((name, reader.read(name)) for name in prunable_shapes(reader.model_config))
-    counts = projections(weights, reader.model_config, NM(2, 4))
+    counts = projections(weights, reader.model_config, target)
     broken = sum(count.broken_groups for count in counts.values())
     if broken:
         groups = sum(count.size for count in counts.values()) // 4
         raise UserError(
-            f"{config.input} is not 2:4: {broken} of {groups} groups hold more than 2 of 4 weights; give a model that "
-            "was pruned with --target 2:4"
+            f"{config.input} is not {target}: {broken} of {groups} groups hold more than 2 of 4 weights; give a model "
+            "that was pruned with --target 2:4"
         )
-    return replace(config, prompt_length=length), reader
+    return replace(config, prompt_length=length), reader, target
 
 
 def _load(config: BenchConfig, reader: HFReader) -> Any:
@@ -134,25 +146,31 @@ def _load(config: BenchConfig, reader: HFReader) -> Any:
     return torch.nn.Module.to(model, backend.device()).eval().requires_grad_(False)
 
 
-def sparsify(model: Any, reader: HFReader) -> int:
-    """Replace every pruned weight of a transformers model on a GPU by its compressed form; the number of weights."""
-    family, names = get_family(reader.model_config.family), list(prunable_shapes(reader.model_config))
+def sparsify(model: Any, reader: HFReader, target: NM) -> int:
+    """Replace every pruned weight of a transformers model on a GPU by its compressed form, or by that and what of it
+    stayed dense; the number of weights.
+    """
+    family = get_family(reader.model_config.family)
+    names = [name for name in prunable_shapes(reader.model_config) if not target.leaves(name)]
     for name in names:
         path, _, field = name.rpartition(".")
         module = model.get_submodule(path)
         rows = family.as_rows(getattr(module, field)).contiguous()
         try:
-            packed = to_sparse_semi_structured(rows)
+            if target.share == 1:
+                packed = to_sparse_semi_structured(rows)
+                setattr(module, field, torch.nn.Parameter(family.as_rows(packed), requires_grad=False))
+            else:
+                model.set_submodule(path, split(rows, module.bias, target, to_sparse_semi_structured))
         except RuntimeError as error:
             raise UserError(f"PyTorch's 2:4 kernels do not take {name}: {error}; try another --dtype") from error
-        setattr(module, field, torch.nn.Parameter(family.as_rows(packed), requires_grad=False))
     return len(names)
 
 
 # --- the measurement ---
 
 
-def _measure(config: BenchConfig, reader: HFReader, sparse: bool) -> dict[str, Any]:
+def _measure(config: BenchConfig, reader: HFReader, target: NM, sparse: bool) -> dict[str, Any]:
     """Figures of the dense model and, with `sparse`, of the compressed one, with what tells them apart."""
     model = _load(config, reader)
     result: dict[str, Any] = {"dense_bytes": _weight_bytes(model)}
@@ -160,7 +178,7 @@ def _measure(config: BenchConfig, reader: HFReader, sparse: bool) -> dict[str, A
         result["dense"] = _figures(config, model, advance)
         if sparse:
             before = _first_logits(model, config)
-            sparsify(model, reader)
+            sparsify(model, reader, target)
             result["sparse_bytes"] = _weight_bytes(model)
             result["sparse"] = _figures(config, model, advance)
             difference = (_first_logits(model, config) - before).abs().max()

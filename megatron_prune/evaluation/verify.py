@@ -22,6 +22,7 @@ from megatron_prune.decision import run_folder
 from megatron_prune.decision.masks import prunable_shapes
 from megatron_prune.decision.pruned import load_pruned, open_pruned
 from megatron_prune.decision.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
+from megatron_prune.decision.tiles import broken_groups
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.padding import in_transformers
 from megatron_prune.foreign import names
@@ -98,8 +99,7 @@ def count_zeros(weight: Tensor, target: Target | None) -> ZeroCount:
     zero = weight == 0
     broken = 0
     if isinstance(target, NM):
-        kept = (~zero).unflatten(1, (-1, target.m)).sum(2)
-        broken = int((kept > target.n).sum())
+        broken = int(broken_groups(~zero, target).sum())
     rounding = 0 if target is None or isinstance(target, NM) else max(weight.shape)
     return ZeroCount(weight.numel(), int(zero.sum()), int((zero & torch.signbit(weight)).sum()), broken, rounding)
 

@@ -24,6 +24,7 @@ from megatron_prune.decision.masks import Masks, pack_mask, prunable_shapes, unp
 from megatron_prune.decision.pruned import open_pruned
 from megatron_prune.decision.run_folder import decision_of, is_run, read_run
 from megatron_prune.decision.target import NM, Unstructured, parse_any_target
+from megatron_prune.decision.tiles import broken_groups
 from megatron_prune.decision.trimming import is_trim
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.forms import form_of
@@ -112,7 +113,7 @@ def _source_of(masks: Masks | NM | Unstructured | None) -> MaskSource:
         mask = weight != 0
         if not isinstance(target, NM) or target.leaves(name):
             return mask
-        if int(mask.view(mask.shape[0], -1, target.m).sum(-1).max()) > target.n:
+        if broken_groups(mask, target).any():
             raise UserError(f"{name} was pruned to {target} and is not any more: export it with --format hf")
         return mask
 

@@ -120,13 +120,18 @@ def _invert(r: Tensor) -> None:
     _invert(second)
 
 
-def solve_nm(weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 128) -> tuple[Tensor, Tensor]:
+def solve_nm(
+    weight: Tensor, factor: Factor, n: int, m: int, block_size: int = 128, dense: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Keep ``n`` of every ``m``, chosen on the updated weights when a group's first column is reached.
 
     weight [rows, in] float32 -> (mask bool [rows, in], corrected weights [rows, in], zero where mask is
-    False). Blocks are rounded up to whole groups.
+    False). Blocks are rounded up to whole groups. ``dense`` bool [rows, in]: groups of which all stays, and makes up
+    for what goes on their left.
     """
     weight, mask = _start(weight, factor)
+    if dense is not None:
+        mask.copy_(~dense)
     size = weight.shape[1] if _has_own_blocks(weight.device) else -(-block_size // m) * m
     for first, last in _blocks(weight.shape[1], size):
         sweep(weight, mask, factor, first, last, n, m)
@@ -157,7 +162,8 @@ def scores(weight: Tensor, factor: Factor, first: int, last: int) -> Tensor:
 def sweep(weight: Tensor, mask: Tensor, factor: Factor, first: int, last: int, n: int = 0, m: int = 0) -> None:
     """Remove weights of the columns first to last and correct all columns on their right, in place.
 
-    With ``m`` the mask is chosen here, N:M, and written; with ``m = 0`` it is given.
+    With ``m`` the mask is chosen here, N:M, and written; in groups where it is False all stay. With ``m = 0`` it is
+    given.
     """
     fast = _fast(weight.device) or sweep_eager
     fast(weight, mask, factor, first, last, n, m)
@@ -169,7 +175,7 @@ def sweep_eager(weight: Tensor, mask: Tensor, factor: Factor, first: int, last: 
     errors = torch.zeros_like(weight[:, first:last])
     for j in range(first, last):
         if m and j % m == 0:
-            mask[:, j : j + m] = select_nm(scores(weight, factor, j, j + m), n, m)
+            mask[:, j : j + m] = select_nm(scores(weight, factor, j, j + m), n, m) | ~mask[:, j : j + 1]
         error = torch.where(mask[:, j], 0.0, weight[:, j] / upper[j, j])
         errors[:, j - first] = error
         weight[:, j] = torch.where(mask[:, j], weight[:, j], 0.0)

@@ -54,7 +54,7 @@ def inside(
 ):  # fmt: skip
     """Columns [first, last) of ROWS rows: remove, spread the errors as far as last, and note them [rows, WIDTH].
 
-    M > 0: write the mask, N:M; M = 0: obey it.
+    M > 0: write the mask, N:M where it is 1, and all of a group where it is 0; M = 0: obey it.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -69,7 +69,9 @@ def inside(
             chosen = _choose(w, upper, live, column, columns, first, j, N, M)
         for i in tl.static_range(STEP):
             picked = (column == j + i)[None, :]
-            keep = chosen[i] if M > 0 else _pick(kept, column, j + i)
+            keep = _pick(kept, column, j + i)
+            if M > 0:
+                keep = tl.where(keep != 0.0, chosen[i], 1.0)
             value = _pick(w, column, j + i)
             factor = upper + (first + j + i).to(tl.int64) * columns + first
             error = tl.where(keep != 0.0, 0.0, tl.div_rn(value, tl.load(factor + j + i)))

@@ -100,8 +100,8 @@ def write_folder(
 ) -> None:
     """Write a model for MaxText; `path` must not exist and appears whole or not at all.
 
-    `history`: of the checkpoint, from which what it says of pruning is written down; a pattern of zeros where masks hold
-    it in training.
+    `history`: of the checkpoint, from which what it says of pruning is written down; a pattern of zeros where masks
+    hold it in training.
     """
     layout.check(config)
     layout.check_tree(tree, config)

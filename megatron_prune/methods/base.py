@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.decision.target import MEASURES, NM, Budget, StructuredTarget, Target, Unstructured
+from megatron_prune.decision.tiles import dense_tiles, removed
 from megatron_prune.errors import UserError, brief
 from megatron_prune.kernels.definition import MAX_M
 from megatron_prune.kernels.selection import keep_largest, select_matrix, select_nm, select_rows
@@ -47,6 +48,7 @@ __all__ = [
     "PruningMethod",
     "Statistic",
     "Workbench",
+    "dense_part",
     "finite",
     "get_method",
     "hyperparameter",
@@ -56,6 +58,7 @@ __all__ = [
     "select_blocks",
     "select_matrix",
     "select_nm",
+    "select_pattern",
     "select_rows",
 ]
 
@@ -231,11 +234,12 @@ class PruningMethod:
 
 def check_learnable(target: NM) -> None:
     """UserError for a pattern with more choices than logits are kept of (of 16 inputs 8 can stay in 12,870 ways), and
-    for one that leaves weights dense.
+    for one that leaves weights dense, or tiles of them.
     """
-    if target.dense:
+    if target.dense or target.share != 1:
+        what = "dense=" if target.dense else f"@{target.share}"
         raise UserError(
-            f"target {target}: learned masks are of all linears; leave dense= out, or use a one-shot method"
+            f"target {target}: learned masks are of all linears; leave {what} out, or use a one-shot method"
         )
     if target.m > MAX_M:
         able = [name for name in mask_methods() if NM in _discovered()[name].targets]
@@ -363,6 +367,30 @@ def finite(name: str, x: Tensor, what: str) -> Tensor:
             "check the checkpoint, and that the calibration runs in a dtype that does not overflow"
         )
     return x
+
+
+def dense_part(linear: Linear, cost: Callable[[], Tensor], target: NM) -> Tensor | None:
+    """What of this rank's rows is in tiles that stay dense, bool `[rows_here, in]`; None where `target` has no share.
+
+    `cost`: of removing each weight alone, `[rows_here, in]`. Tiles are those of the Hugging Face matrices, and each
+    loses the same share. Collective.
+    """
+    if target.share == 1:
+        return None
+    whole = linear.gather(removed(cost(), target))
+    dense = torch.zeros(whole.shape, dtype=torch.bool, device=whole.device)
+    for rows in linear.blocks.values():
+        rows = rows.to(whole.device)
+        dense[rows] = dense_tiles(whole[rows], target)
+    return linear.local(dense).repeat_interleave(target.m, 1)
+
+
+def select_pattern(linear: Linear, score: Tensor, target: NM) -> Tensor:
+    """Keep the highest scores of every group; where a share of the weight is pruned, all of the tiles in which the
+    squares of what would go are largest. `[rows_here, in]` -> bool. Collective.
+    """
+    mask, dense = select_nm(score, target.n, target.m), dense_part(linear, score.square, target)
+    return mask if dense is None else mask | dense
 
 
 def select_blocks(score: Tensor, blocks: Mapping[str, Tensor], kept: Callable[[int], int]) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_prune.decision.cost import budgeted
 from megatron_prune.decision.target import NM, Budget, Shape, StructuredTarget, Target
+from megatron_prune.decision.tiles import has_room
 from megatron_prune.errors import UserError
 from megatron_prune.methods.base import PruningMethod
 from megatron_prune.model.families import get_family
@@ -86,11 +87,13 @@ def _check_shape(config: ModelConfig, target: Shape) -> None:
 
 def _check_widths(config: ModelConfig, target: Target) -> None:
     names: list[str] = []
+    fits = not isinstance(target, NM) or target.share == 1
     for map in get_family(config.family).weights(config):
         if map.prunable:
             names += map.hf
             if not all(target.leaves(name) for name in map.hf):
                 target.check(map.shape[1], map.megatron)
+                fits |= isinstance(target, NM) and any(has_room(shape, target) for shape in map.shapes)
     for pattern in target.dense:
         if not any(replace(target, dense=(pattern,)).leaves(name) for name in names):
             raise UserError(
@@ -98,6 +101,11 @@ def _check_widths(config: ModelConfig, target: Target) -> None:
             )
     if all(target.leaves(name) for name in names):
         raise UserError(f"target {target} leaves all {len(names)} prunable weights dense; name fewer")
+    if not fits:
+        raise UserError(
+            f"target {target}: no weight of the model has a tile as small as what may stay dense; give smaller tiles, "
+            "such as tile=8xall, or a smaller share"
+        )
 
 
 def check_shards(

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_prune.decision.masks import Kept
 from megatron_prune.decision.target import NM, Target, Unstructured
 from megatron_prune.kernels.selection import pruned_count
-from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_blocks, select_nm
+from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_blocks, select_pattern
 
 
 def magnitude_score(weight: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Magnitude(PruningMethod):
         for linear in work.linears(None):
             score = magnitude_score(finite(linear.name, linear.weight(), "weights"))
             if isinstance(target, NM):
-                mask = select_nm(score, target.n, target.m)
+                mask = select_pattern(linear, score, target)
             else:
                 whole = select_blocks(linear.gather(score), linear.blocks, kept_of(score.shape[1], target.sparsity))
                 mask = linear.local(whole)

@@ -23,6 +23,7 @@ from megatron_prune.kernels.second_order import (
     SelectBlock,
     SingularHessian,
     factorise,
+    scores,
     solve_nm,
     solve_unstructured,
 )
@@ -30,6 +31,7 @@ from megatron_prune.methods.base import (
     Linear,
     PruningMethod,
     Workbench,
+    dense_part,
     finite,
     hyperparameter,
     register,
@@ -104,8 +106,8 @@ class SparseGPT(PruningMethod):
 
     def _solve(self, weight: Tensor, factor: Factor, linear: Linear, target: Target) -> tuple[Tensor, Tensor]:
         if isinstance(target, NM):
-            return solve_nm(weight, factor, target.n, target.m, self.block_size)
-
+            dense = dense_part(linear, lambda: scores(weight, factor, 0, weight.shape[1]).clamp_(min=0), target)
+            return solve_nm(weight, factor, target.n, target.m, self.block_size, dense)
         return solve_unstructured(weight, factor, block_selection(linear, target.sparsity), self.block_size)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_prune.decision.masks import Kept
 from megatron_prune.decision.target import NM, Target, Unstructured
-from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_nm, select_rows
+from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_pattern, select_rows
 from megatron_prune.statistics.activations import InputNorm
 
 
@@ -36,7 +36,7 @@ class Wanda(PruningMethod):
             norm = finite(linear.name, linear.statistic.value(), "inputs")
             score = wanda_score(finite(linear.name, linear.weight(), "weights"), norm)
             if isinstance(target, NM):
-                linear.keep(select_nm(score, target.n, target.m))
+                linear.keep(select_pattern(linear, score, target))
             else:
                 linear.keep(select_rows(score, target.sparsity))
         return work.masks()

@@ -12,11 +12,8 @@ VERB = Verb("bench", BenchConfig, "time an exported 2:4 model, dense against spa
 
 def run(config: BenchConfig) -> dict[str, Any]:
     """Time `config.input`, print a line for each batch size, and write the result where asked."""
-    from megatron_prune.evaluation.speed import bench, missing_kernels
-    from megatron_prune.log import say
+    from megatron_prune.evaluation.speed import bench
 
-    if lacking := missing_kernels():
-        say(f"no 2:4 kernels here ({lacking}): dense figures only")
     result = bench(config)
     deliver(told(result), result, config.output)
     return result

@@ -57,6 +57,8 @@ CASES = [
     Case("sparsegpt", "2:4", ("--true-sequential",)),
     Case("sparsegpt", "2:4", ("--descent-passes=3",)),
     Case("sparsegpt", "2:4,dense=up_proj+layers.0.mlp"),
+    Case("wanda", "2:4@0.75,tile=24xall"),
+    Case("sparsegpt", "2:4@0.6,tile=16x16"),
     Case("sparsegpt", "0.5"),
 ]
 CONTROL = Case("layout_dependent", "2:4")

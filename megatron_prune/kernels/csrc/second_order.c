@@ -32,7 +32,8 @@ typedef struct {
     int64_t in, n, m;
 } problem;
 
-/* Mark the n highest of m scores (w / d)^2, of equal ones the last; inputs that never fired lose to all others. */
+/* Mark the n highest of m scores (w / d)^2, of equal ones the last; inputs that never fired lose to all others. All stay
+ * in a group that keep says nothing of. */
 static void choose(const problem *p, const column *w, int64_t first, truth *keep)
 {
     column score[MAX_M];
@@ -47,8 +48,9 @@ static void choose(const problem *p, const column *w, int64_t first, truth *keep
             losses[low] -= beaten;
             losses[high] -= ~beaten;
         }
+    truth whole = ~keep[0];
     for (int64_t i = 0; i < p->m; i++)
-        keep[i] = losses[i] < (int32_t)p->n;
+        keep[i] = (losses[i] < (int32_t)p->n) | whole;
 }
 
 /* Columns [first, last) of a group of rows: remove, spread the errors as far as last, and note them. */
@@ -164,7 +166,8 @@ static void tile(const problem *p, float *w, uint8_t *keep, int64_t rows, int64_
     }
 }
 
-/* w and keep are updated in place. m > 0: write keep, N:M with first a multiple of m; m = 0: obey keep as given.
+/* w and keep are updated in place. m > 0: write keep, N:M with first a multiple of m, where it is 1, and leave whole the
+ * groups where it is 0; m = 0: obey keep as given.
  * d [in] is the diagonal of u; live [in] is 0 for inputs that never fired. */
 void second_order_sweep(float *w, uint8_t *keep, const float *u, const float *d, const uint8_t *live, int64_t rows,
                         int64_t in, int64_t first, int64_t last, int64_t n, int64_t m, int threads)

@@ -105,6 +105,23 @@ def fixed(mask: Tensor) -> Callable[[Tensor, int], Tensor]:
     return lambda scores, first: mask[:, first : first + scores.shape[1]]
 
 
+def test_dense_groups_stay_whole_and_make_up_for_the_rest(any_path: str) -> None:
+    """Against the solver that is given its mask group by group."""
+    weight, hessian = problem(20, 32, seed=1)
+    factor = factorise(hessian, 0.01)
+    dense = torch.rand(20, 8, generator=torch.Generator().manual_seed(1)).gt(0.6).repeat_interleave(4, 1)
+    mask, new = solve_nm(weight, factor, 2, 4, 16, dense)
+
+    def select(scores: Tensor, first: int) -> Tensor:
+        lowest = scores.sort(dim=1, stable=True).indices[:, :2]
+        return torch.ones_like(scores, dtype=torch.bool).scatter(1, lowest, False) | dense[:, first : first + 4]
+
+    known, wanted = solve_unstructured(weight, factor, select, 4)
+    assert torch.equal(mask, known) and torch.allclose(new, wanted, atol=1e-5)
+    assert mask[dense].all() and (mask[~dense].view(-1, 4).sum(1) == 2).all()
+    assert not torch.equal(new[dense], weight[dense])
+
+
 def test_factor_is_the_papers(path: str) -> None:
     """Upper, and U^T U the inverse of the damped Hessian: the Cholesky factor of the inverse, which is unique."""
     _, hessian = problem(1, 40)

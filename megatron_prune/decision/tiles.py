@@ -1,0 +1,111 @@
+"""Which tiles of a weight stay dense where a target prunes a share of each, such as ``2:4@0.75``.
+
+A mask says it by itself: a tile with a group that keeps more than N of its M is one of those, so no record of tiles is
+kept beside the zeros. Tiles lie on a grid from the first row and column of the Hugging Face matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_prune.decision.target import NM
+
+ROUNDING = 1e-9
+"""Of a share of weights, in weights."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tiles of one weight; its groups of M inputs are what is counted."""
+
+    rows: int
+    groups: int
+    """Of a row."""
+    high: int
+    """Rows of a tile, at most `rows`."""
+    wide: int
+    """Groups of a tile's row."""
+
+    @classmethod
+    def of(cls, shape: torch.Size | tuple[int, int], target: NM) -> Grid:
+        """Of a weight `[out, in]`, whose inputs divide into groups."""
+        rows, groups, tile = shape[0], shape[1] // target.m, target.tiles
+        return cls(rows, groups, min(tile.rows or rows, rows), min(tile.columns // target.m or groups, groups))
+
+    def sums(self, x: Tensor) -> Tensor:
+        """`[rows, groups]` -> its sum over each tile, float64 `[down, across]`."""
+        down, across = -(-self.rows // self.high), -(-self.groups // self.wide)
+        padded = x.new_zeros(down * self.high, across * self.wide, dtype=torch.float64)
+        padded[: self.rows, : self.groups] = x
+        return padded.view(down, self.high, across, self.wide).sum((1, 3))
+
+    def sizes(self) -> Tensor:
+        """Groups of each tile, `[down, across]`."""
+        return self.sums(torch.ones(self.rows, self.groups))
+
+    def spread(self, tiles: Tensor) -> Tensor:
+        """`[down, across]` -> `[rows, groups]`."""
+        tall = tiles.repeat_interleave(self.high, 0)[: self.rows]
+        return tall.repeat_interleave(self.wide, 1)[:, : self.groups]
+
+    def room(self, target: NM) -> float:
+        """Groups that may be in dense tiles."""
+        return (1 - target.share) * self.rows * self.groups + ROUNDING
+
+
+def removed(cost: Tensor, target: NM) -> Tensor:
+    """What N:M would remove of each group: the sum of its lowest costs. `[rows, in]` -> `[rows, groups]`."""
+    return cost.unflatten(1, (-1, target.m)).sort(2).values[:, :, : target.m - target.n].double().sum(2)
+
+
+def dense_tiles(removed: Tensor, target: NM) -> Tensor:
+    """The groups of the tiles that stay dense: those whose pruning would cost most per weight, as many as fit.
+
+    `removed` `[rows, groups]` of a whole Hugging Face matrix, from the function of that name -> bool of that shape. Of
+    equal tiles the first is pruned.
+    """
+    grid = Grid.of((removed.shape[0], removed.shape[1] * target.m), target)
+    sizes = grid.sizes().to(removed.device)
+    cost = (grid.sums(removed) / sizes).flatten()
+    left, dense = grid.room(target), torch.zeros(cost.shape, dtype=torch.bool)
+    places = list(range(len(cost)))
+    of_tile, room_of = cost.tolist(), sizes.flatten().tolist()
+    for place in sorted(places, key=lambda place: (-of_tile[place], -place)):
+        if room_of[place] <= left:
+            dense[place] = True
+            left -= room_of[place]
+    return grid.spread(dense.view(sizes.shape).to(removed.device))
+
+
+def has_room(shape: tuple[int, ...], target: NM) -> bool:
+    """Whether a weight `[out, in]` of that shape can have a dense tile."""
+    if target.share == 1:
+        return True
+    grid = Grid.of((shape[0], shape[1]), target)
+    return float(grid.sizes().min()) <= grid.room(target)
+
+
+def dense_groups(kept: Tensor, target: NM) -> Tensor:
+    """The groups of the tiles that a mask, or what of a pruned weight is not zero, shows to be dense.
+
+    bool `kept` `[rows, in]` -> bool `[rows, groups]`.
+    """
+    above = kept.unflatten(1, (-1, target.m)).sum(2) > target.n
+    grid = Grid.of((kept.shape[0], kept.shape[1]), target)
+    return grid.spread(grid.sums(above) > 0)
+
+
+def broken_groups(kept: Tensor, target: NM) -> Tensor:
+    """Groups that keep more than N of M where they may not. bool `kept` `[rows, in]` -> bool `[rows, groups]`.
+
+    With a share, tiles may; where there are more of them than that, none is excused.
+    """
+    above = kept.unflatten(1, (-1, target.m)).sum(2) > target.n
+    if target.share == 1 or not above.any():
+        return above
+    grid = Grid.of((kept.shape[0], kept.shape[1]), target)
+    few = int(dense_groups(kept, target).sum()) <= grid.room(target)
+    return torch.zeros_like(above) if few else above
