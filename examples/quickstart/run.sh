@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole road on a CPU, in minutes: SmolLM2-135M from Hugging Face format to a learned 2:4 Hugging Face model.
+# The whole road on a CPU, in minutes: SmolLM2-135M from Hugging Face format to a 2:4 Hugging Face model, whose mask was
+# learned and whose weights then trained under it.
 # Everything is written under runs/quickstart. Existing results are never overwritten: --fresh removes them first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -60,13 +61,17 @@ $prune prune --config $here/maskllm.yaml --input "$results/dense" --output "$res
 $prune trim --input "$results/learned" --output "$results/learned_sparse"
 evaluate "$results/learned_sparse" "$results/learned.json"
 
+step "recovery: the weights that stay train, zeros stay zero"
+$prune train --config $here/recover.yaml --input "$results/learned_sparse" --output "$results/recovered" --data "$train"
+evaluate "$results/recovered" "$results/recovered.json"
+
 step "export: Megatron -> Hugging Face"
-$prune export --input "$results/learned_sparse" --output "$results/learned_hf" --format hf
+$prune export --input "$results/recovered" --output "$results/recovered_hf" --format hf
 $prune export --input "$results/learned" --output "$results/learned_masks.npz" --format mask-npz
-evaluate "$results/learned_hf" "$results/exported.json"
+evaluate "$results/recovered_hf" "$results/exported.json"
 
 step "verify: pattern, zeros and logits of the exported model"
-$prune verify --input "$results/learned_sparse" --against "$results/learned_hf" --output "$results/verify.json"
+$prune verify --input "$results/recovered" --against "$results/recovered_hf" --output "$results/verify.json"
 
 step "done"
 $python $here/summary.py "$results"

@@ -52,9 +52,14 @@ def test_no_held_out_article_is_trained_on() -> None:
     assert len(train) == 18 and not {title for title, _ in train} & {title for title, _ in held_out}
 
 
-@pytest.mark.parametrize(("learned", "status"), [(50.0, 0), (100.0, 1), (150.0, 1)])
-def test_verdict(tmp_path: Path, learned: float, status: int, capsys: pytest.CaptureFixture[str]) -> None:
-    values = {"dense": 20.0, "prior": 100.0, "learned": learned, "exported": learned}
+@pytest.mark.parametrize(
+    ("learned", "recovered", "status"),
+    [(50.0, 40.0, 0), (100.0, 40.0, 1), (150.0, 40.0, 1), (50.0, 50.0, 1), (50.0, float("nan"), 1)],
+)
+def test_verdict(
+    tmp_path: Path, learned: float, recovered: float, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {"dense": 20.0, "prior": 100.0, "learned": learned, "recovered": recovered, "exported": recovered}
     for row, value in values.items():
         (tmp_path / f"{row}.json").write_text(json.dumps({"perplexity": value}))
     assert helper("summary").main(tmp_path) == status
