@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -40,6 +42,33 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+def test_the_index_takes_both(built: Path) -> None:
+    """Metadata that it reads, and a page that it can show."""
+    pytest.importorskip("twine", reason="twine is not installed (pip install 'megatron-prune[dev]')")
+    files = sorted(built.iterdir())
+    assert [path.suffix for path in files] == [".whl", ".gz"]
+    told = run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *files, cwd=built)
+    assert told.count("PASSED") == 2 and "WARNING" not in told
+
+
+@pytest.mark.slow
+def test_the_index_page_has_no_link_that_leads_nowhere(built: Path) -> None:
+    """It is README.md, whose relative links mean nothing there; what they lead to is named."""
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (about,) = [name for name in archive.namelist() if name.endswith("dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(about))
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    page = metadata.get_payload(decode=True)
+    assert isinstance(page, bytes)
+    text, readme = page.decode(), (ROOT / "README.md").read_text()
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith("https://")] == []
+    named = re.findall(r"(?<!!)\[[^\]]*\]\(((?!https)[^)#]+)", readme)
+    assert "docs/commands.md" in named and [path for path in named if path not in text] == []
+    assert [line for line in readme.splitlines() if "](" not in line and line not in text.splitlines()] == []
+
+
+@pytest.mark.slow
 def test_the_sdist_has_what_a_packager_runs(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -49,6 +78,7 @@ def test_the_sdist_has_what_a_packager_runs(built: Path) -> None:
         "tests/unit/test_packaging.py",
         "docs/masks.md",
         "tools/setup_env.sh",
+        "mkdocs.yml",
         "CHANGELOG.md",
         "SECURITY.md",
     ):
@@ -94,4 +124,4 @@ def test_every_place_says_the_same_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == VERSION == megatron_prune.__version__
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["dynamic"] == ["version"] and cited["license"] == project["license"]
+    assert "version" in project["dynamic"] and "version" not in project and cited["license"] == project["license"]
