@@ -32,7 +32,7 @@ if [ $lint -ne 0 ]; then
 fi
 run() {
     echo "== pytest, $("$1" -c 'import platform, importlib.metadata as m; print("Python", platform.python_version() + ", megatron-core", m.version("megatron-core"))')"
-    "$1" -m pytest -n 2 --dist loadfile "${@:2}"
+    "$1" -m pytest -n 2 --dist loadfile --durations=25 "${@:2}"
 }
 run .venv/bin/python "$@"
 status=$?
