@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -185,6 +186,13 @@ class Workbench:
         ):
             self._runner = Runner(self.model, self._tokens, writer, advance, self.target)
             yield from self._runner.layerwise(statistic, sequential)
+
+    def dense_linears(self, statistic: Callable[..., Any]) -> Iterator[WholeLinear]:
+        """Prunable linears in model order while all of them stay whole; nothing is written."""
+        with progress(f"{self._title}, dense", self.config.num_layers, "layers") as advance:
+            for linear in Runner(self.model, self._tokens, None, advance).layerwise(statistic):
+                yield linear
+                linear.keep(torch.ones_like(linear.weight(), dtype=torch.bool))
 
     def masks(self) -> Kept:
         """What the pass over the linears has kept."""

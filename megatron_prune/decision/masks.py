@@ -124,7 +124,8 @@ def check_mask(mask: Tensor, target: Target, name: str) -> None:
     """Prove that mask [out, in] is what the target asks for; UserError names the first place where it is not.
 
     N:M is exact in every group. Unstructured sparsity is exact up to the rounding of the unit the method
-    counts in: one weight per output row or per column. What the target leaves dense is kept whole.
+    counts in: one weight per output row or per column; with a spread, a layer may differ by as much. What the target
+    leaves dense is kept whole.
     """
     if target.leaves(name):
         if not mask.all():
@@ -134,7 +135,7 @@ def check_mask(mask: Tensor, target: Target, name: str) -> None:
         _check_groups(mask, target, name)
         return
     excess = int(mask.sum()) - target.density * mask.numel()
-    if abs(excess) > max(mask.shape):
+    if abs(excess) > max(mask.shape) + target.spread * mask.numel():
         raise UserError(
             f"the mask of {name} keeps {int(mask.sum())} of {mask.numel()} weights; sparsity {target} "
             f"keeps about {target.density * mask.numel():.0f}"

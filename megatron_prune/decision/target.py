@@ -6,6 +6,7 @@ Written ``2:4``, ``0.5``, ``num_layers=24,ffn_hidden_size=1152`` or ``parameters
 
 Either of the first two may leave weights dense: ``2:4,dense=down_proj+layers.0.`` (in a file ``dense: [down_proj,
 layers.0.]``) prunes none whose Hugging Face name has one of these in it; ``*`` stands for anything.
+``0.5,spread=0.08`` lets layers differ: the least and the most sparse one are that far apart.
 ``2:4@0.75`` prunes three quarters of every weight, in tiles of 128 by 128, and leaves the other tiles dense;
 ``2:4@0.75,tile=64xall`` has tiles of 64 whole rows (outputs), ``tile=allx64`` of 64 whole columns (inputs).
 """
@@ -166,6 +167,8 @@ class Unstructured(_LeavesDense):
     """Share of the weights removed, between 0 and 1, both excluded."""
     dense: tuple[str, ...] = ()
     """Parts of the names of weights that are not pruned."""
+    spread: float = 0.0
+    """How far apart the sparsities of the least and the most sparse layer may be; the whole meets `sparsity`."""
 
     def __post_init__(self) -> None:
         self._check_patterns()
@@ -174,9 +177,15 @@ class Unstructured(_LeavesDense):
                 f"sparsity {brief(self.sparsity)} is not possible; it is the share of weights removed, "
                 "between 0 and 1 (both excluded)"
             )
+        room = min(self.sparsity, 1 - self.sparsity)
+        if type(self.spread) not in (int, float) or not 0 <= self.spread < room:
+            raise UserError(
+                f"spread {brief(self.spread)} of sparsity {self.sparsity} is not possible; allowed: below {room:g}"
+            )
 
     def __str__(self) -> str:
-        return f"{float(self.sparsity)!r}{self._except()}"
+        spread = f",spread={float(self.spread)!r}" if self.spread else ""
+        return f"{float(self.sparsity)!r}{spread}{self._except()}"
 
     @property
     def density(self) -> float:
@@ -285,10 +294,11 @@ def _from_string(text: str) -> Target | StructuredTarget:
     if pattern:
         n, m, share, tile = pattern.groups()
         return NM(int(n), int(m), (), float(share or 1), None if tile is None else Tile.parse(tile))
+    sparsity = re.fullmatch(rf"\s*({_NUMBER})\s*(?:,\s*spread=\s*({_NUMBER})\s*)?", text)
+    if sparsity:
+        return Unstructured(float(sparsity[1]), (), float(sparsity[2] or 0))
     if "=" in text:
         return _from_mapping(dict(_pair(text, part) for part in text.split(",")))
-    if re.fullmatch(rf"\s*{_NUMBER}\s*", text):
-        return Unstructured(float(text))
     raise UserError(f"target {brief(text)} is not understood; give {_ALLOWED}")
 
 
@@ -318,7 +328,7 @@ def _kind(given: Mapping[object, object]) -> type[NM] | type[Unstructured] | Non
     """What of single weights has these keys."""
     if set(given) - {"dense", "share", "tile"} == {"n", "m"}:
         return NM
-    return Unstructured if set(given) - {"dense"} == {"sparsity"} else None
+    return Unstructured if set(given) - {"dense", "spread"} == {"sparsity"} else None
 
 
 def _pair(text: str, part: str) -> tuple[str, str]:

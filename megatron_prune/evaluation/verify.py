@@ -8,8 +8,8 @@ one of them fails, and when no pattern, no sizes and no logits were there to che
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,16 @@ from megatron_prune.config import VerifyConfig
 from megatron_prune.decision import run_folder
 from megatron_prune.decision.masks import prunable_shapes
 from megatron_prune.decision.pruned import load_pruned, open_pruned
-from megatron_prune.decision.target import LATENCY, NM, Budget, Shape, StructuredTarget, Target, parse_any_target
+from megatron_prune.decision.target import (
+    LATENCY,
+    NM,
+    Budget,
+    Shape,
+    StructuredTarget,
+    Target,
+    Unstructured,
+    parse_any_target,
+)
 from megatron_prune.decision.tiles import broken_groups
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.padding import in_transformers
@@ -198,6 +207,8 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
     broken = {name: c.broken_groups for name, c in counts.items() if c.broken_groups}
     pruned = {name: c for name, c in counts.items() if target is not None and not target.leaves(name)}
     dense = [name for name, c in pruned.items() if target is not None and _kept_too_many(c, target)]
+    if isinstance(target, Unstructured) and _kept_too_many(_sum(pruned.values()), replace(target, spread=0.0)):
+        dense.append("all weights together")
     density = 1 - zeros / size
     result: dict[str, Any] = {"input": str(source.path), "kind": source.kind}
     if target is not None:
@@ -237,7 +248,13 @@ def _shape_check(source: Source, target: StructuredTarget) -> dict[str, Any] | N
 
 def _kept_too_many(count: ZeroCount, target: Target) -> bool:
     """Whether one weight is denser than the target; kept weights that are zero themselves make it sparser."""
-    return count.size - count.zeros > target.density * count.size + count.rounding + 1e-6
+    spread = target.spread if isinstance(target, Unstructured) else 0.0
+    return count.size - count.zeros > (target.density + spread) * count.size + count.rounding + 1e-6
+
+
+def _sum(counts: Iterable[ZeroCount]) -> ZeroCount:
+    """Of several weights together."""
+    return ZeroCount(*(sum(column) for column in zip(*map(astuple, counts), strict=True)))
 
 
 def _densities(counts: dict[str, ZeroCount]) -> dict[str, float]:

@@ -87,6 +87,8 @@ class Linear(Protocol):
     name: str
     statistic: Any
     """What ``linears`` was asked for, already summed over all ranks; None without calibration."""
+    layer: int
+    """Of the whole model."""
     blocks: Mapping[str, Tensor]
     """Hugging Face matrix name -> its rows in the unsharded layer, in that matrix's order (LongTensor)."""
 
@@ -134,6 +136,9 @@ class Workbench(Protocol):
 
         With ``sequential`` those of later linears of the same layer do, too.
         """
+
+    def dense_linears(self, statistic: Callable[..., Any]) -> Iterator[Any]:
+        """The same linears while nothing is pruned, with statistics of the dense model; nothing is decided of them."""
 
     def masks(self) -> Kept:
         """The answer of a method that went through the linears: what it kept. The masks are in the run."""

@@ -9,7 +9,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from megatron_prune.decision.masks import Kept
-from megatron_prune.decision.target import NM, Target, Unstructured
+from megatron_prune.decision.target import NM, StructuredTarget, Target, Unstructured
+from megatron_prune.errors import UserError
 from megatron_prune.kernels.selection import pruned_count
 from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_blocks, select_pattern
 
@@ -35,6 +36,14 @@ class Magnitude(PruningMethod):
         Unstructured: "unstructured sparsity, counted in each matrix",
     }
     needs: ClassVar[tuple[str, ...]] = ()
+
+    def accept(self, target: Target | StructuredTarget) -> None:
+        """No spread: what is an outlier takes text to say."""
+        super().accept(target)
+        if isinstance(target, Unstructured) and target.spread:
+            raise UserError(
+                f"method {self.name} cannot prune to {target}; it looks at no text: leave spread= out, or use wanda"
+            )
 
     def decide(self, work: Workbench, target: Target) -> Kept:
         """Decide every prunable weight."""

@@ -27,6 +27,7 @@ from megatron_prune.kernels.second_order import (
     solve_nm,
     solve_unstructured,
 )
+from megatron_prune.methods.allocation import sparsity_of
 from megatron_prune.methods.base import (
     Linear,
     PruningMethod,
@@ -83,9 +84,10 @@ class SparseGPT(PruningMethod):
 
     def decide(self, work: Workbench, target: Target) -> Kept:
         """Decide every prunable weight, layer by layer; later layers see the pruned ones."""
+        sparsity = sparsity_of(work, target)
         for linear in work.linears(Hessian, sequential=self.true_sequential):
             weight = finite(linear.name, linear.weight(), "weights")
-            mask, compensated = self._solve(weight, self._factor(linear), linear, target)
+            mask, compensated = self._solve(weight, self._factor(linear), linear, target, sparsity(linear))
             if self.descent_passes:
                 start = compensated if self.update_weights else weight
                 how = (group_size(target), self.descent_passes, self.percdamp, self.update_weights)
@@ -104,11 +106,13 @@ class SparseGPT(PruningMethod):
                 "does not mend it: give more calibration text (--calibration-samples) or a larger --percdamp"
             ) from None
 
-    def _solve(self, weight: Tensor, factor: Factor, linear: Linear, target: Target) -> tuple[Tensor, Tensor]:
+    def _solve(
+        self, weight: Tensor, factor: Factor, linear: Linear, target: Target, sparsity: float
+    ) -> tuple[Tensor, Tensor]:
         if isinstance(target, NM):
             dense = dense_part(linear, lambda: scores(weight, factor, 0, weight.shape[1]).clamp_(min=0), target)
             return solve_nm(weight, factor, target.n, target.m, self.block_size, dense)
-        return solve_unstructured(weight, factor, block_selection(linear, target.sparsity), self.block_size)
+        return solve_unstructured(weight, factor, block_selection(linear, sparsity), self.block_size)
 
 
 def group_size(target: Target) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_prune.decision.masks import Kept
 from megatron_prune.decision.target import NM, Target, Unstructured
+from megatron_prune.methods.allocation import sparsity_of
 from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_pattern, select_rows
 from megatron_prune.statistics.activations import InputNorm
 
@@ -32,11 +33,12 @@ class Wanda(PruningMethod):
 
     def decide(self, work: Workbench, target: Target) -> Kept:
         """Decide every prunable weight, layer by layer; the weights that stay are not changed."""
+        sparsity = sparsity_of(work, target)
         for linear in work.linears(InputNorm):
             norm = finite(linear.name, linear.statistic.value(), "inputs")
             score = wanda_score(finite(linear.name, linear.weight(), "weights"), norm)
             if isinstance(target, NM):
                 linear.keep(select_pattern(linear, score, target))
             else:
-                linear.keep(select_rows(score, target.sparsity))
+                linear.keep(select_rows(score, sparsity(linear)))
         return work.masks()

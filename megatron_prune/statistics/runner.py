@@ -39,6 +39,8 @@ class WholeLinear:
         self.runner = runner
         self.map = map
         self.name = map.megatron
+        assert map.layer is not None, "prunable weights are in layers"
+        self.layer = map.layer
         self.statistic = statistic
         self.blocks = convert.row_blocks(map, runner.model.config)
         self.whole_weight = weight

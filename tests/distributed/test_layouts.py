@@ -58,6 +58,7 @@ CASES = [
     Case("sparsegpt", "2:4", ("--descent-passes=3",)),
     Case("sparsegpt", "2:4,dense=up_proj+layers.0.mlp"),
     Case("wanda", "2:4@0.75,tile=24xall"),
+    Case("wanda", "0.5,spread=0.1"),
     Case("sparsegpt", "2:4@0.6,tile=16x16"),
     Case("sparsegpt", "0.5"),
 ]
