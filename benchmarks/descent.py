@@ -1,6 +1,8 @@
 """What descent on SparseGPT's masks and weights brings: perplexity of SmolLM2-135M over draws of calibration windows.
 
-    python benchmarks/descent.py --model HF_DIRECTORY --shared ../shared
+    python benchmarks/descent.py --model HF_DIRECTORY --shared ../shared [--targets]
+
+With `--targets` what layers that lose different shares, and tiles that stay dense, bring: another table.
 
 Protocol P1, calibration C1 (see bench/study.py), the draws being its seeds. What is kept in `--work` is not done again.
 """
@@ -31,6 +33,9 @@ ROWS = [
     Row("and descent", "sparsegpt", "2:4", ("--no-update-weights", PASSES)),
     Row("SparseGPT", "sparsegpt", "0.5", peer="50.0 (locuslab/wanda)"),
     Row("and descent", "sparsegpt", "0.5", (PASSES,)),
+]
+TARGETS = [
+    *ROWS[-2:],
     Row("Wanda", "wanda", "0.5", peer="53.0 (locuslab/wanda)"),
     Row("Wanda, layers by outliers", "wanda", "0.5,spread=0.16"),
     Row("SparseGPT, layers by outliers", "sparsegpt", "0.5,spread=0.16"),
@@ -72,12 +77,14 @@ class Descent(Study):
 def main() -> None:
     """Run everything and write the result file."""
     seeds = option("--seeds", type=int, nargs="+", default=[0, 1])
-    only = option("--only", type=int, nargs="+", default=list(range(len(ROWS))), help="rows, by number from 0")
+    only = option("--only", type=int, nargs="+", help="rows, by number from 0")
+    targets = option("--targets", action="store_true", help="the rows of other targets, and their result file")
     kept = option("--kept", action="store_true", help="write the rows whose runs are in the work folder, and run none")
-    given = arguments(__doc__, MODEL, SHARED, work("runs/descent"), seeds, only, kept)
+    given = arguments(__doc__, MODEL, SHARED, work("runs/descent"), seeds, only, targets, kept)
+    rows_of = TARGETS if given.targets else ROWS
     bench = Descent(given.work, given.shared)
     bench.imported(given.model)
-    chosen = ROWS if given.kept else [ROWS[number] for number in given.only]
+    chosen = rows_of if given.kept or not given.only else [rows_of[number] for number in given.only]
     wanted = [row for row in chosen if not given.kept or bench.kept(row, given.seeds)]
     rows = [bench.line(row, given.seeds) for row in wanted]
     protocol = (
@@ -85,7 +92,7 @@ def main() -> None:
         "C1: 64 x 512 tokens of C4, drawn with other seeds. Descent: 5 passes unless named. Other tools: same model, "
         "text and protocol."
     )
-    write_result("descent", given, COLUMNS, rows, protocol)
+    write_result("targets" if given.targets else "descent", given, COLUMNS, rows, protocol)
 
 
 if __name__ == "__main__":
