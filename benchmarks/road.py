@@ -111,7 +111,7 @@ def main() -> None:
         ways = [way for way in ways if (bench.work / f"{way.folder}.cost.json").exists()]
     rows = [bench.line(None), *map(bench.line, ways)]
     protocol = (
-        "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16; held-out C4: such windows of the sample's last 406 "
+        "P1: WikiText-2 test, windows of 1024, first 32, no BOS, bf16; held-out C4: the sample's last 406 "
         "documents. One order of the data."
     )
     write_result("road", given, COLUMNS, rows, protocol)
