@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from megatron_prune.errors import UserError
 from megatron_prune.option_groups import (
+    CHAT,
     MOST_BATCH,
     MOST_LENGTH,
     WEIGHTS_DTYPE,
@@ -52,6 +53,7 @@ class PreprocessConfig(Options):
     workers: int = option(0, "processes; 0 = one for each core", at_least=0, at_most=4096)
     append_eod: bool = option(False, "end each document with the end-of-text token")
     json_key: str = option("text", "key of the document in a JSON object")
+    apply_chat_template: bool = option(False, CHAT.format("documents"))
     strict: bool = option(False, "stop at the first bad line instead of counting it")
 
 
@@ -63,6 +65,7 @@ class PruneConfig(Options):
         "calibration",
         "calibration_samples",
         "calibration_seq_length",
+        "apply_chat_template",
         "export",
         "prior",
         "data",
@@ -100,6 +103,7 @@ class PruneConfig(Options):
     statistics: Path | None = option(
         None, "folder of a structured method's statistics: read where they are there, kept where not"
     )
+    apply_chat_template: bool = option(False, CHAT.format("--calibration, --data and --eval-data"))
     calibration: Calibration = group(Calibration)
     losses: Losses = group(Losses)
     training: Training = group(Training)
@@ -149,6 +153,7 @@ class TrainConfig(Options):
     keep_zeros: bool = option(True, "weights of prunable linears that are zero at the start stay zero")
     resume: bool = option(False, "go on from the last checkpoint in --output")
     restartable: bool = option(False, "begin, or go on where --output already holds the unfinished run")
+    apply_chat_template: bool = option(False, CHAT.format("--data and --eval-data"))
     losses: Losses = group(Losses)
     lora: LoRA = group(LoRA)
     training: Training = group(Training)
@@ -210,6 +215,7 @@ class ExportConfig(Options):
         "measured on --calibration, zeros stay zeros",
     )
     weights_dtype: Literal["float32", "bfloat16"] = option("float32", WEIGHTS_DTYPE)
+    apply_chat_template: bool = option(False, CHAT.format("--calibration"))
     calibration: Calibration = group(Calibration)
     parallelism: Parallelism = group(Parallelism)
 
@@ -240,7 +246,8 @@ class ExportConfig(Options):
 
     def idle(self) -> Mapping[str, str]:
         """Masks are no model, and ranges are measured to quantise."""
-        idle = {} if self.quantize else {entry.key: "without --quantize" for entry in entries(Calibration)}
+        keys = ["apply_chat_template", *(entry.key for entry in entries(Calibration))]
+        idle = {} if self.quantize else dict.fromkeys(keys, "without --quantize")
         return idle | ({"layers": "with --format mask-npz"} if self.format == "mask-npz" else {})
 
 
@@ -252,6 +259,7 @@ class EvaluateConfig(Options):
         "text",
         "window",
         "windows",
+        "apply_chat_template",
         "tasks",
         "dense",
         "num_fewshot",
@@ -286,6 +294,11 @@ class EvaluateConfig(Options):
         None, "type of the weights while evaluating; left out: the checkpoint's own; float16: Hugging Face models only"
     )
     micro_batch_size: int = option(1, "windows in one forward pass", at_least=1, at_most=MOST_BATCH)
+    apply_chat_template: bool = option(
+        False,
+        "--text are conversations, rows with messages, and questions of --tasks are messages: the model's own chat "
+        "template makes them text",
+    )
     expert_load: bool = option(False, "of a Megatron checkpoint: count the tokens that each expert gets; a pass more")
     checkpoint: Path | None = option(None, "of a model for MaxText: the run that has trained it, or one step of it")
     settings: tuple[str, ...] = option((), "of a model for MaxText: more of MaxText's settings, KEY=VALUE ...")
@@ -301,7 +314,8 @@ class EvaluateConfig(Options):
     def idle(self) -> Mapping[str, str]:
         """Windows are of a text."""
         keys = ("window", "windows", "micro_batch_size", "expert_load")
-        return dict.fromkeys(keys, "with --tasks") if self.tasks.names else {}
+        idle = {} if self.apply_chat_template else {"fewshot_as_multiturn": "without --apply-chat-template"}
+        return idle | (dict.fromkeys(keys, "with --tasks") if self.tasks.names else {})
 
 
 @dataclass(frozen=True, kw_only=True)

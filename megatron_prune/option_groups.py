@@ -27,6 +27,10 @@ WEIGHTS_DTYPE = (
 """Help of an option that two verbs have."""
 
 
+CHAT = "{} are conversations, rows with messages: the model's own chat template makes them text"
+"""Help of an option that several verbs have."""
+
+
 def check_tokens(what: str, count: int, length: int) -> None:
     """UserError for more windows than one tensor holds."""
     if count * length > MOST_TOKENS:
@@ -320,7 +324,7 @@ class TaskOptions(Options):
 
     def idle(self) -> Mapping[str, str]:
         """All of it, without tasks."""
-        keys = ("tasks_folder", "num_fewshot", "limit", "tokens_per_batch", "samples", "dense")
+        keys = ("tasks_folder", "num_fewshot", "fewshot_as_multiturn", "limit", "tokens_per_batch", "samples", "dense")
         return {} if self.names else dict.fromkeys(keys, "without --tasks")
 
     names: tuple[str, ...] = option((), "tasks of lm-eval by name, scored by likelihood", key="tasks")
@@ -329,6 +333,9 @@ class TaskOptions(Options):
     )
     num_fewshot: int | None = option(
         None, "examples before each question; left out: the task's own", at_least=0, at_most=10_000
+    )
+    fewshot_as_multiturn: bool = option(
+        True, "with --apply-chat-template: each example is a turn of its own; otherwise all stand in one message"
     )
     limit: float | None = option(
         None, "items of each task, the first ones; below 1: a share of them", above=0, at_most=1e12

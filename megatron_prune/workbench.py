@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_prune.config import PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.named import named_files
-from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.data.tokenizer import form_of, load_tokenizer
 from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
 from megatron_prune.decision.masks import Kept, MaskInfo, Masks, MaskWriter
 from megatron_prune.decision.prior import MaskSource, given_prior
@@ -124,8 +124,10 @@ class Workbench:
                 "(or .txt)"
             )
         length = min(c.seq_length, self.config.max_position_embeddings)
-        tokenizer = load_tokenizer(self.source.tokenizer, self.config.vocab_size)
-        text = named_files(c.text, c.samples, c.seed)
+        tokenizer = load_tokenizer(
+            self.source.tokenizer, self.config.vocab_size, chat=self.settings.apply_chat_template
+        )
+        text = named_files(c.text, c.samples, c.seed, form_of(tokenizer))
         return windows(text, tokenizer, c.samples, length, c.seed, c.document_range)
 
     @cached_property
@@ -138,7 +140,7 @@ class Workbench:
             )
         check_learning(t, self.layout, self.config)
         self.config.check_length(t.seq_length)
-        tokenizer = load_tokenizer(self.source.tokenizer, vocab_size)
+        tokenizer = load_tokenizer(self.source.tokenizer, vocab_size, chat=self.settings.apply_chat_template)
         held_out = held_out_windows(t, tokenizer, vocab_size)
         return TrainingInputs(training_windows(t, tokenizer, vocab_size), first_windows(held_out, t.eval_windows))
 

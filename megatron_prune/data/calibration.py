@@ -19,7 +19,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from megatron_prune.data.text import SUFFIXES, read_documents
-from megatron_prune.data.tokenizer import model_rows, tokenize
+from megatron_prune.data.tokenizer import (
+    about_chat,
+    chat_of,
+    document_ids,
+    form_of,
+    model_rows,
+    refuse_prepared,
+    template_of,
+    tokenize,
+)
 from megatron_prune.errors import UserError
 
 
@@ -40,11 +49,13 @@ class CalibrationSet:
     """Tokens in a window."""
     sha256: str
     """Of the tokens, as little-endian int64."""
+    chat_template: str | None = None
+    """SHA-256 of the template that has made conversations text."""
 
     def info(self) -> dict[str, Any]:
         """Everything but the tokens, for `decision.json` and the log."""
-        plain = {name: value for name, value in vars(self).items() if name != "tokens"}
-        return plain | {"source": list(self.source)}
+        plain = {name: value for name, value in vars(self).items() if name not in ("tokens", "chat_template")}
+        return plain | {"source": list(self.source)} | about_chat(self.chat_template)
 
 
 def windows(
@@ -60,7 +71,9 @@ def windows(
     The files are text, or prefixes of preprocessed text, whose documents end as they were made to end.
     """
     names = tuple(Path(path).name for path in paths)
-    return _drawn(*_documents(paths, tokenizer, documents), names, samples, seq_length, seed)
+    count, read = _documents(paths, tokenizer, documents)
+    draw = _Draw if chat_of(tokenizer) is None else _Filled
+    return _drawn(draw(count, read, seq_length, random.Random(seed)), names, samples, seed, template_of(tokenizer))
 
 
 def windows_of(
@@ -71,13 +84,14 @@ def windows_of(
     def read(index: int) -> list[int]:
         return tokenize(tokenizer, [texts[index]])[0]
 
-    return _drawn(len(texts), read, (), samples, seq_length, seed)
+    return _drawn(_Draw(len(texts), read, seq_length, random.Random(seed)), (), samples, seed)
 
 
-def _drawn(count: int, read: Read, names: tuple[str, ...], samples: int, seq_length: int, seed: int) -> CalibrationSet:
-    draw = _Draw(count, read, seq_length, random.Random(seed))
+def _drawn(
+    draw: _Draw | _Filled, names: tuple[str, ...], samples: int, seed: int, template: str | None = None
+) -> CalibrationSet:
     tokens = torch.tensor([draw.window() for _ in range(samples)], dtype=torch.int64)
-    return CalibrationSet(tokens, names, count, seed, samples, seq_length, hash_tokens(tokens))
+    return CalibrationSet(tokens, names, draw.count, seed, samples, draw.seq_length, hash_tokens(tokens), template)
 
 
 Read = Callable[[int], list[int]]
@@ -87,8 +101,9 @@ Read = Callable[[int], list[int]]
 def _documents(paths: Sequence[Path | str], tokenizer: PreTrainedTokenizerBase, chosen: slice) -> tuple[int, Read]:
     """How many documents there are to draw from, and how to get one's token ids."""
     if not paths or any(str(path).endswith(SUFFIXES) for path in paths):
-        texts = read_documents(paths, chosen)
-        return len(texts), lambda index: tokenize(tokenizer, [texts[index]])[0]
+        texts = read_documents(paths, chosen, form_of(tokenizer))
+        return len(texts), lambda index: document_ids(tokenizer, [texts[index]])[0]
+    refuse_prepared(tokenizer, "calibration")
     from megatron_prune.data.indexed import check_ids, open_indexed
 
     vocab_size = model_rows(tokenizer)
@@ -145,6 +160,38 @@ class _Draw:
             else:
                 self.short.add(index)
         return index in self.long
+
+
+class _Filled:
+    """The state of a draw of conversations, most of which are shorter than a window.
+
+    Each window begins with the beginning of a conversation; others follow it until it is full. They are taken in an
+    order that is drawn anew when all have been taken.
+    """
+
+    def __init__(self, count: int, read: Read, seq_length: int, generator: random.Random) -> None:
+        self.count = count
+        self.read = read
+        self.seq_length = seq_length
+        self.generator = generator
+        self.waiting: list[int] = []
+
+    def window(self) -> list[int]:
+        ids: list[int] = []
+        for _ in range(2 * self.count):  # among these are all of them
+            ids += self._next()
+            if len(ids) >= self.seq_length:
+                return ids[: self.seq_length]
+        raise UserError(
+            f"calibration: a window has {self.seq_length} tokens and its {self.count} conversations have fewer; give "
+            "more conversations or a smaller --calibration-seq-length"
+        )
+
+    def _next(self) -> list[int]:
+        if not self.waiting:
+            self.waiting = list(range(self.count))
+            self.generator.shuffle(self.waiting)
+        return self.read(self.waiting.pop())
 
 
 def hash_tokens(tokens: torch.Tensor) -> str:

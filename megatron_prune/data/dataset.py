@@ -21,8 +21,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from megatron_prune.data.rendering import DAY
 from megatron_prune.data.text import hash_files, read_documents
-from megatron_prune.data.tokenizer import check_rows, model_rows, tokenize, vocabulary
+from megatron_prune.data.tokenizer import (
+    about_chat,
+    chat_of,
+    check_rows,
+    document_ids,
+    form_of,
+    model_rows,
+    template_of,
+    tokenize,
+    vocabulary,
+)
 from megatron_prune.errors import UserError
 from megatron_prune.files import cached_folder
 
@@ -53,6 +64,7 @@ class TokenWindows:
         self.source = tuple(Path(path).name for path in paths)
         self.seq_length = seq_length
         self.seed = seed
+        self.chat_template = template_of(tokenizer)
         self.key = _cache_key(paths, tokenizer, append_eod, documents)
         self.tokens = _cached_tokens(paths, tokenizer, append_eod, documents, cache or cache_folder(), self.key)
         self.num_windows = (len(self.tokens) - 1) // seq_length
@@ -86,6 +98,7 @@ class TokenWindows:
             "seq_length": self.seq_length,
             "seed": self.seed,
             "sha256": self.key,
+            **about_chat(self.chat_template),
         }
 
 
@@ -99,7 +112,9 @@ def _cache_key(
 ) -> str:
     """SHA-256 of everything that the token array depends on."""
     chosen = [documents.start, documents.stop, documents.step]
-    parts = [CACHE_VERSION, hash_files(paths), _tokenizer_state(tokenizer), append_eod, chosen]
+    parts: list[Any] = [CACHE_VERSION, hash_files(paths), _tokenizer_state(tokenizer), append_eod, chosen]
+    if template := template_of(tokenizer):
+        parts += [template, list(DAY)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -120,7 +135,8 @@ def _cached_tokens(
     """The flat token array [tokens], memory-mapped; the first process of a node makes it, the others wait."""
 
     def make(folder: Path) -> None:
-        np.save(folder / TOKENS, flat_tokens(read_documents(paths, documents), tokenizer, append_eod))
+        texts = read_documents(paths, documents, form_of(tokenizer))
+        np.save(folder / TOKENS, flat_tokens(texts, tokenizer, append_eod))
 
     tokens = _open_tokens(cached_folder(cache / f"tokens-{key[:32]}", make, _holds_tokens, alone=True))
     if model_rows(tokenizer) < vocabulary(tokenizer):  # another model, with more rows, may have made the file
@@ -142,11 +158,14 @@ def _holds_tokens(folder: Path) -> bool:
 
 
 def flat_tokens(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, append_eod: bool) -> np.ndarray:
-    """All documents in a row: int32 [tokens]; the tokenizer adds its own special tokens to each."""
-    end = _end_of_document(tokenizer) if append_eod else None
+    """All documents in a row: int32 [tokens]; the tokenizer adds its own special tokens to each.
+
+    Conversations end as their chat template ends them, with `append_eod`, too.
+    """
+    end = _end_of_document(tokenizer) if append_eod and chat_of(tokenizer) is None else None
     pieces = []
     for first in range(0, len(documents), BATCH):
-        for ids in tokenize(tokenizer, documents[first : first + BATCH]):
+        for ids in document_ids(tokenizer, documents[first : first + BATCH]):
             if end is not None and ids[-1:] != [end]:
                 ids = [*ids, end]
             pieces.append(np.asarray(ids, dtype=np.int32))
@@ -177,6 +196,8 @@ class EvaluationText:
     """Of the text, UTF-8."""
     source: str
     """Name of the file, without folders."""
+    chat_template: str | None = None
+    """SHA-256 of the template that has made it of conversations."""
 
     def info(self) -> dict[str, Any]:
         """Window, stride, token count and text hash: without them a perplexity is no result."""
@@ -188,6 +209,7 @@ class EvaluationText:
             "stride": self.window,
             "windows": len(self.tokens),
             "special_tokens": False,
+            **about_chat(self.chat_template),
         }
 
 
@@ -197,10 +219,16 @@ def evaluation_windows(
     """The text of a file, tokenised whole without special tokens, as the first `windows` windows.
 
     0: all of them; None: `USUAL_WINDOWS`, or all where there are fewer. The documents of a
-    `.jsonl` file are joined by blank lines.
+    `.jsonl` file are joined by blank lines; conversations follow each other as their chat template makes them.
     """
-    text = "\n\n".join(read_documents([path]))
-    (ids,) = tokenize(tokenizer, [text], add_special_tokens=False)
+    chat = chat_of(tokenizer)
+    if chat is None:
+        text = "\n\n".join(read_documents([path]))
+        (ids,) = tokenize(tokenizer, [text], add_special_tokens=False)
+    else:
+        rendered = list(map(chat.render, read_documents([path], form=chat)))
+        text = "".join(rendered)
+        ids = [id for ids in tokenize(tokenizer, rendered, add_special_tokens=False) for id in ids]
     available = len(ids) // window
     windows = max(1, min(USUAL_WINDOWS, available)) if windows is None else windows
     if available < max(windows, 1):
@@ -211,4 +239,4 @@ def evaluation_windows(
     count = windows or available
     tokens = torch.tensor(ids[: count * window], dtype=torch.int64).view(count, window)
     digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-    return EvaluationText(tokens, len(ids), window, digest, Path(path).name)
+    return EvaluationText(tokens, len(ids), window, digest, Path(path).name, template_of(tokenizer))

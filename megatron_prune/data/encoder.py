@@ -14,7 +14,10 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_prune.data.chat import KEYS, Conversations
+from megatron_prune.data.text import TEXT, Form, Plain
 from megatron_prune.data.tokenizer import encoding, load_tokenizer, open_sentencepiece, tokenize
+from megatron_prune.errors import UserError
 from megatron_prune.foreign import read_regular
 
 
@@ -28,6 +31,11 @@ class Encoder(Protocol):
     sha256: str
     """Of all that decides which ids a text becomes."""
 
+    form: Form
+    """How rows become the texts that it encodes."""
+    chat_template: str | None
+    """SHA-256 of the template that has rendered them."""
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, of any length."""
 
@@ -35,18 +43,29 @@ class Encoder(Protocol):
         """Threads of one `encode` in this process."""
 
 
-def load_encoder(path: Path) -> Encoder:
-    """The tokenizer at `path`: a directory in Hugging Face's form or a SentencePiece `.model` file."""
+def load_encoder(path: Path, key: str = TEXT.key, chat: bool = False) -> Encoder:
+    """The tokenizer at `path`: a directory in Hugging Face's form or a SentencePiece `.model` file.
+
+    `key`: where documents stand in rows; with `chat` they are conversations, which its chat template makes text.
+    """
     if path.suffix == ".model" and path.is_file():
-        return SentencePieceEncoder(path)
-    return HuggingFaceEncoder(load_tokenizer(path))
+        if chat:
+            raise UserError(f"--apply-chat-template: {path} has no chat template; give the model's directory")
+        return SentencePieceEncoder(path, Plain(key))
+    tokenizer = load_tokenizer(path)
+    if not chat:
+        return HuggingFaceEncoder(tokenizer, Plain(key))
+    keys = KEYS if key == TEXT.key else (key,)
+    return HuggingFaceEncoder(tokenizer, Conversations(tokenizer, path, keys, at_once=True))
 
 
 class HuggingFaceEncoder:
     """A tokenizer of transformers; a fast one is asked directly and computes no character offsets."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: Form = TEXT) -> None:
         self.tokenizer = tokenizer
+        self.form = form
+        self.chat_template = form.sha256 if isinstance(form, Conversations) else None
         self.fast: Any = getattr(tokenizer, "backend_tokenizer", None)
         vocab = tokenizer.get_vocab()
         self.vocab_size = max(vocab.values()) + 1
@@ -61,10 +80,12 @@ class HuggingFaceEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
+        special = self.chat_template is None
         if self.fast is None:
-            return tokenize(self.tokenizer, texts)
+            return tokenize(self.tokenizer, texts, add_special_tokens=special)
         with encoding(self.name):
-            return [encoded.ids for encoded in self.fast.encode_batch_fast(list(texts))]
+            found = self.fast.encode_batch_fast(list(texts), add_special_tokens=special)
+            return [encoded.ids for encoded in found]
 
     def use_threads(self, count: int) -> None:
         """The library reads its settings from the environment, before its first batch."""
@@ -76,7 +97,10 @@ class HuggingFaceEncoder:
 class SentencePieceEncoder:
     """A SentencePiece model without Hugging Face's files around it."""
 
-    def __init__(self, path: Path) -> None:
+    chat_template: str | None = None
+
+    def __init__(self, path: Path, form: Form = TEXT) -> None:
+        self.form = form
         content = read_regular(path, "a SentencePiece model")
         self.model = open_sentencepiece(content, path)
         self.name = str(path)

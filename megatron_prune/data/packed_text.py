@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,16 +47,17 @@ class ZstdStream(io.RawIOBase):
         self.packed.close()
 
 
-def parquet_rows(path: Path, key: str) -> Iterator[object]:
-    """The values of one column, None where there is none; UserError for a damaged file and one without that column."""
+def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows with one column, the first of `keys` that there is; UserError for a damaged file and one without any."""
     from pyarrow import parquet
 
     advice = "fetch it again"
     with open_regular(path, "a folder of text", None) as opened, fenced(f"{path} is no Parquet file", advice):
         file = parquet.ParquetFile(opened)
-        if key not in file.schema_arrow.names:
-            raise UserError(
-                f"{path}: no column {brief(key)}; its columns are {', '.join(map(brief, file.schema_arrow.names[:8]))}"
-            )
+        names = file.schema_arrow.names
+        key = next((key for key in keys if key in names), None)
+        if key is None:
+            wanted = " or ".join(map(brief, keys))
+            raise UserError(f"{path}: no column {wanted}; its columns are {', '.join(map(brief, names[:8]))}")
         for batch in file.iter_batches(batch_size=ROWS, columns=[key]):
-            yield from batch.column(0).to_pylist()
+            yield from ({key: value} for value in batch.column(0).to_pylist())

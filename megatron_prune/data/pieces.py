@@ -20,11 +20,13 @@ from typing import Any
 from megatron_prune.data.text import (
     PACKED,
     PARQUET,
+    TEXT,
     WHOLE,
     BadDocument,
+    Form,
     bytes_read,
-    check_document,
     check_text_file,
+    check_whole,
     decode,
     is_blank,
     open_text,
@@ -62,13 +64,15 @@ class Piece:
         return 1 if self.source.startswith(HUB) else self.stop - self.start
 
 
-def cut(source: str, limit: int) -> list[Piece]:
+def cut(source: str, limit: int, form: Form = TEXT) -> list[Piece]:
     """The pieces of one input in order, of at most `limit` bytes where it can be cut."""
     if source.startswith(HUB):
         count = _in_child(_hub_files, source)
         return [Piece(source, index, count) for index in range(count)]
     path = Path(source)
     check_text_file(path)
+    if path.name.endswith(WHOLE):
+        check_whole(path, form)
     size = path.stat().st_size
     if path.suffix in (*PACKED, PARQUET) or path.name.endswith(WHOLE):
         return [Piece(source, 0, size)]
@@ -88,25 +92,25 @@ def gather(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     return parts
 
 
-def read(piece: Piece, key: str, consumed: Callable[[int], None]) -> Iterator[Entry]:
+def read(piece: Piece, form: Form, consumed: Callable[[int], None]) -> Iterator[Entry]:
     """Documents and bad lines of a piece in order; `consumed` is told how many bytes were read."""
     path = Path(piece.source)
     if piece.source.startswith(HUB):
-        yield from _read_hub(piece, key)
+        yield from _read_hub(piece, form)
         consumed(piece.size)
     elif path.name.endswith(WHOLE):
         with open_text(path) as file:
             yield 1, _or_bad(decode, file.read())
         consumed(piece.size)
     elif path.suffix == PARQUET:
-        yield from enumerate(parquet_documents(path, key), start=1)
+        yield from enumerate(parquet_documents(path, form), start=1)
         consumed(piece.size)
     else:
         for number, line in enumerate(_lines(piece, consumed), start=1):
             if isinstance(line, BadDocument):
                 yield number, line
             else:
-                yield number, None if is_blank(line) else _or_bad(parse_line, line, key)
+                yield number, None if is_blank(line) else _or_bad(parse_line, line, form)
 
 
 def _or_bad(function: Callable[..., str], *arguments: Any) -> str | BadDocument:
@@ -179,10 +183,8 @@ def open_hub(source: str, given: str = "--input", advice: str = HUB_ADVICE) -> A
         return load_dataset(name, config or None, split=split or "train", streaming=True)
 
 
-def _read_hub(piece: Piece, key: str) -> Iterator[Entry]:
+def _read_hub(piece: Piece, form: Form) -> Iterator[Entry]:
     with fenced(f"--input: {piece.source!r} cannot be read on", HUB_ADVICE):
         rows = open_hub(piece.source).shard(num_shards=piece.stop, index=piece.start)
         for number, row in enumerate(rows, start=1):
-            text = row.get(key)
-            bad = BadDocument(f"no text under the key {brief(key)}")
-            yield number, _or_bad(check_document, text) if isinstance(text, str) else bad
+            yield number, _or_bad(form.document, row)

@@ -99,10 +99,10 @@ def preprocess(config: PreprocessConfig) -> Report:
     """Tokenise `config.input` into `config.output`, going on where a killed run stopped; what was made."""
     with claimed(config.output, may_exist=True) as claim:
         _refuse_finished(claim)
-        encoder = load_encoder(config.tokenizer)
+        encoder = load_encoder(config.tokenizer, config.json_key, config.apply_chat_template)
         if config.append_eod and encoder.end is None:
             raise UserError(f"--append-eod: {config.tokenizer} has no end-of-text token; set it, or leave this out")
-        pieces = [piece for source in config.input for piece in cut(source, PART_BYTES)]
+        pieces = [piece for source in config.input for piece in cut(source, PART_BYTES, encoder.form)]
         job = Job(config, encoder, DType.optimal_dtype(encoder.vocab_size), gather(pieces, PART_BYTES))
         _open_work(job, claim)
         try:
@@ -153,6 +153,7 @@ def _check_plan(job: Job) -> None:
         "tokenizer": job.encoder.sha256,
         "append_eod": job.config.append_eod,
         "json_key": job.config.json_key,
+        **_template(job),
     }
     file = job.work / "plan.json"
     if not file.exists():
@@ -223,7 +224,7 @@ def _batches(job: Job, piece: Piece, tally: Tally, count: Count) -> Iterator[lis
     texts: list[str] = []
     characters = told = 0
     consumed = _Sum()
-    for number, text in read(piece, job.config.json_key, consumed.add):
+    for number, text in read(piece, job.encoder.form, consumed.add):
         tally.lines = number
         if isinstance(text, BadDocument):
             _count_bad(job, piece, tally, str(text))
@@ -310,7 +311,13 @@ def _report(job: Job) -> dict[str, Any]:
         "tokenizer_sha256": job.encoder.sha256,
         "append_eod": job.config.append_eod,
         "dtype": job.dtype.__name__,
+        **_template(job),
     }
+
+
+def _template(job: Job) -> dict[str, str]:
+    """What has made conversations text, where something has."""
+    return {} if job.encoder.chat_template is None else {"chat_template_sha256": job.encoder.chat_template}
 
 
 def _largest(tallies: list[Tally]) -> int | None:

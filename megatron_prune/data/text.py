@@ -13,9 +13,10 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, Protocol, TypeVar, cast
 
 from megatron_prune.data.packed_text import DamagedZstd, ZstdStream, parquet_rows
 from megatron_prune.errors import UserError, brief
@@ -56,28 +57,70 @@ KINDS = {
 """Suffix of text in other forms -> what to do with it."""
 
 
-def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), key: str = "text") -> list[str]:
+class BadDocument(ValueError):
+    """A line or file that holds no document, and why; its place is the reader's to add."""
+
+
+class Form(Protocol):
+    """How the row of a file, with its keys, becomes a document."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Under the first of these that a row has stands the document."""
+
+    def document(self, record: Mapping[str, Any]) -> str:
+        """The document of a row; `BadDocument` says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Rows with a text under a key; files that are one document are read as they are."""
+
+    key: str = "text"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key."""
+        return (self.key,)
+
+    def document(self, record: Mapping[str, Any]) -> str:
+        """The text."""
+        text = record.get(self.key)
+        if not isinstance(text, str):
+            key = brief(self.key)
+            raise BadDocument(f"no text under the key {key}; expected an object such as {{{key}: '...'}}")
+        return check_document(text)
+
+
+TEXT = Plain()
+
+
+def read_documents(paths: Sequence[Path | str], chosen: slice = slice(None), form: Form = TEXT) -> list[str]:
     """All documents of all files, in order, cut to `chosen`; at least one, or a `UserError`."""
-    documents = [document for path in paths for document in iterate_documents(Path(path), key)][chosen]
+    documents = [document for path in paths for document in iterate_documents(Path(path), form)][chosen]
     if not documents:
         names = ", ".join(map(str, paths)) or "no file"
         raise UserError(f"{names}: no document found; give text in {', '.join(SUFFIXES)}, and a range that holds some")
     return documents
 
 
-class BadDocument(ValueError):
-    """A line or file that holds no document, and why; its place is the reader's to add."""
-
-
-def iterate_documents(path: Path, key: str = "text") -> Iterator[str]:
+def iterate_documents(path: Path, form: Form = TEXT) -> Iterator[str]:
     """Documents of one file, one at a time."""
     check_text_file(path)
     if path.name.endswith(WHOLE):
+        check_whole(path, form)
         yield read_whole(path)
     elif path.suffix == PARQUET:
-        yield from _of_parquet(path, key)
+        yield from _of_parquet(path, form)
     else:
-        yield from iterate_lines(path, lambda line: parse_line(line, key))
+        yield from iterate_lines(path, lambda line: parse_line(line, form))
+
+
+def check_whole(path: Path, form: Form) -> None:
+    """UserError for a file without rows where rows of a form are wanted."""
+    if not isinstance(form, Plain):
+        rows = ", ".join(suffix for suffix in SUFFIXES if suffix not in WHOLE)
+        raise UserError(f"--apply-chat-template: {path} is one document; allowed: rows with messages, in {rows}")
 
 
 def read_whole(path: Path) -> str:
@@ -89,20 +132,18 @@ def read_whole(path: Path) -> str:
             raise UserError(f"{path}: {error}") from error
 
 
-def _of_parquet(path: Path, key: str) -> Iterator[str]:
-    for number, document in enumerate(parquet_documents(path, key), start=1):
+def _of_parquet(path: Path, form: Form) -> Iterator[str]:
+    for number, document in enumerate(parquet_documents(path, form), start=1):
         if isinstance(document, BadDocument):
             raise UserError(f"{path}:{number}: {document}") from document
         yield document
 
 
-def parquet_documents(path: Path, key: str) -> Iterator[str | BadDocument]:
+def parquet_documents(path: Path, form: Form) -> Iterator[str | BadDocument]:
     """Documents of a Parquet file, row by row, bad ones in their places."""
-    for value in parquet_rows(path, key):
+    for record in parquet_rows(path, form.keys):
         try:
-            if not isinstance(value, str):
-                raise BadDocument(f"no text but {brief(value)} under the key {brief(key)}")
-            yield check_document(value)
+            yield form.document(record)
         except BadDocument as error:
             yield error
 
@@ -221,19 +262,16 @@ def hash_files(paths: Sequence[Path | str]) -> str:
 # --- lines of JSON ---
 
 
-def parse_line(line: bytes, key: str) -> str:
-    """The document under `key` of one JSON object; `BadDocument` says what is wrong with the line."""
-    text = parse_object(line, key).get(key)
-    if not isinstance(text, str):
-        raise BadDocument(f"no text under the key {brief(key)}; expected an object such as {{{brief(key)}: '...'}}")
-    return check_document(text)
+def parse_line(line: bytes, form: Form = TEXT) -> str:
+    """The document in a line that is one JSON object; `BadDocument` says what is wrong with the line."""
+    return form.document(parse_object(line, form.keys))
 
 
-def parse_object(line: bytes, once: str | None = None) -> dict[str, Any]:
-    """The JSON object in a line, whose key `once` may not stand twice; `BadDocument` says what is wrong."""
+def parse_object(line: bytes, once: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The JSON object in a line, whose keys `once` may not stand twice; `BadDocument` says what is wrong."""
     words = decode(line)
     try:
-        record = json.loads(words, object_pairs_hook=None if once is None else _Unique(once))
+        record = json.loads(words, object_pairs_hook=_Unique(once) if once else None)
     except (ValueError, RecursionError) as error:
         _refuse_array(words)
         raise BadDocument(f"not JSON ({reason(error)}); expected one object a line") from error
@@ -249,15 +287,18 @@ def _refuse_array(words: str) -> None:
 
 
 class _Unique:
-    """Makes JSON objects, and refuses one that has a certain key twice."""
+    """Makes JSON objects, and refuses one that has one of certain keys twice."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = keys
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs) and [key for key, _ in pairs].count(self.key) > 1:
-            raise ValueError(f"the key {brief(self.key)} is given twice")
+        if len(found) < len(pairs):
+            given = [key for key, _ in pairs]
+            for key in self.keys:
+                if given.count(key) > 1:
+                    raise ValueError(f"the key {brief(key)} is given twice")
         return found
 
 

@@ -21,6 +21,8 @@ from annotated_types import Gt, Lt
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import TypedDict
 
+from megatron_prune.data.chat import Conversations
+from megatron_prune.data.text import TEXT, Form
 from megatron_prune.data.tokenizer_files import tokenizer_files
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import check_shape, fenced, parse_text_json, read_json, read_regular
@@ -55,10 +57,11 @@ PROBE = "The cat, 1\u00e9 \u65e5\n"
 KEPT_OF_CONFIG = ("model_type", "tokenizer_class", "transformers_version")
 
 
-def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path | str, vocab_size: int | None = None, chat: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer saved in `directory`. Never reaches the network, never runs code from the directory.
 
-    With `vocab_size` it is checked against the model: `check_tokenizer`.
+    With `vocab_size` it is checked against the model: `check_tokenizer`. With `chat` documents are conversations: those
+    who read text for it ask `form_of`, and `document_ids` applies the chat template of `directory`.
     """
     directory = Path(directory)
     _check_present(directory)
@@ -70,7 +73,40 @@ def load_tokenizer(directory: Path | str, vocab_size: int | None = None) -> PreT
     _check_ids(tokenizer, str(directory))
     if vocab_size is not None:
         check_tokenizer(tokenizer, vocab_size, str(directory))
+    if chat:
+        tokenizer.conversations = Conversations(tokenizer, directory)  # type: ignore[attr-defined]
     return tokenizer
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> Conversations | None:
+    """What makes conversations text for a tokenizer; None where documents are text already."""
+    found: Conversations | None = getattr(tokenizer, "conversations", None)
+    return found
+
+
+def form_of(tokenizer: PreTrainedTokenizerBase) -> Form:
+    """How rows of files become documents for a tokenizer."""
+    return chat_of(tokenizer) or TEXT
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """SHA-256 of the chat template that is applied; None without one."""
+    chat = chat_of(tokenizer)
+    return None if chat is None else chat.sha256
+
+
+def refuse_prepared(tokenizer: PreTrainedTokenizerBase | None, key: str) -> None:
+    """UserError where text that is token ids already, given to an option, is to go through a chat template."""
+    if tokenizer is not None and chat_of(tokenizer) is not None:
+        raise UserError(
+            f"--apply-chat-template: --{key.replace('_', '-')} is preprocessed; allowed: rows with messages, or the "
+            "option given to `preprocess` and left out here"
+        )
+
+
+def about_chat(template: str | None) -> dict[str, str]:
+    """What a record of text says where a chat template, of that SHA-256, has made it."""
+    return {} if template is None else {"chat_template_sha256": template}
 
 
 def _room(directory: Path) -> contextlib.AbstractContextManager[None]:
@@ -376,6 +412,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], **mor
     if rows is not None:
         check_rows(tokenizer, max((max(ids, default=0) for ids in found), default=0), rows)
     return found
+
+
+def document_ids(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> list[list[int]]:
+    """Token ids of each document of `form_of`; a chat template writes special tokens itself, and none are added."""
+    chat = chat_of(tokenizer)
+    if chat is None:
+        return tokenize(tokenizer, documents)
+    return tokenize(tokenizer, list(map(chat.render, documents)), add_special_tokens=False)
 
 
 def check_rows(tokenizer: PreTrainedTokenizerBase, largest: int, rows: int) -> None:

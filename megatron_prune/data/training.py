@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_prune.data.blend import HELD_OUT, TRAIN, Blend, BlendWindows, parse_blend
 from megatron_prune.data.dataset import TokenWindows, cache_folder
 from megatron_prune.data.domains import Domain, DomainWindows
+from megatron_prune.data.tokenizer import refuse_prepared
 from megatron_prune.errors import UserError
 from megatron_prune.option_groups import Training
 
@@ -37,6 +38,7 @@ def training_windows(t: Training, tokenizer: PreTrainedTokenizerBase, vocab_size
     blend = _blend(t)
     if blend is None:
         return TokenWindows(t.data, tokenizer, t.seq_length, t.seed, documents=t.data_range)
+    refuse_prepared(tokenizer, "data")
     count = t.train_iters * t.global_batch_size
     return BlendWindows(blend, TRAIN, count, t.seq_length, t.seed, vocab_size, _cache(t))
 
@@ -46,6 +48,7 @@ def held_out_windows(t: Training, tokenizer: PreTrainedTokenizerBase, vocab_size
     blend = _blend(t)
     given = parse_blend("eval_data", t.eval_data) if t.eval_data else None
     if given is not None:
+        refuse_prepared(tokenizer, "eval_data")
         if t.eval_documents is not None:
             raise UserError("--eval-documents: given with preprocessed --eval-data; allowed: with files of text")
         held_out = replace(given, split=(0, 1, 0))

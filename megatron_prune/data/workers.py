@@ -82,11 +82,16 @@ def _check(worker: Worker) -> None:
     raise RuntimeError(f"worker {worker.number} failed; its traceback is above")
 
 
-def _body(work: Work, number: int, counted: Any, mistake: Any, parent: int) -> None:
-    """What a worker process runs; Ctrl-C is the parent's to answer."""
+def end_with_parent(parent: int) -> None:
+    """From now on this process is killed when its parent, of that id, dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
+
+
+def _body(work: Work, number: int, counted: Any, mistake: Any, parent: int) -> None:
+    """What a worker process runs; Ctrl-C is the parent's to answer."""
+    end_with_parent(parent)
     gc.freeze()  # what is inherited is the parent's to free: destructors of its threads and groups crash here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

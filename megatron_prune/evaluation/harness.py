@@ -30,8 +30,9 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from megatron_prune.data.rendering import Refused
 from megatron_prune.data.requests import Request, Scorer
-from megatron_prune.data.tokenizer import check_rows, model_rows, tokenize
+from megatron_prune.data.tokenizer import about_chat, chat_of, check_rows, model_rows, tokenize
 from megatron_prune.errors import UserError, brief
 from megatron_prune.evaluation import local_tasks
 from megatron_prune.evaluation.local_tasks import SCORED, kind_refusal
@@ -39,10 +40,16 @@ from megatron_prune.foreign import fenced, reason
 
 
 class Harness(TemplateLM):
-    """A model by its likelihoods; it generates nothing."""
+    """A model by its likelihoods; it generates nothing.
 
-    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> None:
+    With a tokenizer that has its chat template at hand questions are messages, and examples earlier turns, or all of
+    them one message without `multiturn`.
+    """
+
+    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, multiturn: bool = True) -> None:
         super().__init__()
+        self.chat = chat_of(tokenizer)
+        self.multiturn = multiturn
         self.scorer = scorer
         self.tokenizer = tokenizer
         self.truncated = 0
@@ -63,6 +70,27 @@ class Harness(TemplateLM):
         """What stands before a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval would tell prompts that it keeps apart by."""
+        return str(self.tokenizer.name_or_path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A prompt of messages; without its system message where the template takes none, as in lm-eval."""
+        assert self.chat is not None, "asked for with a template only"
+        try:
+            return self.chat.prompt(chat_history, not add_generation_prompt)
+        except Refused:
+            pass
+        try:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            return self.chat.prompt(rest, not add_generation_prompt)
+        except Refused as error:
+            raise UserError(
+                f"--apply-chat-template: the chat template of {self.tokenizer.name_or_path} does not take a question "
+                f"({error}); give --no-fewshot-as-multiturn or --num-fewshot 0, or leave --apply-chat-template out"
+            ) from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; a text that begins with the prefix token in letters gets none besides."""
@@ -222,13 +250,21 @@ def evaluate(
     about = {name: _about_task(found, name, task) for name, task in tasks["tasks"].items()}
     groups = {name: _metrics(scores) for name, scores in found.get("groups", {}).items()}
     scores = {"tasks": about, "truncated_requests": model.truncated} | ({"groups": groups} if groups else {})
+    if model.chat is not None:
+        scores |= about_chat(model.chat.sha256) | {"fewshot_as_multiturn": model.multiturn}
     return scores, [_answers(name, sample) for name in tasks["tasks"] for sample in _samples(found, name)]
 
 
 def _evaluated(model: Harness, tasks: dict[str, Any], limit: float | None) -> Any:
     """lm-eval's own answer; what it, or a template, makes of a definition that fits no rows is a UserError."""
     try:
-        return evaluator.evaluate(model, tasks, limit=limit)
+        return evaluator.evaluate(
+            model,
+            tasks,
+            limit=limit,
+            apply_chat_template=model.chat is not None,
+            fewshot_as_multiturn=model.chat is not None and model.multiturn,
+        )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError) or _raised_here(error):
             raise

@@ -63,7 +63,8 @@ def _text(config: EvaluateConfig, tokenizer: Path, vocab_size: int, longest: int
     assert config.text is not None, "checked by the configuration"
     _check_length(config.window, longest)
     window = config.window or min(WINDOW, longest)
-    return evaluation_windows(config.text, load_tokenizer(tokenizer, vocab_size), window, config.windows)
+    reads = load_tokenizer(tokenizer, vocab_size, chat=config.apply_chat_template)
+    return evaluation_windows(config.text, reads, window, config.windows)
 
 
 def _result(
@@ -76,7 +77,8 @@ def _result(
         "perplexity": math.exp(loss / tokens),
         "loss": loss / tokens,
         "predicted_tokens": tokens,
-        "protocol": f"windows of {window}, stride {window}, first {count}, no BOS",
+        "protocol": f"windows of {window}, stride {window}, first {count}, "
+        + ("no BOS" if text.chat_template is None else "conversations by the chat template"),
         "text": text.info(),
         "input": str(config.input),
         **about,

@@ -94,10 +94,12 @@ def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalu
     source, layout = open_pruned(Path(path)), layout_of(config.parallelism)
     with backend.running(layout):
         model = source.load(layout, config.dtype)
-        tokenizer = load_tokenizer(source.tokenizer, model.config.vocab_size)
+        tokenizer = load_tokenizer(source.tokenizer, model.config.vocab_size, chat=config.apply_chat_template)
         scorer = MegatronScorer(model, _tokens_per_batch(config))
         about = {"kind": "megatron", "layout": layout.describe(), "dtype": config.dtype or model.config.dtype}
-        scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+        scores, samples = evaluate(
+            Harness(scorer, tokenizer, config.tasks.fewshot_as_multiturn), tasks, config.tasks.limit
+        )
         return about | scores, samples
 
 
@@ -107,9 +109,9 @@ def _maxtext(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evalua
     tokens = config.tasks.tokens_per_batch or MAXTEXT_TOKENS
     checkpoint = config.checkpoint if path == config.input else None
     scorer = MaxTextScorer(Path(path), checkpoint, tokens, config.dtype, config.settings)
-    tokenizer = load_tokenizer(scorer.tokenizer, scorer.config.vocab_size)
+    tokenizer = load_tokenizer(scorer.tokenizer, scorer.config.vocab_size, chat=config.apply_chat_template)
     about = {"kind": "maxtext", "dtype": scorer.dtype}
-    scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+    scores, samples = evaluate(Harness(scorer, tokenizer, config.tasks.fewshot_as_multiturn), tasks, config.tasks.limit)
     return about | scores, samples
 
 
@@ -118,12 +120,12 @@ def _hugging_face(config: EvaluateConfig, name: str, tasks: dict[str, Any]) -> E
 
     reader = hugging_face.open_alone(name, config.parallelism)
     about = reader.model_config
-    tokenizer = load_tokenizer(reader.directory, about.vocab_size)
+    tokenizer = load_tokenizer(reader.directory, about.vocab_size, chat=config.apply_chat_template)
     dtype = config.dtype or about.dtype
     model = hugging_face.load(reader, dtype)
     longest, window, alike = about.max_position_embeddings, about.sliding_window, about.window_layers is None
     scorer = TransformersScorer(model, longest, _tokens_per_batch(config), window, share=alike)
-    scores, samples = evaluate(Harness(scorer, tokenizer), tasks, config.tasks.limit)
+    scores, samples = evaluate(Harness(scorer, tokenizer, config.tasks.fewshot_as_multiturn), tasks, config.tasks.limit)
     return hugging_face.about(reader, dtype) | scores, samples
 
 

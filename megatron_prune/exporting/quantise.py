@@ -29,7 +29,7 @@ from megatron_prune.claims import refuse_existing
 from megatron_prune.config import ExportConfig
 from megatron_prune.data.calibration import windows
 from megatron_prune.data.named import named_files
-from megatron_prune.data.tokenizer import load_tokenizer
+from megatron_prune.data.tokenizer import form_of, load_tokenizer
 from megatron_prune.data.tokenizer_files import copy_tokenizer
 from megatron_prune.decision.masks import pack_mask, prunable_shapes, unpack_mask
 from megatron_prune.errors import UserError
@@ -77,8 +77,9 @@ def prepare(config: ExportConfig, model: ModelConfig, tokenizer: Path) -> Plan:
         )
     c = config.calibration
     length = min(c.seq_length, model.max_position_embeddings)
-    text = named_files(c.text, c.samples, c.seed)
-    drawn = windows(text, load_tokenizer(tokenizer, model.vocab_size), c.samples, length, c.seed, c.document_range)
+    reads = load_tokenizer(tokenizer, model.vocab_size, chat=config.apply_chat_template)
+    text = named_files(c.text, c.samples, c.seed, form_of(reads))
+    drawn = windows(text, reads, c.samples, length, c.seed, c.document_range)
     return Plan(config.quantize, block, drawn.tokens, tokenizer)
 
 

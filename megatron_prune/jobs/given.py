@@ -8,9 +8,12 @@ from megatron_prune.methods.base import CALIBRATION, DATA, LOSSES, PRIOR, STATIS
 from megatron_prune.option_groups import Calibration, Losses, Training
 from megatron_prune.options import entries, flag, flatten, given
 
+TEXT = "text"
+"""What methods that look at calibration text or learn from text use."""
 LONG = "resumable"
 """What methods that take hours use: they may be stopped, go on, and draw at random."""
 USED_BY = {
+    "apply_chat_template": TEXT,
     **{entry.key: CALIBRATION for entry in entries(Calibration)},
     **{entry.key: DATA for entry in entries(Training) if entry.key != "deterministic"},
     **dict.fromkeys(("seed", "time_limit", "resume"), LONG),
@@ -22,6 +25,7 @@ USED_BY = {
 WORDS = {
     CALIBRATION: "that look at calibration text",
     DATA: "that learn from text",
+    TEXT: "that read text",
     PRIOR: "that start from a mask",
     LOSSES: "that weigh losses and learn from a teacher",
     STATISTICS: "that keep statistics",
@@ -46,4 +50,7 @@ def check_given(config: PruneConfig, method: PruningMethod) -> None:
 
 def uses(method: PruningMethod | type[PruningMethod], kind: str) -> bool:
     """Whether a method uses options of a kind."""
-    return method.resumable if kind == LONG else kind in (*method.needs, *method.takes)
+    if kind == LONG:
+        return method.resumable
+    used = (*method.needs, *method.takes)
+    return CALIBRATION in used or DATA in used if kind == TEXT else kind in used

@@ -86,7 +86,7 @@ def _train(
     if config.resume:
         check_resume(folder, _about(config, source))
         _forget_unfinished_weights(folder)
-    tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size)
+    tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size, chat=config.apply_chat_template)
     data = training_windows(t, tokenizer, source.config.vocab_size)
     held_out = held_out_windows(t, tokenizer, source.config.vocab_size)
     engine = _engine(config, source, teacher, layout)

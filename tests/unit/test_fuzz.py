@@ -216,7 +216,7 @@ def test_metrics(good: Path) -> None:
 def test_any_json(data: bytes) -> None:
     read_or_refused(lambda: parse_json(data, "some.json"))
     with contextlib.suppress(ValueError):  # a bad line is counted, or told with --strict
-        parse_line(data, "text")
+        parse_line(data)
 
 
 # --- bytes ---

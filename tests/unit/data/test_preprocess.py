@@ -372,7 +372,8 @@ def test_a_data_set_is_streamed(tmp_path: Path, tokenizer: Path) -> None:
     ids = tokenize(load_tokenizer(tokenizer), texts)
     assert outputs(tmp_path / "out")[:2] == serial(tmp_path / "serial", ids, 257)
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["listed_bad_lines"] == [f"hub:{folder}[1]:3: no text under the key 'text'"]
+    (bad,) = report["listed_bad_lines"]
+    assert bad.startswith(f"hub:{folder}[1]:3: no text under the key 'text'")
 
 
 def test_no_network_is_one_line(tmp_path: Path, tokenizer: Path) -> None:

@@ -18,7 +18,7 @@ from megatron_prune.config import PreprocessConfig
 from megatron_prune.data import pieces, preprocess, text
 from megatron_prune.data.calibration import windows
 from megatron_prune.data.dataset import TokenWindows, evaluation_windows
-from megatron_prune.data.text import hash_files, read_documents
+from megatron_prune.data.text import TEXT, hash_files, read_documents
 from megatron_prune.data.tokenizer import load_tokenizer
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import local_tasks
@@ -39,7 +39,7 @@ def lines(*texts: str, end: bytes = b"\n") -> bytes:
 def in_pieces(file: Path, limit: int) -> list[str]:
     """The documents as `preprocess` reads them, from a file cut at every `limit` bytes."""
     entries = [
-        entry for piece in pieces.cut(str(file), limit) for _, entry in pieces.read(piece, "text", lambda _: None)
+        entry for piece in pieces.cut(str(file), limit) for _, entry in pieces.read(piece, TEXT, lambda _: None)
     ]
     bad = [entry for entry in entries if isinstance(entry, text.BadDocument)]
     if bad:
@@ -204,7 +204,7 @@ def test_a_line_longer_than_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         entries = [
             entry
             for piece in pieces.cut(str(tmp_path / name), limit)
-            for _, entry in pieces.read(piece, "text", lambda _: None)
+            for _, entry in pieces.read(piece, TEXT, lambda _: None)
         ]
         assert [str(entry)[:6] for entry in entries] == ["a", "a line", "c", "a line"], limit
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from megatron_prune.data.text import hash_files, read_documents
+from megatron_prune.data.text import Plain, hash_files, read_documents
 from megatron_prune.data.tokenizer import check_tokenizer, load_tokenizer, tokenize
 from megatron_prune.errors import UserError
 
@@ -30,7 +30,7 @@ def test_documents_of_all_kinds_in_order(tmp_path: Path) -> None:
     files = sorted(tmp_path.iterdir())
     assert read_documents(files) == ["one\r\ntwo é\n", "three", "four", "five", "six"]
     assert read_documents(files, slice(1, 3)) == ["three", "four"]
-    assert read_documents([tmp_path / "b.jsonl"], key="body") == ["THREE", "FOUR"]
+    assert read_documents([tmp_path / "b.jsonl"], form=Plain("body")) == ["THREE", "FOUR"]
 
 
 def zstandard(path: Path, data: bytes) -> Path:
@@ -49,17 +49,17 @@ def test_zstandard_and_parquet(tmp_path: Path) -> None:
     expected = read_documents([tmp_path / "plain.jsonl"])
     assert expected == texts
     assert read_documents([tmp_path / "a.jsonl.zst"]) == read_documents([tmp_path / "a.parquet"]) == expected
-    assert read_documents([tmp_path / "a.parquet"], slice(0, 1), "body") == texts[-1:]
+    assert read_documents([tmp_path / "a.parquet"], slice(0, 1), Plain("body")) == texts[-1:]
     packed = (tmp_path / "a.jsonl.zst").read_bytes()
     (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "holes.parquet")
     for name, part in (
         ("cut.jsonl.zst", "damaged zstandard"),
-        ("holes.parquet", "holes.parquet:2: no text but None"),
+        ("holes.parquet", "holes.parquet:2: no text under the key 'text'"),
         ("a.parquet", "no column 'none'; its columns are 'text', 'body'"),
     ):
         with pytest.raises(UserError, match=part):
-            read_documents([tmp_path / name], key="none" if name == "a.parquet" else "text")
+            read_documents([tmp_path / name], form=Plain("none" if name == "a.parquet" else "text"))
 
 
 MISTAKES = {

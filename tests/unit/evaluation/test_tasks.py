@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_prune.__main__ import main
+from tests.chats import TEMPLATE, chat_model
 from tests.models import byte_tokenizer, stories260k, tiny_llama
 from tests.tasks import EXPECTED, PUBLIC_ROWS, write_public_rows, write_tasks
 from tests.unit.test_user_errors import refused
@@ -47,7 +48,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def lm_eval_answers(directory: Path, tasks: Path, num_fewshot: int = 0) -> list[list[float]]:
+def lm_eval_answers(directory: Path, tasks: Path, num_fewshot: int = 0, **chat: bool) -> list[list[float]]:
     """Log-likelihoods of every item by lm-eval's own Hugging Face model."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
@@ -58,7 +59,7 @@ def lm_eval_answers(directory: Path, tasks: Path, num_fewshot: int = 0) -> list[
     loaded = harness.load_tasks(NAMES, [tasks], num_fewshot)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=1234)
-    found: Any = evaluator.evaluate(model, loaded)
+    found: Any = evaluator.evaluate(model, loaded, **chat)
     every = [sample for name in NAMES for sample in sorted(found["samples"][name], key=lambda s: s["doc_id"])]
     return [[r[0][0] if isinstance(r[0], tuple) else r[0] for r in sample["resps"]] for sample in every]
 
@@ -75,6 +76,39 @@ def test_answers_are_those_of_lm_evals_own_model(root: Path) -> None:
         assert largest_difference(read(root / f"{name}.jsonl"), expected) < TOLERANCE
     other = lm_eval_answers(root / "hf", root / "tasks", num_fewshot=1)  # other questions, other answers
     assert largest_difference(read(root / "hf.jsonl"), other) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("multiturn", [True, False])
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("{{- bos_token }}", "")])
+def test_questions_in_the_models_chat_template_are_those_of_lm_eval(
+    multiturn: bool, template: str, tmp_path: Path
+) -> None:
+    chat_model(tmp_path / "hf", template)
+    write_tasks(tmp_path / "tasks")
+    assert main(["import", "--input", str(tmp_path / "hf"), "--output", str(tmp_path / "model")]) == 0
+    words = ["--apply-chat-template", *([] if multiturn else ["--no-fewshot-as-multiturn"]), "--num-fewshot", "2"]
+    for name in ("model", "hf"):
+        output = ["--output", str(tmp_path / f"{name}.json"), *samples(tmp_path, name)]
+        assert main(evaluate(tmp_path, name, *words, *output)) == 0
+    chat = {"apply_chat_template": True, "fewshot_as_multiturn": multiturn}
+    expected = lm_eval_answers(tmp_path / "hf", tmp_path / "tasks", 2, **chat)
+    other = lm_eval_answers(tmp_path / "hf", tmp_path / "tasks", 2)
+    for name in ("model", "hf"):
+        answers = read(tmp_path / f"{name}.jsonl")
+        assert largest_difference(answers, expected) < TOLERANCE
+        assert largest_difference(answers, other) > 100 * TOLERANCE
+    (result,) = json.loads((tmp_path / "hf.json").read_text())["results"]
+    assert len(result["chat_template_sha256"]) == 64 and result["fewshot_as_multiturn"] is multiturn
+
+
+def test_a_template_that_takes_no_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat_model(tmp_path / "hf", "{{ raise_exception('only Latin') }}")
+    write_tasks(tmp_path / "tasks")
+    message = refused(evaluate(tmp_path, "hf", "--apply-chat-template"), capsys)
+    assert "does not take a question (only Latin)" in message
+    assert "has no effect without --apply-chat-template" in refused(
+        evaluate(tmp_path, "hf", "--no-fewshot-as-multiturn"), capsys
+    )
 
 
 def test_a_trained_model_with_examples_before_each_question(tmp_path: Path) -> None:
