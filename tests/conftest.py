@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from megatron_prune.device import has_cuda
 
+settings.register_profile("patient", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("patient")
 if not has_cuda():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -38,9 +38,7 @@ def lines(*texts: str, end: bytes = b"\n") -> bytes:
 
 def in_pieces(file: Path, limit: int) -> list[str]:
     """The documents as `preprocess` reads them, from a file cut at every `limit` bytes."""
-    entries = [
-        entry for piece in pieces.cut(str(file), limit) for _, entry in pieces.read(piece, TEXT, lambda _: None)
-    ]
+    entries = [entry for piece in pieces.cut(str(file), limit) for _, entry in pieces.read(piece, TEXT, lambda _: None)]
     bad = [entry for entry in entries if isinstance(entry, text.BadDocument)]
     if bad:
         raise bad[0]
