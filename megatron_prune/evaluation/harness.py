@@ -6,6 +6,7 @@ of long texts and seeds are those of lm-eval's Hugging Face model, so that the a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -16,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lm_eval.api.task
 import numpy as np
+from huggingface_hub import constants, get_session
 from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -30,6 +33,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from megatron_prune.data.pieces import HUB_SECONDS
 from megatron_prune.data.rendering import Refused
 from megatron_prune.data.requests import Request, Scorer
 from megatron_prune.data.tokenizer import about_chat, chat_of, check_rows, model_rows, tokenize
@@ -226,11 +230,29 @@ def _from_hub(names: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--tasks: lm-eval has no task {name!r}; {hint}")
     for name in names:
         _check_kinds(manager, name, set())
-    with fenced(
-        f"--tasks: the rows of {', '.join(names)} could not be fetched",
-        "go online, or give --tasks-folder with files of this machine",
+    with (
+        _network_or_cache(),
+        fenced(
+            f"--tasks: the rows of {', '.join(names)} could not be fetched",
+            "go online, or give --tasks-folder with files of this machine",
+        ),
     ):
         return manager.load(list(names))
+
+
+@contextlib.contextmanager
+def _network_or_cache() -> Iterator[None]:
+    """Where the hub does not answer, only the cache is asked: its library would ask on for half a minute."""
+    offline = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    try:
+        with fenced("the hub does not answer", "ask the cache"):
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except UserError:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = offline
 
 
 def evaluate(

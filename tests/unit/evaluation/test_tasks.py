@@ -403,3 +403,27 @@ def test_lm_evals_own_tasks(
 
     monkeypatch.setattr(harness, "TaskManager", Offline)
     assert message in refused(["evaluate", "--input", str(root / "model"), "--tasks", name], capsys)
+
+
+def test_without_a_network_the_hub_is_asked_once_and_nothing_is_said_of_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, at once, and the libraries are as before; other tests may have a network."""
+    import datasets
+    import httpx
+    from huggingface_hub import constants
+
+    asked: list[str] = []
+
+    def fail(_transport: Any, request: Any) -> Any:
+        asked.append(str(request.url))
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", fail)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} seconds"))
+    message = refused(["evaluate", "--input", str(root / "hf"), "--tasks", "piqa"], capsys)
+    assert "--tasks: the rows of piqa could not be fetched" in message and "--tasks-folder" in message
+    assert len(asked) == 1
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
