@@ -314,6 +314,7 @@ def install() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # PyTorch may have come before us
     for logger, words in (NOISE if has_cuda() else NOISE | CPU_NOISE).items():
         logging.getLogger(logger).addFilter(_Without(words))
+    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental", category=UserWarning)
     if has_cuda():
         return
     for source, message in (

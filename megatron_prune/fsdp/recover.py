@@ -99,4 +99,5 @@ class FsdpSession(TrainingSession):
 
     def check_state(self, when: str) -> dict[str, float]:
         """The zeros, counted."""
-        return {"zeros": self.zeros.check(when)} if self.zeros is not None else {}
+        count = self.zeros.check(when) if self.zeros is not None else 0
+        return {"zeros": count} if count else {}

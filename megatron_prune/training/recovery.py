@@ -290,5 +290,6 @@ class RecoveryRunner(TrainingSession):
         return zeros.check("in the final weights") if zeros else None
 
     def check_state(self, when: str) -> dict[str, float]:
-        """The zeros, counted."""
-        return {"zeros": self.zeros.check(when)} if self.zeros is not None else {}
+        """The zeros, counted, where there are any: a smaller model has none to keep."""
+        count = self.zeros.check(when) if self.zeros is not None else 0
+        return {"zeros": count} if count else {}
