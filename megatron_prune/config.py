@@ -85,7 +85,9 @@ class PruneConfig(Options):
 
     output_may_exist: ClassVar[MayExist] = "resumed"
 
-    input: Path = option(REQUIRED, "Megatron checkpoint, from `import` or `trim`, or a Hugging Face directory")
+    input: Path = option(
+        REQUIRED, "Megatron checkpoint, from `import` or `trim`, run of `train`, or Hugging Face directory"
+    )
     output: Path = option(REQUIRED, "run folder to write; must not exist, unless with --resume or --restartable")
     method: str = option(REQUIRED, "pruning method, from `megatron-prune methods`")
     target: str = option(

@@ -32,6 +32,7 @@ from megatron_prune.errors import UserError
 from megatron_prune.log import MetricsLog, progress
 from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod, get_method, mask_methods
 from megatron_prune.model.checkpoint import save_model
+from megatron_prune.model.length import readable
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.options import given
 from megatron_prune.statistics.compensation import Compensation
@@ -123,7 +124,7 @@ class Workbench:
                 f"method {self.method.name} needs calibration text and none was given: --calibration FILE.jsonl "
                 "(or .txt)"
             )
-        length = min(c.seq_length, self.config.max_position_embeddings)
+        length = readable("calibration_seq_length", c.seq_length, self.config)
         tokenizer = load_tokenizer(
             self.source.tokenizer, self.config.vocab_size, chat=self.settings.apply_chat_template
         )

@@ -123,6 +123,11 @@ def _check_same(folder: Path, run: RunDescription, file: Path) -> None:
         )
 
 
+def trained_model(path: Path) -> Path:
+    """Where the model of a run of `train` is; anything else is where it is."""
+    return weights_of(path) if is_run(path) and read_run(path).method == "train" else path
+
+
 def weights_of(folder: Path) -> Path:
     """The model whose weights a run's masks apply to, or that it has trained; UserError while it trains."""
     weights = folder / "weights"

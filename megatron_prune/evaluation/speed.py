@@ -124,6 +124,8 @@ def _open(config: BenchConfig, directory: str) -> tuple[BenchConfig, HFReader, N
         raise UserError(
             f"--prompt-length and --new-tokens make {wanted} tokens and the model reads at most {longest}: use less"
         )
+    if config.prompt_length is None and length < PROMPT:
+        say(f"prompts of {length} tokens, {config.new_tokens} follow: the model reads {longest}")
     recorded = read_pruning(reader.directory).get("target")
     target = parse_any_target(recorded) if recorded else None
     if not isinstance(target, NM) or (target.n, target.m) != (2, 4):

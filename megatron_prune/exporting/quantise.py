@@ -39,6 +39,7 @@ from megatron_prune.imports import without_megatron, without_triton
 from megatron_prune.log import progress
 from megatron_prune.model.build import DTYPES
 from megatron_prune.model.families import ModelConfig, get_family
+from megatron_prune.model.length import readable
 from megatron_prune.model.packed import PackedReader
 from megatron_prune.model.pruning import write_pruning
 from megatron_prune.model.quantised import KEY
@@ -76,7 +77,7 @@ def prepare(config: ExportConfig, model: ModelConfig, tokenizer: Path) -> Plan:
             f"--quantize {config.quantize}: {backend.world_size()} processes were started and one quantises; use one"
         )
     c = config.calibration
-    length = min(c.seq_length, model.max_position_embeddings)
+    length = readable("calibration_seq_length", c.seq_length, model)
     reads = load_tokenizer(tokenizer, model.vocab_size, chat=config.apply_chat_template)
     text = named_files(c.text, c.samples, c.seed, form_of(reads))
     drawn = windows(text, reads, c.samples, length, c.seed, c.document_range)

@@ -9,7 +9,9 @@ from megatron_prune.data.tokenizer import has_tokenizer
 from megatron_prune.data.tokenizer_files import check_tokenizer_files
 from megatron_prune.decision.mask_file import mask_npz_pattern
 from megatron_prune.decision.pruned import made
+from megatron_prune.decision.run_folder import is_run
 from megatron_prune.decision.source import read_hf
+from megatron_prune.errors import UserError
 from megatron_prune.exporting.preflight import check_export
 from megatron_prune.model.checkpoint import compute_dtype, save_model
 from megatron_prune.model.convert import HFReader
@@ -25,6 +27,11 @@ def open_hf(source: str, dtype: str | None = None) -> tuple[HFReader, list[str]]
     UserError otherwise, before any weight is read.
     """
     directory = Path(source)
+    if is_run(directory):
+        raise UserError(
+            f"{source} is a run folder and import reads Hugging Face directories: trim {source} CHECKPOINT makes a "
+            "checkpoint of it; export, evaluate, verify and bench take the run as it is"
+        )
     reader = FmsReader(directory) if is_fms(directory) else HFReader(source)
     check_tokenizer_files(reader.directory)
     check_export(reader.model_config)

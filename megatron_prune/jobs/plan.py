@@ -64,6 +64,7 @@ from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
 from megatron_prune.model.family import WeightMap
 from megatron_prune.model.given import wrong
+from megatron_prune.model.length import fitting
 from megatron_prune.model.sizes import ModelConfig, channels_with_sink, dimensions, rotary_channels
 from megatron_prune.option_groups import Parallelism, Training
 from megatron_prune.training.weighting import Weighting, check_way, teaches_itself
@@ -229,7 +230,7 @@ def job_of(config: PruneConfig, processes: int) -> Job:
     return Job(
         model,
         config.parallelism,
-        config.training,
+        fitting(config.training, model),
         target,
         config.parallelism.data_parallel_size(processes),
         bool(config.method_options.get("train_weights")),

@@ -22,7 +22,7 @@ from megatron_prune.decision.resume import (
     goes_on,
     may_go_on,
 )
-from megatron_prune.decision.run_folder import RunDescription
+from megatron_prune.decision.run_folder import RunDescription, trained_model
 from megatron_prune.decision.source import ModelSource, open_model, tell_left
 from megatron_prune.decision.target import LATENCY, Budget, StructuredTarget, Target, parse_any_target
 from megatron_prune.decision.units import Units
@@ -36,6 +36,7 @@ from megatron_prune.methods.fit import check_experts, check_shards, check_target
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.layout import layout_of
+from megatron_prune.model.length import fitting
 from megatron_prune.training.stopping import Stopped, StopRequest
 from megatron_prune.workbench import DECISION, WEIGHTS, Workbench
 
@@ -47,7 +48,10 @@ def prune(config: PruneConfig) -> str:
     method.accept(target)
     check_given(config, method)
     _check_logits(config)
+    config = replace(config, input=trained_model(config.input))
     source = open_model(config.input)
+    if DATA in method.needs:
+        config = replace(config, training=fitting(config.training, source.config))
     target = _with_table(config, target)
     check_experts(source.config, method, target)
     check_target(source.config, target)

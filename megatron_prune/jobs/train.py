@@ -28,6 +28,7 @@ from megatron_prune.jobs.teacher import check_taught
 from megatron_prune.log import MetricsLog
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.layout import layout_of
+from megatron_prune.model.length import fitting
 from megatron_prune.options import flatten
 from megatron_prune.training.loop import check_learning, model_options
 from megatron_prune.training.lora import Adapters, linear_kinds
@@ -42,6 +43,7 @@ def train(config: TrainConfig) -> str:
     source = open_source(config.input)
     teacher = open_source(config.losses.teacher) if config.losses.teacher else None
     layout = layout_of(config.parallelism)
+    config = replace(config, training=fitting(config.training, source.config))
     check(config, source, teacher)
     tell_left(source)
     going_on = may_go_on(config)

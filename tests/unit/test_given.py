@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,45 @@ def test_defaults_may_be_given(root: Path, tmp_path: Path) -> None:
     assert main([*words, "--output", str(tmp_path / "one")]) == 0
     again = ["prune", "--config", str(tmp_path / "one" / "config.yaml"), "--output", str(tmp_path / "two")]
     assert main(again) == 0
+
+
+def test_windows_are_no_longer_than_the_model_reads_and_a_line_says_so(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model that reads 512 tokens, where 2048 are usual; what was asked for is asked for."""
+    text = tmp_path / "long.txt"
+    text.write_text("the cat ran home " * 200)
+    wanda = ["--method", "wanda", "--target", "2:4", "--calibration", str(text), "--calibration-samples", "2"]
+    line = "windows of 512 tokens, which is what the model reads, in place of --calibration-seq-length 2048"
+    for more, told in (([], 1), (["--calibration-seq-length", "64"], 0)):
+        capsys.readouterr()
+        run = tmp_path / f"run{told}"
+        assert main(["prune", str(root / "ck"), str(run), *wanda, *more]) == 0
+        assert capsys.readouterr().out.count(line) == told
+        record = json.loads((run / "decision" / "decision.json").read_text())["calibration"]
+        assert record["length"] == (512 if told else 64)
+    short = ["--data", str(text), "--train-iters", "1", "--global-batch-size", "1"]
+    assert main(["train", str(root / "ck"), str(tmp_path / "trained"), *short]) == 0
+    assert capsys.readouterr().out.count("windows of 512 tokens, which is what the model reads, in place of --seq") == 1
+    assert "\nseq_length: 512\n" in (tmp_path / "trained" / "config.yaml").read_text()
+    assert main(["train", str(root / "ck"), str(tmp_path / "longer"), *short, "--seq-length", "600"]) == 0
+    assert "\nseq_length: 600\n" in (tmp_path / "longer" / "config.yaml").read_text()
+
+
+def test_a_trained_run_is_pruned_as_it_is_and_import_says_what_to_do_with_a_run(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, run = tmp_path / "trained", tmp_path / "run"
+    assert main(["train", str(root / "ck"), str(trained), "--data", str(root / "text.jsonl"), *LEARNS]) == 0
+    assert main(["prune", str(trained), str(run), "--method", "magnitude", "--target", "2:4"]) == 0
+    other = ["--method", "magnitude", "--target", "2:4"]
+    assert main(["prune", str(trained / "weights"), str(tmp_path / "other"), *other]) == 0
+    masks = [(folder / "decision" / "decision.json").read_text() for folder in (run, tmp_path / "other")]
+    assert masks[0] == masks[1] and main(["verify", str(run)]) == 0
+    for folder in (trained, run):
+        assert f"trim {folder} CHECKPOINT makes a checkpoint" in refused(
+            ["import", str(folder), str(tmp_path / "x")], capsys
+        )
+    assert f"trim --input {run} --output CHECKPOINT first" in refused(
+        ["prune", str(run), str(tmp_path / "x"), *other], capsys
+    )
