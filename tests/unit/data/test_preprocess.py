@@ -25,7 +25,7 @@ from megatron_prune.__main__ import main
 from megatron_prune.config import PreprocessConfig
 from megatron_prune.data import pieces, preprocess
 from megatron_prune.data.encoder import load_encoder
-from megatron_prune.data.text import read_documents
+from megatron_prune.data.text import TEXT, read_documents
 from megatron_prune.data.tokenizer import load_tokenizer, tokenize
 from megatron_prune.errors import UserError
 from megatron_prune.verbs.preprocess import run
@@ -99,11 +99,11 @@ def test_every_place_to_cut_gives_the_same_lines(tmp_path: Path) -> None:
     file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     for limit in range(1, file.stat().st_size + 2):
         cut = pieces.cut(str(file), limit)
-        found = [text for piece in cut for _, text in pieces.read(piece, "text", lambda _: None)]
+        found = [text for piece in cut for _, text in pieces.read(piece, TEXT, lambda _: None)]
         assert found == texts, limit
         consumed: list[int] = []
         for piece in cut:
-            list(pieces.read(piece, "text", consumed.append))
+            list(pieces.read(piece, TEXT, consumed.append))
         assert sum(consumed) == file.stat().st_size
 
 

@@ -410,20 +410,22 @@ def test_without_a_network_the_hub_is_asked_once_and_nothing_is_said_of_it(
 ) -> None:
     """One line, at once, and the libraries are as before; other tests may have a network."""
     import datasets
-    import httpx
     from huggingface_hub import constants
+
+    from megatron_prune.evaluation import harness
 
     asked: list[str] = []
 
-    def fail(_transport: Any, request: Any) -> Any:
-        asked.append(str(request.url))
-        raise httpx.ConnectError("no route")
+    class Unplugged:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(f"{url} {timeout}")
+            raise OSError("no route")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", fail)
+    monkeypatch.setattr(harness, "get_session", Unplugged)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waited {seconds} seconds"))
     message = refused(["evaluate", "--input", str(root / "hf"), "--tasks", "piqa"], capsys)
     assert "--tasks: the rows of piqa could not be fetched" in message and "--tasks-folder" in message
-    assert len(asked) == 1
+    assert asked == [f"{constants.ENDPOINT} 8"]
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
