@@ -148,7 +148,8 @@ class NM(_LeavesDense):
     @property
     def density(self) -> float:
         """Share of the weights that are kept."""
-        return self.share * self.n / self.m + 1 - self.share
+        kept = self.n / self.m
+        return kept if self.share == 1 else self.share * kept + 1 - self.share
 
     def check(self, in_features: int, name: str = "a linear layer") -> None:
         """Raise UserError when rows of ``in_features`` inputs do not divide into groups."""
