@@ -56,12 +56,11 @@ class Conversations:
     def document(self, record: Mapping[str, Any]) -> str:
         """The conversation of a row; `BadDocument` says what is wrong with it."""
         messages = messages_of(record, self.keys)
-        if self.at_once:
-            return self._text(messages)
         try:
-            return check_document(json.dumps(messages, ensure_ascii=False))
-        except (TypeError, ValueError) as error:
+            packed = json.dumps(messages, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
             raise BadDocument(f"messages that are no JSON ({error})") from error
+        return self._text(messages) if self.at_once else check_document(packed)
 
     def render(self, document: str) -> str:
         """The text of a document of `document`; UserError where the template does not take it."""
@@ -106,7 +105,7 @@ def _message(row: Any) -> dict[str, Any]:
     kept = {key: value for key, value in row.items() if value is not None}
     if "role" not in kept and "from" in kept:
         sender = kept.pop("from")
-        if sender not in ROLES:
+        if not isinstance(sender, str) or sender not in ROLES:
             raise BadDocument(f"a message from {brief(sender)}; allowed: {', '.join(ROLES)}")
         kept = {"role": ROLES[sender], "content": kept.pop("value", None), **kept}
     if not isinstance(kept.get("role"), str):

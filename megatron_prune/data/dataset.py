@@ -114,7 +114,7 @@ def _cache_key(
     chosen = [documents.start, documents.stop, documents.step]
     parts: list[Any] = [CACHE_VERSION, hash_files(paths), _tokenizer_state(tokenizer), append_eod, chosen]
     if template := template_of(tokenizer):
-        parts += [template, list(DAY)]
+        parts += [template, list(DAY), sorted(map(str, tokenizer.special_tokens_map.items()))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

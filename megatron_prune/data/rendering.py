@@ -131,7 +131,8 @@ def _serve(pipe: Any, others: Any, tokenizer: PreTrainedTokenizerBase, template:
     end_with_parent(parent)
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    for number in (signal.SIGPROF, signal.SIGTERM):  # a program's own handlers would keep it from ending
+        signal.signal(number, signal.SIG_DFL)
     chat_template_utils.datetime = _Day  # type: ignore[misc,assignment]
     _limit_memory()
     with contextlib.suppress(EOFError):

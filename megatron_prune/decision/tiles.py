@@ -6,15 +6,14 @@ kept beside the zeros. Tiles lie on a grid from the first row and column of the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from megatron_prune.decision.target import NM
-
-ROUNDING = 1e-9
-"""Of a share of weights, in weights."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ class Grid:
         tall = tiles.repeat_interleave(self.high, 0)[: self.rows]
         return tall.repeat_interleave(self.wide, 1)[:, : self.groups]
 
-    def room(self, target: NM) -> float:
-        """Groups that may be in dense tiles."""
-        return (1 - target.share) * self.rows * self.groups + ROUNDING
+    def room(self, target: NM) -> int:
+        """Groups that may be in dense tiles; the share is read as the decimal that was written."""
+        return math.floor((1 - Fraction(repr(float(target.share)))) * self.rows * self.groups)
 
 
 def removed(cost: Tensor, target: NM) -> Tensor:
@@ -69,15 +68,15 @@ def dense_tiles(removed: Tensor, target: NM) -> Tensor:
     """
     grid = Grid.of((removed.shape[0], removed.shape[1] * target.m), target)
     sizes = grid.sizes().to(removed.device)
-    cost = (grid.sums(removed) / sizes).flatten()
-    left, dense = grid.room(target), torch.zeros(cost.shape, dtype=torch.bool)
-    places = list(range(len(cost)))
-    of_tile, room_of = cost.tolist(), sizes.flatten().tolist()
-    for place in sorted(places, key=lambda place: (-of_tile[place], -place)):
-        if room_of[place] <= left:
-            dense[place] = True
-            left -= room_of[place]
-    return grid.spread(dense.view(sizes.shape).to(removed.device))
+    cost, size = (grid.sums(removed) / sizes).flatten(), sizes.flatten()
+    left, dense = float(grid.room(target)), torch.zeros_like(cost, dtype=torch.bool)
+    order = len(cost) - 1 - cost.flip(0).argsort(descending=True, stable=True)
+    while len(order := order[size[order] <= left]):
+        fits = size[order].cumsum(0) <= left
+        dense[order[fits]] = True
+        left -= float(size[order[fits]].sum())
+        order = order[~fits]  # smaller ones, at the edges, may fit yet
+    return grid.spread(dense.view(sizes.shape))
 
 
 def has_room(shape: tuple[int, ...], target: NM) -> bool:

@@ -34,9 +34,9 @@ def in_transformers(reader: HFReader, dtype: torch.dtype) -> Any:
 
 
 def kept_history(history: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What of a checkpoint's history holds of it when it is padded, which takes sizes and budgets back."""
-    target = history.get("target")
-    if target is None or isinstance(parse_any_target(target), (NM, Unstructured)):
+    """What of a checkpoint's history holds of it when it is padded: sizes and budgets do not, and tiles move."""
+    target = parse_any_target(history["target"]) if history.get("target") else None
+    if target is None or isinstance(target, Unstructured) or (isinstance(target, NM) and target.share == 1):
         return history
     return {**history, "target": None, "parameters": None}
 

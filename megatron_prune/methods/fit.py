@@ -93,7 +93,7 @@ def _check_widths(config: ModelConfig, target: Target) -> None:
             names += map.hf
             if not all(target.leaves(name) for name in map.hf):
                 target.check(map.shape[1], map.megatron)
-                fits |= isinstance(target, NM) and any(has_room(shape, target) for shape in map.shapes)
+                fits |= isinstance(target, NM) and any(has_room(shape, target) for shape in map.row_shapes)
     for pattern in target.dense:
         if not any(replace(target, dense=(pattern,)).leaves(name) for name in names):
             raise UserError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_prune.__main__ import main
 from megatron_prune.decision.masks import Masks, check_mask
 from megatron_prune.decision.target import NM, Tile, parse_any_target
-from megatron_prune.decision.tiles import broken_groups, dense_groups, dense_tiles, removed
+from megatron_prune.decision.tiles import Grid, broken_groups, dense_groups, dense_tiles, removed
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import speed
 from megatron_prune.evaluation.regions import runs, split
@@ -74,6 +74,14 @@ def test_the_tiles_that_lose_most_stay(shape: tuple[int, int], share: float, til
     check_mask(mask, wanted, "w")
     assert torch.equal(dense_groups(mask, wanted), dense) and not broken_groups(mask, wanted).any()
     assert mask.float().mean() >= wanted.density - 1e-6 or dense.float().mean() < 1 - share
+
+
+def test_a_share_is_the_decimal_that_was_written() -> None:
+    """0.1 of 65,536,000 groups are 6,553,600; and something goes, however small the share."""
+    assert Grid.of((16000, 16384), target(0.9, "64xall")).room(target(0.9, "64xall")) == 6_553_600
+    least = target(1e-300, "8x8")
+    dense = dense_tiles(removed(torch.rand(32, 32, generator=torch.Generator().manual_seed(3)), least), least)
+    assert int((~dense).sum()) == 16
 
 
 def test_what_is_no_such_mask_is_seen() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_prune.__main__ import main
 from megatron_prune.data import rendering
 from megatron_prune.data.calibration import windows
-from megatron_prune.data.chat import read_template
+from megatron_prune.data.chat import Conversations, read_template
 from megatron_prune.data.dataset import TokenWindows, evaluation_windows
-from megatron_prune.data.text import read_documents
+from megatron_prune.data.text import BadDocument, read_documents
 from megatron_prune.data.tokenizer import document_ids, form_of, load_tokenizer
 from megatron_prune.errors import UserError
 from tests.chats import TEMPLATE, VOCABULARY, chat_model, conversations, write_chats, write_rows
@@ -246,6 +249,7 @@ def test_a_template_that_is_no_good_is_one_line(
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a message with more than text in it"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "not Unicode text"),
         ({"conversations": [{"from": "pirate", "value": "Arr"}]}, "a message from 'pirate'"),
+        ({"conversations": [{"from": ["human"], "value": "Hi"}]}, "a message from ['human']"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(hf: Path, tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -253,6 +257,29 @@ def test_a_row_that_is_no_conversation_is_named(hf: Path, tmp_path: Path, row: d
     with pytest.raises(UserError, match="a.jsonl:2: ") as found:
         ours(hf, file)
     assert message in str(found.value)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_is_no_json_is_a_bad_row(hf: Path, at_once: bool) -> None:
+    """As in Parquet and on the hub, where messages may have times."""
+    form = Conversations(load_tokenizer(hf), hf, at_once=at_once)
+    row = {"messages": [{"role": "user", "content": "Hi", "timestamp": datetime.datetime(2024, 1, 1)}]}
+    with pytest.raises(BadDocument, match="messages that are no JSON"):
+        form.document(row)
+
+
+def test_the_renderer_ends_with_a_program_that_minds_its_signals(hf: Path, chats: Path) -> None:
+    code = f"""
+import signal
+from pathlib import Path
+signal.signal(signal.SIGTERM, lambda *_: None)
+from megatron_prune.data.chat import Conversations
+from megatron_prune.data.tokenizer import load_tokenizer
+kept = Conversations(load_tokenizer(Path({str(hf)!r})), Path({str(hf)!r}))
+print(kept.prompt([{{"role": "user", "content": "Hi"}}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Hi" in done.stdout, done.stderr
 
 
 def test_what_a_template_cannot_be_applied_to(hf: Path, tmp_path: Path, chats: Path) -> None:
