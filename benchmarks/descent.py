@@ -39,7 +39,7 @@ TARGETS = [
     Row("Wanda", "wanda", "0.5", peer="53.0 (locuslab/wanda)"),
     Row("Wanda, layers by outliers", "wanda", "0.5,spread=0.16"),
     Row("SparseGPT, layers by outliers", "sparsegpt", "0.5,spread=0.16"),
-    Row("and descent", "sparsegpt", "0.5,spread=0.16", (PASSES,)),
+    Row("SparseGPT, layers by outliers, and descent", "sparsegpt", "0.5,spread=0.16", (PASSES,)),
     Row("SparseGPT on three quarters of each weight, whole columns", "sparsegpt", "2:4@0.75,tile=allx64"),
     Row("SparseGPT on three quarters of each weight, tiles", "sparsegpt", "2:4@0.75"),
 ]
