@@ -69,7 +69,7 @@ def test_windows_are_no_longer_than_the_model_was_made_for(tmp_path: Path) -> No
     text.write_text("a" * 3 * longest)
     for given, used in ((longest - 1, longest - 1), (longest + 1, longest)):
         calibration = Calibration(text=(text,), samples=2, seq_length=given)
-        settings = SimpleNamespace(calibration=calibration, output=tmp_path)
+        settings = SimpleNamespace(calibration=calibration, output=tmp_path, apply_chat_template=False)
         drawn = Workbench(settings, source, backend.Layout(), get_method("sparsegpt"), NM(2, 4)).calibration  # type: ignore[arg-type]
         assert drawn.tokens.shape == (2, used)
         assert drawn.info()["length"] == used
@@ -132,7 +132,7 @@ def test_rows_of_all_ranks_are_joined(rows: int, x: torch.dtype, monkeypatch: py
     whole = (torch.arange(5 * rows).view(rows, 5) % 3).to(x)
     given: dict[int, Tensor] = {}
     monkeypatch.setattr(runner_module.convert, "row_blocks", lambda *_: {})
-    fake: Any = SimpleNamespace(model=SimpleNamespace(config=None), megatron="w")
+    fake: Any = SimpleNamespace(model=SimpleNamespace(config=None), megatron="w", layer=0)
 
     def gathered(rank: int) -> Tensor:
         def shared(parts: list[Tensor], mine: Tensor) -> None:
