@@ -116,7 +116,7 @@ VERBS = {
     "export a decision": (["export", "--input", "run/decision", "--output", "x"], "trim the run that it is of, .*run,"),
     "export a directory": (["export", "--input", "hf", "--output", "x"], "a Hugging Face directory.*import makes one"),
     "import a checkpoint": (["import", "--input", "ck", "--output", "x"], "a Megatron checkpoint.*export --input"),
-    "import a run": (["import", "--input", "run", "--output", "x"], "a run folder.*trim --input"),
+    "import a run": (["import", "--input", "run", "--output", "x"], "a run folder.*trim run CHECKPOINT"),
     "trim a checkpoint": (["trim", "--input", "ck", "--output", "x"], "a Megatron checkpoint.*nothing is left to trim"),
     "trim a directory": (["trim", "--input", "hf", "--output", "x"], "a Hugging Face directory.*prune it first"),
     "masks of a checkpoint": (
