@@ -63,6 +63,7 @@ DARWINLM, SEARCH = f"{STRUCTURED}/test_darwinlm.py", f"{STRUCTURED}/test_search.
 LEVELS, RACING = f"{STRUCTURED}/test_levels.py", f"{STRUCTURED}/test_racing.py"
 GUMBEL, SECOND_ORDER = f"{KERNELS}/test_gumbel.py", f"{KERNELS}/test_second_order.py"
 TESTS: dict[str, tuple[str, ...]] = {
+    "methods/allocation.py": (f"{UNIT}/methods/test_allocation.py",),
     "methods/base.py": (BASE, ONE_SHOT),
     "methods/darwinlm.py": (DARWINLM,),
     "methods/depth.py": (ACTIVATIONS, TAYLOR, METHODS),
