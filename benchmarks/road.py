@@ -9,7 +9,6 @@ those of the whole way: SparseGPT, then the run. Judged by P1 and by C4 that not
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,9 +84,7 @@ class Road(Study):
         run, spent = (self.dense, 0.0) if way is None else self.run_of(way)
         model = run if way is None else self.trimmed(run, "_sparse")
         tokens = 0 if way is None else LENGTH * way.steps
-        held_out = self.work / f"{model.name}.c4.json"
-        self.verb("evaluate", input=model, text=self.held_out(), output=held_out)
-        on_c4 = float(json.loads(held_out.read_text())["perplexity"])
+        on_c4 = self.perplexity(model, self.work / f"{model.name}.c4.json", self.held_out())
         return ["dense" if way is None else way.name, tokens, self.perplexity(model), on_c4, round(spent / 60, 1)]
 
     def held_out(self) -> Path:

@@ -61,9 +61,7 @@ class Transfer(Study):
         model = self.dense if run is None else self.work / f"{run.name}_sparse"
         if run is not None:
             self.verb("trim", input=run, output=model)
-        inside = self.work / f"{model.name}.domain.json"
-        self.verb("evaluate", input=model, text=self.held_out, output=inside)
-        found = float(json.loads(inside.read_text())["perplexity"])
+        found = self.perplexity(model, self.work / f"{model.name}.domain.json", self.held_out)
         return [title, tokens, found, self.perplexity(model), round(spent)]
 
 

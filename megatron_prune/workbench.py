@@ -192,11 +192,6 @@ class Workbench:
 
     def dense_linears(self, statistic: Callable[..., Any]) -> Iterator[WholeLinear]:
         """Prunable linears in model order while all of them stay whole; nothing is written."""
-        found = self._each_dense_linear(statistic)
-        self._open.callback(found.close)
-        return found
-
-    def _each_dense_linear(self, statistic: Callable[..., Any]) -> Generator[WholeLinear, None, None]:
         with progress(f"{self._title}, dense", self.config.num_layers, "layers") as advance:
             for linear in Runner(self.model, self._tokens, None, advance).layerwise(statistic):
                 yield linear

@@ -68,6 +68,28 @@ def imported(folder: Path, family: str) -> Path:
     return folder
 
 
+def prune_to(root: Path, output: Path, method: str, target: str, family: str = "llama", windows: str = "3x16") -> int:
+    """Prune the model `family` of a folder by its `words.jsonl`, and export it beside the run; the exit status.
+
+    `windows`: of the calibration, count x length.
+    """
+    samples, length = windows.split("x")
+    text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", samples]
+    given = [] if method == "magnitude" else [*text, "--calibration-seq-length", length]
+    command = ["prune", str(root / family), str(output), "--method", method, "--target", target, *given]
+    return main([*command, "--export", str(output.with_name(f"{output.name}_hf"))])
+
+
+def refused_to_prune(
+    root: Path, output: Path, method: str, target: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Assert that `prune_to` ends with status 2 and one line, and makes nothing."""
+    capsys.readouterr()
+    assert prune_to(root, output, method, target) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line and not output.exists()
+
+
 def refused_in_a_line(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Assert that a command ends with status 2 and one line, and makes nothing called `x` in this folder."""
     capsys.readouterr()

@@ -76,6 +76,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "methods/shape_search.py": (COMPENSATION, METHODS),
     "methods/ream.py": (MERGED,),
     "methods/reap.py": (EXPERTS,),
+    "methods/scores.py": (ONE_SHOT,),
     "methods/sheared_llama.py": (OPTIONS, f"{STRUCTURED}/test_sheared.py"),
     "methods/shortened_llama.py": (TAYLOR, METHODS, OPTIONS),
     "methods/sparsegpt.py": (ONE_SHOT, BASE),

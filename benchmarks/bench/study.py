@@ -95,10 +95,10 @@ class Study:
         """Import the Hugging Face directory as the dense model."""
         return self.verb("import", input=model, output=self.dense, **options)
 
-    def perplexity(self, checkpoint: Path, result: Path | None = None) -> float:
-        """P1 of a checkpoint."""
+    def perplexity(self, checkpoint: Path, result: Path | None = None, text: Path | None = None) -> float:
+        """P1 of a checkpoint, or the same windows of another text."""
         result = result or checkpoint.with_name(checkpoint.name + ".p1.json")
-        self.verb("evaluate", input=checkpoint, text=self.texts.wikitext, output=result)
+        self.verb("evaluate", input=checkpoint, text=text or self.texts.wikitext, output=result)
         return float(json.loads(result.read_text())["perplexity"])
 
     def trimmed(self, run: Path, end: str = "_trimmed") -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.rendering import Messages, Refused, Renderer
+from megatron_prune.data.rendering import DAY, Messages, Refused, Renderer
 from megatron_prune.data.text import BadDocument, check_document
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import parse_text_json, read_regular
@@ -49,6 +49,9 @@ class Conversations:
         self.keys = tuple(keys)
         self.at_once = at_once
         self.sha256 = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+        special = sorted(map(str, tokenizer.special_tokens_map.items()))
+        self.state: list[Any] = [self.sha256, list(DAY), special]
+        """What its texts depend on beside the rows: the template, and what that writes by name."""
         self._renderer = Renderer(tokenizer, template, str(directory))
         with contextlib.suppress(Refused):
             self._renderer.render(PROBE)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.rendering import DAY
 from megatron_prune.data.text import hash_files, read_documents
 from megatron_prune.data.tokenizer import (
     about_chat,
@@ -113,8 +112,8 @@ def _cache_key(
     """SHA-256 of everything that the token array depends on."""
     chosen = [documents.start, documents.stop, documents.step]
     parts: list[Any] = [CACHE_VERSION, hash_files(paths), _tokenizer_state(tokenizer), append_eod, chosen]
-    if template := template_of(tokenizer):
-        parts += [template, list(DAY), sorted(map(str, tokenizer.special_tokens_map.items()))]
+    if (chat := chat_of(tokenizer)) is not None:
+        parts += chat.state
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -76,8 +76,8 @@ class HuggingFaceEncoder:
                 self.fast.no_truncation()
                 self.fast.no_padding()
             state = self.fast.to_str() if self.fast is not None else str(sorted(vocab.items()))
-        if self.chat_template is not None:  # writes special tokens by their names
-            state += str(sorted(map(str, tokenizer.special_tokens_map.items())))
+        if isinstance(form, Conversations):
+            state += str(form.state)
         self.sha256 = hashlib.sha256(f"{self.end} {state}".encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:

@@ -7,13 +7,14 @@ kept beside the zeros. Tiles lie on a grid from the first row and column of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from megatron_prune.decision.target import NM
+from megatron_prune.kernels.selection import as_written
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Grid:
     """Groups of a tile's row."""
 
     @classmethod
-    def of(cls, shape: torch.Size | tuple[int, int], target: NM) -> Grid:
+    def of(cls, shape: Sequence[int], target: NM) -> Grid:
         """Of a weight `[out, in]`, whose inputs divide into groups."""
         rows, groups, tile = shape[0], shape[1] // target.m, target.tiles
         return cls(rows, groups, min(tile.rows or rows, rows), min(tile.columns // target.m or groups, groups))
@@ -52,7 +53,7 @@ class Grid:
 
     def room(self, target: NM) -> int:
         """Groups that may be in dense tiles; the share is read as the decimal that was written."""
-        return math.floor((1 - Fraction(repr(float(target.share)))) * self.rows * self.groups)
+        return math.floor((1 - as_written(target.share)) * self.rows * self.groups)
 
 
 def removed(cost: Tensor, target: NM) -> Tensor:
@@ -83,7 +84,7 @@ def has_room(shape: tuple[int, ...], target: NM) -> bool:
     """Whether a weight `[out, in]` of that shape can have a dense tile."""
     if target.share == 1:
         return True
-    grid = Grid.of((shape[0], shape[1]), target)
+    grid = Grid.of(shape, target)
     return float(grid.sizes().min()) <= grid.room(target)
 
 
@@ -92,9 +93,7 @@ def dense_groups(kept: Tensor, target: NM) -> Tensor:
 
     bool `kept` `[rows, in]` -> bool `[rows, groups]`.
     """
-    above = kept.unflatten(1, (-1, target.m)).sum(2) > target.n
-    grid = Grid.of((kept.shape[0], kept.shape[1]), target)
-    return grid.spread(grid.sums(above) > 0)
+    return _whole_tiles(_above(kept, target), target)
 
 
 def broken_groups(kept: Tensor, target: NM) -> Tensor:
@@ -102,9 +101,18 @@ def broken_groups(kept: Tensor, target: NM) -> Tensor:
 
     With a share, tiles may; where there are more of them than that, none is excused.
     """
-    above = kept.unflatten(1, (-1, target.m)).sum(2) > target.n
+    above = _above(kept, target)
     if target.share == 1 or not above.any():
         return above
-    grid = Grid.of((kept.shape[0], kept.shape[1]), target)
-    few = int(dense_groups(kept, target).sum()) <= grid.room(target)
+    few = int(_whole_tiles(above, target).sum()) <= Grid.of(kept.shape, target).room(target)
     return torch.zeros_like(above) if few else above
+
+
+def _above(kept: Tensor, target: NM) -> Tensor:
+    return kept.unflatten(1, (-1, target.m)).sum(2) > target.n
+
+
+def _whole_tiles(groups: Tensor, target: NM) -> Tensor:
+    """All groups of the tiles that have one of these."""
+    grid = Grid.of((groups.shape[0], groups.shape[1] * target.m), target)
+    return grid.spread(grid.sums(groups) > 0)

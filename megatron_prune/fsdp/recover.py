@@ -22,6 +22,7 @@ from megatron_prune.model.cost import forward_flops
 from megatron_prune.ranks import together
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.weighting import Weighting
+from megatron_prune.training.zeros import counted
 
 
 def check_sources(config: TrainConfig, source: ModelSource, teacher: ModelSource | None) -> None:
@@ -98,6 +99,5 @@ class FsdpSession(TrainingSession):
         return self.zeros.check("in the final weights") if self.zeros else None
 
     def check_state(self, when: str) -> dict[str, float]:
-        """The zeros, counted."""
-        count = self.zeros.check(when) if self.zeros is not None else 0
-        return {"zeros": count} if count else {}
+        """The zeros, counted, where there are any."""
+        return counted(self.zeros, when)

@@ -84,4 +84,9 @@ def pruned_count(size: int, sparsity: float) -> int:
 
     The sparsity is read as the decimal that was written: 0.29 of 100 is 29, though ``100 * 0.29 < 29``.
     """
-    return math.floor(Fraction(repr(float(sparsity))) * size)
+    return math.floor(as_written(sparsity) * size)
+
+
+def as_written(share: float) -> Fraction:
+    """The decimal that was written."""
+    return Fraction(repr(float(share)))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.decision.target import Target, Unstructured
-from megatron_prune.methods.base import Linear, Workbench, finite
+from megatron_prune.methods.base import Linear, Workbench
+from megatron_prune.methods.scores import wanda_scores
 from megatron_prune.statistics.activations import InputNorm
 
 OUTLIER = 5.0
@@ -29,8 +30,7 @@ def sparsity_of(work: Workbench, target: Target) -> Callable[[Linear], float]:
         return lambda linear: share
     sizes, outliers = dict[int, int](), dict[int, int]()
     for linear in work.dense_linears(InputNorm):
-        norm = finite(linear.name, linear.statistic.value(), "inputs")
-        score = finite(linear.name, linear.weight(), "weights").abs() * norm
+        score = wanda_scores(linear)
         sums = linear.gather(score.double().sum(1, keepdim=True))
         for name, rows in linear.blocks.items():
             if not target.leaves(name):

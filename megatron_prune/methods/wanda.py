@@ -6,18 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from megatron_prune.decision.masks import Kept
 from megatron_prune.decision.target import NM, Target, Unstructured
 from megatron_prune.methods.allocation import sparsity_of
-from megatron_prune.methods.base import PruningMethod, Workbench, finite, register, select_pattern, select_rows
+from megatron_prune.methods.base import PruningMethod, Workbench, register, select_pattern, select_rows
+from megatron_prune.methods.scores import wanda_scores
 from megatron_prune.statistics.activations import InputNorm
-
-
-def wanda_score(weight: Tensor, input_norm: Tensor) -> Tensor:
-    """|W_ij| * ||X_j||_2 (paper, equation 1): weight `[rows, in]`, norm over all tokens `[in]`."""
-    return weight.abs() * input_norm
 
 
 @register("wanda")
@@ -35,8 +29,7 @@ class Wanda(PruningMethod):
         """Decide every prunable weight, layer by layer; the weights that stay are not changed."""
         sparsity = sparsity_of(work, target)
         for linear in work.linears(InputNorm):
-            norm = finite(linear.name, linear.statistic.value(), "inputs")
-            score = wanda_score(finite(linear.name, linear.weight(), "weights"), norm)
+            score = wanda_scores(linear)
             if isinstance(target, NM):
                 linear.keep(select_pattern(linear, score, target))
             else:

@@ -34,7 +34,7 @@ from megatron_prune.training.lora import Adapters, add_adapters, merge_adapters
 from megatron_prune.training.losses import AddLoss, divergence, hidden_distance
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.weighting import Weighting, teacher_layer
-from megatron_prune.training.zeros import Zeros
+from megatron_prune.training.zeros import Zeros, counted
 
 
 class Teacher:
@@ -290,6 +290,5 @@ class RecoveryRunner(TrainingSession):
         return zeros.check("in the final weights") if zeros else None
 
     def check_state(self, when: str) -> dict[str, float]:
-        """The zeros, counted, where there are any: a smaller model has none to keep."""
-        count = self.zeros.check(when) if self.zeros is not None else 0
-        return {"zeros": count} if count else {}
+        """The zeros, counted, where there are any."""
+        return counted(self.zeros, when)

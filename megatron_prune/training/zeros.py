@@ -8,6 +8,7 @@ of optimizer; the norm that clipping looks at is then that of the weights that c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
@@ -40,6 +41,19 @@ class Zeros:
         """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""
         found = ((_used(x)[self.masks[x.name]], self.model.counts(x.map)) for x in self.linears)
         return check_zeros(found, when)
+
+
+class Checked(Protocol):
+    """Weights that must stay zero, in either engine."""
+
+    def check(self, when: str) -> int:
+        """Their number; UserError when one is not +0.0 any more. Collective."""
+
+
+def counted(zeros: Checked | None, when: str) -> dict[str, float]:
+    """For the log: their number, where there are any; a smaller model has none to keep. Collective."""
+    count = zeros.check(when) if zeros is not None else 0
+    return {"zeros": count} if count else {}
 
 
 def check_zeros(found: Iterable[tuple[Tensor, bool]], when: str) -> int:

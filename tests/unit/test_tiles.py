@@ -17,7 +17,11 @@ from megatron_prune.decision.tiles import Grid, broken_groups, dense_groups, den
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import speed
 from megatron_prune.evaluation.regions import runs, split
+from megatron_prune.exporting.padding import kept_history
+from megatron_prune.methods.fit import check_target
+from megatron_prune.model.convert import HFReader
 from tests.models import byte_tokenizer, tiny_model, words
+from tests.runs import prune_to, refused_to_prune
 
 SHAPES = ["16x16", "8xall", "allx12"]
 
@@ -84,6 +88,22 @@ def test_a_share_is_the_decimal_that_was_written() -> None:
     assert int((~dense).sum()) == 16
 
 
+def test_padding_moves_tiles_and_claims_none() -> None:
+    """Query heads are put into the middle of what `o_proj` takes; a pattern of single groups stays one."""
+    weights = {"method": "wanda", "parameters": None}
+    assert kept_history({**weights, "target": "2:4@0.75"})["target"] is None
+    for stays in ("2:4", "0.5,spread=0.1"):
+        assert kept_history({**weights, "target": stays})["target"] == stays
+
+
+def test_rows_are_outputs_where_weights_are_stored_the_other_way(root: Path) -> None:
+    """GPT-2's query, key and value are 96 outputs of 32 inputs, stored `[32, 96]`: a tile of 48 rows is half of it."""
+    config = HFReader(root / "gpt2").model_config
+    check_target(config, parse_any_target("2:4@0.5,tile=48xall,dense=mlp+attn.c_proj"))
+    with pytest.raises(UserError, match="no weight of the model has a tile as small"):
+        check_target(config, parse_any_target("2:4@0.6,tile=48xall,dense=mlp+attn.c_proj"))
+
+
 def test_what_is_no_such_mask_is_seen() -> None:
     wanted = target(0.75, "16x16")
     pruned = torch.tensor([True, False, False, True]).repeat(32, 8)
@@ -109,13 +129,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def prune(root: Path, output: Path, method: str, wanted: str, family: str = "llama") -> int:
-    text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "3", "--calibration-seq-length", "16"]
-    given = [] if method == "magnitude" else text
-    command = ["prune", str(root / family), str(output), "--method", method, "--target", wanted, *given]
-    return main([*command, "--export", str(output.with_name(f"{output.name}_hf"))])
-
-
 @pytest.mark.parametrize(
     ("method", "family", "tile"),
     [
@@ -130,7 +143,7 @@ def test_the_whole_road(
 ) -> None:
     """Each Hugging Face matrix loses its share, whichever Megatron weight it is a part of; all forms are verified."""
     wanted = f"2:4@0.75,tile={tile}"
-    assert prune(root, tmp_path / "run", method, wanted, family) == 0
+    assert prune_to(root, tmp_path / "run", method, wanted, family) == 0
     assert json.loads((tmp_path / "run_hf" / "pruning.json").read_text())["target"] == wanted
     nm, masks = parse_any_target(wanted), Masks.load(tmp_path / "run" / "decision")
     assert isinstance(nm, NM)
@@ -173,9 +186,7 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_line(root: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     given, message = MISTAKES[case]
-    assert prune(root, tmp_path / "run", "wanda", given) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and not (tmp_path / "run").exists()
+    refused_to_prune(root, tmp_path / "run", "wanda", given, message, capsys)
 
 
 def test_learned_masks_are_of_all_tiles(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +226,7 @@ def test_bench_runs_the_regions(
     monkeypatch.setattr(speed, "missing_kernels", lambda: None)
     monkeypatch.setattr(speed, "to_sparse_semi_structured", lambda rows: rows)
     some = "c_fc" if family == "gpt2" else "down_proj"
-    assert prune(root, tmp_path / "run", "magnitude", f"2:4@0.75,tile={tile},dense={some}", family) == 0
+    assert prune_to(root, tmp_path / "run", "magnitude", f"2:4@0.75,tile={tile},dense={some}", family) == 0
     fast = "--prompt-length 8 --new-tokens 2 --repeats 1 --batch-sizes 1".split()
     assert main(["bench", str(tmp_path / "run_hf"), "--output", str(tmp_path / "b.json"), *fast]) == 0
     result = json.loads((tmp_path / "b.json").read_text())
@@ -228,7 +239,7 @@ def test_bench_says_what_has_no_kernel(
 ) -> None:
     monkeypatch.setattr(speed, "missing_kernels", lambda: None)
     assert not runs(target(0.5, "16x16")) and runs(target(0.5, "16xall")) and runs(NM(2, 4))
-    assert prune(root, tmp_path / "run", "magnitude", "2:4@0.75,tile=16x16") == 0
+    assert prune_to(root, tmp_path / "run", "magnitude", "2:4@0.75,tile=16x16") == 0
     fast = "--prompt-length 8 --new-tokens 2 --repeats 1 --batch-sizes 1".split()
     capsys.readouterr()
     assert main(["bench", str(tmp_path / "run_hf"), "--output", str(tmp_path / "b.json"), *fast]) == 0

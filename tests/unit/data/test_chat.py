@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,8 @@ from megatron_prune.__main__ import main
 from megatron_prune.data import rendering
 from megatron_prune.data.calibration import windows
 from megatron_prune.data.chat import Conversations, read_template
-from megatron_prune.data.dataset import TokenWindows, evaluation_windows
+from megatron_prune.data.dataset import TokenWindows, _cache_key, evaluation_windows
+from megatron_prune.data.encoder import load_encoder
 from megatron_prune.data.text import BadDocument, read_documents
 from megatron_prune.data.tokenizer import document_ids, form_of, load_tokenizer
 from megatron_prune.errors import UserError
@@ -257,6 +259,18 @@ def test_a_row_that_is_no_conversation_is_named(hf: Path, tmp_path: Path, row: d
     with pytest.raises(UserError, match="a.jsonl:2: ") as found:
         ours(hf, file)
     assert message in str(found.value)
+
+
+def test_tokens_depend_on_the_special_tokens_that_a_template_writes(hf: Path, chats: Path, tmp_path: Path) -> None:
+    """Of two folders that differ in the beginning of a text alone, neither takes the other's prepared tokens."""
+    shutil.copytree(hf, tmp_path / "other")
+    edit = tmp_path / "other" / "tokenizer_config.json"
+    edit.write_text(json.dumps(json.loads(edit.read_text()) | {"bos_token": "<|im_start|>"}))
+    keys, encoders = set(), set()
+    for folder in (hf, tmp_path / "other", hf):
+        keys.add(_cache_key([chats], load_tokenizer(folder, chat=True), False, slice(None)))
+        encoders.add(load_encoder(folder, chat=True).sha256)
+    assert len(keys) == len(encoders) == 2
 
 
 @pytest.mark.parametrize("at_once", [True, False])

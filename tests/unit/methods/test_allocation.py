@@ -18,8 +18,10 @@ from megatron_prune.decision.target import Unstructured, parse_any_target
 from megatron_prune.errors import UserError
 from megatron_prune.methods.allocation import allocate
 from tests.models import byte_tokenizer, tiny_model, words
+from tests.runs import prune_to, refused_to_prune
 
-TEXT = ["--calibration-samples", "4", "--calibration-seq-length", "32"]
+WINDOWS = "4x32"
+"""Of the calibration."""
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +31,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in ("llama", "gpt2", "qwen3_moe"):
         byte_tokenizer(tiny_model(root / family, family, vocab_size=257, num_hidden_layers=4))
     return root
-
-
-def prune(root: Path, output: Path, method: str, target: str, family: str = "llama") -> int:
-    text = [] if method == "magnitude" else ["--calibration", str(root / "words.jsonl"), *TEXT]
-    command = ["prune", str(root / family), str(output), "--method", method, "--target", target, *text]
-    return main([*command, "--export", str(output.with_name(f"{output.name}_hf"))])
 
 
 def outliers(folder: Path, text: Path) -> dict[int, float]:
@@ -61,7 +57,7 @@ def outliers(folder: Path, text: Path) -> dict[int, float]:
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_layers_with_outliers_keep_more(root: Path, tmp_path: Path, method: str) -> None:
     """By the paper's formula; what rounding takes is at most a weight a row."""
-    assert prune(root, tmp_path / "run", method, "0.5,spread=0.2") == 0
+    assert prune_to(root, tmp_path / "run", method, "0.5,spread=0.2", windows=WINDOWS) == 0
     found = outliers(root / "llama", root / "words.jsonl")
     low, high, mean = min(found.values()), max(found.values()), sum(found.values()) / len(found)
     assert high > low > 0
@@ -91,7 +87,7 @@ def test_other_families_and_the_road(
 ) -> None:
     """The target travels, and is verified: each weight within the spread, all of them by the sparsity itself."""
     target = "0.5,spread=0.1"
-    assert prune(root, tmp_path / "run", "wanda", target, family) == 0
+    assert prune_to(root, tmp_path / "run", "wanda", target, family, windows=WINDOWS) == 0
     assert json.loads((tmp_path / "run_hf" / "pruning.json").read_text())["target"] == target
     for form in ("run", "run_hf"):
         capsys.readouterr()
@@ -131,6 +127,4 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_line(root: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
     method, target, message = MISTAKES[case]
-    assert prune(root, tmp_path / "run", method, target) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line and not (tmp_path / "run").exists()
+    refused_to_prune(root, tmp_path / "run", method, target, message, capsys)

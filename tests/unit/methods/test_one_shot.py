@@ -13,8 +13,9 @@ from megatron_prune.kernels import second_order
 from megatron_prune.kernels.selection import pruned_count
 from megatron_prune.methods.base import PruningMethod
 from megatron_prune.methods.magnitude import Magnitude
+from megatron_prune.methods.scores import wanda_score
 from megatron_prune.methods.sparsegpt import SparseGPT
-from megatron_prune.methods.wanda import Wanda, wanda_score
+from megatron_prune.methods.wanda import Wanda
 from tests.unit.methods.cluster import Cluster
 
 METHODS = [Magnitude(), Wanda(), SparseGPT(), SparseGPT(update_weights=False, block_size=20)]
