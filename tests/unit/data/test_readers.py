@@ -125,9 +125,14 @@ FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize(("name", "make", "part"), FILES.values(), ids=FILES.keys())
 def test_files_that_are_no_text(
-    tmp_path: Path, tokenizer: Path, name: str, make: Callable[[Path], Any], part: str
+    tmp_path: Path,
+    tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    make: Callable[[Path], Any],
+    part: str,
 ) -> None:
-    os.chdir(tmp_path)  # a socket's name is short
+    monkeypatch.chdir(tmp_path)  # a socket's name is short
     make(Path(name))
     loaded = load_tokenizer(tokenizer)
     config = PreprocessConfig(input=(name,), output=tmp_path / "out", tokenizer=tokenizer, workers=1)
