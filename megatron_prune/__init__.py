@@ -28,6 +28,7 @@ __all__ = [
     "inspect",
     "latency",
     "methods_",
+    "permute",
     "plan",
     "preprocess",
     "prune",

@@ -35,6 +35,26 @@ def import_(
     expert_tensor_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
 ) -> Any: ...
+def permute(
+    input: str | Path,
+    output: str | Path,
+    *,
+    target: str | Mapping[str, int] = "2:4",
+    calibration: Sequence[str | Path] = (),
+    calibration_samples: int = 128,
+    calibration_seq_length: int = 2048,
+    calibration_seed: int = 0,
+    calibration_documents: str | None = None,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    sequence_parallel: bool = False,
+    context_parallel_size: int = 1,
+    expert_model_parallel_size: int = 1,
+    expert_tensor_parallel_size: int | None = None,
+    distributed_timeout_minutes: float = 10.0,
+    apply_chat_template: bool = False,
+) -> Any: ...
 def prune(
     input: str | Path,
     output: str | Path,
@@ -107,10 +127,10 @@ def prune(
 ) -> Any: ...
 def plan(
     input: str | Path,
-    method: str,
-    target: str | Mapping[str, int],
     *,
     output: str | Path | None = None,
+    method: str = "maskllm",
+    target: str | Mapping[str, int] = "2:4",
     prior: str | None = None,
     initial_logits: str | Path | None = None,
     export: str | Path | None = None,
@@ -376,6 +396,7 @@ __all__ = [
     "inspect",
     "latency",
     "methods_",
+    "permute",
     "plan",
     "preprocess",
     "prune",

@@ -257,6 +257,7 @@ def _stay(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 NOISE = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
     "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
     "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
 }
@@ -270,6 +271,25 @@ CPU_NOISE = {
     "torch.utils.flop_counter": "triton not found",
 }
 """The same without a GPU, where both generators are one, PyTorch's CUDA builds miss one, and Triton is hidden."""
+
+WARNINGS = frozenset(
+    {
+        ("", "MimoModelConfig is experimental"),
+        (r"megatron\.core", r"Could not determine rank"),
+        (r"megatron\.core", r"The \.grad attribute of a Tensor that is not a leaf"),
+        (r"torch\.distributed", r"`torch\.distributed\.\w+` is deprecated"),
+    }
+)
+"""Module and message of such warnings of Python's; the distributed optimizer calls what torch has renamed."""
+CPU_WARNINGS = frozenset(
+    {
+        (r"megatron\.core", r".*(Transformer Engine|Apex|apex).*"),
+        (r"megatron\.core", r".*full scope is deprecated.*"),
+        (r"megatron\.core", r".*load_state_dict.* is deprecated.*"),
+        (r"torch\.distributed\.checkpoint", r".*we are deprecating ShardedTensor.*"),
+    }
+)
+"""The same without a GPU."""
 
 
 class _Without(logging.Filter):
@@ -314,16 +334,10 @@ def install() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # PyTorch may have come before us
     for logger, words in (NOISE if has_cuda() else NOISE | CPU_NOISE).items():
         logging.getLogger(logger).addFilter(_Without(words))
-    warnings.filterwarnings("ignore", message="MimoModelConfig is experimental", category=UserWarning)
+    for source, message in WARNINGS if has_cuda() else WARNINGS | CPU_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=source)
     if has_cuda():
         return
-    for source, message in (
-        (r"megatron\.core", r".*(Transformer Engine|Apex|apex).*"),
-        (r"megatron\.core", r".*full scope is deprecated.*"),
-        (r"megatron\.core", r".*load_state_dict.* is deprecated.*"),
-        (r"torch\.distributed\.checkpoint", r".*we are deprecating ShardedTensor.*"),
-    ):
-        warnings.filterwarnings("ignore", message=message, module=source)
     others = [finder for finder in sys.meta_path if not getattr(finder, "adapts_megatron", False)]
     sys.meta_path[:] = [_AdaptingFinder(), *others]
     for name, module in list(sys.modules.items()):

@@ -41,12 +41,13 @@ def parse(config: type[C], argv: Sequence[str], prog: str) -> C:
     from_yaml = [pair for file in files for pair in _read_yaml(file)]
     switches = {entry.key for entry in known.values() if entry.kind is bool}
     given = from_yaml + _read_flags(argv, switches)
-    method = _method(given) if METHOD_OPTIONS in known else None
+    wanted = {*HELP, ALL} & set(argv)
+    method = _method(given, None if wanted else known["method"].default) if METHOD_OPTIONS in known else None
     hyper = _method_fields(method) if method else {}
     defaults = {**method.defaults, **_recipe(method, given, known)} if method else {}
     switches |= {name for name, field in hyper.items() if field.type is bool}
     given = from_yaml + _read_flags(argv, switches)
-    if wanted := {*HELP, ALL} & set(argv):
+    if wanted:
         print(text(config, prog, _about(method, hyper, defaults) if method else None, ALL in wanted), end="")
         raise SystemExit(0)
     parser = _parser(known, hyper, prog)
@@ -162,9 +163,10 @@ def _refuse_repeated_lists(flags: list[Pair], known: Mapping[str, Entry]) -> Non
 # --- keys ---
 
 
-def _method(given: list[Pair]) -> type[PruningMethod] | None:
-    """The method that the user names."""
-    names = [values[0] for key, values in given if key == "method" and values]
+def _method(given: list[Pair], usual: Any) -> type[PruningMethod] | None:
+    """The method that the user names, or the one that is usual, where that is a name."""
+    names = [usual] if isinstance(usual, str) else []
+    names += [values[0] for key, values in given if key == "method" and values]
     if not names:
         return None
     from megatron_prune.methods.base import get_method

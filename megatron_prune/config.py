@@ -385,6 +385,31 @@ class VerifyConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PermuteConfig(Options):
+    """A dense checkpoint -> the same model with its channels in an order in which N:M patterns keep more of it"""
+
+    basic: ClassVar[tuple[str, ...]] = (
+        "calibration",
+        "calibration_samples",
+        "calibration_seq_length",
+        "apply_chat_template",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "dense permuted --calibration c4.jsonl",
+        "dense permuted --target 4:8 --calibration c4.jsonl --tensor-model-parallel-size 2",
+    )
+
+    input: Path = option(REQUIRED, "Megatron checkpoint or Hugging Face directory, not pruned yet")
+    output: Path = option(REQUIRED, "Megatron checkpoint to write; must not exist")
+    target: str = option("2:4", "the pattern to come: N:M, N kept of every M inputs")
+    calibration: Calibration = group(Calibration)
+    parallelism: Parallelism = group(Parallelism)
+    apply_chat_template: bool = option(False, CHAT.format("calibration text"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatencyConfig(Options):
     """Time of a model's attention and MLP at several sizes on this device, for budgets of latency"""
 

@@ -7,6 +7,7 @@ import copy
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from megatron_prune.config import PruneConfig
 from megatron_prune.data.calibration import CalibrationSet, windows_of
+from megatron_prune.data.chat import KEYS, Conversations
+from megatron_prune.data.rendering import Template
+from megatron_prune.data.text import BadDocument
 from megatron_prune.data.tokenizer import check_tokenizer, undraw
 from megatron_prune.decision.masks import Kept, Masks
 from megatron_prune.decision.pruned import apply_masks, cut
@@ -46,6 +50,7 @@ def prune_model(
     method: str,
     target: str | float | Mapping[str, Any],
     texts: Sequence[str] = (),
+    messages: Sequence[Sequence[Mapping[str, Any]]] = (),
     calibration_samples: int | None = None,
     calibration_seq_length: int | None = None,
     calibration_seed: int = 0,
@@ -56,10 +61,11 @@ def prune_model(
 
     ``target`` is written as on the command line (``"2:4"``, ``"0.5"``, ``"num_layers=24"``), as a number or a mapping;
     ``texts`` are the calibration documents of methods that look at text, drawn from as `prune` draws from files, in as
-    many windows unless they are given;
-    ``options`` are the method's own hyper-parameters. ``in_place`` changes ``model`` itself where its shape stays, else
+    many windows unless they are given; ``messages`` are conversations in their place, such as ``dataset["messages"]``:
+    the tokenizer's chat template makes them text, as in `prune --apply-chat-template`. ``options`` are the method's own
+    hyper-parameters. ``in_place`` changes ``model`` itself where its shape stays, else
     a copy is pruned; a smaller model is always a new one. Weights keep their type and device. Logits are those of the
-    model that `prune`, `trim` and `export` make of the same texts, as one document each.
+    model that `prune`, `trim` and `export` make of the same texts, as one document each, or of the same conversations.
 
     UserError for a method that takes hours (use `prune`), for a family or shape that is not supported, for missing
     text, and where several processes are joined.
@@ -86,16 +92,17 @@ def prune_model(
     chosen.check(config, asked)
     if isinstance(asked, Shape):
         check_result(config, asked)
-    drawn = _calibration(
-        chosen, config, tokenizer, texts, calibration_samples, calibration_seq_length, calibration_seed
-    )
+    drawn = None
+    if CALIBRATION in chosen.needs:
+        wanted = _wanted(chosen, calibration_samples, calibration_seq_length, calibration_seed)
+        drawn = _calibration(chosen, config, tokenizer, _Text(texts, messages), wanted)
     with tempfile.TemporaryDirectory() as folder, _state_kept(), backend.running(backend.Layout()):
         settings = PruneConfig(input=Path(), output=Path(folder), method=method, target=str(asked))
         work = Workbench(settings, _source(model, config), backend.Layout(), chosen, asked)
         if drawn is not None:
             work.calibration = drawn
         with work:
-            decision = chosen.decide(work, asked)
+            decision = work.decide()
         if isinstance(decision, Kept):
             apply_masks(work.model, Masks.load(work.folder / DECISION))
             return _written(work.model, model if in_place else copy.deepcopy(model))
@@ -174,34 +181,80 @@ def _config(model: PreTrainedModel) -> ModelConfig:
     return family_of(about).from_hf(about)
 
 
-def _calibration(
-    method: PruningMethod,
-    config: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    texts: Sequence[str],
-    samples: int | None,
-    seq_length: int | None,
-    seed: int,
-) -> CalibrationSet | None:
-    if CALIBRATION not in method.needs:
-        return None
-    missing = tokenizer is None or not isinstance(texts, list | tuple) or len(texts) == 0
-    if missing or not callable(tokenizer) or not all(isinstance(text, str) for text in texts):
+@dataclass(frozen=True)
+class _Text:
+    """What calibration is to be drawn from: one of these."""
+
+    texts: Sequence[str]
+    messages: Sequence[Sequence[Mapping[str, Any]]]
+
+    def check(self, method: PruningMethod, tokenizer: Any) -> None:
+        """UserError unless one of them was given, in its form, and a tokenizer for it."""
+        given = [(rows, kind) for rows, kind in ((self.texts, str), (self.messages, Sequence)) if not _is_empty(rows)]
+        if len(given) > 1:
+            raise UserError("prune_model: texts and messages were given; allowed: one of them")
+        good = given and isinstance(given[0][0], Sequence) and not isinstance(given[0][0], str)
+        if not callable(tokenizer) or not good or not all(isinstance(row, given[0][1]) for row in given[0][0]):
+            raise UserError(
+                f"prune_model: method {method.name} looks at text; give tokenizer= (a tokenizer of transformers) and "
+                "texts=[...] (a list of strings), or messages=[[{'role': 'user', 'content': '...'}, ...], ...]"
+            )
+
+    def documents(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """Documents, which the tokenizer knows how to read from now on."""
+        if _is_empty(self.messages):
+            return list(self.texts)
+        chat = Conversations(tokenizer, _template(tokenizer))
+        tokenizer.conversations = chat  # type: ignore[attr-defined]
+        found = []
+        for number, messages in enumerate(self.messages):
+            try:
+                found.append(chat.document({KEYS[0]: list(messages)}))
+            except BadDocument as error:
+                raise UserError(f"prune_model: {KEYS[0]}[{number}]: {error}") from error
+        return found
+
+
+def _is_empty(rows: Any) -> bool:
+    return isinstance(rows, Sequence) and len(rows) == 0
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The chat template of a tokenizer, the one for conversations without tools; UserError without one."""
+    found = getattr(tokenizer, "chat_template", None)
+    found = found.get("default") if isinstance(found, dict) else found
+    if not isinstance(found, str):
         raise UserError(
-            f"prune_model: method {method.name} looks at text; give tokenizer= (a tokenizer of transformers) and "
-            "texts=[...] (a list of strings)"
+            "prune_model: messages were given and the tokenizer has no chat template; give that of a model that was "
+            "made for conversations, set tokenizer.chat_template, or give texts=[...]"
         )
-    tokenizer = copy.deepcopy(tokenizer)  # what is set for one model is not the caller's
-    undraw(tokenizer)
+    return Template(found, tokenizer.name_or_path or "tokenizer", "give texts=[...]")
+
+
+def _wanted(method: PruningMethod, samples: int | None, seq_length: int | None, seed: int) -> Calibration:
+    """How many windows of which length: what is given, or else the method's own, or else `prune`'s."""
     own, usual = method.defaults, Calibration()
-    wanted = Calibration(
+    return Calibration(
         samples=own.get("calibration_samples", usual.samples) if samples is None else samples,
         seq_length=own.get("calibration_seq_length", usual.seq_length) if seq_length is None else seq_length,
         seed=seed,
     )
+
+
+def _calibration(
+    method: PruningMethod,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: _Text,
+    wanted: Calibration,
+) -> CalibrationSet:
+    text.check(method, tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)  # what is set for one model is not the caller's
+    assert tokenizer is not None
+    undraw(tokenizer)
     check_tokenizer(tokenizer, config.vocab_size)
     length = min(wanted.seq_length, config.max_position_embeddings)
-    return windows_of(texts, tokenizer, wanted.samples, length, wanted.seed)
+    return windows_of(text.documents(tokenizer), tokenizer, wanted.samples, length, wanted.seed)
 
 
 def _empty_like(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:

@@ -96,7 +96,7 @@ def progress(title: str, total: int | None, unit: str = "") -> Iterator[Callable
     """Yields `advance(count)` for work of `total` pieces called `unit`; None: nobody knows yet how many."""
     screen = console()
     if shows_bars(screen):
-        with _bar(screen, unit) as bar:
+        with _bar(screen, unit, known=total is not None) as bar:
             task = bar.add_task(title, total=total)
             yield lambda count: bar.advance(task, count)
         return
@@ -111,9 +111,11 @@ def shows_bars(screen: Console) -> bool:
     return screen.is_terminal and not screen.quiet
 
 
-def _bar(screen: Console, unit: str, auto_refresh: bool = True) -> Progress:
+def _bar(screen: Console, unit: str, auto_refresh: bool = True, known: bool = True) -> Progress:
+    """`known`: whether how many pieces there are is known, and so what is left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    times = (TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("left"))
+    ahead = (TimeRemainingColumn(), TextColumn("left")) if known else ()
+    times = (TimeElapsedColumn(), TextColumn("gone" + "," * known), *ahead)
     return Progress(*columns, *times, console=screen, auto_refresh=auto_refresh)
 
 

@@ -76,9 +76,9 @@ class Npz:
                 raise ValueError(f"{len(data)} bytes for {kind} of shape {brief(list(shape))}")
             return np.frombuffer(data, kind).reshape(shape, order="F" if turned else "C")
 
-    def text(self, name: str) -> str:
-        """An array that is one short text."""
-        array = self.array(name, 4096)
+    def text(self, name: str, most: int) -> str:
+        """An array that is one text, of at most `most` bytes."""
+        array = self.array(name, most)
         if array.dtype.kind != "U" or array.size != 1:
             raise UserError(f"{self.path}: {bare(name)} is {array.dtype}, one text is expected; it is not {self.what}")
         return str(array.item())

@@ -25,6 +25,10 @@ RelativeName = Annotated[str, AfterValidator(relative_name)]
 """Of a file below the folder that the naming file stands in."""
 Word = Annotated[str, Field(min_length=1, max_length=1000)]
 """A name of something that is no file."""
+PathText = Annotated[str, Field(min_length=1, max_length=4096)]
+"""A path, as long as Linux has them."""
+TargetText = Annotated[str, Field(min_length=1, max_length=5_000_000)]
+"""A target in words, which may name every weight of a mixture of experts."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Crc32 = Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
 Bytes = Annotated[int, Field(ge=0, le=MOST_BYTES)]

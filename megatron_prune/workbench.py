@@ -6,13 +6,15 @@ What is missing is refused before weights are loaded: `prepare` reads what the m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator
+import math
+import shutil
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,24 +23,30 @@ from megatron_prune.data.calibration import CalibrationSet, windows
 from megatron_prune.data.named import named_files
 from megatron_prune.data.tokenizer import form_of, load_tokenizer
 from megatron_prune.data.training import Windows, first_windows, held_out_windows, training_windows
-from megatron_prune.decision.masks import Kept, MaskInfo, Masks, MaskWriter
+from megatron_prune.decision.masks import Kept, MaskInfo, Masks, MaskWriter, prunable_shapes
 from megatron_prune.decision.prior import MaskSource, given_prior
 from megatron_prune.decision.pruned import open_source
+from megatron_prune.decision.run_folder import decision_of, target_of
 from megatron_prune.decision.source import ModelSource
-from megatron_prune.decision.target import NM, StructuredTarget, Target, Unstructured
+from megatron_prune.decision.target import NM, StructuredTarget, Target, Unstructured, title
 from megatron_prune.decision.trimming import Trim
 from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
-from megatron_prune.log import MetricsLog, progress
-from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod, get_method, mask_methods
+from megatron_prune.log import MetricsLog, progress, say
+from megatron_prune.methods.base import CALIBRATION, DATA, PRIOR, PruningMethod, get_method, looks_at_text, mask_methods
+from megatron_prune.methods.fit import dense_room
 from megatron_prune.model.checkpoint import save_model
 from megatron_prune.model.length import readable
 from megatron_prune.model.prunable import PrunableModel
+from megatron_prune.option_groups import Calibration
 from megatron_prune.options import given
+from megatron_prune.ranks import by_leader, from_leader
+from megatron_prune.search.integer import best_worth
 from megatron_prune.statistics.compensation import Compensation
 from megatron_prune.statistics.experts import ExpertActivity
 from megatron_prune.statistics.merging import Merging
 from megatron_prune.statistics.passes import Passes
+from megatron_prune.statistics.restoring import Halfway, costs
 from megatron_prune.statistics.runner import Runner, WholeLinear
 from megatron_prune.statistics.store import StatisticsStore
 from megatron_prune.training.learning import LearningRunner
@@ -49,6 +57,30 @@ from megatron_prune.training.weighting import Weighting, settled, teaches_itself
 
 DECISION, WEIGHTS, MADE_PRIOR = "decision", "weights", "prior"
 """Folders in a run."""
+ALL_PRUNED = "all_pruned"
+"""Another, while weights are chosen that stay dense."""
+CHOICE_TOKENS = 8192
+"""Of the first calibration windows, and of at least one, show what pruning costs."""
+
+
+def calibration_windows(c: Calibration, source: ModelSource, asks: str, chat: bool = False) -> CalibrationSet:
+    """Windows of the calibration text for a model; UserError without text. `asks`: who does, in words."""
+    if not c.text:
+        raise UserError(f"{asks} needs calibration text and none was given: --calibration FILE.jsonl (or .txt)")
+    length = readable("calibration_seq_length", c.seq_length, source.config)
+    tokenizer = load_tokenizer(source.tokenizer, source.config.vocab_size, chat=chat)
+    text = named_files(c.text, c.samples, c.seed, form_of(tokenizer))
+    return windows(text, tokenizer, c.samples, length, c.seed, c.document_range)
+
+
+def _removed(folder: Path) -> None:
+    """Remove a folder of a run's own; UserError where that cannot be."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder} could not be removed ({error.strerror}); give a place that can be written"
+        ) from error
 
 
 class TrainingInputs(NamedTuple):
@@ -104,32 +136,52 @@ class Workbench:
             given_to[need]()
         if PRIOR in self.method.takes:
             self._check_prior()
+            self._take_dense()
             _ = self._given_prior
         _ = self.model
 
     def _check_prior(self) -> None:
         """UserError for a method that is to make the prior and looks at text, without one."""
         named, text = self.settings.prior, self.settings.calibration.text
-        if named in mask_methods() and not (text or self.settings.resume) and CALIBRATION in get_method(named).needs:
+        if looks_at_text(named) and not (text or self.settings.resume):
             raise UserError(
                 f"--prior {named} needs calibration text and none was given: --calibration FILE.jsonl (or .txt)"
             )
 
+    def _take_dense(self) -> None:
+        """For a method that learns: where weights that stay dense are to be chosen, those that the prior leaves dense.
+
+        UserError where none says which, and none is to be made of which the weights could be chosen.
+        """
+        target, named, logits = self.target, self.settings.prior, self.settings.initial_logits
+        if not isinstance(target, NM) or not target.dense_share or looks_at_text(named):
+            return
+        found: object = None
+        if named and Path(named).is_dir():
+            found = Masks.load(decision_of(Path(named))).target
+        elif logits:
+            found = target_of(logits)
+        if not isinstance(found, NM | Unstructured) or not found.dense:
+            raise UserError(
+                f"target {target}: a method that learns does not choose the weights that stay dense; give --prior with "
+                "a one-shot method that looks at text, such as sparsegpt, or with a run that leaves weights dense, or "
+                "name them"
+            )
+        shapes = prunable_shapes(self.config)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        held = sum(size for name, size in sizes.items() if found.leaves(name))
+        if held > dense_room(target.dense_share, list(sizes.values())):
+            raise UserError(
+                f"target {target}: {named or logits} leaves {held / sum(sizes.values()):.2%} of the weights dense; "
+                "give at least as much"
+            )
+        self.target = replace(target, dense=found.dense, dense_share=0.0)
+
     @cached_property
     def calibration(self) -> CalibrationSet:
         """Windows of the calibration text."""
-        c = self.settings.calibration
-        if not c.text:
-            raise UserError(
-                f"method {self.method.name} needs calibration text and none was given: --calibration FILE.jsonl "
-                "(or .txt)"
-            )
-        length = readable("calibration_seq_length", c.seq_length, self.config)
-        tokenizer = load_tokenizer(
-            self.source.tokenizer, self.config.vocab_size, chat=self.settings.apply_chat_template
-        )
-        text = named_files(c.text, c.samples, c.seed, form_of(tokenizer))
-        return windows(text, tokenizer, c.samples, length, c.seed, c.document_range)
+        asks = f"method {self.method.name}"
+        return calibration_windows(self.settings.calibration, self.source, asks, self.settings.apply_chat_template)
 
     @cached_property
     def inputs(self) -> TrainingInputs:
@@ -153,6 +205,56 @@ class Workbench:
             return None
         assert isinstance(self.target, NM | Unstructured)
         return given_prior(named, self.settings.input, self.config, self.target, mask_methods())
+
+    def choose(self) -> None:
+        """Choose the weights that stay dense where the target gives a share of them, for a method that learns by that
+        which makes its prior. Collective.
+        """
+        if isinstance(self.target, NM | Unstructured) and self.target.dense_share:
+            self.target = self._with_dense(self.target)
+
+    def decide(self) -> Kept | Units:
+        """What the method decides, when what stays dense is chosen. Collective."""
+        self.choose()
+        return self.method.decide(self, self.target)
+
+    def _with_dense(self, target: Target) -> Target:
+        """The target with the weights that stay dense: those that the loss needs most for their size when all are
+        pruned by the method. The model is as it was before.
+        """
+        whole, path = replace(target, dense_share=0.0), self.folder / ALL_PRUNED
+        method = self.method if CALIBRATION in self.method.needs else self._prior_method()
+        with self._aside(method, path, whole) as aside, self.model.remembering() as before:
+            aside.calibration = self.calibration
+            method.decide(aside, whole)
+        dist.barrier()  # the folder is complete when rank 0 arrives
+        tokens = self.calibration.tokens
+        tokens = tokens[: max(1, CHOICE_TOKENS // tokens.shape[1])]
+        with progress(f"{self.method.name}: which weights stay dense", self.config.num_layers, "layers") as advance:
+            found = costs(Halfway(self.model, before, Masks.load(path).get), tokens, advance)
+        self.model.put_back(before)
+        dist.barrier()  # all have read it
+        by_leader(lambda: _removed(path))
+        return replace(whole, dense=from_leader(self._best_dense(found, target.dense_share)))
+
+    def _best_dense(self, costs: Mapping[str, float], share: float) -> tuple[str, ...]:
+        """Names of the weights, at most that share of all, that cost most together when they are pruned."""
+        shapes = prunable_shapes(self.config)
+        names = [name for name in shapes if name in costs]
+        sizes = [math.prod(shapes[name]) for name in names]
+        chosen = best_worth([costs[name] for name in names], sizes, dense_room(share, sizes))
+        if not chosen:
+            raise UserError(
+                f"target {self.target}: by the calibration text no weight that is so small costs anything when it is "
+                "pruned; give a larger share, or name the weights"
+            )
+        held, total = sum(costs[names[each]] for each in chosen), sum(costs.values())
+        size = sum(sizes[each] for each in chosen) / sum(sizes)
+        say(
+            f"{len(chosen)} of {len(names)} weights stay dense, {size:.2%} of all: {held:.3f} of the {total:.3f} nats "
+            "that pruning costs, by the estimate"
+        )
+        return tuple(names[each] for each in chosen)
 
     # --- what a method pulls ---
 
@@ -193,9 +295,7 @@ class Workbench:
     def dense_linears(self, statistic: Callable[..., Any]) -> Iterator[WholeLinear]:
         """Prunable linears in model order while all of them stay whole; nothing is written."""
         with progress(f"{self._title}, dense", self.config.num_layers, "layers") as advance:
-            for linear in Runner(self.model, self._tokens, None, advance).layerwise(statistic):
-                yield linear
-                linear.keep(torch.ones_like(linear.weight(), dtype=torch.bool))
+            yield from Runner(self.model, self._tokens, None, advance).dense(statistic)
 
     def masks(self) -> Kept:
         """What the pass over the linears has kept."""
@@ -276,17 +376,22 @@ class Workbench:
             return None
         path = self.folder / MADE_PRIOR
         if not path.exists():
-            method = get_method(self.settings.prior)
-            method = get_method(self.settings.prior, **method.mask_only)
+            method = self._prior_method()
             method.accept(self.target)
-            with self._aside(method, path) as aside:
+            assert isinstance(self.target, NM | Unstructured)
+            with self._aside(method, path, self.target) as aside:
                 method.decide(aside, self.target)
         dist.barrier()  # the folder is complete when rank 0 arrives
         return Masks.load(path).get
 
-    def _aside(self, method: PruningMethod, decision: Path) -> Workbench:
-        """A workbench of another method on the same model, which writes its masks to `decision`."""
-        made = Workbench(self.settings, self.source, self.layout, method, self.target)
+    def _prior_method(self) -> PruningMethod:
+        """That of `--prior`, without a change of weights."""
+        assert self.settings.prior is not None
+        return get_method(self.settings.prior, **get_method(self.settings.prior).mask_only)
+
+    def _aside(self, method: PruningMethod, decision: Path, target: Target) -> Workbench:
+        """A workbench of a method and a target on the same model, which writes its masks to `decision`."""
+        made = Workbench(self.settings, self.source, self.layout, method, target)
         made.model, made._decision = self.model, decision
         return made
 
@@ -319,7 +424,7 @@ class Workbench:
 
     @property
     def _title(self) -> str:
-        return f"{self.method.name} {self.target}"
+        return f"{self.method.name} {title(str(self.target))}"
 
     def _info(self) -> MaskInfo:
         """What a decision says about where it comes from."""

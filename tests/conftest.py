@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -15,6 +16,20 @@ settings.register_profile("patient", deadline=None)  # how long an example takes
 settings.load_profile("patient")
 if not has_cuda():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a module's fixtures wrote goes when the module is done, unless something failed: all of it is tens of GB."""
+    failed, here = request.session.testsfailed, os.getcwd()
+    before = set(tmp_path_factory.getbasetemp().iterdir())
+    yield
+    back = os.path.samefile(".", here)
+    os.chdir(here)
+    assert back, "a test of this module left the process in another folder, which goes with the test"
+    if request.session.testsfailed == failed:
+        for made in set(tmp_path_factory.getbasetemp().iterdir()) - before:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from torch import Tensor
 from tools.acceptance import byte_tokenizer as byte_tokenizer
 
 STORIES_DIRECTORY = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260K"
+C4_SAMPLE = STORIES_DIRECTORY.parents[1] / "data" / "c4" / "c4_en_sample.jsonl"
 STORIES_TEXT = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
 
 LLAMA3_ROPE = {
@@ -434,6 +435,27 @@ def edit_config(directory: Path, **changes: Any) -> None:
     file.write_text(
         json.dumps({key: value for key, value in config.items() if value is not None or key not in changes})
     )
+
+
+def c4_sample() -> Path:
+    """The C4 sample; skips the test when it is not there."""
+    if not C4_SAMPLE.is_file():
+        pytest.skip("the C4 sample is not beside the repository (../shared/data/c4/c4_en_sample.jsonl)")
+    return C4_SAMPLE
+
+
+def c4_documents(path: Path, first: int | None, last: int | None) -> Path:
+    """Some documents of it, by number, in a file."""
+    lines = c4_sample().read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[first:last]), encoding="utf-8")
+    return path
+
+
+def small_models(root: Path) -> None:
+    """A folder's models `llama`, `gpt2` and `qwen3_moe`, with tokenizers, and a text `words.jsonl`."""
+    words(root / "words.jsonl")
+    for family in ("llama", "gpt2", "qwen3_moe"):
+        byte_tokenizer(tiny_model(root / family, family, vocab_size=257))
 
 
 def words(path: Path, documents: int = 64, seed: int = 0) -> Path:

@@ -80,6 +80,17 @@ def prune_to(root: Path, output: Path, method: str, target: str, family: str = "
     return main([*command, "--export", str(output.with_name(f"{output.name}_hf"))])
 
 
+def four_steps(
+    root: Path, output: Path, *more: str, target: str, family: str = "llama", save_interval: int = 2
+) -> list[str]:
+    """The verb that learns masks of one of `models.small_models` for four steps of a few words."""
+    places = ["--input", str(root / family), "--output", str(output), "--data", str(root / "words.jsonl")]
+    sizes = "--seq-length 16 --global-batch-size 2 --train-iters 4 --temperature-end 2".split()
+    rate = [] if "--lr" in more else ["--lr", "1e-3"]
+    saving = ["--save-interval", str(save_interval), "--keep-checkpoints", "9"]
+    return ["prune", "--method", "maskllm", "--target", target, *places, *sizes, *rate, *saving, *more]
+
+
 def refused_to_prune(
     root: Path, output: Path, method: str, target: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

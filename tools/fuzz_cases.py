@@ -1141,6 +1141,7 @@ SETTINGS = {
     "learn": f"prune --input ck --output out --method maskllm --target 2:4 --data tok {STEPS}",
     "narrow": f"prune --input ck --output out --method minitron --target num_layers=1 {CALIBRATION}",
     "search": f"prune --input ck --output out --method darwinlm --target parameters=30000 {SEARCH} {CALIBRATION}",
+    "permute": f"permute ck out {CALIBRATION}",
     "plan": "plan --input ck --method maskllm --target 2:4 --seq-length 16 --processes 1 --output out.json",
     "train": f"train --input ck --output out --data tok {STEPS}",
     "trim": "trim --input run --output out",

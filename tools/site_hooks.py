@@ -75,7 +75,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 def in_site(link: links.Link, here: str, pages: dict[str, str], address: str | None) -> str | None:
     """A link of the page `here`; a warning, and so an error of a strict build, when it leads to nothing."""
     site = pages.get(link.path)
-    if site is None and link.path.startswith("docs/") and link.path.endswith((".md", ".png")):
+    if site is None and link.path.startswith("docs/") and link.path.endswith((".md", ".png", ".svg")):
         site = link.path.removeprefix("docs/")
     if site is not None:
         mark = "!" if link.picture else ""

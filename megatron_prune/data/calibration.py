@@ -27,7 +27,6 @@ from megatron_prune.data.tokenizer import (
     model_rows,
     refuse_prepared,
     template_of,
-    tokenize,
 )
 from megatron_prune.errors import UserError
 
@@ -72,19 +71,25 @@ def windows(
     """
     names = tuple(Path(path).name for path in paths)
     count, read = _documents(paths, tokenizer, documents)
-    draw = _Draw if chat_of(tokenizer) is None else _Filled
-    return _drawn(draw(count, read, seq_length, random.Random(seed)), names, samples, seed, template_of(tokenizer))
+    draw = _draw_of(tokenizer)(count, read, seq_length, random.Random(seed))
+    return _drawn(draw, names, samples, seed, template_of(tokenizer))
 
 
 def windows_of(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, samples: int, seq_length: int, seed: int
 ) -> CalibrationSet:
-    """As `windows`, from documents in memory."""
+    """As `windows`, from documents in memory, such as `form_of` the tokenizer makes of rows."""
 
     def read(index: int) -> list[int]:
-        return tokenize(tokenizer, [texts[index]])[0]
+        return document_ids(tokenizer, [texts[index]])[0]
 
-    return _drawn(_Draw(len(texts), read, seq_length, random.Random(seed)), (), samples, seed)
+    draw = _draw_of(tokenizer)(len(texts), read, seq_length, random.Random(seed))
+    return _drawn(draw, (), samples, seed, template_of(tokenizer))
+
+
+def _draw_of(tokenizer: PreTrainedTokenizerBase) -> type[_Draw] | type[_Filled]:
+    """How windows are drawn: from documents, or from conversations, which are short."""
+    return _Draw if chat_of(tokenizer) is None else _Filled
 
 
 def _drawn(

@@ -9,7 +9,6 @@ drawn is rendered. A template writes the special tokens itself: none are added t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_prune.data.rendering import DAY, Messages, Refused, Renderer
-from megatron_prune.data.text import BadDocument, check_document
+from megatron_prune.data.rendering import DAY, Messages, Refused, Renderer, Template, TooMuch
+from megatron_prune.data.text import BadDocument, OverLimit, check_document
 from megatron_prune.errors import UserError, brief
 from megatron_prune.foreign import parse_text_json, read_regular
 
@@ -39,22 +38,35 @@ class Conversations:
     """How rows of conversations are read, and made text."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, directory: Path, keys: Sequence[str] = KEYS, at_once: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        found: Path | Template,
+        keys: Sequence[str] = KEYS,
+        at_once: bool = False,
     ) -> None:
-        """The template of `directory`, whose tokenizer this is; UserError without one.
+        """A template, or that of the directory whose tokenizer this is; UserError without one.
 
         `at_once`: documents are text, and what the template does not take is a bad document.
         """
-        template = read_template(directory)
+        template = found if isinstance(found, Template) else Template(read_template(found), str(found))
         self.keys = tuple(keys)
         self.at_once = at_once
-        self.sha256 = hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest()
+        self.sha256 = hashlib.sha256(template.text.encode("utf-8", "surrogatepass")).hexdigest()
         special = sorted(map(str, tokenizer.special_tokens_map.items()))
         self.state: list[Any] = [self.sha256, list(DAY), special]
         """What its texts depend on beside the rows: the template, and what that writes by name."""
-        self._renderer = Renderer(tokenizer, template, str(directory))
-        with contextlib.suppress(Refused):
+        self._name = template.name
+        self._renderer = Renderer(tokenizer, template)
+        self._probe()
+
+    def _probe(self) -> None:
+        """UserError for a template that takes too much for the shortest conversation; any other may be refused."""
+        try:
             self._renderer.render(PROBE)
+        except TooMuch as error:
+            raise self._renderer.broken(error) from error
+        except Refused:
+            pass
 
     def document(self, record: Mapping[str, Any]) -> str:
         """The conversation of a row; `BadDocument` says what is wrong with it."""
@@ -84,8 +96,10 @@ class Conversations:
     def _text(self, messages: Messages) -> str:
         try:
             return check_document(self._renderer.render(messages))
+        except TooMuch as error:
+            raise OverLimit(f"the chat template of {self._name} {error}") from error
         except Refused as error:
-            raise BadDocument(f"the chat template of {self._renderer.name} does not take it ({error})") from error
+            raise BadDocument(f"the chat template of {self._name} does not take it ({error})") from error
 
 
 # --- rows ---

@@ -47,17 +47,32 @@ class ZstdStream(io.RawIOBase):
         self.packed.close()
 
 
-def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows with one column, the first of `keys` that there is; UserError for a damaged file and one without any."""
+def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any] | ValueError]:
+    """Rows with the columns of `keys` that there are, or why one has no values that Python knows.
+
+    UserError for a damaged file, and one without any of the columns.
+    """
     from pyarrow import parquet
 
     advice = "fetch it again"
     with open_regular(path, "a folder of text", None) as opened, fenced(f"{path} is no Parquet file", advice):
         file = parquet.ParquetFile(opened)
         names = file.schema_arrow.names
-        key = next((key for key in keys if key in names), None)
-        if key is None:
+        found = [key for key in keys if key in names]
+        if not found:
             wanted = " or ".join(map(brief, keys))
             raise UserError(f"{path}: no column {wanted}; its columns are {', '.join(map(brief, names[:8]))}")
-        for batch in file.iter_batches(batch_size=ROWS, columns=[key]):
-            yield from ({key: value} for value in batch.column(0).to_pylist())
+        for batch in file.iter_batches(batch_size=ROWS, columns=found):
+            yield from _rows(batch)
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | ValueError]:
+    """Of a batch; one by one where some value is none, such as text that is no UTF-8 or a time of no year."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if len(batch) == 1:
+            rows = [ValueError(reason(error))]
+        else:
+            rows = [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]
+    yield from rows

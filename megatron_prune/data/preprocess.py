@@ -27,7 +27,7 @@ from megatron_prune.data.about import Report, read_report
 from megatron_prune.data.encoder import Encoder, load_encoder
 from megatron_prune.data.indexed import CHECKED
 from megatron_prune.data.pieces import HUB, Piece, cut, gather, lines_before, read
-from megatron_prune.data.text import BadDocument
+from megatron_prune.data.text import BadDocument, OverLimit
 from megatron_prune.data.workers import Count, run_forked
 from megatron_prune.errors import Interrupted, UserError
 from megatron_prune.files import checksum, give_name, new_folder, write_json
@@ -40,6 +40,9 @@ BATCH_CHARACTERS = 2**20
 BATCH_DOCUMENTS = 512
 LISTED = 100
 """Bad lines of one piece that are listed; all are counted."""
+MOST_OVER = 20
+"""Documents at the beginning of a piece that are over a limit, before the template is blamed and not they."""
+ALL_OVER = "leave such rows out, give another model, or leave --apply-chat-template out"
 
 
 SUFFIXES = (".bin", ".json", ".idx")
@@ -222,13 +225,19 @@ def _encode(job: Job, piece: Piece, builder: Any, count: Count) -> Tally:
 def _batches(job: Job, piece: Piece, tally: Tally, count: Count) -> Iterator[list[str]]:
     """Texts of a piece, some at a time; bad lines are counted into `tally`."""
     texts: list[str] = []
-    characters = told = 0
+    characters = told = good = over = 0
     consumed = _Sum()
     for number, text in read(piece, job.encoder.form, consumed.add):
         tally.lines = number
         if isinstance(text, BadDocument):
             _count_bad(job, piece, tally, str(text))
+            over += isinstance(text, OverLimit)
+            if over == MOST_OVER and not good:
+                raise UserError(
+                    f"{_place(piece, tally)}: {text}, as for {over} in a row without a good one; {ALL_OVER}"
+                )
         elif text is not None:
+            good += 1
             texts.append(text)
             characters += len(text)
         if characters >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
@@ -250,10 +259,15 @@ class _Sum:
 
 def _count_bad(job: Job, piece: Piece, tally: Tally, reason: str) -> None:
     if job.config.strict:
-        raise UserError(f"{piece.source}:{lines_before(piece) + tally.lines}: {reason}")
+        raise UserError(f"{_place(piece, tally)}: {reason}")
     tally.bad += 1
     if len(tally.listed) < LISTED:
         tally.listed.append((tally.lines, reason))
+
+
+def _place(piece: Piece, tally: Tally) -> str:
+    """Where the last line that was read stands."""
+    return f"{piece.source}:{lines_before(piece) + tally.lines}"
 
 
 # --- the whole ---

@@ -3,7 +3,8 @@
 A template is somebody's program in jinja. transformers renders it in jinja's immutable sandbox, which keeps it from
 files and from Python's objects, and not from running for ever. So one forked process renders, for as long as there is
 something to render: the system ends it when a conversation takes too much of a processor, its memory is limited, and
-it answers in JSON. The day in it is always the same one: some templates write today's into every conversation.
+it answers in JSON. A conversation that is too much for it is one that the template does not take: the next gets a new
+process. The day in it is always the same one: some templates write today's into every conversation.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import resource
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,10 +33,15 @@ MOST_SECONDS = 10
 """Of a processor, for one conversation."""
 MOST_MEMORY = 2**30
 """Bytes beside what the process begins with."""
+NO_ROOM = f"takes more than {MOST_MEMORY} bytes for a conversation"
 MOST_TEXT = 50_000_000
 """Characters of a conversation."""
 DAY = (2024, 7, 26)
 """What templates are told when they ask for today: the day that LLaMA-3.1's writes where nobody tells it one."""
+NO_MEMORY = 3
+"""Exit status of the process when a conversation did not fit into its memory."""
+OWN_FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
+"""Signals by which a program ends over what it was given; by others somebody ends it."""
 THREADS = "TOKENIZERS_PARALLELISM"
 
 Messages = Sequence[dict[str, Any]]
@@ -45,12 +52,26 @@ class Refused(ValueError):
     """A conversation that the template does not take, in the template's words."""
 
 
+class TooMuch(Refused):
+    """A conversation that takes more than is allowed: what it takes, to be said of the template."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template, and how messages speak of it."""
+
+    text: str
+    name: str
+    """Of whose it is."""
+    advice: str = "leave --apply-chat-template out"
+    """What to do when it is no good."""
+
+
 class Renderer:
     """A chat template, ready to render; its process starts with the first conversation."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
-        """`tokenizer` says which special tokens there are, `name` is what messages call the template's model."""
-        self.name = name
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        """`tokenizer` says which special tokens there are."""
         self._tokenizer = tokenizer
         self._template = template
         self._owner: int | None = None
@@ -60,14 +81,21 @@ class Renderer:
     def render(self, messages: Messages, prompt: bool = False, unfinished: bool = False) -> str:
         """The text of a conversation; with `prompt` the start of an answer follows, `unfinished` leaves its end open.
 
-        `Refused` where the template does not take it, UserError where the template itself is no good.
+        `Refused` where the template does not take it, `TooMuch` of these where it takes too much for it, UserError
+        where the template itself is no good.
         """
         answer = self._ask([list(messages), prompt, unfinished])
         if "refused" in answer:
             raise Refused(answer["refused"])
+        if "exceeded" in answer:
+            raise TooMuch(answer["exceeded"])
         if "failed" in answer:
-            raise UserError(f"{self.name}: the chat template {answer['failed']}; leave --apply-chat-template out")
+            raise self.broken(answer["failed"])
         return str(answer["text"])
+
+    def broken(self, fault: object) -> UserError:
+        """The error of a template that is no good."""
+        return UserError(f"{self._template.name}: the chat template {fault}; {self._template.advice}")
 
     def _ask(self, request: list[Any]) -> dict[str, Any]:
         if self._owner != os.getpid():  # also in a process that was forked with a renderer of its parent's
@@ -76,27 +104,30 @@ class Renderer:
             self._pipe.send_bytes(json.dumps(request).encode())
             answer: dict[str, Any] = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError):
-            return {"failed": self._end()}
+            return self._end()
         return answer
 
     def _start(self) -> None:
         context = get_context("fork")
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, self._pipe, self._tokenizer, self._template, os.getpid())
+        arguments = (theirs, self._pipe, self._tokenizer, self._template.text, os.getpid())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         with _silent_fork():
             self._process.start()
         theirs.close()
         self._owner = os.getpid()
 
-    def _end(self) -> str:
-        """How the process came to its end."""
+    def _end(self) -> dict[str, str]:
+        """How the process came to its end; the next conversation gets a new one."""
         self._process.join()
         code, self._owner = self._process.exitcode, None
         if code == -signal.SIGPROF:
-            return f"takes more than {MOST_SECONDS} seconds for a conversation"
+            return {"exceeded": f"takes more than {MOST_SECONDS} seconds for a conversation"}
+        if code == NO_MEMORY:
+            return {"exceeded": NO_ROOM}
         cause = signal.Signals(-code).name if code < 0 else f"status {code}"
-        return f"ended the process that renders it by {cause}"
+        kind = "exceeded" if -code in OWN_FAULTS else "failed"
+        return {kind: f"ended the process that renders it by {cause}"}
 
 
 @contextlib.contextmanager
@@ -137,11 +168,14 @@ def _serve(pipe: Any, others: Any, tokenizer: PreTrainedTokenizerBase, template:
     _limit_memory()
     with contextlib.suppress(EOFError):
         while True:
-            request = json.loads(pipe.recv_bytes())
-            signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
-            answer = json.dumps(_answer(tokenizer, template, *request)).encode()
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            pipe.send_bytes(answer)
+            try:
+                request = pipe.recv_bytes()
+                signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+                answer = json.dumps(_answer(tokenizer, template, *json.loads(request))).encode()
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                pipe.send_bytes(answer)
+            except MemoryError:  # outside of the template, where half of a message may be in the pipe
+                os._exit(NO_MEMORY)
 
 
 def _limit_memory() -> None:
@@ -169,11 +203,11 @@ def _answer(
     except TemplateSyntaxError as error:
         return {"failed": f"is no jinja ({reason(error)}, line {error.lineno})"}
     except MemoryError:
-        return {"failed": f"takes more than {MOST_MEMORY} bytes for a conversation"}
+        return {"exceeded": NO_ROOM}
     except Exception as error:  # noqa: BLE001  (whatever a template does to what it is given)
         return {"refused": reason(error) or type(error).__name__}
     if not isinstance(text, str):
         return {"failed": f"makes no text but {brief(text)}"}
     if len(text) > MOST_TEXT:
-        return {"failed": f"makes more than {MOST_TEXT} characters of a conversation"}
+        return {"exceeded": f"makes more than {MOST_TEXT} characters of a conversation"}
     return {"text": text}

@@ -61,6 +61,10 @@ class BadDocument(ValueError):
     """A line or file that holds no document, and why; its place is the reader's to add."""
 
 
+class OverLimit(BadDocument):
+    """A document that would take more time, memory or room than one may."""
+
+
 class Form(Protocol):
     """How the row of a file, with its keys, becomes a document."""
 
@@ -143,6 +147,8 @@ def parquet_documents(path: Path, form: Form) -> Iterator[str | BadDocument]:
     """Documents of a Parquet file, row by row, bad ones in their places."""
     for record in parquet_rows(path, form.keys):
         try:
+            if isinstance(record, ValueError):
+                raise BadDocument(f"values that cannot be read ({record}); expected text in UTF-8") from record
             yield form.document(record)
         except BadDocument as error:
             yield error

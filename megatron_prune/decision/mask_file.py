@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_prune.claims import refuse_existing
-from megatron_prune.decision.mask_npz import PATTERN, SHAPE, write_masks
+from megatron_prune.decision.mask_npz import MOST_PATTERN, PATTERN, SHAPE, write_masks
 from megatron_prune.decision.masks import Masks, check_mask, prunable_shapes, unpack_mask
 from megatron_prune.decision.target import Target, parse_target
 from megatron_prune.errors import UserError, brief
@@ -45,7 +45,7 @@ def load_mask_npz(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor
     archive = Npz(path, WHAT)
     try:
         _check_names(path, set(archive.names()), shapes)
-        target = parse_target(archive.text(PATTERN)) if PATTERN in archive else None
+        target = parse_target(archive.text(PATTERN, MOST_PATTERN)) if PATTERN in archive else None
     except BaseException:
         archive.close()
         raise
@@ -55,7 +55,7 @@ def load_mask_npz(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor
 def mask_npz_pattern(path: Path) -> str | None:
     """The pattern the file claims, such as ``2:4``; None when it does not say."""
     with Npz(path, WHAT) as archive:
-        return archive.text(PATTERN) if PATTERN in archive else None
+        return archive.text(PATTERN, MOST_PATTERN) if PATTERN in archive else None
 
 
 def mask_npz_kept(path: Path) -> tuple[int, int]:

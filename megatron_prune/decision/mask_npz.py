@@ -19,6 +19,8 @@ from megatron_prune.files import new_file, own_file
 
 SHAPE = ".shape"
 PATTERN = "__pattern__"
+MOST_PATTERN = 20_000_000
+"""Bytes of the array of a pattern, which may name every weight that it leaves dense."""
 
 
 def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]], pattern: str | None, anew: bool = False) -> None:

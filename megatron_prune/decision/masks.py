@@ -35,7 +35,7 @@ from megatron_prune.errors import UserError, brief
 from megatron_prune.files import abandon_folder, begin_folder, publish_folder, write_json, writing
 from megatron_prune.foreign import fenced, read_format, strict
 from megatron_prune.model.families import ModelConfig, get_family
-from megatron_prune.schema import Above0, Count, Layer, Sha256, Word
+from megatron_prune.schema import Above0, Count, Layer, Sha256, TargetText, Word
 
 _FORMAT = 1
 _FILE = "decision.json"
@@ -51,7 +51,7 @@ class MaskInfo:
 
     method: Word
     """Registered name of the method."""
-    target: Word
+    target: TargetText
     """As ``str(target)``: ``2:4`` or ``0.5``."""
     hyperparameters: dict[str, Any]
     family: Word

@@ -37,11 +37,11 @@ def given_prior(named: str, source: Path, model: ModelConfig, target: Target, me
         raise UserError(
             f"--prior {named} is neither a run, a decision folder, a mask .npz nor a method ({', '.join(methods)})"
         )
-    name = next(iter(prunable_shapes(model)))
+    name = next(name for name in prunable_shapes(model) if not target.leaves(name))
     try:
         check_mask(get_family(model.family).as_rows(masks(name)), target, name)
     except UserError as error:
-        say(f"--prior {named} is no {target} mask: {error}; each group starts from the pattern closest to it")
+        say(f"--prior {named} is no {target.title} mask: {error}; each group starts from the pattern closest to it")
     return masks
 
 

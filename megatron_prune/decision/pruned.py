@@ -10,11 +10,10 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 
 from megatron_prune.decision.masks import Masks
-from megatron_prune.decision.run_folder import decision_of, is_run, read_run, weights_of
+from megatron_prune.decision.run_folder import RunDescription, decision_of, is_run, read_run, weights_of
 from megatron_prune.decision.source import ModelSource, open_model
 from megatron_prune.decision.trimming import Trim, is_trim
 from megatron_prune.decision.units import Units
-from megatron_prune.errors import UserError
 from megatron_prune.model import convert
 from megatron_prune.model.build import build_model
 from megatron_prune.model.checkpoint import save_model
@@ -36,11 +35,14 @@ def apply_masks(model: PrunableModel, masks: Masks) -> None:
 
 
 @torch.no_grad()
-def cut(model: PrunableModel, units: Units) -> PrunableModel:
-    """The smaller model in the same layout and types. Collective; UserError when the layout does not fit it."""
+def cut(model: PrunableModel, units: Units, **extra: Any) -> PrunableModel:
+    """The smaller model in the same layout and types. Collective; UserError when the layout does not fit it.
+
+    `extra`: megatron-core settings, as `build_model` takes them.
+    """
     config = units.config(model.config)
     dtype = next(iter(model.parameters.values())).dtype
-    smaller = PrunableModel(config, model.layout, build_model(config, model.layout, dtype))
+    smaller = PrunableModel(config, model.layout, build_model(config, model.layout, dtype, **extra))
     for map in smaller.maps:
         source = model.by_name[units.source(map)]
         smaller.assign(map, units.cut(model.config, source, model.whole(source), map))
@@ -56,30 +58,12 @@ def open_trained(run: Path) -> ModelSource:
 def load_pruned(run: Path, layout: backend.Layout, dtype: str | None = None) -> tuple[PrunableModel, ModelSource]:
     """The model of a run with its decision applied, or trained, and where its weights come from. Collective."""
     read_run(run)
-    source = open_pruned(run)
+    source = open_source(run)
     return source.load(layout, dtype), source
 
 
-def open_pruned(path: Path) -> ModelSource:
-    """As `open_source`; of a run that has decided on a smaller model the source is that model."""
-    if not is_run(path) or read_run(path).method == "train":
-        return open_source(path)
-    decision = decision_of(path)
-    if not is_trim(decision):
-        return open_source(path)
-    about, weights, trim = read_run(path), open_model(weights_of(path)), Trim.load(decision)
-    trim.check_model(weights.config)
-
-    def load(layout: backend.Layout, dtype: str | None = None) -> PrunableModel:
-        return cut(weights.load(layout, dtype), trim.units)
-
-    smaller = trim.units.config(weights.config)
-    history = {**weights.history, "method": about.method, "target": about.target, "parameters": parameters(smaller)}
-    return replace(weights, config=smaller, load=load, reader=None, history=history)
-
-
 def open_source(path: Path) -> ModelSource:
-    """The model of a checkpoint, a Hugging Face directory or a run (with its masks applied); UserError otherwise."""
+    """The model of a checkpoint, a Hugging Face directory or a run, with its decision applied; UserError otherwise."""
     if not is_run(path):
         return open_model(path)
     about = read_run(path)
@@ -88,7 +72,7 @@ def open_source(path: Path) -> ModelSource:
     decision = decision_of(path)
     weights = open_model(weights_of(path))
     if is_trim(decision):
-        raise UserError(f"{path} has decided on a smaller model: give the checkpoint that trim writes from it")
+        return _smaller(weights, Trim.load(decision), about)
     masks = Masks.load(decision)
     masks.check_model(weights.config)
     masks.check_origin(weights.config)
@@ -100,6 +84,18 @@ def open_source(path: Path) -> ModelSource:
 
     history = {**weights.history, "method": about.method, "target": about.target}
     return replace(weights, load=load, masks=masks.get, history=history)
+
+
+def _smaller(weights: ModelSource, trim: Trim, about: RunDescription) -> ModelSource:
+    """The smaller model that a run has decided on."""
+    trim.check_model(weights.config)
+
+    def load(layout: backend.Layout, dtype: str | None = None, **extra: Any) -> PrunableModel:
+        return cut(weights.load(layout, dtype), trim.units, **extra)
+
+    smaller = trim.units.config(weights.config)
+    history = {**weights.history, "method": about.method, "target": about.target, "parameters": parameters(smaller)}
+    return replace(weights, config=smaller, load=load, reader=None, history=history)
 
 
 def trim(run: Path, output: Path, parallelism: Parallelism) -> str:

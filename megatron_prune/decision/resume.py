@@ -86,7 +86,8 @@ def finished_by_this_launch(output: Path, about: RunDescription) -> bool:
 def check_same(output: Path, about: RunDescription) -> None:
     """UserError when the output holds another run than the one asked for."""
     found = read_run(output)
-    if (found.input, found.method, found.target) != (about.input, about.method, about.target):
+    if (found.input, found.method, found.asked or found.target) != (about.input, about.method, about.target):
+        found = replace(found, target=found.asked or found.target)  # as it was given
         raise UserError(
             f"--resume: {output} is a {found.kind} run of {found.input}; {about.kind} of {about.input} was given: give "
             "the same, or a new --output"

@@ -17,12 +17,12 @@ from typing import Annotated
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from megatron_prune.decision.target import parse_any_target
-from megatron_prune.errors import UserError
+from megatron_prune.decision.target import StructuredTarget, Target, parse_any_target, title
+from megatron_prune.errors import UserError, one_line
 from megatron_prune.files import write_json
 from megatron_prune.foreign import read_json, strict
 from megatron_prune.model import given
-from megatron_prune.schema import Count, Word
+from megatron_prune.schema import Count, PathText, TargetText, Word
 
 DESCRIPTION = "run.json"
 RECORDS = ("decision.json", "trim.json")
@@ -38,21 +38,23 @@ class RunDescription:
 
     __pydantic_config__ = strict()
 
-    input: Word
+    input: PathText
     """The model that was pruned or trained."""
     method: Word
     """A pruning method, or `train`."""
-    target: Word | None
+    target: TargetText | None
     """None: trained without one."""
     state: Annotated[str, Field(pattern="^(learning|searching|decided|training|trained)$")]
     """`learning` or `decided`; of recovery training `training` or `trained`."""
+    asked: TargetText | None = None
+    """The target as it was given, where that leaves weights dense which the run chose."""
     launch: Word | None = None
     """The launch that began or finished the run, as `backend.launch` names it."""
 
     @property
     def kind(self) -> str:
         """What was done, in words."""
-        return " ".join(filter(None, (self.method, self.target)))
+        return " ".join(filter(None, (self.method, self.target and one_line(title(self.target)))))
 
 
 class Step(TypedDict):
@@ -65,7 +67,7 @@ class Decided(TypedDict):
     """What is read of a decision to know whose it is."""
 
     method: Word
-    target: Word
+    target: TargetText
 
 
 def is_run(folder: Path) -> bool:
@@ -84,6 +86,12 @@ def read_run(folder: Path) -> RunDescription:
         raise given.wrong(folder, "run")
     found: RunDescription = read_json(folder / DESCRIPTION, "a pruning run", RunDescription)
     return found
+
+
+def target_of(run: Path) -> Target | StructuredTarget | None:
+    """What a run has made of a model; None: trained it without a target."""
+    found = read_run(run).target
+    return None if found is None else parse_any_target(found)
 
 
 def latest_step(folder: Path) -> int | None:

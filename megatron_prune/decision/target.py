@@ -6,6 +6,7 @@ Written ``2:4``, ``0.5``, ``num_layers=24,ffn_hidden_size=1152`` or ``parameters
 
 Either of the first two may leave weights dense: ``2:4,dense=down_proj+layers.0.`` (in a file ``dense: [down_proj,
 layers.0.]``) prunes none whose Hugging Face name has one of these in it; ``*`` stands for anything.
+``2:4,dense=25%`` leaves weights dense that together hold at most a quarter of all: `prune` chooses which.
 ``0.5,spread=0.08`` lets layers differ: the least and the most sparse one are that far apart.
 ``2:4@0.75`` prunes three quarters of every weight, in tiles of 128 by 128, and leaves the other tiles dense;
 ``2:4@0.75,tile=64xall`` has tiles of 64 whole rows (outputs), ``tile=allx64`` of 64 whole columns (inputs).
@@ -15,10 +16,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from megatron_prune.errors import UserError, brief
@@ -33,41 +37,95 @@ MEASURES = ("parameters", "active_parameters", "forward_flops", "kv_cache_bytes"
 """What a budget may limit: weights of the model, all or those that a token meets; of a token, FLOPs with 2048 before it
 and bytes of key-value cache.
 """
-_NUMBER = r"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?|nan|inf)"
+_NUMBER = r"[+-]?(?:(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,3})?|nan|inf)"
 LATENCY = "latency_us"
 """Another measure: microseconds by a table that was measured; see `decision/latency.py`."""
 _ALLOWED = (
     "N:M such as 2:4 (N kept of every M inputs), of a share of each weight such as 2:4@0.75, a sparsity between 0 and "
-    "1 such as 0.5 (share removed), any with weights that stay dense such as 2:4,dense=down_proj, sizes such as "
-    "num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M, kv_cache_bytes=10K "
-    "or latency_us=800K"
+    "1 such as 0.5 (share removed), any with weights that stay dense such as 2:4,dense=down_proj or 2:4,dense=25%, "
+    "sizes such as num_layers=24,ffn_hidden_size=1152, or a budget such as parameters=100M, forward_flops=200M, "
+    "kv_cache_bytes=10K or latency_us=800K"
 )
 
+LONG = 60
+"""More characters of a list of weights are not shown."""
 _TILES = "rows x columns, such as 128x128, 64xall or allx64"
-MOST_PATTERNS = 100
-"""Of names of weights that stay dense."""
+MOST_NAMES, MOST_PATTERNS = 100_000, 100
+"""Of weights that stay dense, or parts of them: those of large mixtures of experts may all be named. Of names with a
+``*``.
+"""
+MOST_CHARACTERS = 1000
+"""Of a target, but for names."""
+
+
+def title(target: str) -> str:
+    """The text of a target, but for a list of weights that is long."""
+    rest, _, dense = target.partition(",dense=")
+    names = dense.split("+")
+    return f"{rest},dense={len(names)} weights" if len(dense) > LONG and len(names) > 1 else target
 
 
 class _LeavesDense:
     """A target of single weights, which may leave some of them alone."""
 
     dense: tuple[str, ...]
+    dense_share: float
 
     def leaves(self, name: str) -> bool:
-        """Whether the weight of that Hugging Face name is not pruned."""
-        return any(fnmatch.fnmatchcase(name, f"*{pattern}*") for pattern in self.dense)
+        """Whether the weight of that Hugging Face name is not pruned; UserError where that is still to be chosen."""
+        self.check_named()
+        names, parts, patterns = self._sorted
+        return (
+            name in names
+            or any(part in name for part in parts)
+            or any(fnmatch.fnmatchcase(name, f"*{pattern}*") for pattern in patterns)
+        )
+
+    def check_named(self) -> None:
+        """UserError where weights that stay dense are still to be chosen."""
+        if self.dense_share:
+            raise UserError(
+                f"target {self} does not say which weights stay dense; `prune` chooses them, and its run names them"
+            )
+
+    @cached_property
+    def _sorted(self) -> tuple[frozenset[str], list[str], list[str]]:
+        """All of `dense`, to know a whole name at once; those without and those with a ``*``."""
+        return (
+            frozenset(self.dense),
+            [part for part in self.dense if "*" not in part],
+            [part for part in self.dense if "*" in part],
+        )
 
     def _check_patterns(self) -> None:
+        if (
+            type(self.dense_share) not in (int, float)
+            or not 0 <= self.dense_share < 1
+            or self.dense_share
+            and self.dense
+        ):
+            raise UserError(
+                f"dense={brief(self.dense_share)} of the weights is not possible; give a share between 0 and 100%, "
+                "such as dense=25%, or names"
+            )
         wrong = [each for each in self.dense if not re.fullmatch(r"[A-Za-z0-9_.*-]{1,200}", each)]
-        if wrong or len(self.dense) > MOST_PATTERNS:
-            shown = brief(wrong[0]) if wrong else f"{len(self.dense)} patterns"
+        patterns = sum("*" in each for each in self.dense)
+        if wrong or len(self.dense) > MOST_NAMES or patterns > MOST_PATTERNS:
+            shown = brief(wrong[0]) if wrong else f"{len(self.dense)} names, {patterns} of them with *,"
             raise UserError(
                 f"dense={shown} is not possible; give parts of names of weights, such as down_proj or layers.0., "
-                f"joined by +, at most {MOST_PATTERNS}"
+                f"joined by +, at most {MOST_NAMES}, and {MOST_PATTERNS} with *"
             )
 
     def _except(self) -> str:
+        if self.dense_share:
+            return f",dense={(Decimal(repr(float(self.dense_share))) * 100).normalize():f}%"
         return f",dense={'+'.join(self.dense)}" if self.dense else ""
+
+    @property
+    def title(self) -> str:
+        """As its text, but for a list of weights that is long."""
+        return title(str(self))
 
 
 @dataclass(frozen=True)
@@ -111,6 +169,8 @@ class NM(_LeavesDense):
     """Share of each weight that is pruned, in whole tiles; the other tiles stay dense."""
     tile: Tile | None = None
     """What a tile is, where the share is not 1."""
+    dense_share: float = 0.0
+    """Share of all prunable weights that is left dense at most, by whole weights that are still to be chosen."""
 
     def __post_init__(self) -> None:
         self._check_patterns()
@@ -170,6 +230,8 @@ class Unstructured(_LeavesDense):
     """Parts of the names of weights that are not pruned."""
     spread: float = 0.0
     """How far apart the sparsities of the least and the most sparse layer may be; the whole meets `sparsity`."""
+    dense_share: float = 0.0
+    """Share of all prunable weights that is left dense at most, by whole weights that are still to be chosen."""
 
     def __post_init__(self) -> None:
         self._check_patterns()
@@ -286,11 +348,13 @@ def parse_any_target(given: object) -> Target | StructuredTarget:
 
 def _from_string(text: str) -> Target | StructuredTarget:
     of_weights, comma, dense = text.partition(",dense=")
+    if len(of_weights) > MOST_CHARACTERS:
+        raise UserError(f"target {brief(text)} is not understood; give {_ALLOWED}")
     if comma:
         found = _from_string(of_weights)
         if isinstance(found, Shape | Budget):
             raise UserError(f"target {brief(text)}: dense= is for patterns of weights, such as 2:4,dense=down_proj")
-        return replace(found, dense=tuple(dense.strip().split("+")))
+        return replace(found, **_left_dense(dense.strip()))
     pattern = re.fullmatch(rf"\s*([0-9]{{1,9}})\s*:\s*([0-9]{{1,9}})\s*(?:@\s*({_NUMBER})\s*)?(?:,\s*tile=(.*))?", text)
     if pattern:
         n, m, share, tile = pattern.groups()
@@ -306,8 +370,14 @@ def _from_string(text: str) -> Target | StructuredTarget:
 def _from_mapping(given: Mapping[object, object]) -> Target | StructuredTarget:
     if (kind := _kind(given)) is not None:
         dense = given.get("dense", [])
+        if isinstance(dense, str) and "%" in dense:
+            found = _from_mapping({key: value for key, value in given.items() if key != "dense"})
+            return replace(found, **_left_dense(dense))
         if not isinstance(dense, list | tuple) or not all(isinstance(each, str) for each in dense):
-            raise UserError(f"target dense: {brief(dense)} is not possible; give a list of parts of names of weights")
+            raise UserError(
+                f"target dense: {brief(dense)} is not possible; give a list of parts of names of weights, or a share "
+                "such as 25%"
+            )
         values: dict[str, Any] = {str(key): value for key, value in given.items()} | {"dense": tuple(dense)}
         if "tile" in values:
             values["tile"] = Tile.parse(values["tile"])
@@ -330,6 +400,14 @@ def _kind(given: Mapping[object, object]) -> type[NM] | type[Unstructured] | Non
     if set(given) - {"dense", "share", "tile"} == {"n", "m"}:
         return NM
     return Unstructured if set(given) - {"dense", "spread"} == {"sparsity"} else None
+
+
+def _left_dense(text: str) -> dict[str, Any]:
+    """What ``dense=`` says: a share such as ``25%``, or names."""
+    share = re.fullmatch(rf"({_NUMBER})\s*%", text) if len(text) <= MOST_CHARACTERS else None
+    if not share:
+        return {"dense": tuple(text.split("+"))}
+    return {"dense_share": float(Decimal(share[1]) / 100) or math.nan}  # none is no share
 
 
 def _pair(text: str, part: str) -> tuple[str, str]:

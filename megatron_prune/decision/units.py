@@ -23,7 +23,7 @@ from megatron_prune.model.families import Block, ModelConfig, WeightMap, dimensi
 @dataclass(frozen=True)
 class BlockUnits:
     """Units of one decoder layer, numbers rising; each group has equally many heads. None of a kind: that half of the
-    layer is absent, an identity.
+    layer is absent, an identity. Neurons, where all of them stay, may be in any order.
     """
 
     groups: tuple[int, ...]
@@ -49,6 +49,7 @@ class Units:
 
     layers: tuple[int, ...]
     hidden: tuple[int, ...]
+    """In any order where all of them stay."""
     blocks: tuple[BlockUnits, ...]
     """One for each layer that stays."""
 
@@ -175,7 +176,7 @@ class Units:
 
     def _check(self, whole: ModelConfig) -> None:
         _check_numbers("layers", self.layers, whole.num_layers)
-        _check_numbers("hidden", self.hidden, whole.hidden_size)
+        _check_numbers("hidden", self.hidden, whole.hidden_size, any_order=True)
         if len(self.blocks) != len(self.layers):
             raise ValueError(f"{len(self.layers)} layers stay and {len(self.blocks)} are described")
         for layer, block in zip(self.layers, self.blocks, strict=True):
@@ -185,7 +186,7 @@ class Units:
             for name in ("groups", "heads", "ffn", "experts"):
                 kept, there = getattr(block, name), getattr(available, name)
                 if kept:
-                    _check_numbers(f"{name} of layer {layer}", kept, len(there))
+                    _check_numbers(f"{name} of layer {layer}", kept, len(there), any_order=name == "ffn")
             self._check_experts(whole, layer, block)
             counts = dict.fromkeys(block.groups, 0)
             for head in block.heads:
@@ -202,11 +203,11 @@ class Units:
             raise ValueError(f"layer {layer}: groups of experts keep different numbers of them: {block.experts}")
         width, shared = whole.block(layer).ffn_hidden_size, whole.shared_width if block.experts else 0
         if block.shared_ffn:
-            _check_numbers(f"shared neurons of layer {layer}", block.shared_ffn, shared)
+            _check_numbers(f"shared neurons of layer {layer}", block.shared_ffn, shared, any_order=True)
         if not block.expert_ffn:
             return
         for neurons in block.expert_ffn:
-            _check_numbers(f"neurons of an expert of layer {layer}", neurons, width)
+            _check_numbers(f"neurons of an expert of layer {layer}", neurons, width, any_order=True)
         counts = sorted(set(map(len, block.expert_ffn)))
         if block.ffn or len(block.expert_ffn) != len(block.experts) or len(counts) > 1:
             raise ValueError(
@@ -242,6 +243,8 @@ def channels_of(units: Sequence[int], width: int) -> Tensor:
     return (torch.tensor(units, dtype=torch.int64)[:, None] * width + torch.arange(width)).flatten()
 
 
-def _check_numbers(what: str, numbers: tuple[int, ...], count: int) -> None:
+def _check_numbers(what: str, numbers: tuple[int, ...], count: int, *, any_order: bool = False) -> None:
+    if any_order and len(numbers) == count:
+        numbers = tuple(sorted(numbers))
     if not numbers or list(numbers) != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
         raise ValueError(f"{what}: {numbers} are not rising numbers below {count}, at least one")

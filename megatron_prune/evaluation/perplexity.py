@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.dataset import EvaluationText, evaluation_windows
 from megatron_prune.data.tokenizer import load_tokenizer
-from megatron_prune.decision.pruned import open_pruned
+from megatron_prune.decision.pruned import open_source
 from megatron_prune.decision.run_folder import is_run
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
@@ -53,7 +53,7 @@ def _check_experts(path: Path) -> None:
     """UserError for a model whose experts' tokens cannot be counted."""
     if not is_checkpoint(path) and not is_run(path):
         raise UserError(f"--expert-load was given and {path} is no Megatron checkpoint: import it, or leave it out")
-    model = open_pruned(path).config
+    model = open_source(path).config
     if not model.num_moe_experts:
         raise UserError(f"--expert-load was given and a {model.family} model has no experts: leave it out")
 
@@ -86,7 +86,7 @@ def _result(
 
 
 def _megatron(config: EvaluateConfig) -> dict[str, Any]:
-    source = open_pruned(Path(config.input))
+    source = open_source(Path(config.input))
     layout = layout_of(config.parallelism)
     with backend.running(layout):
         model = source.load(layout, config.dtype)

@@ -76,7 +76,7 @@ def _bench(config: BenchConfig, reader: HFReader, target: NM) -> dict[str, Any]:
     if missing:
         say(f"no 2:4 kernels here ({missing}): dense figures only")
     return {
-        "benchmark": f"dense against {target}, transformers, eager",
+        "benchmark": f"dense against {target.title}, transformers, eager",
         "input": config.input,
         "dtype": config.dtype or reader.model_config.dtype,
         "prompt_length": config.prompt_length,
@@ -136,8 +136,8 @@ def _open(config: BenchConfig, directory: str) -> tuple[BenchConfig, HFReader, N
     if broken:
         groups = sum(count.size for count in counts.values()) // 4
         raise UserError(
-            f"{config.input} is not {target}: {broken} of {groups} groups hold more than 2 of 4 weights; give a model "
-            "that was pruned with --target 2:4"
+            f"{config.input} is not {target.title}: {broken} of {groups} groups hold more than 2 of 4 weights; give a "
+            "model that was pruned with --target 2:4"
         )
     return replace(config, prompt_length=length), reader, target
 

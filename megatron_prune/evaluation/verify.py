@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_prune.config import VerifyConfig
-from megatron_prune.decision import run_folder
+from megatron_prune.decision import pruned, run_folder
 from megatron_prune.decision.masks import prunable_shapes
-from megatron_prune.decision.pruned import load_pruned, open_pruned
 from megatron_prune.decision.target import (
     LATENCY,
     NM,
@@ -30,6 +29,7 @@ from megatron_prune.decision.target import (
     Target,
     Unstructured,
     parse_any_target,
+    title,
 )
 from megatron_prune.decision.tiles import broken_groups
 from megatron_prune.errors import UserError
@@ -52,6 +52,8 @@ TOLERANCE_GPU = 1e-4
 """By the largest logit. On a CPU both softwares use the same float32 kernels; on a GPU their attention and norms differ
 in the last digits, layer after layer. Rounding of weights or products (bfloat16, TF32) is ten times that.
 """
+NAMED = 3
+"""Weights that a line names."""
 ROOM_FOR_ACTIVATIONS = 1.2
 NOTHING = (
     "NOT verified: nothing was checked, for no pattern is recorded here; give --target 2:4 (or what it was pruned "
@@ -96,7 +98,7 @@ def open_source(given: str | Path) -> Source:
         about = read_description(path)
         return Source(path, "checkpoint", about.config, about.source.get("target"), about.source.get("parameters"))
     if run_folder.is_run(path):
-        model = open_pruned(path)
+        model = pruned.open_source(path)
         return Source(path, "run", model.config, model.history.get("target"), model.history.get("parameters"))
     reader = open_reader(str(given))
     said = read_pruning(reader.directory)
@@ -143,7 +145,7 @@ def _load(source: Source, layout: backend.Layout, dtype: str | None) -> Any:
     if source.kind == "checkpoint":
         return load_model(source.path, layout, dtype)
     if source.kind == "run":
-        return load_pruned(source.path, layout, dtype)[0]
+        return pruned.load_pruned(source.path, layout, dtype)[0]
     return None
 
 
@@ -183,6 +185,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     asked = parse_any_target(recorded) if recorded else None
     target = None if isinstance(asked, (Shape, Budget)) else asked
     if target is not None:
+        target.check_named()
         check_target(source.config, target)
     layout = layout_of(config.parallelism)
     with backend.running(layout):
@@ -205,9 +208,9 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
     zeros = sum(c.zeros for c in counts.values())
     negative = sum(c.negative_zeros for c in counts.values())
     broken = {name: c.broken_groups for name, c in counts.items() if c.broken_groups}
-    pruned = {name: c for name, c in counts.items() if target is not None and not target.leaves(name)}
-    dense = [name for name, c in pruned.items() if target is not None and _kept_too_many(c, target)]
-    if isinstance(target, Unstructured) and _kept_too_many(_sum(pruned.values()), replace(target, spread=0.0)):
+    touched = {name: c for name, c in counts.items() if target is not None and not target.leaves(name)}
+    dense = [name for name, c in touched.items() if target is not None and _kept_too_many(c, target)]
+    if isinstance(target, Unstructured) and _kept_too_many(_sum(touched.values()), replace(target, spread=0.0)):
         dense.append("all weights together")
     density = 1 - zeros / size
     result: dict[str, Any] = {"input": str(source.path), "kind": source.kind}
@@ -217,7 +220,7 @@ def _zero_checks(source: Source, target: Target | None, counts: dict[str, ZeroCo
             "target": str(target),
             "broken_groups": broken,
             "too_dense": dense,
-            "left_dense": len(counts) - len(pruned),
+            "left_dense": len(counts) - len(touched),
             "holds": not broken and not dense,
         }
     result["zeros"] = {"zeros": zeros, "negative_zeros": negative, "holds": negative == 0}
@@ -316,13 +319,22 @@ def told(result: dict[str, Any]) -> list[str]:
     return [*lines, "verified" if result["holds"] else "NOT verified"]
 
 
+def _which(names: list[str]) -> str:
+    """The first of some, in brackets."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f" ({', '.join(names[:NAMED])}{more})" if names else ""
+
+
 def _of_the_decision(result: dict[str, Any]) -> list[str]:
     lines, pattern, shape = [], result.get("pattern"), result.get("shape")
     if pattern:
-        broken, dense = sum(pattern["broken_groups"].values()), len(pattern["too_dense"])
-        failure = f"BROKEN in {broken} groups, {dense} weights are too dense"
+        broken, dense = pattern["broken_groups"], pattern["too_dense"]
+        most = [f"{broken[name]} of {name}" for name in sorted(broken, key=lambda name: -broken[name])]
+        failure = (
+            f"BROKEN in {sum(broken.values())} groups{_which(most)}, {len(dense)} weights are too dense{_which(dense)}"
+        )
         left = f", {pattern['left_dense']} weights are left dense" if pattern["left_dense"] else ""
-        lines.append(f"pattern {pattern['target']}: {'holds' if pattern['holds'] else failure}{left}")
+        lines.append(f"pattern {title(pattern['target'])}: {'holds' if pattern['holds'] else failure}{left}")
     elif shape is None:
         lines.append("pattern: none recorded and no --target given, not checked")
     if shape is not None:

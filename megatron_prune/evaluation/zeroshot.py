@@ -19,7 +19,7 @@ import torch
 
 from megatron_prune.config import EvaluateConfig
 from megatron_prune.data.tokenizer import load_tokenizer
-from megatron_prune.decision.pruned import open_pruned
+from megatron_prune.decision.pruned import open_source
 from megatron_prune.decision.run_folder import is_run
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
@@ -91,7 +91,7 @@ def _evaluate(config: EvaluateConfig, model: str, tasks: dict[str, Any]) -> Eval
 def _megatron(config: EvaluateConfig, path: str, tasks: dict[str, Any]) -> Evaluated:
     from megatron_prune.evaluation.harness import Harness, evaluate
 
-    source, layout = open_pruned(Path(path)), layout_of(config.parallelism)
+    source, layout = open_source(Path(path)), layout_of(config.parallelism)
     with backend.running(layout):
         model = source.load(layout, config.dtype)
         tokenizer = load_tokenizer(source.tokenizer, model.config.vocab_size, chat=config.apply_chat_template)

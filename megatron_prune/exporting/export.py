@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_file import save_mask_npz
 from megatron_prune.decision.masks import Masks
-from megatron_prune.decision.pruned import open_pruned
+from megatron_prune.decision.pruned import open_source
 from megatron_prune.decision.run_folder import decision_of, is_run
 from megatron_prune.decision.source import ModelSource
 from megatron_prune.errors import UserError
@@ -82,7 +82,7 @@ def open_exported(path: Path) -> ModelSource:
     """A checkpoint, or a run with its decision applied; UserError for what is neither, or holds half of a result."""
     if not is_checkpoint(path) and not is_run(path):
         raise given.wrong(path, "checkpoint")
-    source = open_pruned(path)
+    source = open_source(path)
     if is_checkpoint(path) and source.history.get("weights") and not source.history.get("method"):
         raise UserError(
             f"{path} has the weights of a {source.history['weights']} run before its decision is applied; give the run "

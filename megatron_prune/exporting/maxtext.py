@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_prune.config import ExportConfig
 from megatron_prune.decision.mask_npz import write_masks
 from megatron_prune.decision.masks import Masks, pack_mask, prunable_shapes, unpack_mask
-from megatron_prune.decision.pruned import open_pruned
+from megatron_prune.decision.pruned import open_source
 from megatron_prune.decision.run_folder import decision_of, is_run, read_run
 from megatron_prune.decision.target import NM, Unstructured, parse_any_target
 from megatron_prune.decision.tiles import broken_groups
@@ -56,7 +56,7 @@ def maxtext_python() -> Path:
 
 def export_maxtext(config: ExportConfig) -> None:
     """Write `config.output`. Everything that can be refused is, before the model is loaded."""
-    source = open_pruned(config.input)
+    source = open_source(config.input)
     stored = source.config
     masks = _masks_of(config.input, source.history)
     form = form_of(stored, config.layers)

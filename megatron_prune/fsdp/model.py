@@ -10,7 +10,6 @@ Rows are shared out in order, and whole layers exist only while they compute:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -71,8 +70,6 @@ class ShardedModel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        deprecated = r"`torch\.distributed\.\w+` is deprecated"  # by torch itself, in FSDP2
-        warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning, module=r"torch\.distributed")
         mesh = init_device_mesh(backend.device().type, (dist.get_world_size(),))
         lower = None if compute == torch.float32 else compute
         policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32 if lower else None)
@@ -151,7 +148,7 @@ class ShardedZeros:
     def clear_gradients(self) -> None:
         """Between the backward pass and the optimizer's step."""
         for parameter, mask in zip(self.parameters, self.masks, strict=True):
-            local(parameter.grad).masked_fill_(mask, 0.0)
+            local(parameter.grad).mul_(~mask)
 
     def check(self, when: str) -> int:
         """Their number, over the whole model; UserError when one is not +0.0 any more. Collective."""

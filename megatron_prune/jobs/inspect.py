@@ -11,6 +11,7 @@ from typing import Any
 from megatron_prune.decision import run_folder
 from megatron_prune.decision.mask_file import mask_npz_kept, mask_npz_pattern
 from megatron_prune.decision.masks import Masks, prunable_shapes
+from megatron_prune.decision.target import title
 from megatron_prune.decision.trimming import Trim, is_trim, read_record
 from megatron_prune.log import left_start, read_metrics
 from megatron_prune.model.cost import active_parameters, parameters
@@ -32,7 +33,7 @@ def described(path: Path) -> list[str]:
         return _decision(path)
     if path.suffix == ".npz" and path.is_file():
         kept, size = mask_npz_kept(path)
-        pattern = mask_npz_pattern(path) or "not stated"
+        pattern = title(mask_npz_pattern(path) or "not stated")
         return [f"{path}: mask file, pattern {pattern}, {kept:,} of {size:,} weights kept ({kept / max(1, size):.6f})"]
     if (path / "config.json").is_file():
         return _hugging_face(path)
@@ -112,7 +113,7 @@ def _decision(path: Path) -> list[str]:
     kept = [f"  {name:<10} {kept} of {size} kept ({kept / size:.6f})" for name, (kept, size) in sums.items()]
     kept_of_all, size = sum(row.kept for row in rows), sum(row.size for row in rows)
     whole = f"{kept_of_all:,} of {size:,} weights kept, density {masks.density:.6f}"
-    return [f"{path}: {masks.info.method} {masks.info.target}, {whole}", *kept]
+    return [f"{path}: {masks.info.method} {title(masks.info.target)}, {whole}", *kept]
 
 
 def _trim(path: Path) -> list[str]:

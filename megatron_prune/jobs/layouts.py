@@ -29,8 +29,10 @@ from typing import Any
 
 from megatron_prune.config import PruneConfig
 from megatron_prune.errors import UserError
-from megatron_prune.jobs.plan import GIB, Job, Memory, job_of, plan, read_config
+from megatron_prune.jobs.plan import GIB, Job, Memory, asked_pattern, job_of, plan, read_config
+from megatron_prune.methods.fit import check_target
 from megatron_prune.model.families import get_family
+from megatron_prune.model.length import fitting
 from megatron_prune.options import entries, flag, given
 from megatron_prune.training.throughput import flops_per_token
 
@@ -69,6 +71,7 @@ def layouts(config: PruneConfig, gpus: int, gpu_memory: float, node: int) -> lis
 
     `gpu_memory`: GB of a GPU; `node`: GPUs of a machine. UserError, with the smallest, where none fits.
     """
+    config = replace(config, training=fitting(config.training, read_config(config.input)))  # said once, not of each
     found = list(_possible(config, gpus, node))
     if not found:
         raise UserError(
@@ -76,19 +79,21 @@ def layouts(config: PruneConfig, gpus: int, gpu_memory: float, node: int) -> lis
             "--global-batch-size that it divides"
         )
     room = gpu_memory * 1e9 * (1 - FREE)
-    fitting = sorted((each for each in found if each.bytes <= room), key=lambda each: (each.step, each.bytes))
-    if not fitting:
+    these = sorted((each for each in found if each.bytes <= room), key=lambda each: (each.step, each.bytes))
+    if not these:
         least = min(found, key=lambda each: each.bytes)
         raise UserError(
             f"--gpu-memory {gpu_memory:g}: no layout of {gpus} GPUs fits; the smallest, {_name(least)}, takes "
             f"{least.bytes / GIB:.1f} GiB and a tenth stays free: give more GPUs, or shorter windows"
         )
-    return fitting
+    return these
 
 
 def _possible(config: PruneConfig, gpus: int, node: int) -> Iterator[Layout]:
     asked, training = config.parallelism, config.training
-    experts = read_config(config.input).num_moe_experts
+    model = read_config(config.input)
+    check_target(model, asked_pattern(config))  # what no layout would change is refused at once
+    experts = model.num_moe_experts
     free = experts is not None and asked.expert_model_parallel_size == 1
     shares = _divisors(math.gcd(experts, gpus)) if free and experts else [asked.expert_model_parallel_size]
     for tensor in _divisors(math.gcd(gpus, node)):
@@ -144,7 +149,7 @@ def seconds(job: Job, node: int) -> dict[str, float]:
 
 def _prunable(job: Job, of_experts: bool = False) -> int:
     """Weights on a process of the first stage that get a mask, of all stages about as many; or those of its experts."""
-    maps = [map for map in get_family(job.model.family).weights(job.model) if map.prunable]
+    maps = [map for map in get_family(job.model.family).weights(job.model) if map.alike in job.masked]
     own = [map for map in maps if (not of_experts if map.expert is None else map.expert < job.experts)]
     return sum(map(job.local_size, own)) // job.stages
 
@@ -185,9 +190,12 @@ def command(config: PruneConfig, gpus: int, node: int) -> str:
     here = min(gpus, node)
     machines = f"--nnodes {gpus // here} --rdzv-backend c10d --rdzv-endpoint NODE0:{PORT} " if gpus > here else ""
     known = {entry.key for entry in entries(PruneConfig)}
-    words = [word for key, value in given(config).items() if key in known for word in _words(key, value)]
-    run = [] if any(word == "--output" for word in words) else ["--output", "RUN"]
-    return f"torchrun {machines}--nproc-per-node {here} -m megatron_prune prune {shlex.join([*words, *run])}"
+    needed = {entry.key: str(getattr(config, entry.key)) for entry in entries(PruneConfig) if entry.required}
+    needed = {key: value for key, value in needed.items() if key != "output"} | given(config)
+    words = [word for key, value in needed.items() if key in known for word in _words(key, value)]
+    for key, value in (("--data", "TEXT"), ("--output", "RUN")):
+        words += [] if key in words else [key, value]
+    return f"torchrun {machines}--nproc-per-node {here} -m megatron_prune prune {shlex.join(words)}"
 
 
 def _words(key: str, value: Any) -> list[str]:

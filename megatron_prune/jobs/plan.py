@@ -32,8 +32,14 @@ e' processes that share an expert; who gets more takes more. A layer of E expert
 With `--mask-draw step` there is one copy of the masked weights for a whole step, with recomputation too, and from the
 first backward pass on a float32 sum of their gradients. Both are counted at each pass of the schedule.
 
-A teacher adds its weights, unless it is the model itself with its masks left out, and a float32 tensor of the size of
-the logits for each loss that is made of them. A loss of hidden states keeps the outputs of both models' layers in
+A linear all of which stays dense (2:4,dense=down_proj) has no logits and no masked weight; one of which a part does
+(values among queries and keys) has logits of all its rows, and so have all experts of a layer of which one is masked.
+Where tiles learn to stay dense (2:4@0.75), every process has the logits of all tiles of the model, their moments and
+their gradients, in float64; with `--hard` the masked weight is kept beside the one that has dense tiles.
+
+A teacher adds its weights, unless it is the model itself with its masks left out, and its logits beside the student's,
+each in its own type, with four float32 numbers a token; the next-token loss a float32 tensor of the logits' size, with
+a teacher or without. A loss of hidden states keeps the outputs of both models' layers in
 float32. In a pipeline what a teacher has said of all micro-batches of a step waits for the student: the outputs of its
 layers, and on the last stage those of its final norm.
 
@@ -50,11 +56,14 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megatron_prune.config import PruneConfig
 from megatron_prune.decision.run_folder import is_run, weights_of
 from megatron_prune.decision.target import NM, parse_target
+from megatron_prune.decision.tiles import Grid
 from megatron_prune.errors import UserError
 from megatron_prune.foreign import read_json
 from megatron_prune.methods.base import DATA, check_learnable, get_method
@@ -62,7 +71,7 @@ from megatron_prune.methods.fit import check_shards, check_target
 from megatron_prune.model.blocks import Block
 from megatron_prune.model.description import is_checkpoint, read_description
 from megatron_prune.model.families import family_of, get_family
-from megatron_prune.model.family import WeightMap
+from megatron_prune.model.family import WeightMap, masked
 from megatron_prune.model.given import wrong
 from megatron_prune.model.length import fitting
 from megatron_prune.model.sizes import ModelConfig, channels_with_sink, dimensions, rotary_channels
@@ -137,6 +146,8 @@ class Job:
     train_norms: bool = False
     """Beside the weights."""
     lesson: Lesson | None = None
+    hard: bool = False
+    """Masks, and tiles that may stay dense, are sampled whole."""
 
     @property
     def element(self) -> int:
@@ -192,6 +203,11 @@ class Job:
         """Of a layer, on one process."""
         return (self.model.num_moe_experts or 0) // self.layout.expert_model_parallel_size
 
+    @cached_property
+    def masked(self) -> frozenset[tuple[Any, ...]]:
+        """Linears that have mask logits, as `WeightMap.alike` names them."""
+        return masked(get_family(self.model.family).weights(self.model), self.target.leaves)
+
     def local_size(self, map: WeightMap) -> int:
         """Elements of a weight on one of the processes that have a part of it; vocabulary rows are padded."""
         parts = self.tensor if map.expert is None else self.expert_tensor
@@ -217,6 +233,7 @@ def asked_pattern(config: PruneConfig) -> NM:
     if not isinstance(target, NM):
         raise UserError(f"--target {target} was given; plan knows learned masks, allowed: N:M such as 2:4")
     check_learnable(target)
+    target.check_named()
     if DATA not in method.needs:
         raise UserError(f"--method {method.name} was given; plan knows learned masks, allowed: maskllm")
     return target
@@ -238,6 +255,7 @@ def job_of(config: PruneConfig, processes: int) -> Job:
         config.method_options.get("mask_draw") == "step",
         bool(config.method_options.get("train_norms")),
         _lesson(config, model),
+        bool(config.method_options.get("hard")),
     )
 
 
@@ -319,6 +337,7 @@ def _stage(job: Job, stage: int) -> Memory:
     state = Counter[str]()
     for some, sharers in parts:
         state.update(_state(job, some, sharers))
+    state.update(_tiles(job))
     kept = _kept(job, stage, _layers(job, stage, maps))
     return Memory(weights=_weights(job, maps), teacher=_teacher(job, stage), **state, **kept)
 
@@ -345,7 +364,8 @@ def _teacher(job: Job, stage: int) -> int:
 def _state(job: Job, maps: list[WeightMap], sharers: int) -> dict[str, int]:
     """Bytes of what is learned, of weights that have the same replicas."""
     prunable = _prunable(job, maps)
-    logits = [[size // job.target.m * math.comb(job.target.m, job.target.n) for size in sizes] for sizes in prunable]
+    learned = _prunable(job, [map for map in maps if map.alike in job.masked])
+    logits = [[size // job.target.m * math.comb(job.target.m, job.target.n) for size in sizes] for sizes in learned]
     none: list[list[int]] = [[] for _ in prunable]
     weights = _add(prunable, _norms(job, maps) if job.train_norms else none) if job.train_weights else none
     masters = FLOAT32 if job.element != FLOAT32 else 0
@@ -356,6 +376,16 @@ def _state(job: Job, maps: list[WeightMap], sharers: int) -> dict[str, int]:
         "gradients": buffers * FLOAT32,
         "optimizer": buffers // sharers * 2 * FLOAT32 + masters,
     }
+
+
+def _tiles(job: Job) -> dict[str, int]:
+    """Bytes of what is learned of tiles: each matrix has room for as many as the one that has most."""
+    if job.target.share == 1:
+        return {}
+    maps = get_family(job.model.family).weights(job.model)
+    grids = [Grid.of(shape, job.target) for map in maps if map.prunable for shape in map.row_shapes]
+    tiles = len(grids) * max(grid.down * grid.across for grid in grids)
+    return {"mask_logits": tiles * FLOAT32, "gradients": tiles * 2 * FLOAT32, "optimizer": tiles * 2 * FLOAT32}
 
 
 def _maps_of(job: Job, stage: int) -> list[WeightMap]:
@@ -439,10 +469,13 @@ def held(stage: int, stages: int, chunks: int, microbatches: int) -> list[tuple[
 
 def _layers(job: Job, stage: int, maps: list[WeightMap]) -> list[list[tuple[int, int]]]:
     """Of each layer of each chunk of a stage: bytes kept of one micro-batch, and bytes of the masked weights."""
+    one = 2 if job.hard and job.target.share != 1 and not job.one_draw else 1
     masked: Counter[int] = Counter()
     for map in maps:
-        if map.prunable and map.layer is not None:
-            masked[map.layer] += job.local_size(map) * job.element
+        if map.layer is not None and map.alike in job.masked:
+            # Of a linear with rows that stay dense there is a copy without them, too.
+            copies = one + (not job.one_draw and any(job.target.leaves(name) for name in map.hf))
+            masked[map.layer] += job.local_size(map) * job.element * copies
     starts = range(stage * job.layers, job.model.num_layers, job.stages * job.layers)
     return [[(_layer(job, number), masked[number]) for number in range(i, i + job.layers)] for i in starts]
 
@@ -583,8 +616,12 @@ def _mlp_tensors(model: ModelConfig) -> int:
 def _loss(job: Job) -> int:
     """Bytes kept of one micro-batch by the final norm and the losses of the logits."""
     weighting = job.lesson.weighting if job.lesson else Weighting()
-    losses = max(1, bool(weighting.lm) + bool(weighting.distillation))
-    return _norm(job) + losses * job.tokens * -(-job.model.vocab_size // job.tensor) * FLOAT32
+    words = -(-job.model.vocab_size // job.tensor)
+    each = words * FLOAT32 if weighting.lm or not weighting.distillation else 0
+    if job.lesson and weighting.distillation:
+        theirs = replace(job, model=job.lesson.model or job.model)
+        each += words * (job.element + theirs.element) + 4 * FLOAT32
+    return _norm(job) + job.tokens * each
 
 
 def told(job: Job, stages: list[Memory]) -> list[str]:
@@ -596,7 +633,8 @@ def told(job: Job, stages: list[Memory]) -> list[str]:
     head = (
         f"{model.family}, {model.num_layers} layers of {model.hidden_size}, {dtype}; tensor {job.tensor} x "
         f"pipeline {job.stages}{interleaved} x context {job.layout.context_parallel_size} x {job.replicas} replicas"
-        f"{experts}{', distributed optimizer' if job.training.use_distributed_optimizer else ''}. GiB on each process:"
+        f"{experts}{', distributed optimizer' if job.training.use_distributed_optimizer else ''}. "
+        "GiB on each process, without what CUDA itself takes:"
     )
     lines = [head, "  " + "".join([f"{'stage':<16}"] + [f"{number:>9}" for number in range(len(stages))])]
     for name in [field.name for field in fields(Memory)] + ["total"]:

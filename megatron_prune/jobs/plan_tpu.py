@@ -83,6 +83,16 @@ def slice_of(name: str) -> Slice:
 def plan_tpu(path: Path, target: NM, name: str) -> TpuPlan:
     """For a Megatron checkpoint or a Hugging Face directory, of which config.json is enough."""
     tpu, config = slice_of(name), read_config(path)
+    if target.share != 1:
+        raise UserError(
+            f"--target {target} was given with --tpu {name}; MaxText learns masks of whole weights: leave "
+            f"@{target.share} out, or learn with megatron-core (--processes)"
+        )
+    if target.dense:
+        raise UserError(
+            f"--target {target.title} was given with --tpu {name}; MaxText learns masks of all linears: leave dense= "
+            "out, or learn with megatron-core (--processes)"
+        )
     if form_of(config, None) == "padded":
         config = get_family(config.family).uniform(config)
     if config.num_moe_experts:

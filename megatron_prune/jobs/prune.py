@@ -22,23 +22,33 @@ from megatron_prune.decision.resume import (
     goes_on,
     may_go_on,
 )
-from megatron_prune.decision.run_folder import RunDescription, trained_model
+from megatron_prune.decision.run_folder import RunDescription, read_run, target_of, trained_model
 from megatron_prune.decision.source import ModelSource, open_model, tell_left
-from megatron_prune.decision.target import LATENCY, Budget, StructuredTarget, Target, parse_any_target
+from megatron_prune.decision.target import (
+    LATENCY,
+    NM,
+    Budget,
+    StructuredTarget,
+    Target,
+    Unstructured,
+    parse_any_target,
+    title,
+)
 from megatron_prune.decision.units import Units
 from megatron_prune.errors import UserError
 from megatron_prune.exporting.preflight import check_export, check_result
 from megatron_prune.files import new_folder
 from megatron_prune.jobs.given import check_given
 from megatron_prune.jobs.teacher import check_taught
-from megatron_prune.methods.base import DATA, get_method
+from megatron_prune.methods.base import DATA, PruningMethod, get_method
 from megatron_prune.methods.fit import check_experts, check_shards, check_target
 from megatron_prune.model.checkpoint import compute_dtype
 from megatron_prune.model.cost import parameters
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.length import fitting
+from megatron_prune.ranks import by_leader, from_leader
 from megatron_prune.training.stopping import Stopped, StopRequest
-from megatron_prune.workbench import DECISION, WEIGHTS, Workbench
+from megatron_prune.workbench import ALL_PRUNED, DECISION, WEIGHTS, Workbench
 
 
 def prune(config: PruneConfig) -> str:
@@ -76,12 +86,15 @@ def prune(config: PruneConfig) -> str:
         with _run_folder(config, work):
             try:
                 with work:
-                    decision = method.decide(work, target)
+                    work.choose()
+                    if method.resumable:
+                        by_leader(lambda: _note_choice(config, work))
+                    decision = work.decide()
                     work.save(decision)
             except Stopped as stopped:  # no failure: what there is of the run stays
                 return f"{stopped}; go on with --resume"
             if backend.rank() == 0:
-                describe(work.folder, config, _about(config, "decided"))
+                describe(work.folder, config, _about(config, "decided", work.target))
         return _told(config, source, decision)
 
 
@@ -95,11 +108,29 @@ def _run_folder(config: PruneConfig, work: Workbench) -> Iterator[None]:
         return
     if config.resume:
         check_resume(config.output, _about(config))
+        work.target = from_leader(_chosen(config.output)) or work.target
         _forget_unfinished_decision(config.output)
     check_shards(work.config, work.target, work.layout.tensor, work.layout.expert_tensor)
     work.prepare()
-    with begun(config, _about(config, "learning" if DATA in work.method.needs else "searching")):
+    with begun(config, _about(config, _state(work.method), work.target)):
         yield
+
+
+def _chosen(run: Path) -> Target | StructuredTarget | None:
+    """The target of a run that has chosen which weights stay dense."""
+    return target_of(run) if read_run(run).asked else None
+
+
+def _note_choice(config: PruneConfig, work: Workbench) -> None:
+    """Write down what stays dense as soon as it is known: a run that goes on takes that, whatever else it is given."""
+    about = _about(config, _state(work.method), work.target)
+    if about.asked and not read_run(config.output).asked:
+        describe(config.output, config, about)
+
+
+def _state(method: PruningMethod) -> str:
+    """Of a run that is under way."""
+    return "learning" if DATA in method.needs else "searching"
 
 
 def _with_table(config: PruneConfig, target: Target | StructuredTarget) -> Target | StructuredTarget:
@@ -129,19 +160,26 @@ def _check_logits(config: PruneConfig) -> None:
 def _forget_unfinished_decision(folder: Path) -> None:
     """A run that died while it wrote its decision writes it again: it follows from the last checkpoint."""
     if backend.rank() == 0:
-        for name in (DECISION, WEIGHTS):
+        for name in (DECISION, WEIGHTS, ALL_PRUNED):
             shutil.rmtree(folder / name, ignore_errors=True)
     dist.barrier()
 
 
-def _about(config: PruneConfig, state: str = "") -> RunDescription:
-    return RunDescription(str(config.input.resolve()), config.method, str(config.target), state)
+def _about(config: PruneConfig, state: str = "", target: Target | StructuredTarget | None = None) -> RunDescription:
+    """What a run says of itself. `target`: what it has made of the one that was given, so far."""
+    about = RunDescription(str(config.input.resolve()), config.method, str(config.target), state)
+    if not isinstance(target, NM | Unstructured) or not target.dense:
+        return about
+    asked = parse_any_target(config.target)
+    chosen = isinstance(asked, NM | Unstructured) and asked.dense_share
+    return replace(about, target=str(target), asked=about.target) if chosen else about
 
 
 def _told(config: PruneConfig, source: ModelSource, decision: Kept | Units) -> str:
     if isinstance(decision, Kept):
         kept, size = decision
-        return f"{config.method} {config.target}: {kept} of {size} weights kept ({kept / size:.4f}), in {config.output}"
+        asked = title(str(config.target))
+        return f"{config.method} {asked}: {kept} of {size} weights kept ({kept / size:.4f}), in {config.output}"
     before, after = parameters(source.config), parameters(decision.config(source.config))
-    asked = parse_any_target(config.target)
+    asked = str(parse_any_target(config.target))
     return f"{config.method} {asked}: {after} of {before} parameters stay ({after / before:.4f}), in {config.output}"

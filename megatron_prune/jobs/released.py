@@ -9,7 +9,7 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import psutil
 
 from megatron_prune.config import ExportConfig, VerifyConfig
-from megatron_prune.decision.pruned import open_pruned
+from megatron_prune.decision.pruned import open_source
 from megatron_prune.decision.run_folder import FINISHED, read_run
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation.verify import told, verify
@@ -31,7 +31,7 @@ def release(run: Path, output: Path, parallelism: Parallelism) -> Iterable[str]:
         yield f"{output} is not written: the run has not finished"
         return
     yield from export(ExportConfig(input=run, output=output, parallelism=parallelism))
-    source = open_pruned(run)
+    source = open_source(run)
     against = str(run) if _fits(parameters(source.config)) else None
     if against is None:
         yield "logits are not compared: a whole model in float32 would take more than half of the free memory"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_prune.decision.mask_npz import PATTERN, SHAPE, write_masks
+from megatron_prune.decision.mask_npz import MOST_PATTERN, PATTERN, SHAPE, write_masks
 from megatron_prune.errors import UserError, brief
 from megatron_prune.maxtext.layout import Leaf, kernel, masked_leaves, places, shapes, weight_shape
 from megatron_prune.model.families import ModelConfig
@@ -26,7 +26,7 @@ class PackedMasks(Mapping[str, np.ndarray]):
         self._shapes = prunable_shapes(config)
         self._bits: dict[str, np.ndarray] = {}
         with Npz(path, "a mask .npz (export --format mask-npz makes one)") as archive:
-            self.pattern = archive.text(PATTERN) if PATTERN in archive else None
+            self.pattern = archive.text(PATTERN, MOST_PATTERN) if PATTERN in archive else None
             extra = set(archive.names()) - {name + end for name in self._shapes for end in ("", SHAPE)} - {PATTERN}
             if extra:
                 raise UserError(f"{path} holds {brief(sorted(extra)[0])}, which is not a prunable weight of this model")

@@ -239,12 +239,12 @@ class PruningMethod:
 
 def check_learnable(target: NM) -> None:
     """UserError for a pattern with more choices than logits are kept of (of 16 inputs 8 can stay in 12,870 ways), and
-    for one that leaves weights dense, or tiles of them.
+    for tiles beside whole weights that stay dense.
     """
-    if target.dense or target.share != 1:
-        what = "dense=" if target.dense else f"@{target.share}"
+    if target.share != 1 and (target.dense or target.dense_share):
         raise UserError(
-            f"target {target}: learned masks are of all linears; leave {what} out, or use a one-shot method"
+            f"target {target.title}: tiles are learned of all linears; leave dense= or @{target.share} out, or use a "
+            "one-shot method"
         )
     if target.m > MAX_M:
         able = [name for name in mask_methods() if NM in _discovered()[name].targets]
@@ -304,6 +304,11 @@ def mask_methods() -> list[str]:
     """Names of the methods that give a mask in one shot, which mask learning may start from."""
     kinds = (NM, Unstructured)
     return [n for n, cls in sorted(_discovered().items()) if not cls.resumable and any(k in cls.targets for k in kinds)]
+
+
+def looks_at_text(name: str | None) -> bool:
+    """Whether that is a method that gives a mask in one shot, by calibration text."""
+    return name in mask_methods() and CALIBRATION in _discovered()[name].needs
 
 
 def get_method(name: str, **hyperparameters: Any) -> PruningMethod:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_prune.decision.cost import budgeted
 from megatron_prune.decision.target import NM, Budget, Shape, StructuredTarget, Target
 from megatron_prune.decision.tiles import has_room
 from megatron_prune.errors import UserError
+from megatron_prune.kernels.selection import as_written
 from megatron_prune.methods.base import PruningMethod
 from megatron_prune.model.families import get_family
 from megatron_prune.model.sizes import ModelConfig
@@ -86,26 +89,40 @@ def _check_shape(config: ModelConfig, target: Shape) -> None:
 
 
 def _check_widths(config: ModelConfig, target: Target) -> None:
-    names: list[str] = []
+    names, sizes = list[str](), list[int]()
+    share, target = target.dense_share, replace(target, dense_share=0.0)
     fits = not isinstance(target, NM) or target.share == 1
     for map in get_family(config.family).weights(config):
         if map.prunable:
             names += map.hf
+            sizes += [math.prod(shape) for shape in map.shapes]
             if not all(target.leaves(name) for name in map.hf):
                 target.check(map.shape[1], map.megatron)
                 fits |= isinstance(target, NM) and any(has_room(shape, target) for shape in map.row_shapes)
+    known = set(names)
     for pattern in target.dense:
-        if not any(replace(target, dense=(pattern,)).leaves(name) for name in names):
+        alone = replace(target, dense=(pattern,))
+        if pattern not in known and not any(alone.leaves(name) for name in names):
             raise UserError(
-                f"target {target}: no prunable weight has {pattern} in its name; they are such as {names[0]}"
+                f"target {target.title}: no prunable weight has {pattern} in its name; they are such as {names[0]}"
             )
     if all(target.leaves(name) for name in names):
-        raise UserError(f"target {target} leaves all {len(names)} prunable weights dense; name fewer")
+        raise UserError(f"target {target.title} leaves all {len(names)} prunable weights dense; name fewer")
+    if share and dense_room(share, sizes) < min(sizes):
+        raise UserError(
+            f"target {replace(target, dense_share=share)}: the smallest of {len(sizes)} prunable weights is "
+            f"{min(sizes) / sum(sizes):.2%} of them all; give at least as much"
+        )
     if not fits:
         raise UserError(
             f"target {target}: no weight of the model has a tile as small as what may stay dense; give smaller tiles, "
             "such as tile=8xall, or a smaller share"
         )
+
+
+def dense_room(share: float, sizes: Sequence[int]) -> int:
+    """The most weights that matrices of these sizes may leave dense."""
+    return math.floor(as_written(share) * sum(sizes))
 
 
 def check_shards(

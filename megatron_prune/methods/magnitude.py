@@ -38,11 +38,15 @@ class Magnitude(PruningMethod):
     needs: ClassVar[tuple[str, ...]] = ()
 
     def accept(self, target: Target | StructuredTarget) -> None:
-        """No spread: what is an outlier takes text to say."""
+        """No spread and no share of weights to choose: text says what is an outlier, and what the loss needs."""
         super().accept(target)
         if isinstance(target, Unstructured) and target.spread:
             raise UserError(
                 f"method {self.name} cannot prune to {target}; it looks at no text: leave spread= out, or use wanda"
+            )
+        if isinstance(target, NM | Unstructured) and target.dense_share:
+            raise UserError(
+                f"method {self.name} cannot prune to {target}; it looks at no text: name the weights, or use wanda"
             )
 
     def decide(self, work: Workbench, target: Target) -> Kept:

@@ -18,6 +18,7 @@ Where this differs from the paper, and why:
 - The noise is counter-based: the same for every parallel layout, and redrawn in backward instead of stored.
 - What is lowered may be the divergence from the dense model (`--teacher`) in place of the next-token loss. Where the
   teacher is the model itself and its weights are frozen, it is the same model without masks, not a second one.
+- A share of each weight may stay dense (`2:4@0.75`), in tiles that are learned with the masks: `training/tiles.py`.
 - Weights may train together with their masks (`train_weights`), with what masks remove decaying to zero: AST (Huang et
   al. 2024, arXiv:2407.20584) and CAST (Huang et al. 2025, arXiv:2509.25996) do so with masks made of magnitudes.
 """
@@ -32,10 +33,10 @@ import torch
 from torch import Tensor
 
 from megatron_prune.decision.masks import Kept
-from megatron_prune.decision.target import NM
+from megatron_prune.decision.target import NM, parse_any_target
 from megatron_prune.errors import UserError
 from megatron_prune.kernels.definition import SCHEDULES, linear_schedule
-from megatron_prune.kernels.gumbel import decode, patterns
+from megatron_prune.kernels.gumbel import patterns
 from megatron_prune.methods.base import (
     CALIBRATION,
     DATA,
@@ -43,9 +44,8 @@ from megatron_prune.methods.base import (
     PRIOR,
     PruningMethod,
     Workbench,
-    get_method,
     hyperparameter,
-    mask_methods,
+    looks_at_text,
     register,
 )
 from megatron_prune.option_groups import Calibration
@@ -111,6 +111,7 @@ class MaskLLM(PruningMethod):
     prior_strength: float = hyperparameter(3.0, "logit step between the prior and its neighbours, in std")
     std: float = hyperparameter(0.01, "unit of the start's logits; also their spread without a prior")
     lr_multiplier: float = hyperparameter(10.0, "learning rate of the mask logits, in units of --lr")
+    tile_lr_multiplier: float = hyperparameter(4.0, "learning rate of tiles (2:4@0.75), in units of the mask logits'")
     weight_regularization: float = hyperparameter(1e-5, "weight of -sum((W * mask)^2), falling to 0")
     hard: bool = hyperparameter(False, "sample whole patterns, straight-through gradient")
     mask_draw: str = hyperparameter("microbatch", "a new mask for each micro-batch (the paper's), or one for a step")
@@ -131,7 +132,7 @@ class MaskLLM(PruningMethod):
                 raise UserError(f"maskllm: {name} {getattr(self, name)} was given; allowed: above 0")
         if self.recipe not in self.recipes:
             raise UserError(f"maskllm: recipe {self.recipe!r} was given; allowed: {', '.join(self.recipes)}")
-        for name in ("weight_regularization", "weight_eps", "weight_clip", "masked_decay"):
+        for name in ("tile_lr_multiplier", "weight_regularization", "weight_eps", "weight_clip", "masked_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"maskllm: {name} {getattr(self, name)} was given; allowed: 0 or more")
         if not 0 <= self.decay_warmup <= 1:
@@ -155,7 +156,7 @@ class MaskLLM(PruningMethod):
         return not self.train_weights
 
     def decide(self, work: Workbench, target: NM) -> Kept:
-        """Learn the mask logits of every prunable linear and keep each group's best pattern."""
+        """Learn the mask logits of every prunable linear and keep each group's best pattern, the best tiles whole."""
         if self.mask_draw != "step" and work.model.layout.replicas_together > 1:
             raise UserError(
                 f"maskllm: mask_draw {self.mask_draw} was given and with --expert-model-parallel-size "
@@ -164,22 +165,25 @@ class MaskLLM(PruningMethod):
             )
         runner = work.learn()
         draw = runner.learn_masks(
-            target.n,
-            target.m,
+            target,
             self._weights(),
             hard=self.hard,
             straight=self.weight_gradient == "dense",
             per_step=self.mask_draw == "step",
             logits_dtype=DTYPES[self.logits_dtype],
         )
+        if target.share != 1:
+            runner.learn_tiles(target, self.tile_lr_multiplier)
         runner.start_logits(
-            lambda mask: prior_logits(mask, target.n, target.m, self.prior_strength, self.std), self.std
+            lambda mask: prior_logits(mask, target.n, target.m, self.prior_strength, self.std),
+            self.std,
+            self.prior_strength * self.std / 2,
         )
         runner.optimize(
             multipliers={"*mask_logits": self.lr_multiplier},
             on_step=lambda step, steps: self.schedule(draw, step, steps, runner.microbatches),
         )
-        return runner.keep(lambda logits: decode(logits, target.n, target.m))
+        return runner.keep()
 
     def _weights(self) -> WeightTraining | None:
         """How the weights train, if they do."""
@@ -205,9 +209,12 @@ class MaskLLM(PruningMethod):
             found = dict.fromkeys(("prior_strength", "std"), "with --initial-logits, which are taken as they are")
         elif prior is None:
             found = {"prior_strength": "without --prior"}
-        if prior not in mask_methods() or CALIBRATION not in get_method(prior).needs:
+        if not looks_at_text(prior):
             keys = [entry.key for entry in entries(Calibration)]
             found |= dict.fromkeys(keys, "unless --prior names a method that looks at it, such as sparsegpt")
+        target = parse_any_target(settings["target"])
+        if not isinstance(target, NM) or target.share == 1:
+            found |= {"tile_lr_multiplier": "without tiles that stay dense, such as --target 2:4@0.75"}
         if not self.train_weights:
             found |= dict.fromkeys(WEIGHT_OPTIONS, "without --train-weights")
         elif not self.masked_decay:

@@ -9,7 +9,7 @@ import copy
 import itertools
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,6 +107,11 @@ class WeightMap:
     """Files have it in a tensor of all experts, as `Part.alternating` says; the names are those of its parts."""
 
     @property
+    def alike(self) -> tuple[Any, ...]:
+        """What linears have in common that have the same parameters: themselves, or the experts of a layer."""
+        return (self.megatron,) if self.expert is None else (self.layer, self.megatron.split(".")[-2])
+
+    @property
     def always_float32(self) -> bool:
         """Whether it is in float32 in a model of another type."""
         return self.megatron.endswith(".router.expert_bias")
@@ -175,6 +180,11 @@ class WeightPattern:
         if self.megatron.startswith(_SPARSE):
             return bool(block.num_moe_experts)
         return bool(block.ffn_hidden_size) and not (self.megatron.startswith(_DENSE) and block.num_moe_experts)
+
+
+def masked(maps: Iterable[WeightMap], leaves: Callable[[str], bool]) -> frozenset[tuple[Any, ...]]:
+    """Linears that are masked, in part or as a whole, where weights stay dense by `leaves`; as `alike` names them."""
+    return frozenset(map.alike for map in maps if map.prunable and not all(leaves(name) for name in map.hf))
 
 
 def in_transformers(name: str) -> str:

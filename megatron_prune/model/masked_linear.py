@@ -26,6 +26,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_prune.kernels.gumbel import Draw, Position, decode, masked_weight, patterns
+from megatron_prune.kernels.tiles import Shard, blended
 
 
 @dataclass
@@ -70,6 +71,17 @@ class MaskDraw:
         elif self.recompute:
             microbatch = pending.popleft()
         return Draw(self.seed, self.step, microbatch, tensor_id) if self.noise else None
+
+
+@dataclass
+class LinearTiles:
+    """The tiles of one linear that learn to stay dense; in a step of `training.tiles`."""
+
+    shard: Shard
+    logits: Tensor
+    """`[lines, across]` of the unsharded weight, their threshold taken off: a leaf with this rank's gradient."""
+    decided: Callable[[], Tensor]
+    """Those that would stay dense now, bool `[lines, across]`."""
 
 
 class StepWeight:
@@ -121,6 +133,10 @@ class MaskedLinear(torch.nn.Module):
     mask_draw: MaskDraw | None = None
     position: Position | None = None
     tensor_id: int = -1
+    tiles: LinearTiles | None = None
+    """Where tiles of the weight may stay dense."""
+    dense_rows: Tensor | None = None
+    """bool `[out]`: those that stay dense, of a linear in which some do; the logits of their groups never move."""
     seen_together = 1.0
     """Micro-batches whose tokens one pass has: an expert's are those of several replicas."""
     shared: StepWeight | None = None
@@ -130,8 +146,13 @@ class MaskedLinear(torch.nn.Module):
     is whole: it then begins to reduce it over the replicas, while the layers below are at work.
     """
 
-    def learn_mask(self, mask_draw: MaskDraw, position: Position, tensor_id: int) -> None:
-        """Add zero mask logits for `mask_draw`'s pattern; `position` places this shard in the unsharded weight."""
+    def learn_mask(
+        self, mask_draw: MaskDraw, position: Position, tensor_id: int, dense_rows: Tensor | None = None
+    ) -> None:
+        """Add zero mask logits for `mask_draw`'s pattern; `position` places this shard in the unsharded weight.
+
+        `dense_rows`: bool `[out]`, those that are not masked.
+        """
         out, inputs = self.weight.shape
         count = patterns(mask_draw.n, mask_draw.m).shape[0]
         logits = torch.nn.Parameter(
@@ -144,6 +165,7 @@ class MaskedLinear(torch.nn.Module):
         logits.allreduce = getattr(self.weight, "allreduce", True)  # type: ignore[attr-defined]
         self.mask_logits = logits
         self.mask_draw, self.position, self.tensor_id = mask_draw, position, tensor_id
+        self.dense_rows = None if dense_rows is None else dense_rows.to(self.weight.device)
         self.pending: deque[int] = deque()
         self.gradient_accumulation_fusion = False
 
@@ -158,13 +180,27 @@ class MaskedLinear(torch.nn.Module):
         if draw.off:
             return weight
         if draw.decoded:
-            return weight * decode(self.mask_logits, draw.n, draw.m)
+            return weight * self.decided_mask()
         if not (draw.per_step and self.training):
             return self._drawn(weight, draw, draw.regularization if self.training else 0.0)
         if self.shared is None or self.shared.step != draw.step:
             with torch.no_grad():
                 self.shared = StepWeight(draw.step, self._drawn(weight, draw, 0.0), self.passes, self.finish_step)
         return self.shared.weight
+
+    def decided_mask(self) -> Tensor:
+        """What learning would keep now: of each group the best pattern, and all of what is dense. bool `[out, in]`."""
+        if self.mask_draw is None:
+            return torch.ones_like(self.weight, dtype=torch.bool)
+        mask = decode(self.mask_logits, self.mask_draw.n, self.mask_draw.m)
+        if self.dense_rows is not None:
+            mask[self.dense_rows] = True
+        return mask if self.tiles is None else mask | self.tiles.shard.spread(self.tiles.decided())
+
+    @property
+    def learned_logits(self) -> Tensor:
+        """The mask logits of the rows that are masked, `[rows, in / M, patterns]`."""
+        return self.mask_logits if self.dense_rows is None else self.mask_logits[~self.dense_rows]
 
     def finish_step(self) -> None:
         """After a step's last backward pass: hand the gradient of a mask that was one for all of them to the logits.
@@ -184,20 +220,36 @@ class MaskedLinear(torch.nn.Module):
         if self.passes is not None:
             # megatron-core's hook wants to see a gradient, and is told that it has been added already.
             self.mask_logits.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return masked_weight(
-            weight,
+        key = draw.draw(self.tensor_id, self.pending)
+        dense = None if self.dense_rows is None else self.dense_rows[:, None]
+        masked = masked_weight(
+            weight if dense is None else weight.masked_fill(dense, 0.0),  # of what is 0 no mask has a gradient
             self.mask_logits,
             n=draw.n,
             m=draw.m,
             scale=draw.scale,
             temperature=draw.temperature,
-            draw=draw.draw(self.tensor_id, self.pending),
+            draw=key,
             position=self.position,
             hard=draw.hard,
             straight=draw.straight,
             regularization=regularization * self.seen_together,
             accumulate_into=getattr(self.mask_logits, "main_grad", None),
             stand_in=self.passes is not None,
+        )
+        if dense is not None:
+            return torch.where(dense, weight, masked)
+        if self.tiles is None:
+            return masked
+        return blended(
+            weight,
+            masked,
+            self.tiles.logits,
+            self.tiles.shard,
+            scale=draw.scale,
+            temperature=draw.temperature,
+            draw=key,
+            hard=draw.hard,
         )
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:

@@ -7,9 +7,10 @@ the shards that own it. Both are collective over all ranks and cost one layer's 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
@@ -22,6 +23,7 @@ from torch import Tensor
 from megatron_prune.kernels.gumbel import Position
 from megatron_prune.model import convert
 from megatron_prune.model.families import ModelConfig, WeightMap, get_family
+from megatron_prune.model.family import masked
 from megatron_prune.model.masked_linear import MaskDraw, MaskedLinear
 from megatron_prune.model.summary import Zeros
 
@@ -35,6 +37,8 @@ DIRECT_QUERY = "self_attention.linear_q_proj"
 """The same in place of the first two, where queries are made from the hidden state."""
 EXPERTS = "mlp.experts.local_experts"
 SHARED = "mlp.shared_experts"
+LAYERS_DIFFER = "layers_differ"
+"""Attribute of a chunk of a model in which not all layers have the same parameters."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ class PrunableModel:
         self.maps = get_family(config.family).weights(config)
         self.by_name = {m.megatron: m for m in self.maps}
         self.parameters = dict(self._local_parameters())
+        self._before: dict[str, Tensor | None] | None = None
 
     def _local_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Unsharded Megatron name and this rank's shard of every weight of the table."""
@@ -244,11 +249,28 @@ class PrunableModel:
             groups_per_row=local_groups * (parts if split else 1),
         )
 
-    def learn_masks(self, draw: MaskDraw) -> None:
-        """Give every prunable linear of this rank mask logits (zeros)."""
+    def learn_masks(self, draw: MaskDraw, leaves: Callable[[str], bool] = lambda name: False) -> None:
+        """Give every prunable linear of this rank mask logits (zeros), but those that stay dense by `leaves`.
+
+        Experts of a layer have the same parameters: all have logits of what is masked in one of them.
+        """
+        learned = masked(self.maps, leaves)
+        for chunk in self.chunks:
+            setattr(chunk, LAYERS_DIFFER, any(map.prunable and map.alike not in learned for map in self.maps))
         for linear in self.linears():
-            linear.module.learn_mask(draw, self.position(linear, draw.m), linear.tensor_id)
+            if linear.map.alike not in learned:
+                continue
+            position = self.position(linear, draw.m)
+            dense = torch.zeros(linear.map.shape[0], dtype=torch.bool)
+            for name, rows in convert.row_blocks(linear.map, self.config).items():
+                dense[rows] = leaves(name)
+            here = dense[position.row_ids.cpu()] if dense.any() else None
+            linear.module.learn_mask(draw, position, linear.tensor_id, here)
             linear.module.seen_together = self.seen_together(linear.map)
+
+    def masked_linears(self) -> list[LocalLinear]:
+        """Those of `linears` that have mask logits."""
+        return [linear for linear in self.linears() if linear.module.mask_draw is not None]
 
     def whole(self, map: WeightMap) -> Tensor:
         """The unsharded Megatron tensor of `map` on every rank, on this rank's device. Collective."""
@@ -294,12 +316,36 @@ class PrunableModel:
     def assign(self, map: WeightMap, tensor: Tensor) -> None:
         """Put an unsharded Megatron tensor into this rank's shard, if it has one. Local."""
         parameter = self.parameters.get(map.megatron)
+        if self._before is not None and map.megatron not in self._before:
+            self._before[map.megatron] = self.copied([map.megatron]).get(map.megatron)
         if parameter is not None:
             parameter.copy_(self.shard(map, tensor))
         if map.megatron == "embedding.word_embeddings.weight" and self.config.tie_word_embeddings:
             copy = self.parameters.get("output_layer.weight")
             if copy is not None:
                 copy.copy_(self.shard(map, tensor))
+
+    def copied(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """This rank's shards of the parameters of these names, those that it has, as they are now, in host memory."""
+        return {name: self.parameters[name].detach().to("cpu", copy=True) for name in names if name in self.parameters}
+
+    @contextlib.contextmanager
+    def remembering(self) -> Iterator[dict[str, Tensor | None]]:
+        """By their names the tensors that `assign` changes meanwhile, as they were: this rank's shards, in host memory;
+        None of one that other ranks have.
+        """
+        self._before = {}
+        try:
+            yield self._before
+        finally:
+            self._before = None
+
+    @torch.no_grad()
+    def put_back(self, copies: Mapping[str, Tensor | None]) -> None:
+        """Give parameters the values that `copied` or `remembering` has kept."""
+        for name, shard in copies.items():
+            if shard is not None:
+                self.parameters[name].copy_(shard)
 
     def shard(self, map: WeightMap, tensor: Tensor) -> Tensor:
         """This rank's part of an unsharded Megatron tensor."""

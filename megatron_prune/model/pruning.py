@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from megatron_prune.files import write_json
 from megatron_prune.foreign import read_format, strict
-from megatron_prune.schema import Above0, Word
+from megatron_prune.schema import Above0, TargetText, Word
 
 FILE = "pruning.json"
 WHAT = "a pruned model"
@@ -30,7 +30,7 @@ class _File(TypedDict):
 
     format: Literal[1]
     method: Word | None
-    target: Word | None
+    target: TargetText | None
     parameters: Above0 | None
     """Of a model that was made smaller."""
 

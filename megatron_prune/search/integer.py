@@ -1,7 +1,7 @@
-"""The other search over a database of levels: an integer program on what single replacements cost.
+"""Choices by an integer program, which SciPy's HiGHS solves: levels of a database, and weights that stay dense.
 
-The divergence of every model with one half of one layer at another level is measured, and the sum of those over all
-halves is lowered within the budget, exactly, by SciPy's HiGHS. It takes replacements to add up; evolution does not.
+Of a database of levels the divergence of every model with one half of one layer at another level is measured, and the
+sum of those over all halves is lowered within the budget, exactly. It takes replacements to add up; evolution does not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from megatron_prune.errors import UserError
 from megatron_prune.search.fitness import Genome
 from megatron_prune.search.space import Space
 
+GAP = 1e-4
+"""Share of the best worth that may be missed."""
 AT_A_TIME = 64
 """So many candidates share a pass; each holds hidden states."""
 
@@ -40,6 +42,42 @@ def single_replacements(
     for (gene, level), score in zip(changed, found, strict=True):
         scores[gene][level] = score
     return scores
+
+
+def best_worth(worth: Sequence[float], sizes: Sequence[int], limit: int) -> list[int]:
+    """Numbers of the items, in order, whose worths sum to the most, within 0.01%, while their sizes sum to at most
+    `limit`; of items that are worth nothing none.
+    """
+    able = [number for number, value in enumerate(worth) if value > 0 and sizes[number] <= limit]
+    able.sort(key=lambda number: worth[number] / sizes[number], reverse=True)
+    chosen, room, bound = list[int](), limit, 0.0
+    for number in able:  # each in turn, the best for its size first; `bound`: were a part of one allowed
+        if sizes[number] <= room:
+            chosen.append(number)
+            room -= sizes[number]
+        elif not bound:
+            bound = sum(worth[each] for each in chosen) + worth[number] * room / sizes[number]
+    if sum(worth[number] for number in chosen) < (1 - GAP) * bound:
+        chosen = _best_by_program(able, worth, sizes, limit)
+    return sorted(chosen)
+
+
+def _best_by_program(able: Sequence[int], worth: Sequence[float], sizes: Sequence[int], limit: int) -> list[int]:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    most = max(worth[number] for number in able)  # the solver's tolerances are no shares
+    solved = milp(
+        c=-np.array([worth[number] / most for number in able]),
+        integrality=np.ones(len(able)),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(np.array([[sizes[number] / limit for number in able]]), -np.inf, 1),
+        options={"mip_rel_gap": GAP},
+    )
+    assert solved.x is not None, f"leaving all out is a solution: {solved.message}"
+    chosen = [number for number, x in zip(able, solved.x, strict=True) if x > 0.5]
+    while sum(sizes[number] for number in chosen) > limit:  # the solver's sizes are rounded
+        chosen.remove(min(chosen, key=lambda number: worth[number] / sizes[number]))
+    return chosen
 
 
 def best_sum(space: Space, scores: Sequence[Sequence[float]]) -> Genome:

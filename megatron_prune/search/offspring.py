@@ -118,7 +118,7 @@ class School:
         self.length = training_length(tokens.shape[1], sequence_parts(model.layout))
         self.model = model
         self.tokens = tokens
-        self.dense = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.parameters.items()}
+        self.dense = model.copied(model.parameters)
         self.batch = batch
         training = Training(
             seq_length=self.length,
@@ -149,11 +149,9 @@ class School:
         self.zeros.check("after training a candidate")
         self.model.eval()
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Give the model its dense weights back."""
-        for name, parameter in self.model.parameters.items():
-            parameter.copy_(self.dense[name])
+        self.model.put_back(self.dense)
 
 
 def training_length(length: int, parts: int) -> int:

@@ -6,7 +6,8 @@ states of its windows before every layer: 4 bytes x hidden size x (layers + 1) f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,19 @@ from megatron_prune.statistics.walk import (
 )
 
 
+class Summed(Protocol):
+    """What is made of a weight's gradients, one sample's after the other."""
+
+    def add(self, gradient: Tensor, window: int) -> None:
+        """One sample's, of that number."""
+
+    def tensors(self) -> list[Tensor]:
+        """What ranks add up."""
+
+
+S = TypeVar("S", bound=Summed)
+
+
 class Gradient:
     """A weight and the gradients of its samples' losses."""
 
@@ -34,10 +48,14 @@ class Gradient:
         self.squares = torch.zeros_like(self.weight, dtype=torch.float64)
         """Sum over samples of the squared gradient."""
 
-    def add(self, gradient: Tensor) -> None:
+    def add(self, gradient: Tensor, window: int = 0) -> None:
         """One sample's."""
         self.total += gradient
         self.squares += gradient.square()
+
+    def tensors(self) -> list[Tensor]:
+        """What ranks add up."""
+        return [self.total, self.squares]
 
     def add_rows(self, rows: Tensor, gradient: Tensor, already: Tensor | float) -> None:
         """One sample's, which is zero outside these rows; `already` is what `add` was given of it for them."""
@@ -50,57 +68,82 @@ Gradients = dict[str, Gradient]
 
 
 def gradients(
-    model: PrunableModel, tokens: Tensor | None, progress: Callable[[int], None], outer: bool
+    weights: WholeWeights, tokens: Tensor | None, progress: Callable[[int], None], outer: bool
 ) -> Iterator[tuple[int | None, Gradients]]:
     """Layer number and the gradients of its weights by name inside the layer, from the last layer to the first.
 
     With `outer` those outside all layers too, by their names and with None for the layer: the output layer's and the
     final norm's first, the embeddings' last. A tied embedding is one weight, and comes last with both its gradients.
-    Collective.
+    `weights` are in float32. Collective.
     """
-    weights = _Float32(model)
-    walk = LayerWalk(weights, tokens, unit_windows=1)
-    states = [list(walk.hidden)]
-    for number in range(model.config.num_layers):
-        walk.take(number)
-        walk.advance()
-        states.append(list(walk.hidden))
-    ends = _Ends(weights, outer)
-    flowing = [ends.head(hidden, window) for hidden, window in zip(states.pop(), walk.tokens, strict=True)]
+    passes = _Passes(weights, tokens, outer)
     if outer:
-        yield None, _summed(ends.after_the_layers())
-    for number in reversed(range(model.config.num_layers)):
-        walk.take(number)
-        sums = {name: Gradient(parameter) for name, parameter in walk.module.named_parameters()}
-        for i, before in enumerate(states.pop()):
-            flowing[i] = _layer(walk, before, flowing[i], sums)
-        yield number, _summed(sums)
-        progress(1)
+        yield None, _summed(passes.ends.after_the_layers())
+    yield from passes.layers(lambda _name, weight: Gradient(weight), progress)
     if outer:
-        yield None, _summed(ends.before_the_layers(walk.tokens, flowing))
+        yield None, _summed(passes.ends.before_the_layers(passes.walk.tokens, passes.flowing))
 
 
-def _summed(found: Gradients) -> Gradients:
+def layer_gradients(
+    weights: WholeWeights, tokens: Tensor, progress: Callable[[int], None], begin: Callable[[str, Tensor], S | None]
+) -> Iterator[tuple[int, dict[str, S]]]:
+    """As `gradients` of the layers alone, added up in what `begin` makes of a name inside the layer and its weight;
+    None: not asked for.
+    """
+    return _Passes(weights, tokens, outer=False).layers(begin, progress)
+
+
+class _Passes:
+    """All windows forward, the hidden states kept, and then backward as far as what has been asked for."""
+
+    def __init__(self, weights: WholeWeights, tokens: Tensor | None, outer: bool) -> None:
+        self.walk = walk = LayerWalk(weights, tokens, unit_windows=1)
+        self.states = [list(walk.hidden)]
+        for number in range(weights.config.num_layers):
+            walk.take(number)
+            walk.advance()
+            self.states.append(list(walk.hidden))
+        self.ends = _Ends(weights, outer)
+        last = zip(self.states.pop(), walk.tokens, strict=True)
+        self.flowing = [self.ends.head(hidden, window) for hidden, window in last]
+        """Of each window the gradient of what the next layer gives."""
+
+    def layers(
+        self, begin: Callable[[str, Tensor], S | None], progress: Callable[[int], None]
+    ) -> Iterator[tuple[int, dict[str, S]]]:
+        """Backward through all layers, the last first."""
+        for number in reversed(range(self.walk.weights.config.num_layers)):
+            self.walk.take(number)
+            begun = ((name, begin(name, weight)) for name, weight in self.walk.module.named_parameters())
+            sums = {name: each for name, each in begun if each is not None}
+            for i, before in enumerate(self.states.pop()):
+                self.flowing[i] = _layer(self.walk, before, self.flowing[i], sums, self.walk.units[i].start)
+            yield number, _summed(sums)
+            progress(1)
+
+
+def _summed(found: dict[str, S]) -> dict[str, S]:
     """Those of all ranks' windows."""
-    for gradient in found.values():
-        sum_over_ranks([gradient.total, gradient.squares])
+    for each in found.values():
+        sum_over_ranks(each.tensors())
     return found
 
 
-def _layer(walk: LayerWalk, before: Tensor, flowing: Tensor, sums: Gradients) -> Tensor:
+def _layer(walk: LayerWalk, before: Tensor, flowing: Tensor, sums: Mapping[str, Summed], window: int) -> Tensor:
     """One sample through the loaded layer backward; adds to `sums` and returns the gradient of the layer's input."""
-    names, parameters = zip(*walk.module.named_parameters(), strict=True)
+    own = dict(walk.module.named_parameters())
+    parameters = [own[name] for name in sums]
     leaf = before.detach().requires_grad_()
     with torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_(True)
         found = torch.autograd.grad(walk.run(leaf), [leaf, *parameters], flowing)
-    for name, gradient in zip(names, found[1:], strict=True):
-        sums[name].add(gradient)
+    for each, gradient in zip(sums.values(), found[1:], strict=True):
+        each.add(gradient, window)
     return found[0]
 
 
-class _Float32(WholeWeights):
+class Float32(WholeWeights):
     """The model's weights in float32, whatever their own type."""
 
     def __init__(self, model: PrunableModel) -> None:

@@ -20,7 +20,7 @@ from megatron_prune.model.families import ModelConfig, dimensions
 from megatron_prune.model.prunable import FC1, FC2, PROJECTION, QKV, PrunableModel, input_symbol, second_linears
 from megatron_prune.statistics.channels import RESIDUAL
 from megatron_prune.statistics.experts import ExpertActivity
-from megatron_prune.statistics.gradients import Gradients, gradients
+from megatron_prune.statistics.gradients import Float32, Gradients, gradients
 from megatron_prune.statistics.store import Statistic, StatisticsStore
 from megatron_prune.statistics.walk import Change, CutWeights, LayerWalk, WholeWeights, sum_over_ranks, unchanged
 
@@ -206,7 +206,7 @@ class Passes:
         Of the first `windows` windows, and their first `length` tokens.
         """
         tokens = None if self.tokens is None else self.tokens[:windows, :length]
-        return gradients(self.model, tokens, self.progress, outer)
+        return gradients(Float32(self.model), tokens, self.progress, outer)
 
 
 def channels_of(config: ModelConfig, layer: int) -> dict[str, int]:

@@ -143,6 +143,22 @@ class Runner:
                 walk.advance()
             self.progress(1)
 
+    @torch.no_grad()
+    def dense(self, statistic: Callable[..., Any]) -> Iterator[WholeLinear]:
+        """Every prunable linear with its statistic as in `layerwise`, while all of them stay whole: nothing is decided,
+        so the windows go through each layer once. Statistics of all linears of a layer are held together.
+        """
+        weights = WholeWeights(self.model)
+        walk = LayerWalk(weights, self.tokens)
+        for number in range(self.model.config.num_layers):
+            walk.ready(number)
+            whole = weights.layer(number)
+            paths = [path for path in linear_paths(self.model.config, number) if f"{path}.weight" in whole]
+            found = _collect(walk, number, whole, statistic, paths, onward=True)
+            for path, each in zip(paths, found, strict=True):
+                yield WholeLinear(self, self._map(number, path), whole[f"{path}.weight"], each)
+            self.progress(1)
+
     def _map(self, layer: int, path: str) -> WeightMap:
         return self.model.by_name[f"decoder.layers.{layer}.{path}.weight"]
 
@@ -207,13 +223,23 @@ def _is_quadratic(statistic: Any) -> bool:
 
 
 def _collect(
-    walk: LayerWalk, number: int, whole: dict[str, Tensor], statistic: Callable[..., Any], paths: Sequence[str]
+    walk: LayerWalk,
+    number: int,
+    whole: dict[str, Tensor],
+    statistic: Callable[..., Any],
+    paths: Sequence[str],
+    onward: bool = False,
 ) -> list[Any]:
-    """Statistics of these linears of a layer over the windows of all ranks, inputs from the layer as given."""
+    """Statistics of these linears of a layer over the windows of all ranks, inputs from the layer as given.
+
+    `onward`: the windows are behind the layer then.
+    """
     walk.load(number, whole)
     found = {path: statistic(whole[f"{path}.weight"].shape[1], walk.device) for path in paths}
-    for hidden in walk.hidden:
-        seen, _ = walk.watch(paths, hidden)
+    for i, hidden in enumerate(walk.hidden):
+        seen, output = walk.watch(paths, hidden, whole=onward)
+        if onward:
+            walk.hidden[i] = output
         for path in paths:
             found[path].update(seen[path].reshape(-1, seen[path].shape[-1]))
     for path in paths:

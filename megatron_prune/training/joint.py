@@ -23,7 +23,6 @@ import megatron_prune.backend as backend  # isort: skip  # noqa: F401  (before m
 import torch
 from torch import Tensor
 
-from megatron_prune.kernels.gumbel import decode
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Training
 from megatron_prune.training.hard_concrete import ramp
@@ -109,7 +108,7 @@ class MaskedDecay:
 
     def __init__(self, model: PrunableModel, optimizer: Any) -> None:
         slots = slots_of(optimizer)
-        pairs = ((linear.module, slots.get(linear.module.weight)) for linear in model.linears())
+        pairs = ((linear.module, slots.get(linear.module.weight)) for linear in model.masked_linears())
         self.pairs = [(module, slot) for module, slot in pairs if slot is not None]
 
     @torch.no_grad()
@@ -118,9 +117,7 @@ class MaskedDecay:
         if not share:
             return
         for module, slot in self.pairs:
-            draw = module.mask_draw
-            assert draw is not None
-            removed = ~decode(module.mask_logits, draw.n, draw.m)
+            removed = ~module.decided_mask()
             if slot.part is not None:
                 removed = removed.flatten()[slot.part]
             slot.main.addcmul_(slot.main, removed.to(slot.main.dtype), value=-share)

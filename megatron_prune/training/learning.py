@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_prune.decision.masks import Kept, MaskWriter
+from megatron_prune.decision.masks import Kept, MaskWriter, prunable_shapes
 from megatron_prune.decision.prior import MaskSource
-from megatron_prune.decision.run_folder import read_run
+from megatron_prune.decision.run_folder import target_of
+from megatron_prune.decision.target import NM, title
 from megatron_prune.errors import UserError
+from megatron_prune.foreign import fenced
 from megatron_prune.kernels import definition, gumbel
 from megatron_prune.kernels.philox import gumbel_noise
+from megatron_prune.kernels.selection import select_nm
 from megatron_prune.log import say
 from megatron_prune.model import convert
 from megatron_prune.model.checkpoint import load_sharded
@@ -34,6 +39,7 @@ from megatron_prune.training.loop import MASK_LOGITS, WEIGHTS, Steps, Trainer
 from megatron_prune.training.recovery import RecoveryLoss
 from megatron_prune.training.session import TrainingSession
 from megatron_prune.training.state import load_parameters, trained_parameters
+from megatron_prune.training.tiles import TileLogits, TileTrainer
 from megatron_prune.training.weighting import Weighting
 
 NOISE_AT_ONCE = 2**22
@@ -43,6 +49,8 @@ NOISE_AT_ONCE = 2**22
 def _gap(logits: Tensor) -> float:
     """The least distance of the best and the next pattern of a group, over groups `[rows, groups, patterns]`."""
     least = math.inf
+    if not logits.numel():
+        return least
     for some in logits.split(max(1, NOISE_AT_ONCE // max(1, logits[0].numel()))):
         best = some.float().topk(2, dim=-1).values
         least = min(least, float((best[..., 0] - best[..., 1]).min()))
@@ -77,6 +85,11 @@ class LearningRunner(TrainingSession):
         self.weighting = weighting
         self.teacher = teacher
         self.draw: MaskDraw | None = None
+        self.target: NM | None = None
+        self.tiles: TileLogits | None = None
+        """Of tiles that may stay dense."""
+        self.tile_rate = 0.0
+        """Their learning rate, in units of the mask logits'."""
         self.microbatches = 1
         self.weights: WeightTraining | None = None
         """How the weights train; None: they are frozen."""
@@ -87,9 +100,9 @@ class LearningRunner(TrainingSession):
         self.moved: float | None = None
         """Share of the groups that had left their start when the masks were last looked at."""
 
-    def learn_masks(self, n: int, m: int, weights: WeightTraining | None = None, **draw: Any) -> MaskDraw:
-        """Give every prunable linear mask logits and freeze everything else, but the weights where it is said how they
-        train.
+    def learn_masks(self, target: NM, weights: WeightTraining | None = None, **draw: Any) -> MaskDraw:
+        """Give every prunable linear mask logits, but those that the target leaves dense, and freeze everything else,
+        but the weights where it is said how they train.
 
         `draw`: more fields of MaskDraw. UserError for logits in bfloat16 in a model that is not.
         """
@@ -103,8 +116,9 @@ class LearningRunner(TrainingSession):
             chunk.requires_grad_(False)
         self.weights = weights
         t = self.training
-        self.draw = MaskDraw(n, m, seed=t.seed, recompute=t.recompute, **draw)
-        self.model.learn_masks(self.draw)
+        self.target = target
+        self.draw = MaskDraw(target.n, target.m, seed=t.seed, recompute=t.recompute, **draw)
+        self.model.learn_masks(self.draw, target.leaves)
         if weights is not None:
             for linear in self.model.linears():
                 linear.module.weight.requires_grad_()
@@ -112,27 +126,53 @@ class LearningRunner(TrainingSession):
                 norm.requires_grad_()
         return self.draw
 
+    def learn_tiles(self, target: NM, rate: float) -> None:
+        """Give every prunable linear, which has mask logits already, tiles that learn whether they stay dense.
+
+        `rate`: their learning rate, in units of the mask logits'.
+        """
+        self.tiles, self.tile_rate = TileLogits(self.model, target, self.training), rate
+
     def _norms(self) -> Iterator[torch.nn.Parameter]:
         """The parameters of this rank's norms: those of the residual stream, and of queries and keys."""
         for chunk in self.model.chunks:
             yield from (parameter for name, parameter in chunk.named_parameters() if "layernorm" in name)
 
     @torch.no_grad()
-    def start_logits(self, from_mask: Callable[[Tensor], Tensor], std: float) -> None:
-        """Fill the logits: from an earlier run, from the prior mask through `from_mask`, or with noise of `std`."""
+    def start_logits(self, from_mask: Callable[[Tensor], Tensor], std: float, half_step: float = 0.0) -> None:
+        """Fill the logits: from an earlier run, from the prior mask through `from_mask`, or with noise of `std`.
+
+        `half_step`: how far from 0 the logits of tiles start, where the prior says which of them are dense.
+        """
         assert self.draw is not None
         if self.initial_logits is not None:
             self._load_logits(self.initial_logits)
-        for linear in self.model.linears():
+        elif self.tiles is not None and self.prior is not None:
+            self.tiles.start_from(self._prior_mask, half_step)
+        elif self.tiles is not None:
+            self.tiles.start_at_random(std, self.training.seed)
+        for linear in self.model.masked_linears():
             logits = linear.module.mask_logits
             if self.initial_logits is None and self.prior is not None:
-                masks = [self.prior(name) for name in linear.map.hf]
-                whole = convert.merge(linear.map, masks, self.model.config)
-                logits.copy_(from_mask(self.model.shard(linear.map, whole).to(logits.device)))
+                logits.copy_(from_mask(self._pattern(linear)))
             elif self.initial_logits is None:
                 logits.copy_(std * self._noise(linear))
-            self.start[linear.name] = gumbel.winners(logits)
+            self.start[linear.name] = gumbel.winners(linear.module.learned_logits)
             self.last[linear.name] = self.start[linear.name]
+
+    def _prior_mask(self, linear: LocalLinear) -> Tensor:
+        """This rank's part of the prior, bool `[out, in]`."""
+        assert self.prior is not None
+        masks = [self.prior(name) for name in linear.map.hf]
+        whole = convert.merge(linear.map, masks, self.model.config)
+        return self.model.shard(linear.map, whole).to(linear.module.mask_logits.device)
+
+    def _pattern(self, linear: LocalLinear) -> Tensor:
+        """What masks start from: the prior; where it keeps too much of a group, the largest weights of those."""
+        mask, draw = self._prior_mask(linear), self.draw
+        assert draw is not None
+        above = (mask.unflatten(1, (-1, draw.m)).sum(2) > draw.n).repeat_interleave(draw.m, 1)
+        return mask & (select_nm(linear.module.weight.float().abs() * mask, draw.n, draw.m) | ~above)
 
     def _noise(self, linear: LocalLinear) -> Tensor:
         """Noise of mean 0 and variance 1 for a start without a prior, the same in every layout."""
@@ -157,7 +197,11 @@ class LearningRunner(TrainingSession):
         def on_microbatch(step: int, number: int) -> None:
             draw.step, draw.microbatch = step, number
 
-        trainer = Trainer(
+        decay: MaskedDecay
+        make: Callable[..., Trainer] = Trainer
+        if self.tiles is not None:
+            make = functools.partial(TileTrainer, self.tiles, draw, self.tile_rate)
+        trainer = make(
             self.model,
             self.training,
             self.data,
@@ -183,6 +227,8 @@ class LearningRunner(TrainingSession):
             else "no group has left its start: the masks are those that learning began with; give more steps, a larger "
             "--lr or --lr-multiplier, or a smaller --prior-strength"
         )
+        if self.tiles is not None:
+            say(f"{self.tiles.report()['tiles_moved_fraction']:.2%} of the dense tiles were not dense at the start")
 
     def _set_decay(self, trainer: Trainer, step: int, steps: int) -> dict[str, float]:
         """Move the decay of removed weights to its value at a step; what to log of the weights that train."""
@@ -209,8 +255,8 @@ class LearningRunner(TrainingSession):
         """
         reach = 2 * multiplier * self.training.lr * self.training.train_iters
         gap = torch.full((), math.inf, dtype=torch.float64, device=backend.device())
-        for linear in self.model.linears():
-            gap.clamp_(max=_gap(linear.module.mask_logits))
+        for linear in self.model.masked_linears():
+            gap.clamp_(max=_gap(linear.module.learned_logits))
         dist.all_reduce(gap, dist.ReduceOp.MIN)
         least = float(gap)
         if reach < least:
@@ -223,17 +269,18 @@ class LearningRunner(TrainingSession):
 
     def measure(self) -> dict[str, float]:
         """What has become of the masks, and of the weights that they remove."""
-        return self._mask_statistics() | (self._removed_share() if self.weights is not None else {})
+        tiles = self.tiles.report() if self.tiles is not None else {}
+        return self._mask_statistics() | tiles | (self._removed_share() if self.weights is not None else {})
 
     @torch.no_grad()
     def _removed_share(self) -> dict[str, float]:
         """Share of the sum of squares of all masked weights that the removed ones have. Collective."""
-        draw = self.draw
-        assert draw is not None
         sums = torch.zeros(2, dtype=torch.float64, device=backend.device())
-        for linear in self.model.linears():
+        for linear in self.model.masked_linears():
             squares = linear.module.weight.float().square()
-            removed = squares.masked_fill(gumbel.decode(linear.module.mask_logits, draw.n, draw.m), 0.0)
+            if linear.module.dense_rows is not None:
+                squares = squares.masked_fill(linear.module.dense_rows[:, None], 0.0)
+            removed = squares.masked_fill(linear.module.decided_mask(), 0.0)
             counted = self.model.seen_together(linear.map)  # so many replicas of the rest share an expert
             sums += torch.stack([part.sum(dtype=torch.float64) for part in (removed, squares)]) * counted
         dist.all_reduce(sums)
@@ -249,8 +296,10 @@ class LearningRunner(TrainingSession):
         assert draw is not None
         kinds = linear_names(self.model.config)
         sums = torch.zeros(len(kinds), 5, dtype=torch.float64, device=backend.device())
-        for linear in self.model.linears():
-            now, spread = gumbel.statistics(linear.module.mask_logits, scale=draw.scale, temperature=draw.temperature)
+        for linear in self.model.masked_linears():
+            now, spread = gumbel.statistics(
+                linear.module.learned_logits, scale=draw.scale, temperature=draw.temperature
+            )
             changed, moved = (int((now != before[linear.name]).count_nonzero()) for before in (self.last, self.start))
             values = (*spread.tolist(), changed, moved, now.numel())
             counted = self.model.seen_together(linear.map)  # an expert is shared by replicas of the rest
@@ -268,6 +317,8 @@ class LearningRunner(TrainingSession):
             "differs_from_start_fraction": self.moved,
         }
         for kind, (best, entropy, changed, _moved, count) in zip(kinds, sums.tolist(), strict=True):
+            if not count:
+                continue  # all of them stay dense
             record |= {f"max_probability/{kind}": best / count, f"changed_fraction/{kind}": changed / count}
             record[f"mask_entropy/{kind}"] = entropy / count
         return record
@@ -283,8 +334,8 @@ class LearningRunner(TrainingSession):
     def load(self, trainer: Steps, path: Path) -> int:
         """As the base class; changes of masks count from there."""
         done = super().load(trainer, path)
-        for linear in self.model.linears():
-            self.last[linear.name] = gumbel.winners(linear.module.mask_logits)
+        for linear in self.model.masked_linears():
+            self.last[linear.name] = gumbel.winners(linear.module.learned_logits)
         return done
 
     def _load_logits(self, run: Path) -> None:
@@ -295,21 +346,35 @@ class LearningRunner(TrainingSession):
                 f"{run} was given as the start and has no checkpoints; give a run of a method that learns, or its mask "
                 "with --prior"
             )
-        assert self.draw is not None
-        found, mine = read_run(run).target, f"{self.draw.n}:{self.draw.m}"
-        if found != mine:
+        assert self.target is not None
+        found, mine = target_of(run), self.target
+        if not isinstance(found, NM) or self._in_full(found) != self._in_full(mine):
+            alike = isinstance(found, NM) and found.title == mine.title
+            which = " that leaves the same weights dense" if alike else ""
             raise UserError(
-                f"--initial-logits {run} has learned {found} and the target is {mine}: give a run of {mine}"
+                f"--initial-logits {run} has learned {title(str(found))} and the target is {mine.title}: give a run of "
+                f"{mine.title}{which}"
             )
         chunks = self.model.chunks
         wanted = {
             chunk: {key: value for key, value in parameters.items() if key.endswith("mask_logits")}
             for chunk, parameters in trained_parameters(chunks).items()
         }
-        load_parameters(chunks, load_sharded(path, {"model": wanted})["model"])
+        tiles = {} if self.tiles is None else {"tiles": self.tiles.state()}
+        state = load_sharded(path, {"model": wanted, **tiles})
+        load_parameters(chunks, state["model"])
+        if self.tiles is not None:
+            with fenced(f"checkpoint {path} does not fit this run", "use another one"):
+                self.tiles.load_logits(state["tiles"])
+
+    def _in_full(self, target: NM) -> NM:
+        """The same with all weights by their names that stay dense, however they were named."""
+        if target.dense_share:
+            return target
+        return replace(target, dense=tuple(name for name in prunable_shapes(self.model.config) if target.leaves(name)))
 
     @torch.no_grad()
-    def keep(self, decide: Callable[[Tensor], Tensor]) -> Kept:
+    def keep(self) -> Kept:
         """Decode every linear's logits and write the masks. Collective."""
         here = {linear.name: linear for linear in self.model.linears()}
         with self.writer() or contextlib.nullcontext() as writer:
@@ -319,7 +384,7 @@ class LearningRunner(TrainingSession):
                 for map in self.model.maps:
                     if map.layer != layer or not map.prunable:
                         continue
-                    local = decide(here[map.megatron].module.mask_logits) if map.megatron in here else None
+                    local = here[map.megatron].module.decided_mask() if map.megatron in here else None
                     mask = self.model.gather(map, None if local is None else local.to(torch.uint8)).bool()
                     kept, size = kept + int(mask.sum()), size + mask.numel()
                     masks.update(zip(map.hf, convert.split(map, mask, self.model.config), strict=True))

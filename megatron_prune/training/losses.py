@@ -11,7 +11,7 @@ vocabulary rows, whose logits are the smallest number of their type, have probab
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,34 +30,75 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, group
     return _Divergence.apply(student, teacher, temperature, group)
 
 
+AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Logits of which float32 values are held at the same moment: few on a CPU, whose caches then hold them."""
+
+
 class _Divergence(torch.autograd.Function):
-    """Keeps one float32 tensor of the logits' size for the backward pass: the gradient itself."""
+    """Keeps nothing but the logits, as they came, and two numbers a token: float32 values of all logits at once would
+    be the largest tensors of a training step.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, group: Any) -> Tensor:
-        log_q = _log_probabilities(student, temperature, group)
-        log_p = _log_probabilities(teacher, temperature, group)
-        p = log_p.exp()
-        terms = log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0.0)  # 0 * (-inf + inf) where both have none
-        result = _sum(terms.sum(-1), group) * temperature**2
-        ctx.dtype = student.dtype
-        ctx.save_for_backward(log_q.exp_().sub_(p).mul_(temperature))
-        return result
+        q, p = _softmax(student, temperature, group), _softmax(teacher, temperature, group)
+        result = torch.empty(len(q.rows), dtype=torch.float32, device=student.device)
+        for part in q.parts():
+            log_q, log_p = q.logarithm(part), p.logarithm(part)
+            shares = log_p.exp()
+            terms = log_p.sub_(log_q).mul_(shares).masked_fill_(shares == 0, 0.0)  # 0 * (-inf + inf): both have none
+            result[part] = terms.sum(-1)
+        ctx.temperature = temperature
+        ctx.save_for_backward(q.rows, q.top, q.log_sum, p.rows, p.top, p.log_sum)
+        return (_sum(result, group) * temperature**2).view(student.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return (slope * gradients[0].unsqueeze(-1)).to(ctx.dtype), None, None, None
+        saved, outer = ctx.saved_tensors, gradients[0].reshape(-1, 1)
+        q, p = (_Softmax(own[0], own[1], own[2], ctx.temperature) for own in (saved[:3], saved[3:]))
+        slope = torch.empty_like(q.rows)
+        for part in q.parts():
+            difference = q.logarithm(part).exp_().sub_(p.logarithm(part).exp_())
+            slope[part] = difference.mul_(ctx.temperature).mul_(outer[part])
+        return slope.view(*gradients[0].shape, -1), None, None, None
 
 
-def _log_probabilities(logits: Tensor, temperature: float, group: Any) -> Tensor:
-    """Logarithm of the softmax over the whole vocabulary, this rank's columns, float32, a tensor of its own."""
-    x = logits.float() / temperature
-    top = x.amax(-1, keepdim=True)
+class _Softmax(NamedTuple):
+    """Logarithms of the softmax over the whole vocabulary, this rank's columns, made for some tokens at a time."""
+
+    rows: Tensor
+    """Logits `[tokens, vocab / tp]`."""
+    top: Tensor
+    """`[tokens, 1]` float32, their largest at the temperature."""
+    log_sum: Tensor
+    """`[tokens, 1]` float32: of the exponentials of what is left of them below `top`."""
+    temperature: float
+
+    def parts(self) -> list[slice]:
+        """Tokens that are looked at together."""
+        most = AT_ONCE["cpu" if self.rows.device.type == "cpu" else "cuda"]
+        step = max(1, most // self.rows.shape[-1])
+        return [slice(first, first + step) for first in range(0, len(self.rows), step)]
+
+    def logarithm(self, part: slice) -> Tensor:
+        """`[tokens, vocab / tp]` float32, a tensor of its own."""
+        return self.below_top(part).sub_(self.log_sum[part])
+
+    def below_top(self, part: slice) -> Tensor:
+        """Logits minus the largest, at the temperature."""
+        return self.rows[part].to(torch.float32, copy=True).div_(self.temperature).sub_(self.top[part])
+
+
+def _softmax(logits: Tensor, temperature: float, group: Any) -> _Softmax:
+    rows = logits.reshape(-1, logits.shape[-1])
+    top = rows.amax(-1, keepdim=True).float() / temperature
     if group is not None:
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    x -= top
-    return x.sub_(_sum(x.exp().sum(-1, keepdim=True), group).log_())
+    found = _Softmax(rows, top, torch.empty_like(top), temperature)
+    for part in found.parts():
+        found.log_sum[part] = found.below_top(part).exp_().sum(-1, keepdim=True)
+    _sum(found.log_sum, group).log_()
+    return found
 
 
 def _sum(x: Tensor, group: Any) -> Tensor:

@@ -8,6 +8,9 @@ any other wrote, with or without the distributed optimizer:
     optimizer.exp_avg.decoder.layers.mlp.linear_fc2.mask_logits     Adam's mean, and likewise exp_avg_sq
     optimizer.master.decoder.layers.mlp.linear_fc2.weight     the float32 master of a bf16 parameter
 
+Layers are one tensor, but where some have other parameters than the rest (a linear that stays dense has no mask
+logits): then each is named by its number.
+
 megatron-core's own state dicts of optimizers are not used: each kind of optimizer has another, the plain
 mixed-precision one leaves out float32 parameters, and the distributed one loses Adam's step count without Apex.
 """
@@ -27,6 +30,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from megatron_prune.model.checkpoint import metadata, stand_in
+from megatron_prune.model.prunable import LAYERS_DIFFER
 from megatron_prune.training.stopping import largest
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,7 +66,8 @@ def trained_parameters(chunks: Sequence[Module]) -> Sharded:
 
 def _trained(chunk: Any) -> dict[str, Any]:
     names = {name for name, parameter in chunk.named_parameters() if parameter.requires_grad}
-    everything = chunk.sharded_state_dict(metadata=metadata())
+    differ = {"non_homogeneous_layers": True} if getattr(chunk, LAYERS_DIFFER, False) else {}
+    everything = chunk.sharded_state_dict(metadata=metadata() | differ)
     return {key: value for key, value in everything.items() if key in names}
 
 

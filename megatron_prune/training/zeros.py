@@ -34,7 +34,8 @@ class Zeros:
         """Between the backward pass and the optimizer's step."""
         for linear in self.linears:
             if linear.module.weight.requires_grad:
-                linear.module.weight.main_grad.masked_fill_(self.masks[linear.name], 0.0)  # type: ignore[attr-defined]
+                gradient: Tensor = linear.module.weight.main_grad  # type: ignore[attr-defined]
+                gradient.mul_(~self.masks[linear.name])  # on a CPU six times as fast as masked_fill_
 
     @torch.no_grad()
     def check(self, when: str) -> int:

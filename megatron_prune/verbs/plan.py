@@ -19,6 +19,7 @@ class PlanConfig(PruneConfig):
     """Memory on each process of a mask-learning run, or layouts that fit, from the same options and YAML as `prune`"""
 
     basic: ClassVar[tuple[str, ...]] = (
+        "target",
         "processes",
         "gpus",
         "gpu_memory",
@@ -36,14 +37,16 @@ class PlanConfig(PruneConfig):
         "output",
     )
     examples: ClassVar[tuple[str, ...]] = (
-        "Llama-2-7b-hf --method maskllm --target 2:4 --processes 8 --tensor-model-parallel-size 8",
-        "Llama-2-7b-hf --method maskllm --target 2:4 --gpus 64 --gpu-memory 80",
+        "Llama-2-7b-hf --processes 8 --tensor-model-parallel-size 8",
+        "Llama-2-7b-hf --gpus 64 --gpu-memory 80",
     )
 
     output_may_exist: ClassVar[MayExist] = "never"
 
     input: Path = option(REQUIRED, "Megatron checkpoint, or Hugging Face directory with config.json")
     output: Path | None = option(None, "JSON file for the result; left out: printed only")  # type: ignore[assignment]
+    method: str = option("maskllm", "method that learns masks, the only kind with a plan: maskllm")
+    target: str = option("2:4", "N:M that the masks will have")
     processes: int | None = option(
         None, "processes of the job, over all nodes: one a GPU", at_least=1, at_most=MOST_PROCESSES
     )

@@ -42,6 +42,11 @@ class Layout:
         return flags + (["--sequence-parallel"] if self.sequence_parallel else [])
 
 
+def folder_name(method: str, target: str, options: Sequence[str]) -> str:
+    """Of the run of a method, a target and flags of the method."""
+    return "_".join([method, target.translate(str.maketrans(":,=%", "----")), *(each.strip("-") for each in options)])
+
+
 ONE = Layout("one", 1)
 TP2 = Layout("tp2", 2, tensor=2)
 TP2_SP = Layout("tp2sp", 2, tensor=2, sequence_parallel=True)

@@ -26,6 +26,7 @@ from tests.distributed.launch import (
     TP2_SP,
     TP2_SP_ETP1,
     Layout,
+    folder_name,
     launch,
     must_pass,
 )
@@ -56,8 +57,7 @@ class Case:
     @property
     def name(self) -> str:
         """Folder name."""
-        target = self.target.translate(str.maketrans(":=", "--"))
-        return "_".join([self.method, target, *(option.strip("-") for option in self.options)])
+        return folder_name(self.method, self.target, self.options)
 
 
 CASES = [
@@ -65,6 +65,7 @@ CASES = [
     Case("wanda"),
     Case("wanda", "0.5"),
     Case("sparsegpt"),
+    Case("wanda", "2:4,dense=25%"),
     Case("sparsegpt", "2:4", ("--true-sequential",)),
 ]
 REMOVED = Case("reap", "num_moe_experts=4")
@@ -77,7 +78,7 @@ GROUPED = Case("reap", "num_moe_experts=8")
 DEPTH = Case("shortgpt", "num_layers=3")
 CONTROL = Case("layout_dependent")
 ALL = (*CASES, REMOVED, MERGED, NARROWED, SHARED, LATENT, GROUPED, DEPTH, CONTROL)
-FEW = (CASES[1], CASES[-1], REMOVED, MERGED, NARROWED, GROUPED, CONTROL)
+FEW = (CASES[1], *CASES[-2:], REMOVED, MERGED, NARROWED, GROUPED, CONTROL)
 """On four processes, which take long on few cores."""
 TRAINED = {
     "learned": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--temperature-end", "2"]
@@ -87,6 +88,9 @@ TRAINED = {
     "masks_and_weights": ["prune", "--method", "maskllm", "--target", "2:4", "--mask-draw", "step", "--train-weights"]
     + ["--temperature-end", "2", "--prior", "magnitude", "--use-distributed-optimizer", "--masked-decay", "100"]
     + ["--weight-clip", "0.5", "--weight-eps", "1e-6"],
+    "beside_dense": ["prune", "--method", "maskllm", "--mask-draw", "step", "--temperature-end", "2", "--target"]
+    + ["2:4,dense=layers.0.mlp.experts.*.up_proj+layers.2.mlp.experts.1.+v_proj+layers.1.self_attn.o_proj"]
+    + ["--prior", "magnitude"],
     "recovered": ["train", "--use-distributed-optimizer", "--moe-aux-loss-coeff", "0.1"],
     "adapted": ["train", "--lora-rank", "4"],
 }
@@ -94,6 +98,7 @@ TRAINED |= {f"latent_{name}": TRAINED[name] for name in ("learned", "recovered",
 """The same of a model with latent attention."""
 TRAINING = [
     *((name, EP2) for name in TRAINED),
+    ("beside_dense", EP2_PP2),
     *((name, EP2_TP2_SP) for name in ("learned", "taught", "recovered", "adapted")),
     ("recovered", TP2_SP_ETP1),
     ("learned", ETP2),
@@ -106,6 +111,7 @@ RESUMED = [
     ("masks_and_weights", EP2, ONE),
     ("recovered", EP2, ONE),
     ("masks_and_weights", ONE, EP2_TP2_SP),
+    ("beside_dense", EP2, ONE),
     ("recovered", EP2_ETP2_SP, EP4),
 ]
 """What is gone on with in another layout than it was saved in."""

@@ -20,6 +20,7 @@ from tests.distributed.launch import (
     TP2_SP,
     TP3,
     Layout,
+    folder_name,
     launch,
     must_pass,
 )
@@ -40,8 +41,7 @@ class Case:
     @property
     def name(self) -> str:
         """Folder name."""
-        target = self.target.translate(str.maketrans(":,=", "---"))
-        return "_".join([self.method, target, *(o.strip("-") for o in self.options)])
+        return folder_name(self.method, self.target, self.options)
 
 
 CASES = [
@@ -57,6 +57,7 @@ CASES = [
     Case("sparsegpt", "2:4", ("--true-sequential",)),
     Case("sparsegpt", "2:4", ("--descent-passes=3",)),
     Case("sparsegpt", "2:4,dense=up_proj+layers.0.mlp"),
+    Case("sparsegpt", "2:4,dense=25%"),
     Case("wanda", "2:4@0.75,tile=24xall"),
     Case("wanda", "0.5,spread=0.1"),
     Case("sparsegpt", "2:4@0.6,tile=16x16"),
@@ -95,7 +96,7 @@ MODELS = {
 }
 FAMILIES = {"qwen2": TP2_SP, "gpt2": TP2_PP2_SP}
 """Other families, with biases, tied embeddings and learned positions, and the layout each is compared in."""
-FAMILY_CASES = [Case("magnitude", "2:4"), Case("wanda", "2:4"), Case("sparsegpt", "2:4")]
+FAMILY_CASES = [Case("magnitude", "2:4"), Case("wanda", "2:4"), Case("sparsegpt", "2:4,dense=25%")]
 STEPS = 10
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from megatron_prune.decision.masks import Masks
 from tests.distributed.launch import ONE, Layout, launch, must_pass
 from tests.models import byte_tokenizer, tiny_llama, words
-from tests.runs import curve
+from tests.runs import curve, reopened
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 DISTRIBUTED = "--use-distributed-optimizer"
@@ -18,16 +18,21 @@ RECOMPUTE = "--recompute"
 OVERLAPPED = "--overlap-grad-reduce"
 WEIGHTS = "--train-weights"
 ONE_DRAW = "--mask-draw=step"
-TAUGHT, JOINT = "taught", "joint"
+TAUGHT, JOINT, TILES, DENSE = "taught", "joint", "tiles", "dense"
 MEANT = {
     TAUGHT: "--teacher ROOT/dense --lm-weight 0.5 --hidden-weight 1 --distillation-temperature 2",
     JOINT: "--train-weights --train-norms --weight-lr-multiplier 0.5 --weight-eps 1e-6 --weight-clip 0.5 "
     "--weight-gradient dense --masked-decay 200 --decay-warmup 0.5 --teacher ROOT/dense",
+    TILES: "--target 2:4@0.6,tile=24x24",
+    DENSE: "--target 2:4,dense=v_proj+layers.0.+layers.1.+layers.2.mlp.up_proj+layers.3.self_attn.o_proj "
+    "--save-interval 2 --keep-checkpoints 9",
 }
-"""Options by a name for them: masks that the dense model teaches, and weights that train with them."""
-KINDS = (WEIGHTS, ONE_DRAW, TAUGHT, JOINT)
+"""Options by a name for them: masks that the dense model teaches, weights that train with them, tiles that may stay
+dense, of which some lie on several processes, and weights that do, of which the first half of a pipeline has no other.
+"""
+KINDS = (WEIGHTS, ONE_DRAW, TAUGHT, JOINT, TILES, DENSE)
 """Options with which a run is another one, in any layout."""
-STEPS = 5
+STEPS, SAVED = 5, 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,19 @@ CASES = [
     Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (JOINT,)),
     Case(Layout("pp2", 2, pipeline=2), (JOINT,)),
     Case(Layout("dp2", 2), (JOINT, DISTRIBUTED)),
+    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (TILES, RECOMPUTE)),
+    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2), (TILES,)),
+    Case(Layout("cp2", 2, context=2), (TILES,)),
+    Case(Layout("dp2", 2), (TILES, DISTRIBUTED)),
+    Case(Layout("dp2", 2), (TILES, ONE_DRAW, OVERLAPPED)),
+    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (DENSE, WEIGHTS)),
+    Case(Layout("pp2", 2, pipeline=2), (DENSE,)),
+    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2), (DENSE, RECOMPUTE)),
+    Case(Layout("dp2", 2), (DENSE, DISTRIBUTED)),
+    Case(Layout("dp2", 2), (DENSE, ONE_DRAW, OVERLAPPED)),
+    Case(Layout("pp2dp2", 4, pipeline=2), (DENSE, DISTRIBUTED)),
     Case(Layout("tp2dp2sp", 4, tensor=2, sequence_parallel=True), (JOINT, DISTRIBUTED)),
+    Case(Layout("tp2pp2", 4, tensor=2, pipeline=2), (TILES, WEIGHTS)),
     Case(Layout("pp4", 4, pipeline=4)),
     Case(Layout("tp2pp2vpp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True, virtual=2), (WEIGHTS,)),
     Case(Layout("tp2cp2sp", 4, tensor=2, context=2, sequence_parallel=True), (RECOMPUTE,)),
@@ -74,6 +91,13 @@ CASES = [
     Case(Layout("pp2dp2", 4, pipeline=2), (DISTRIBUTED, RECOMPUTE)),
     Case(Layout("tp2dp2sp", 4, tensor=2, sequence_parallel=True), (WEIGHTS, DISTRIBUTED)),
 ]
+
+
+RESUMED = [
+    (Case(Layout("pp2dp2", 4, pipeline=2), (DENSE, DISTRIBUTED)), Layout("tp2sp", 2, tensor=2, sequence_parallel=True)),
+    (Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (DENSE, WEIGHTS)), Layout("pp2", 2, pipeline=2)),
+]
+"""Runs in which layers have not all the same parameters, and the layout in which they go on."""
 
 
 def command(root: Path, case: Case) -> list[str]:
@@ -94,7 +118,8 @@ def command(root: Path, case: Case) -> list[str]:
     }
     words_of_options = [word for pair in options.items() for word in pair]
     more = [word for each in case.options for word in MEANT.get(each, each).replace("ROOT", str(root)).split()]
-    return [*"prune --method maskllm --target 2:4".split(), *words_of_options, *case.layout.flags(), *more]
+    target = [] if {TILES, DENSE} & {*case.options} else ["--target", "2:4"]
+    return [*"prune --method maskllm".split(), *target, *words_of_options, *case.layout.flags(), *more]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +135,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for processes in (2, 4):
         cases = [case for case in CASES if case.layout.processes == processes]
         must_pass(launch(processes, [command(root, case) for case in cases], root / "commands"))
+    must_pass(launch(2, [resume_command(root, *each) for each in RESUMED], root / "commands"))
     return root
+
+
+def resume_command(root: Path, case: Case, layout: Layout) -> list[str]:
+    """A run of one layout that goes on, from a checkpoint before its end, in another."""
+    copy = reopened(root / case.name, root / f"{case.name}_resumed", SAVED)
+    found = command(root, replace(case, layout=layout))
+    found[found.index("--output") + 1] = str(copy)
+    return [word for word in found if word != DISTRIBUTED] + ["--resume"]
+
+
+@pytest.mark.parametrize(("case", "layout"), RESUMED, ids=lambda each: each.name)
+def test_layers_that_differ_go_on_in_another_layout(root: Path, case: Case, layout: Layout) -> None:
+    resumed = root / f"{case.name}_resumed"
+    times = curve(resumed, "tokens_per_s"), curve(root / case.name, "tokens_per_s")
+    assert times[0][:SAVED] == times[1][:SAVED] and times[0][SAVED:] != times[1][SAVED:]
+    for key in ("loss", "grad_norm", "max_probability/linear_fc2"):
+        found, expected = curve(resumed, key), curve(root / case.reference.name, key)
+        assert len(found) == STEPS and found == pytest.approx(expected, abs=1e-4, rel=1e-4), key
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -143,6 +187,14 @@ def test_masks_are_those_of_one_process(root: Path, case: Case) -> None:
     assert differing <= 1e-3 * sum(expected.get(name).numel() for name in expected.names())
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if TILES in case.options], ids=lambda case: case.name)
+def test_dense_tiles_are_those_of_one_process(root: Path, case: Case) -> None:
+    for key in ("tile_probability", "tiles_moved_fraction"):
+        found, expected = curve(root / case.name, key), curve(root / case.reference.name, key)
+        assert len(found) == STEPS and found == pytest.approx(expected, abs=1e-4), key
+    assert curve(root / case.reference.name, "tiles_moved_fraction")[-1] > 0.05
+
+
 def test_training_moves_what_is_compared(root: Path) -> None:
     """Negative control: the tolerances above are far below what five steps and trained weights change."""
     masks, weights = Case(ONE), Case(ONE, (WEIGHTS,))
@@ -152,5 +204,10 @@ def test_training_moves_what_is_compared(root: Path) -> None:
     assert abs(curve(root / taught.name, "lm_loss")[-1] - curve(root / masks.name, "loss")[-1]) > 1e-4
     assert abs(curve(root / taught.name, "grad_norm")[-1] - curve(root / masks.name, "grad_norm")[-1]) > 1e-2
     assert abs(curve(root / joint.name, "eval_loss")[1] - curve(root / weights.name, "eval_loss")[1]) > 1e-3
+    dense = Case(ONE, (DENSE,))
+    assert abs(curve(root / dense.name, "loss")[-1] - curve(root / masks.name, "loss")[-1]) > 1e-3
+    assert abs(curve(root / dense.name, "eval_loss")[-1] - curve(root / masks.name, "eval_loss")[-1]) > 1e-3
+    sharp = curve(root / dense.name, "max_probability/linear_fc2")
+    assert abs(sharp[-1] - sharp[0]) > 1e-3
     fading = curve(root / joint.name, "removed_squares_fraction")
     assert fading[0] - fading[-1] > 5e-3

@@ -13,10 +13,10 @@ import torch
 from megatron_prune.__main__ import main
 from megatron_prune.decision.masks import Masks
 from megatron_prune.log import read_metrics
-from tests.models import stories260k
+from tests.models import C4_SAMPLE as C4
+from tests.models import c4_sample, stories260k
 
 pytestmark = pytest.mark.slow
-C4 = Path(__file__).resolve().parents[3] / "shared" / "data" / "c4" / "c4_en_sample.jsonl"
 
 
 def verb(*words: object) -> None:
@@ -27,8 +27,7 @@ def verb(*words: object) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every stage of the road, once."""
-    if not C4.is_file():
-        pytest.skip("the C4 sample is not beside the repository (../shared/data/c4/c4_en_sample.jsonl)")
+    c4_sample()
     root = tmp_path_factory.mktemp("road")
     documents = [json.loads(line)["text"] for line in C4.read_text().splitlines()]
     (root / "held_out.txt").write_text("\n\n".join(documents[1624:1680]))

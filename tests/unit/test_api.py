@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatron_prune as mp
 from megatron_prune.api import NAMES, _words, function
 from megatron_prune.verbs import VERBS
+from tests.chats import VOCABULARY, chat_model, conversations, write_chats
 from tests.models import DENSE, TINY_SIZES, byte_tokenizer, tiny_model, words
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +162,52 @@ def test_a_model_in_memory_is_pruned_as_by_the_commands(
     with torch.no_grad():
         assert pruned(ids).logits.equal(expected(ids).logits)
         assert not pruned(ids).logits.equal(model(ids).logits)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_conversations_calibrate_as_by_the_command(tmp_path: Path, named: bool) -> None:
+    """The same rows, the same logits; the tokenizer that was given stays as it was."""
+    hf, chats = chat_model(tmp_path / "hf"), conversations()
+    rows = write_chats(tmp_path / "chats.jsonl")
+    sizes: dict[str, Any] = {"calibration_samples": SAMPLES, "calibration_seq_length": LENGTH}
+    mp.prune(hf, tmp_path / "run", method="wanda", target="2:4", calibration=[rows], apply_chat_template=True, **sizes)
+    mp.trim(tmp_path / "run", tmp_path / "small")
+    mp.export(tmp_path / "small", tmp_path / "out")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32), AutoTokenizer.from_pretrained(hf)
+    if named:
+        tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "none"}
+    given = Dataset.from_list([{"messages": messages} for messages in chats])["messages"] if named else chats
+    pruned = mp.prune_model(model, tokenizer, method="wanda", target="2:4", messages=given, **sizes)
+    ids = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCABULARY
+    with torch.no_grad():
+        assert pruned(ids).logits.equal(expected(ids).logits)
+    assert not hasattr(tokenizer, "conversations")
+
+
+CHATS = [[{"role": "user", "content": "Hi"}]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"messages": CHATS, "texts": ["Hi"]}, "texts and messages were given; allowed: one of them"),
+        ({"messages": CHATS[0]}, "looks at text; give tokenizer= .* or messages="),
+        ({"messages": 3}, "looks at text; give tokenizer= .* or messages="),
+        ({"messages": [*CHATS, ["Hi"]]}, r"messages\[1\]: no message but 'Hi'"),
+        ({"messages": [[{"role": "pirate", "content": "Arr"}]]}, "begins 'Arr': the chat template of .*no pirate"),
+        ({"messages": CHATS, "template": None}, "the tokenizer has no chat template"),
+        ({"messages": CHATS, "template": "{% for x"}, r"the chat template is no jinja .*; give texts="),
+    ],
+)
+def test_conversations_that_are_none_are_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    given = dict(given)
+    hf = chat_model(tmp_path / "hf")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(hf), AutoTokenizer.from_pretrained(hf)
+    if "template" in given:
+        tokenizer.chat_template = given.pop("template")
+    with pytest.raises(mp.UserError, match=message):
+        mp.prune_model(model, tokenizer, method="wanda", target="2:4", calibration_seq_length=8, **given)
 
 
 EXPERTS = sorted(TINY_SIZES.keys() - set(DENSE))

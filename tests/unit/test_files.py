@@ -53,6 +53,7 @@ COMMANDS = {
     "restartable": [*LEARNED, *STEPS, "--restartable"],
     "train": ["train", "--input", "ROOT/run", "--data", "ROOT/words.jsonl", *STEPS],
     "fsdp": ["train", "--engine", "fsdp", "--input", "ROOT/hf", "--data", "ROOT/words.jsonl", *STEPS],
+    "permute": ["permute", "--input", "ROOT/model", "--calibration", "ROOT/words.jsonl", *CALIBRATION[2:]],
     "trim": ["trim", "--input", "ROOT/run"],
     "export": ["export", "--input", "ROOT/sparse"],
     "fms": ["export", "--format", "fms", "--input", "ROOT/sparse"],

@@ -81,6 +81,18 @@ def test_bar_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [record["step"] for record in steps(tmp_path)] == [2, 2]
 
 
+@pytest.mark.parametrize(("total", "end"), [(3, "gone, -:--:-- left"), (None, "0/? layers passed 0:00:00 gone")])
+def test_a_bar_says_what_is_left_where_that_is_known(
+    total: int | None, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100, color_system=None, highlight=False)
+    monkeypatch.setattr(log, "console", lambda: terminal)
+    with log.progress("a search", total, "layers passed"):
+        pass
+    assert end in screen.getvalue() and ("left" in screen.getvalue()) == (total is not None)
+
+
 def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
     log.console.cache_clear()
     with log.progress("wanda 2:4", 3, "layers") as advance:

@@ -124,18 +124,29 @@ def test_experts_are_spread_and_their_exchanges_counted(tmp_path: Path) -> None:
 
 
 def test_the_verb_prints_a_command_that_starts_the_first(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", str(model), "--method", "maskllm", "--target", "2:4", "--gpus", "64", "--gpu-memory", "80"]
+    """With a method and a pattern, which `plan` need not be given; and what it says of windows it says once."""
+    (model / "config.json").write_text(json.dumps(LLAMA_7B | {"max_position_embeddings": 1024}))
+    words = ["plan", str(model), "--gpus", "64", "--gpu-memory", "80"]
     words += ["--output", str(model / "plan.json"), "--prior-strength", "2", "--prior", "sparsegpt"]
     assert main(words) == 0
-    started = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    told = capsys.readouterr()
+    assert (told.out + told.err).count("windows of 1024 tokens, which is what the model reads") == 1
+    started = shlex.split(told.out.splitlines()[-1])
     assert started[:5] == ["torchrun", "--nnodes", "8", "--rdzv-backend", "c10d"]
     config = parse(PruneConfig, started[started.index("prune") + 1 :], "prune")
     first = json.loads((model / "plan.json").read_text())["layouts"][0]
     assert config.parallelism.tensor_model_parallel_size == first["tensor"]
     assert config.parallelism.pipeline_model_parallel_size == first["pipeline"]
     assert config.training.recompute == first["recompute"]
+    assert (config.method, config.target, config.training.seq_length) == ("maskllm", "2:4", 1024)
     assert config.method_options == {"prior_strength": 2.0} and config.prior == "sparsegpt"
     assert first["bytes"] < 0.9 * 80e9
+
+
+def test_memory_is_said_without_a_method(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(model), "--processes", "8", "--tensor-model-parallel-size", "8"]) == 0
+    told = capsys.readouterr().out
+    assert "GiB on each process, without what CUDA itself takes:" in told and "total" in told
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_training_exports_too(root: Path, tmp_path: Path, capsys: pytest.Capture
         assert "pattern 2:4: holds" in said(["verify", str(form)], capsys)
 
 
+def test_a_run_that_made_a_model_smaller_trains_as_its_checkpoint(root: Path, tmp_path: Path) -> None:
+    """Recomputed, too; and without a word of libraries that means nothing to the user."""
+    assert main(["trim", str(root / "small"), str(tmp_path / "ck")]) == 0
+    words = ["--data", str(root / "words.jsonl"), *STEPS, "--recompute", "--use-distributed-optimizer"]
+    assert main(["train", str(tmp_path / "ck"), str(tmp_path / "a"), *words]) == 0
+    command = [sys.executable, "-m", "megatron_prune", "train", str(root / "small"), str(tmp_path / "b"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment())
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    for run in ("a", "b"):
+        assert main(["export", str(tmp_path / run), str(tmp_path / f"{run}_hf")]) == 0
+    one, other = (load_file(tmp_path / run / "model.safetensors") for run in ("a_hf", "b_hf"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert json.loads((tmp_path / "b_hf" / "config.json").read_text())["intermediate_size"] == 48
+
+
 def test_verbs_take_runs(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same numbers for a run and for its export, of either kind."""
     held_out = ["--text", str(root / "text.txt"), "--window", "16", "--windows", "4"]
@@ -175,3 +191,12 @@ def test_one_command_on_two_processes(root: Path, tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith("verified")
     one, two = (load_file(folder / "out" / "model.safetensors") for folder in (root, tmp_path))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_model_in_a_deep_folder(root: Path, tmp_path: Path) -> None:
+    """Its run names it, however long its name is."""
+    deep = tmp_path.joinpath(*["d" * 200] * 6)
+    deep.parent.mkdir(parents=True)
+    shutil.copytree(root / "hf", deep)
+    assert main(["prune", str(deep), str(tmp_path / "run"), "--method", "magnitude", "--target", "2:4"]) == 0
+    assert main(["verify", str(tmp_path / "run")]) == 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from pyarrow import parquet
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_prune.__main__ import main
-from megatron_prune.data import rendering
+from megatron_prune.data import preprocess, rendering
 from megatron_prune.data.calibration import windows
 from megatron_prune.data.chat import Conversations, read_template
 from megatron_prune.data.dataset import TokenWindows, _cache_key, evaluation_windows
@@ -171,6 +173,29 @@ def test_preprocess_writes_conversations_and_counts_what_is_none(hf: Path, tmp_p
     assert "a.jsonl:5:" in about["listed_bad_lines"][1] and "no pirate" in about["listed_bad_lines"][1]
 
 
+def test_rows_of_parquet_that_hold_nothing_are_bad_lines(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A conversation may stand in the older column, as in lines of JSON, where the newer one holds nothing."""
+    chats = conversations(5)
+    newer = [chats[0], None, [], [None], [{"role": "user", "content": None}], None, chats[2]]
+    older = [None] * 5 + [shared_gpt(chats[1])["conversations"], None]
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"messages": newer, "conversations": older}), file)
+    prepared(hf, file, tmp_path / "p")
+    found = IndexedDataset(str(tmp_path / "p"))
+    assert [found[number].tolist() for number in range(len(found))] == theirs(hf, chats[:3])
+    listed = json.loads((tmp_path / "p.json").read_text())["listed_bad_lines"]
+    wanted = ("no conversation under", "no list of", "no message but None", "content is no text")
+    for number, (line, message) in enumerate(zip(listed, wanted, strict=True), start=2):
+        assert f"a.parquet:{number}: " in line and message in line
+    told = capsys.readouterr()
+    assert "4 bad lines left out" in told.out and "Traceback" not in told.err
+    parquet.write_table(pyarrow.table({"messages": pyarrow.nulls(3)}), file)
+    asked = f"preprocess --input {file} --output {tmp_path / 'q'} --tokenizer {hf} --apply-chat-template"
+    refused_in_a_line(asked, "--input: no document found", capsys)
+
+
 def test_a_perplexity_of_conversations(hf: Path, chats: Path, tmp_path: Path) -> None:
     result = tmp_path / "p.json"
     asked = ["evaluate", str(hf), "--text", str(chats), "--window", "64", "--windows", "0", "--output", str(result)]
@@ -237,6 +262,68 @@ def test_a_template_that_is_no_good_is_one_line(
     chat_model(tmp_path / "hf", template)
     asked = "--method wanda --target 2:4 --calibration chats.jsonl --calibration-seq-length 32 --apply-chat-template"
     refused_in_a_line(f"prune hf x {asked}", message, capsys)
+
+
+TOO_MUCH = {
+    "time": (ROUNDS, "the chat template of HF takes more than 0.5 seconds for a conversation"),
+    "memory": ("{{ 'x' * 10 ** 10 }}", "the chat template of HF takes more than 1073741824 bytes for a conversation"),
+    "size": ("{{ 'ab' * 3000 }}", "the chat template of HF makes more than 5000 characters of a conversation"),
+    "crash": ("{{ crash() }}", "the chat template of HF ended the process that renders it by SIGSEGV"),
+    "room": ("{{ room() }}", "the chat template of HF takes more than 1073741824 bytes for a conversation"),
+}
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renderer that waits half a second and takes short texts, whose process breaks where a template says so."""
+    answer = rendering._answer
+
+    def faulty(tokenizer: Any, template: str, messages: Any, *more: bool) -> dict[str, str]:
+        if messages[0]["content"] == "too much" and "crash" in template:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if messages[0]["content"] == "too much" and "room" in template:
+            raise MemoryError
+        return answer(tokenizer, template, messages, *more)
+
+    monkeypatch.setattr(rendering, "_answer", faulty)
+    monkeypatch.setattr(rendering, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(rendering, "MOST_TEXT", 5000)
+
+
+@pytest.mark.parametrize("kind", TOO_MUCH)
+def test_a_conversation_over_a_limit_is_a_bad_line(
+    kind: str, hasty: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    action, message = TOO_MUCH[kind]
+    template = f"{{% if messages[0].content == 'too much' %}}{action}{{% endif %}}{{{{ messages[0].content }}}}"
+    hf = chat_model(tmp_path / "hf", template)
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("one", "too much", "two", "too much")]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    prepared(hf, file, tmp_path / "p")
+    about = json.loads((tmp_path / "p.json").read_text())
+    told = message.replace("HF", str(hf))
+    assert (about["documents"], about["bad_lines"]) == (2, 2)
+    assert about["listed_bad_lines"] == [f"{file}:{number}: {told}" for number in (2, 4)]
+    capsys.readouterr()
+    asked = f"prune {hf} {tmp_path / 'x'} --method wanda --target 2:4 --calibration {file} --apply-chat-template"
+    wanted = f"the conversation that begins 'too much': {told}; leave that row out"
+    refused_in_a_line(f"{asked} --calibration-samples 1 --calibration-seq-length 8", wanted, capsys)
+    asked = f"preprocess --input {file} --output {tmp_path / 'q'} --tokenizer {hf} --workers 1 --strict"
+    refused_in_a_line(f"{asked} --apply-chat-template", f"{file}:2: {told}", capsys)
+
+
+def test_a_template_to_which_every_conversation_is_too_much_is_blamed_soon(
+    hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preprocess, "MOST_OVER", 3)
+    template = f"{{% if messages[0].content == 'too much' %}}{ROUNDS}{{% endif %}}x"
+    hf = chat_model(tmp_path / "hf", template)
+    rows = [{"messages": [{"role": "user", "content": "too much"}]}] * 99
+    file = write_rows(tmp_path / "a.jsonl", [{"text": "none"}, *rows])
+    asked = f"preprocess --input {file} --output {tmp_path / 'p'} --tokenizer {hf} --workers 1 --apply-chat-template"
+    refused_in_a_line(asked, "a.jsonl:4: the chat template of", capsys)
+    file = write_rows(tmp_path / "a.jsonl", rows[:2])
+    refused_in_a_line(asked, "--input: no document found", capsys)
 
 
 @pytest.mark.parametrize(

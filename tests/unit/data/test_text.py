@@ -53,9 +53,14 @@ def test_zstandard_and_parquet(tmp_path: Path) -> None:
     packed = (tmp_path / "a.jsonl.zst").read_bytes()
     (tmp_path / "cut.jsonl.zst").write_bytes(packed[: len(packed) // 2])
     parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "holes.parquet")
+    parquet.write_table(pyarrow.table({"text": pyarrow.nulls(2)}), tmp_path / "nothing.parquet")
+    latin = pyarrow.array([b"x", b"\xe9"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": latin}), tmp_path / "latin.parquet")
     for name, part in (
         ("cut.jsonl.zst", "damaged zstandard"),
         ("holes.parquet", "holes.parquet:2: no text under the key 'text'"),
+        ("nothing.parquet", "nothing.parquet:1: no text under the key 'text'"),
+        ("latin.parquet", "latin.parquet:2: values that cannot be read .* expected text in UTF-8"),
         ("a.parquet", "no column 'none'; its columns are 'text', 'body'"),
     ):
         with pytest.raises(UserError, match=part):

@@ -44,8 +44,8 @@ def test_the_recipe_is_a_configuration() -> None:
 
 WITHOUT_A_FLAG = {"train_weights": False, "logits_dtype": "float32", "mask_draw": "step", "recipe": "paper"}
 WITHOUT_A_FLAG |= {"train_norms": False, "weight_lr_multiplier": 1.0, "weight_eps": 0.0, "weight_clip": 0.0}
-WITHOUT_A_FLAG |= {"weight_gradient": "masked", "masked_decay": 0.0, "decay_warmup": 0.5}
-"""Options of `maskllm`, and what `learn` always does: weights stay frozen."""
+WITHOUT_A_FLAG |= {"weight_gradient": "masked", "masked_decay": 0.0, "decay_warmup": 0.5, "tile_lr_multiplier": 4.0}
+"""Options of `maskllm`, and what `learn` always does: weights stay frozen, and none of their tiles dense."""
 DIFFERENT = {"mask_draw": "step"}
 """Where that is not the default of `maskllm`: XLA sees the batch of a step whole, so that one draw serves it."""
 

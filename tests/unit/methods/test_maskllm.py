@@ -105,7 +105,9 @@ def test_options_out_of_range_are_refused(option: str) -> None:
         get_method("maskllm", **{option: 0})
 
 
-@pytest.mark.parametrize("option", ["weight_regularization", "weight_eps", "weight_clip", "masked_decay"])
+@pytest.mark.parametrize(
+    "option", ["tile_lr_multiplier", "weight_regularization", "weight_eps", "weight_clip", "masked_decay"]
+)
 def test_options_below_zero_are_refused(option: str) -> None:
     assert getattr(MaskLLM(**{option: 0.0}), option) == 0
     with pytest.raises(UserError, match=f"{option} -1.0 was given; allowed: 0 or more"):
@@ -122,29 +124,30 @@ def test_unstructured_targets_are_refused() -> None:
 
 
 def test_what_is_asked_for_reaches_the_training_session() -> None:
-    """Options that are named here, and the mask that is kept: of each group the likeliest pattern."""
+    """Options that are named here; tiles learn where the target leaves a share dense."""
     runner = Mock(microbatches=4)
-    runner.keep.side_effect = lambda decide: decide(torch.tensor([[[0.0, 3.0, 1.0, 0.0, 0.0, 0.0]]]))
     work: Any = SimpleNamespace(learn=lambda: runner, model=SimpleNamespace(layout=Layout()))
     target = NM(2, 4)
     weights: dict[str, Any] = dict(weight_lr_multiplier=0.3, weight_eps=1e-7, weight_clip=0.5, train_norms=True)
     weights |= dict(masked_decay=9.0, decay_warmup=0.4, weight_gradient="dense")
     asked: dict[str, Any] = dict(hard=True, mask_draw="step", logits_dtype="bfloat16", lr_multiplier=7.0)
     method = MaskLLM(train_weights=True, **asked, **weights)
-    kept: Any = method.decide(work, target)
+    assert method.decide(work, target) is runner.keep.return_value
     training = WeightTraining(lr_factor=0.3, eps=1e-7, clip=0.5, decay=9.0, decay_warmup=0.4, norms=True)
     draw = {"hard": True, "straight": True, "per_step": True, "logits_dtype": torch.bfloat16}
-    runner.learn_masks.assert_called_once_with(2, 4, training, **draw)
-    assert torch.equal(kept, patterns(2, 4)[1][None].bool())
-    start, std = runner.start_logits.call_args.args
+    runner.learn_masks.assert_called_once_with(target, training, **draw)
+    start, std, half_step = runner.start_logits.call_args.args
     mask = torch.tensor([[False, True, True, False]])
-    assert std == 0.01 and torch.equal(start(mask), prior_logits(mask, 2, 4, 3.0, 0.01))
+    assert std == 0.01 and half_step == 0.015 and torch.equal(start(mask), prior_logits(mask, 2, 4, 3.0, 0.01))
     assert runner.optimize.call_args.kwargs["multipliers"] == {"*mask_logits": 7.0}
     moved = runner.optimize.call_args.kwargs["on_step"](0, 10)
     assert moved["weight_regularization"] == 1e-5 and runner.learn_masks.return_value.regularization == 1e-5 / 4
     MaskLLM().decide(work, target)
     plain = {"hard": False, "straight": False, "per_step": False, "logits_dtype": torch.float32}
-    runner.learn_masks.assert_called_with(2, 4, None, **plain)
+    runner.learn_masks.assert_called_with(target, None, **plain)
+    assert not runner.learn_tiles.called
+    MaskLLM(tile_lr_multiplier=2.5).decide(work, NM(2, 4, (), 0.75))
+    runner.learn_tiles.assert_called_once_with(NM(2, 4, (), 0.75), 2.5)
 
 
 def test_experts_that_meet_several_micro_batches_take_one_draw() -> None:
@@ -163,6 +166,7 @@ def test_experts_that_meet_several_micro_batches_take_one_draw() -> None:
 
 def test_what_the_start_does_not_need_is_idle() -> None:
     settings = {"prior": None, "initial_logits": None, "calibration": ("a.txt",), "calibration_seed": 0}
+    settings["target"] = "2:4@0.75"
     text = {entry.key for entry in entries(Calibration)}
     assert {"calibration", "calibration_seed", "calibration_samples"} <= text
 
@@ -177,3 +181,4 @@ def test_what_the_start_does_not_need_is_idle() -> None:
     assert idle(initial_logits="run") == {"prior_strength", "std"} | text
     assert idle(prior="run") == idle(prior="magnitude") == text
     assert idle(prior="sparsegpt") == frozen
+    assert idle(prior="sparsegpt", target="2:4") == frozen | {"tile_lr_multiplier"}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_prune.__main__ import main
 from megatron_prune.decision.masks import Masks
+from megatron_prune.decision.target import NM
 from megatron_prune.kernels.gumbel import decode
 from megatron_prune.log import MetricsLog
 from megatron_prune.model.checkpoint import load_model
@@ -72,7 +73,7 @@ class Steps:
         self.training = Training(**{**vars(self.training), "clip_grad": CLIP, "adam_eps": EPS})
         model = load_model(root / "float32", backend.Layout())
         self.runner = LearningRunner(model, self.training, Words(), folder, writer=lambda: None, log=MetricsLog(folder))
-        self.draw = self.runner.learn_masks(2, 4, weights)
+        self.draw = self.runner.learn_masks(NM(2, 4), weights)
         for linear in model.linears():
             with torch.no_grad():
                 linear.module.mask_logits.normal_(generator=torch.Generator().manual_seed(linear.tensor_id))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_prune.training import losses
 from megatron_prune.training.losses import AddLoss, divergence, hidden_distance, next_token
 from megatron_prune.training.weighting import teacher_layer
 
@@ -16,8 +17,12 @@ def logits(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return (4 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
+@pytest.mark.parametrize("at_once", [1, 4 * 37, 2**20], ids=["a token", "4 tokens of 10", "all"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_divergence_and_its_gradient_are_those_of_kl_div(temperature: float) -> None:
+def test_divergence_and_its_gradient_are_those_of_kl_div(
+    temperature: float, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(losses.AT_ONCE, "cpu", at_once)
     student, teacher = logits(2, 5, 37).requires_grad_(), logits(2, 5, 37, seed=1)
     found = divergence(student, teacher, temperature)
     (gradient,) = torch.autograd.grad(found.mean(), student)

@@ -308,12 +308,12 @@ def test_an_unfinished_run_is_no_model(root: Path, capsys: pytest.CaptureFixture
     assert "finish it with train --resume" in capsys.readouterr().err
 
 
-def test_a_structured_run_is_trimmed_first(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_structured_run_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(root / "pruned", root / "structured")
     about = json.loads((run / "run.json").read_text())
     (run / "decision" / "trim.json").write_text(json.dumps({key: about[key] for key in ("method", "target")}))
     assert main(train(root, "structured", "x")) == 2
-    assert "give the checkpoint that trim writes from it" in capsys.readouterr().err
+    assert "trim.json has format None; this version reads format 1" in capsys.readouterr().err
 
 
 def test_a_trained_run_has_no_masks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
