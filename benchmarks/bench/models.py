@@ -9,6 +9,7 @@ import megatron_prune.backend as backend  # isort: skip  (before megatron.core)
 import torch
 from torch import Tensor
 
+from megatron_prune.decision.target import NM
 from megatron_prune.log import MetricsLog
 from megatron_prune.model.prunable import PrunableModel
 from megatron_prune.option_groups import Training
@@ -73,7 +74,7 @@ class MaskLearning:
         training = Training(micro_batch_size=windows, global_batch_size=windows, seq_length=length)
         log = MetricsLog(folder)
         self.runner = LearningRunner(model, training, self.tokens, folder, writer=lambda: None, log=log)  # type: ignore[arg-type]
-        self.draw = self.runner.learn_masks(*nm, hard=False, **draw)
+        self.draw = self.runner.learn_masks(NM(*nm), hard=False, **draw)
         self.runner.start_logits(lambda mask: mask, std=0.01)
         self.trainer = Trainer(model, training, self.tokens, {"*mask_logits": 1.0})
         self.steps = 0

@@ -95,6 +95,11 @@ class Study:
         """Import the Hugging Face directory as the dense model."""
         return self.verb("import", input=model, output=self.dense, **options)
 
+    def ordered(self) -> tuple[Path, Times]:
+        """The dense model with its channels in order."""
+        path = self.work / "permuted"
+        return path, self.verb("permute", input=self.dense, output=path, **self.texts.c1())
+
     def perplexity(self, checkpoint: Path, result: Path | None = None, text: Path | None = None) -> float:
         """P1 of a checkpoint, or the same windows of another text."""
         result = result or checkpoint.with_name(checkpoint.name + ".p1.json")
