@@ -1,8 +1,9 @@
 """Prunes a model with another tool's public functions, in a process that `benchmarks/peers.py` starts and measures.
 
-It runs under the python that the tool is installed in, so nothing of megatron_prune is imported. The model is loaded as
-bf16, pruned in memory on calibration windows that are already token ids, and then, after time and peak memory have been
-noted in OUTPUT/cost.json, saved as a Hugging Face directory so that its perplexity can be measured.
+It runs under the python that the tool is installed in, so nothing of megatron_prune is imported. The model is loaded
+as bf16 unless told otherwise, pruned in memory on calibration windows that are already token ids, and then, after time
+and peak memory have been noted in OUTPUT/cost.json, saved in bf16 as a Hugging Face directory so that its perplexity
+can be measured.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def wanda(model: Any, tokens: torch.Tensor, method: str, checkout: Path) -> None
     length = tokens.shape[1]
     prune.get_loaders = lambda *_args, **_kwargs: ([(window[None], None) for window in tokens], None)
     model.seqlen, model.hf_device_map = length, {}
-    embeddings = model.model.rotary_emb(torch.zeros(1, dtype=torch.bfloat16), torch.arange(length)[None])
+    embeddings = model.model.rotary_emb(torch.zeros(1, dtype=model.dtype), torch.arange(length)[None])
     for layer in model.model.layers:
         forward = layer.forward
         layer.forward = lambda x, forward=forward, **more: forward(x, **{"position_embeddings": embeddings, **more})
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("method", choices=["magnitude", "wanda", "sparsegpt"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True, help="safetensors with `tokens` [windows, length]")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="while pruning")
     parser.add_argument("--checkout", type=Path, default=Path(), help="of locuslab/wanda")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
@@ -102,13 +104,13 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokens = load_file(given.tokens)["tokens"]
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype)).eval()
     TOOLS[given.tool](model, tokens, given.method, given.checkout)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cost = {"at": time.time(), "cpu_s": usage.ru_utime + usage.ru_stime, "peak_gib": usage.ru_maxrss / 2**20}
     check_pruned(model)
     given.output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(given.output / "model")
+    model.to(torch.bfloat16).save_pretrained(given.output / "model")
     AutoTokenizer.from_pretrained(given.model).save_pretrained(given.output / "model")
     (given.output / "cost.json").write_text(json.dumps(cost))
 

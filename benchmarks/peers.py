@@ -7,8 +7,12 @@
 Ours is `prune`, from the Hugging Face directory and the text to a decision on disk (and the changed weights). Another
 tool gets the same calibration windows (C1, see bench/study.py) as token ids, loads the same directory, prunes it in
 memory (`peer_driver.py`), and its clock stops there; what it saves after that is only for its perplexity, which
-`evaluate` measures for all (P1). Tools without a path given are left out. A long comparison can be made in parts, with
---only; without it the result file is written, with --partial of what is there.
+`evaluate` measures for all (P1). Tools without a path given are left out. With --dtype float32, for processors that
+cannot multiply bfloat16, the others prune in it, and what they made is rounded. A long comparison can be made in parts,
+with --only; without it the result file is written, with --partial of what is there.
+
+With --recovered another table: what each tool's SparseGPT, and the paper's recipe for learned masks in a short run,
+come to after the same recovery, `train` from the dense model's logits; text and judges are those of road.py.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any
 
 from bench.results import HERE, MODEL, SHARED, arguments, commit, option, work, write_result
 from bench.running import Times, kept, run
-from bench.study import Row, Study, folder_name
+from bench.study import C4_TRAINING, LENGTH, SMALL_LENGTH, SMALL_STEPS, Row, Study, folder_name
 
 OURS, WANDA, LLMCOMPRESSOR, MODELOPT = "megatron_prune", "locuslab/wanda", "llm-compressor", "nvidia-modelopt"
 DRIVERS = {WANDA: "wanda", LLMCOMPRESSOR: "llmcompressor", MODELOPT: "modelopt"}
@@ -58,6 +62,12 @@ ENTRIES = [
     *by("SparseGPT, mask only", "sparsegpt", MODELOPT),
 ]
 COLUMNS = ["method", "tool", "perplexity", "wall s", "CPU s", "peak GiB"]
+LEARNED = Entry("learned masks, the paper's recipe, 60 steps of 512 tokens", "maskllm", "2:4")
+BY_SPARSEGPT = [entry for entry in ENTRIES if entry.method == "sparsegpt" and "sequential" not in entry.name]
+MASK_ONLY = next(entry for entry in BY_SPARSEGPT if entry.tool == OURS and entry.options)
+RECOVERY = 80
+"""Steps of training: with the pruning before, about five CPU minutes."""
+RECOVERED_COLUMNS = ["pruned by", "tool", "perplexity", "after recovery", "held-out C4", "CPU min"]
 
 
 class Comparison(Study):
@@ -65,7 +75,7 @@ class Comparison(Study):
 
     def __init__(self, given: argparse.Namespace) -> None:
         super().__init__(given.work, given.shared)
-        self.model, self.checkout = given.model, given.wanda
+        self.model, self.checkout, self.dtype = given.model, given.wanda, given.dtype
         pythons = {
             WANDA: sys.executable if given.wanda else None,
             LLMCOMPRESSOR: given.llmcompressor_python,
@@ -88,15 +98,20 @@ class Comparison(Study):
 
     def ours(self, entry: Entry) -> Times:
         """Of the verb."""
-        calibration = {} if entry.method == "magnitude" else self.texts.c1()
+        more: dict[str, Any] = {} if entry.method == "magnitude" else self.texts.c1()
+        if entry.method == "maskllm":
+            self.cost(MASK_ONLY)
+            batch = {"seq_length": LENGTH, "micro_batch_size": 1, "global_batch_size": 1}
+            start = {"recipe": "paper", "prior": self.work / MASK_ONLY.folder}
+            more = {"data": self.training_text(), "train_iters": 60, **batch, **start}
         what = {"method": entry.method, "target": entry.target, "input": self.model}
-        return self.verb("prune", *entry.options, output=self.work / entry.folder, **what, **calibration)
+        return self.verb("prune", *entry.options, output=self.work / entry.folder, **what, **more)
 
     def theirs(self, entry: Entry) -> Times:
         """Of the other tool, until its model is pruned."""
         output = self.work / entry.folder
         words = [self.pythons[entry.tool], HERE / "peer_driver.py", DRIVERS[entry.tool], entry.method]
-        words += ["--model", self.model, "--tokens", self.tokens(), "--output", output]
+        words += ["--model", self.model, "--tokens", self.tokens(), "--output", output, "--dtype", self.dtype]
         words += ["--checkout", self.checkout] if entry.tool == WANDA else []
         began = time.time()
         run(words)
@@ -109,6 +124,18 @@ class Comparison(Study):
         if record.exists():
             return float(json.loads(record.read_text())["perplexity"])
         return self.perplexity(self.trimmed(run, "_sparse") if entry.tool == OURS else run / "model", record)
+
+    def recovered(self, entry: Entry) -> list[Any]:
+        """One line of the table of recovery."""
+        spent, run = self.cost(entry)["cpu_s"], self.work / entry.folder
+        if entry.method == "maskllm":
+            spent += self.cost(MASK_ONLY)["cpu_s"]
+        pruned, run = run if entry.tool == OURS else run / "model", self.work / f"{entry.folder}_recovered"
+        options = {**SMALL_STEPS, "teacher": self.model, "train_iters": RECOVERY}
+        more = self.verb("train", input=pruned, output=run, data=self.training_text(), **options)
+        model = self.trimmed(run, "_sparse")
+        after = [self.perplexity(model), self.on_held_out(model)]
+        return [entry.name, entry.tool, self.p1(entry), *after, round((spent + more["cpu_s"]) / 60, 1)]
 
     def tokens(self) -> Path:
         """The calibration windows as token ids, for the other tools."""
@@ -147,10 +174,21 @@ def main() -> None:
         option("--wanda", type=Path, help="a checkout of github.com/locuslab/wanda"),
         option("--llmcompressor-python", type=Path, help="python of an environment with llmcompressor"),
         option("--modelopt-python", type=Path, help="python of one with nvidia-modelopt, transformers, requests"),
+        option("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="that other tools prune in"),
         option("--only", nargs="*", help="measure just these folders' costs, without a result file"),
         option("--partial", action="store_true", help="write what has been measured, measure nothing"),
+        option("--recovered", action="store_true", help="the table of recovery instead, and its result file"),
     )
     comparison = Comparison(given)
+    if given.recovered:
+        entries = [entry for entry in [*BY_SPARSEGPT, LEARNED] if entry in comparison.entries() or entry is LEARNED]
+        protocol = (
+            f"2:4 by each tool, calibration C1, then {RECOVERY} steps of {SMALL_LENGTH} tokens, KL from the dense "
+            f"model's logits, zeros kept. Perplexity P1; held-out C4: the documents after the first {C4_TRAINING}."
+        )
+        lines = [comparison.recovered(entry) for entry in entries]
+        write_result("recovered", given, RECOVERED_COLUMNS, lines, protocol, versions=comparison.versions())
+        return
     if given.only is not None:
         for entry in comparison.entries():
             if not given.only or entry.folder in map(folder_name, given.only):

@@ -19,15 +19,9 @@ from statistics import fmean
 from typing import Any
 
 from bench.results import HERE, MODEL, SHARED, arguments, note, option, work, write_result
-from bench.study import C4_TRAINING, Study
+from bench.study import C4_TRAINING, SMALL_LENGTH, SMALL_STEPS, Study
 
-LENGTH = 256
-"""Tokens of a step of training: at equal tokens many small steps were better than few large ones."""
 MASK_LENGTH = 512
-TRAINING: dict[str, Any] = {
-    **{"seq_length": LENGTH, "micro_batch_size": 1, "global_batch_size": 1, "adam_eps": "1e-8", "lr": 2e-4},
-    **{"lr_decay_style": "linear", "min_lr": 0, "lr_warmup_iters": 5, "log_interval": 10},
-}
 LEARNING: dict[str, Any] = {"seq_length": MASK_LENGTH, "lr": 9e-4, "min_lr": 9e-5, "eval_interval": 150}
 """A learning rate that is the smaller the more steps there are: with the recipe's, of 200 steps, 1000 are worse."""
 MUCH_LEARNING = LEARNING | {"scale_end": 5333, "save_interval": 300}
@@ -58,7 +52,7 @@ class Way:
     @property
     def tokens(self) -> int:
         """That are learned from."""
-        return self.steps * (MASK_LENGTH if self.frozen else LENGTH)
+        return self.steps * (MASK_LENGTH if self.frozen else SMALL_LENGTH)
 
 
 ORDERED = "channels in order, SparseGPT, descent"
@@ -116,7 +110,7 @@ class Road(Study):
             how = {**recipe, **held_out, "train_iters": way.steps, **way.options}
             more = self.verb("prune", input=model, output=run, data=data, **how)
         else:
-            how = {**TRAINING, "teacher": self.dense, "train_iters": way.steps, **way.options}
+            how = {**SMALL_STEPS, "log_interval": 10, "teacher": self.dense, "train_iters": way.steps, **way.options}
             more = self.verb("train", input=before, output=run, data=data, **how)
         return run, cost + more["cpu_s"]
 
@@ -124,9 +118,8 @@ class Road(Study):
         """A row, of the dense model without a way."""
         run, spent = (self.dense, 0.0) if way is None else self.run_of(way)
         model = run if way is None else self.trimmed(run, "_sparse")
-        on_c4 = self.perplexity(model, self.work / f"{model.name}.c4.json", self.held_out())
         name, tokens = ("dense", 0) if way is None else (way.name, way.tokens)
-        return [name, tokens, self.perplexity(model), on_c4, round(spent / 60, 1)]
+        return [name, tokens, self.perplexity(model), self.on_held_out(model), round(spent / 60, 1)]
 
     def loss_line(self, name: str, options: dict[str, Any], seeds: list[int]) -> list[Any]:
         """A row of a loss, over orders of the data."""
@@ -138,14 +131,6 @@ class Road(Study):
         found = [line[2] for line in lines]
         minutes = round(fmean(line[4] for line in lines), 1)
         return [name, way.tokens, means[0], min(found), max(found), means[1], len(seeds), minutes]
-
-    def held_out(self) -> Path:
-        """The documents of C4 that nothing sees before."""
-        path = self.work / "c4_held_out.jsonl"
-        if not path.exists():
-            lines = self.texts.c4.read_text(encoding="utf-8").splitlines()[C4_TRAINING:]
-            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return path
 
 
 def draw(rows: list[list[Any]], path: Path) -> None:

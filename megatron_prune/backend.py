@@ -34,6 +34,7 @@ from megatron_prune import device as environment
 from megatron_prune.errors import UserError
 from megatron_prune.imports import hollow_triton, keep_temporary_folder_clean, without_gpu_kernels, without_triton
 from megatron_prune.kernels.memory import keep_freed_memory
+from megatron_prune.kernels.products import wide_products
 from megatron_prune.kernels.selection import torch_deterministic
 
 SUPPORTED_CORE = ("0.16", "0.19")
@@ -614,11 +615,15 @@ def alone() -> ProcessGroupCollection:
 
 @contextlib.contextmanager
 def running(layout: Layout, seed: int = 0, timeout_minutes: float = 10.0) -> Iterator[None]:
-    """Process groups for the duration of a verb, also torn down on error; processes connected before stay connected."""
+    """Process groups for the duration of a verb, also torn down on error; processes connected before stay connected.
+
+    On a CPU products of types that it lacks are made in float32 meanwhile.
+    """
     connected = dist.is_initialized()
     initialize(layout, seed, timeout_minutes)
     try:
-        yield
+        with wide_products():
+            yield
     finally:
         release()
         if not connected:

@@ -26,6 +26,12 @@ BATCH = 4
 """Windows of LENGTH tokens in a step of training."""
 TRAINING = {"seq_length": LENGTH, "micro_batch_size": BATCH, "global_batch_size": BATCH, "adam_eps": "1e-8"}
 LINEAR = {"lr_decay_style": "linear", "min_lr": 0, "lr_warmup_iters": 5}
+SMALL_LENGTH = 256
+SMALL_STEPS: dict[str, Any] = {
+    **{"seq_length": SMALL_LENGTH, "micro_batch_size": 1, "global_batch_size": 1, "adam_eps": "1e-8", "lr": 2e-4},
+    **LINEAR,
+}
+"""Training of a 2:4 model: at equal tokens many small steps were better than few large ones."""
 
 
 def folder_name(*words: str) -> str:
@@ -105,6 +111,14 @@ class Study:
         result = result or checkpoint.with_name(checkpoint.name + ".p1.json")
         self.verb("evaluate", input=checkpoint, text=text or self.texts.wikitext, output=result)
         return float(json.loads(result.read_text())["perplexity"])
+
+    def on_held_out(self, model: Path) -> float:
+        """Perplexity of a checkpoint on the documents of C4 that nothing sees before."""
+        path = self.work / "c4_held_out.jsonl"
+        if not path.exists():
+            lines = self.texts.c4.read_text(encoding="utf-8").splitlines()[C4_TRAINING:]
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return self.perplexity(model, self.work / f"{model.name}.c4.json", path)
 
     def trimmed(self, run: Path, end: str = "_trimmed") -> Path:
         """The model of a run that decided what stays."""

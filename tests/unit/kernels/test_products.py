@@ -1,12 +1,17 @@
-"""Products by oneDNN: those of torch, and only where nothing is differentiated."""
+"""Products by oneDNN: those of torch, and only where nothing is differentiated. Those of narrow types: in float32."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_prune import backend
 from megatron_prune.kernels import products
 
 pytestmark = pytest.mark.skipif(not products.known(), reason="this torch has no product by oneDNN")
@@ -88,3 +93,127 @@ def test_named_arguments_and_other_functions_are_torchs_own() -> None:
     torch.testing.assert_close(found, inputs @ weight.t() + bias, atol=1e-5, rtol=0)
     found, used = operators(lambda x, y: torch.add(x, y, alpha=2), inputs, inputs)
     assert OURS not in used and torch.equal(found, inputs + 2 * inputs)
+
+
+# Types that the processor lacks
+
+
+NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+WIDENING = pytest.mark.skipif(
+    not hasattr(torch.library, "get_kernel"), reason="torch before 2.9: products stay its own"
+)
+
+
+@pytest.fixture
+def lacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without products of bfloat16 and float16."""
+    monkeypatch.setattr(products, "lacking", lambda: frozenset((torch.bfloat16, torch.float16)))
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w)
+
+
+def linear_with_bias(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w, w[:, 0])
+
+
+def batches(x: Tensor, w: Tensor) -> Tensor:
+    return torch.bmm(x, w.t().expand(len(x), -1, -1))
+
+
+def added_batches(x: Tensor, w: Tensor) -> Tensor:
+    return torch.baddbmm(x[..., :1].expand(-1, -1, len(w)), x, w.t().expand(len(x), -1, -1), beta=0.5, alpha=2.0)
+
+
+def causal(x: Tensor, w: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], is_causal=True)
+
+
+def masked(x: Tensor, w: Tensor) -> Tensor:
+    seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(-2)
+    return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], attn_mask=seen)
+
+
+@WIDENING
+@NARROW
+@pytest.mark.parametrize("function", [linear, linear_with_bias, batches, added_batches, causal, masked])
+@pytest.mark.usefixtures("lacking")
+def test_narrow_products_and_gradients_are_sums_in_float32(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """As those in float64, but for the rounding of each result to its type."""
+    torch.manual_seed(0)
+    x, w = torch.randn(3, 40, 64).to(dtype), torch.randn(48, 64).to(dtype)
+
+    def found(kind: torch.dtype) -> list[Tensor]:
+        given = [value.to(kind, copy=True).requires_grad_() for value in (x, w)]
+        result = function(*given)
+        asked = [value for value in given if function not in (causal, masked) or value is given[0]]
+        return [result, *torch.autograd.grad(result.float().square().sum(), asked)]
+
+    with products.wide_products():
+        narrow = found(dtype)
+    wide = found(torch.float64)
+    assert all(value.dtype == dtype for value in narrow)
+    for one, other in zip(narrow, wide, strict=True):
+        error = (one.double() - other).norm() / other.norm()
+        assert error < 4 * torch.finfo(dtype).eps, error
+
+
+@WIDENING
+@pytest.mark.usefixtures("lacking")
+def test_other_types_are_torchs_own_and_afterwards_all_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.dtype] = []
+    widening = products._widening
+
+    def counted(kernel: Any, *how: Any) -> Any:
+        inner = widening(kernel, *how)
+
+        def call(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            made.append(args[0].dtype)
+            return inner(keys, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(products, "_widening", counted)
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        x = torch.arange(24).reshape(4, 6).to(dtype)
+        before = x @ x.t()
+        with products.wide_products():
+            assert torch.equal(x @ x.t(), before)
+    assert made == [torch.float32, torch.float64, torch.int64]
+    x = torch.randn(4, 6).bfloat16()
+    with pytest.raises(RuntimeError, match="stops"), products.wide_products():
+        with products.wide_products():  # once is enough
+            assert (x @ x.t()).dtype == torch.bfloat16
+        x @ x.t()
+        raise RuntimeError("stops")
+    assert made[3:] == [torch.bfloat16] * 2
+    x @ x.t()
+    assert len(made) == 5
+    with products.wide_products():
+        x @ x.t()
+    assert len(made) == 6
+
+
+def test_a_processor_that_has_them_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "lacking", frozenset)
+    monkeypatch.setattr(torch.library, "Library", lambda *_: pytest.fail("operators were replaced"))
+    with products.wide_products():
+        pass
+
+
+def test_what_is_lacking_is_told_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {dtype: getattr(torch.ops.mkldnn, name)() for dtype, name in products.SUPPORT.items()}
+    assert products.lacking() == {
+        dtype for dtype, has in there.items() if not has and hasattr(torch.library, "get_kernel")
+    }
+    monkeypatch.delattr(torch.library, "get_kernel", raising=False)
+    assert products.lacking() == frozenset()
+
+
+@WIDENING
+@pytest.mark.usefixtures("lacking")
+def test_verbs_have_them() -> None:
+    with backend.running(backend.Layout()):
+        assert products._widened
+    assert not products._widened
