@@ -32,8 +32,10 @@ e' processes that share an expert; who gets more takes more. A layer of E expert
 With `--mask-draw step` there is one copy of the masked weights for a whole step, with recomputation too, and from the
 first backward pass on a float32 sum of their gradients. Both are counted at each pass of the schedule.
 
-A linear all of which stays dense (2:4,dense=down_proj) has no logits and no masked weight; one of which a part does
-(values among queries and keys) has logits of all its rows, and so have all experts of a layer of which one is masked.
+A linear all of which stays dense (2:4,dense=down_proj) has no logits and no masked weight, and its input is not kept
+where it does not train (among experts it counts as if it were), nor is anything below the first linear of the first
+stage that learns. One of which a part stays dense (values among queries and keys) has logits of all its rows, and so
+have all experts of a layer of which one is masked.
 Where tiles learn to stay dense (2:4@0.75), every process has the logits of all tiles of the model, their moments and
 their gradients, in float64; with `--hard` the masked weight is kept beside the one that has dense tiles.
 
@@ -82,6 +84,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of an element of a model; one in float16 is imported as bfloat16."""
 FLOAT32 = 4
 GIB = 2**30
+
+
+PROJ, FC2 = "self_attention.linear_proj", "mlp.linear_fc2"
+"""The last linears of a layer's halves."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,15 @@ class Job:
     def masked(self) -> frozenset[tuple[Any, ...]]:
         """Linears that have mask logits, as `WeightMap.alike` names them."""
         return masked(get_family(self.model.family).weights(self.model), self.target.leaves)
+
+    @cached_property
+    def learning(self) -> dict[int | None, frozenset[str]]:
+        """Linears of each decoder layer that learn a mask or train, such as `mlp.linear_fc2`."""
+        found: dict[int | None, set[str]] = {}
+        for map in get_family(self.model.family).weights(self.model):
+            if map.prunable and (self.train_weights or map.alike in self.masked):
+                found.setdefault(map.layer, set()).add(map.megatron.split(".", 3)[-1].removesuffix(".weight"))
+        return {layer: frozenset(names) for layer, names in found.items()}
 
     def local_size(self, map: WeightMap) -> int:
         """Elements of a weight on one of the processes that have a part of it; vocabulary rows are padded."""
@@ -519,13 +534,11 @@ def _at(job: Job, stage: int, layers: list[list[tuple[int, int]]], counts: tuple
         ]
         layer, masked = max(moments, key=sum)
         return {"masked_weights": masked, "activations": inputs + layer, "loss": max(0, loss - layer - masked)}
-    # The first layer's first norm has no input that asks for a gradient: the embedding is frozen.
-    first = _norm_input(job) * counts[0] if stage == 0 else 0
     pairs = [
         (count * kept, count * masked) for count, chunk in zip(counts, layers, strict=True) for kept, masked in chunk
     ]
     activations, weights = (sum(values) for values in zip(*pairs, strict=True))
-    return {"masked_weights": weights, "activations": activations - first, "loss": loss}
+    return {"masked_weights": weights, "activations": activations, "loss": loss}
 
 
 def _norm(job: Job) -> int:
@@ -540,16 +553,32 @@ def _norm_input(job: Job) -> int:
 
 
 def _layer(job: Job, layer: int) -> int:
-    """Bytes kept of one micro-batch by a decoder layer."""
-    block = job.model.block(layer)
+    """Bytes kept of one micro-batch by a decoder layer: by what asks for a gradient, and as inputs of what learns."""
+    model, block, learns = job.model, job.model.block(layer), job.learning.get(layer, frozenset())
+    heads = job.tokens * block.num_attention_heads * model.kv_channels // job.tensor
+    wide = job.tokens * block.ffn_hidden_size // job.tensor
     if block.num_moe_experts:
-        mlp = _experts(job, block)
+        mlp, own = _experts(job, block), 0
     else:
-        mlp = _mlp_tensors(job.model) * job.tokens * block.ffn_hidden_size // job.tensor * job.element
-    halves = bool(block.num_attention_heads) + bool(block.ffn_hidden_size)
-    norms = 2 if job.model.post_layernorm else 1  # one more of what each half gives
-    compared = 2 * job.hidden * FLOAT32 if job.lesson and job.lesson.weighting.hidden else 0
-    return halves * (norms * _norm(job) + job.hidden * job.element) + _attention(job, layer) + mlp + compared
+        mlp, own = _mlp_tensors(model) * wide * job.element, wide * job.element
+    # Of each half: its last linear, that one's input, what is kept inside, and what of that for the last weight alone.
+    halves = [(PROJ, heads, _attention(job, layer), 0), (FC2, wide, mlp, own)]
+    kept = 2 * job.hidden * FLOAT32 if job.lesson and job.lesson.weighting.hidden else 0
+    # What is embedded asks for none; what comes from another stage or chunk does.
+    asks = layer >= job.layers or any(job.learning.get(below) for below in range(layer))
+    for last, width, inside, own in halves:
+        if not width:
+            continue
+        first = any(name.split(".")[0] == last.split(".")[0] for name in learns - {last})
+        kept += _norm(job) - (0 if asks else _norm_input(job)) + (job.hidden * job.element if first else 0)
+        asks |= first
+        if asks:
+            kept += inside - (0 if last in learns else own)
+        elif last in learns:
+            kept += width * job.element
+        asks |= last in learns
+        kept += _norm(job) if model.post_layernorm and asks else 0
+    return kept
 
 
 def _experts(job: Job, block: Block) -> int:
@@ -607,10 +636,12 @@ def _latent_attention(job: Job, layer: int) -> int:
 
 
 def _mlp_tensors(model: ModelConfig) -> int:
-    """Tensors as wide as the MLP that are kept: see the module's docstring; without a gate the input and output."""
+    """Tensors as wide as the MLP that are kept: see the module's docstring; without a gate two, of which the squared
+    ReLU keeps what the ReLU gave, others their input, and fc2 the output.
+    """
     if model.gated:
         return 5 if model.activation_func_clamp_value is None else 7
-    return 3 if model.activation == "relu2" else 2
+    return 2
 
 
 def _loss(job: Job) -> int:

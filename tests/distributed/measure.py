@@ -23,6 +23,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from megatron_prune.decision.source import open_model
+from megatron_prune.decision.target import parse_target
 from megatron_prune.model.layout import layout_of
 from megatron_prune.model.masked_linear import MaskDraw, MaskedLinear, StepWeight
 from megatron_prune.model.prunable import PrunableModel
@@ -103,7 +104,7 @@ def measure(case: dict[str, Any]) -> dict[str, int]:
         chunks = torch.nn.ModuleList(model.chunks)
         chunks.requires_grad_(False)
         draw = MaskDraw(2, 4, seed=0, logits_dtype=getattr(torch, case["logits"]), per_step=case["one_draw"])
-        model.learn_masks(draw)
+        model.learn_masks(draw, parse_target(case["target"]).leaves)
         for linear in model.linears():
             linear.module.weight.requires_grad_(case["train_weights"])
         for name, parameter in chunks.named_parameters():

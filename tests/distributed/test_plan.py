@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_prune.__main__ import main
-from megatron_prune.decision.target import NM
+from megatron_prune.decision.target import NM, parse_target
 from megatron_prune.errors import UserError
 from megatron_prune.jobs.plan import Job, Lesson, held, plan, read_config
 from megatron_prune.option_groups import Parallelism, Training
@@ -55,6 +55,7 @@ class Case:
     weighting: dict[str, float] = field(default_factory=dict)
     """Losses, where a teacher is learned from; it is the model itself or"""
     teacher: str = ""
+    target: str = "2:4"
 
     def layout(self) -> dict[str, Any]:
         """Fields of `Parallelism`."""
@@ -77,7 +78,9 @@ class Case:
         layout, training = Parallelism(**self.layout()), Training(**TRAINING | self.options | options)
         replicas = layout.data_parallel_size(self.processes)
         model, narrow = read_config(root / self.model), self.logits == "bfloat16"
-        job = Job(model, layout, training, NM(2, 4), replicas, self.train_weights, narrow, self.one_draw)
+        target = parse_target(self.target)
+        assert isinstance(target, NM)
+        job = Job(model, layout, training, target, replicas, self.train_weights, narrow, self.one_draw)
         teacher = read_config(root / self.teacher) if self.teacher else None
         lesson = Lesson(teacher, Weighting(**self.weighting)) if self.weighting else None  # type: ignore[arg-type]
         return replace(job, train_norms=self.train_norms, lesson=lesson)
@@ -113,6 +116,19 @@ CASES = [
     Case("own_teacher_tp2_sp_pp2", "tied", 4, tensor=2, pipeline=2, sequence_parallel=True, weighting=HIDDEN),
     Case("teacher", "bfloat16", train_weights=True, weighting=MIXED, teacher="tied"),
     Case("teacher_pp2", "bfloat16", 4, pipeline=2, train_weights=True, weighting=HIDDEN, teacher="float32"),
+    Case("no_gate", "no_gate"),
+    Case("dense_down", "bfloat16", target="2:4,dense=down_proj"),
+    Case("dense_down_no_gate", "no_gate", target="2:4,dense=down_proj"),
+    Case("dense_values", target="2:4,dense=v_proj+layers.1."),
+    Case("dense_trained", "bfloat16", train_weights=True, target="2:4,dense=down_proj+layers.0."),
+    Case("dense_tp2_sp", "tied", 2, tensor=2, sequence_parallel=True, target="2:4,dense=up_proj+gate_proj+layers.2."),
+    Case("dense_pp2_recomputed", "bfloat16", 2, pipeline=2, options=RECOMPUTE, target="2:4,dense=layers.3."),
+    Case("dense_first", target="2:4,dense=layers.0.+layers.1.self_attn"),
+    Case("dense_first_trained_norms", train_weights=True, train_norms=True, target="2:4,dense=layers.0."),
+    Case("dense_first_pp2", "bfloat16", 2, pipeline=2, target="2:4,dense=layers.0.mlp+q_proj+k_proj+v_proj"),
+    Case("dense_first_of_gemma", "gemma", target="2:4,dense=layers.0.self_attn+layers.0.mlp.gate+layers.0.mlp.up"),
+    Case("dense_first_of_latent", "latent", target="2:4,dense=layers.0.self_attn.q+layers.0.self_attn.kv"),
+    Case("dense_of_experts", "experts", target="2:4,dense=q_proj+k_proj+v_proj+layers.1."),
     Case("one_draw", one_draw=True),
     Case("one_draw_bf16_weights", "bfloat16", one_draw=True, train_weights=True),
     Case("one_draw_recomputed", "bfloat16", one_draw=True, options=RECOMPUTE),
@@ -150,6 +166,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(root / "bfloat16", dtype=torch.bfloat16, **shape)
     tiny_llama(root / "tied", tie_word_embeddings=True, **shape)
     tiny_llama(root / "ragged", **shape | dict(hidden_size=40, intermediate_size=44))
+    tiny_model(root / "no_gate", "nemotron", **shape, dtype=torch.bfloat16)
     tiny_blocks(root / "blocks", **shape)
     tiny_blocks(root / "blocks_bf16", dtype=torch.bfloat16, **shape)
     tiny_model(root / "mistral", "mistral", **shape, dtype=torch.bfloat16, sliding_window=24)
@@ -173,6 +190,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             train_norms=case.train_norms,
             weighting=case.weighting,
             teacher=str(root / case.teacher) if case.teacher else "",
+            target=case.target,
         )
         for case in CASES
     ]
