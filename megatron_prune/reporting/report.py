@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from megatron_prune.decision.masks import MaskRow
+from megatron_prune.decision.target import title
 from megatron_prune.log import left_start
 from megatron_prune.reporting import pictures
 from megatron_prune.reporting.collect import Collected, Result
@@ -48,7 +49,7 @@ def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"figures": figures, "mib": lambda size: f"{size / 2**20:.1f}"}
+    environment.filters |= {"figures": figures, "mib": lambda size: f"{size / 2**20:.1f}", "title_of": title}
     environment.filters |= {"place": place, "places": lambda text: _ABSOLUTE.sub(lambda path: place(path[0]), text)}
     return environment.from_string((files(__package__) / TEMPLATE).read_text(encoding="utf-8"))
 

@@ -106,6 +106,16 @@ def test_results_come_first_with_version_and_date_and_no_folders_of_a_machine(ro
     assert ("no group has left its start" in overview) == (moved == 0)
 
 
+def test_many_weights_that_stay_dense_are_counted(root: Path, tmp_path: Path) -> None:
+    """In the table; the run's configuration names them."""
+    dense = "+".join(f"layers.{n}.self_attn.{part}_proj.weight" for n in (0, 1) for part in "qko")
+    asked = ["--method", "magnitude", "--target", f"2:4,dense={dense}"]
+    assert main(["prune", "--input", str(root / "dense"), "--output", str(tmp_path / "run"), *asked]) == 0
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<td>2:4,dense=6 weights</td>" in page and page.count("layers.1.self_attn.q_proj.weight&#43;") <= 1
+
+
 def test_the_picture_shows_the_neurons_that_stay(root: Path, page: str) -> None:
     from PIL import Image
 
