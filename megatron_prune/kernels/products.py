@@ -36,8 +36,6 @@ def known() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-"""By what torch itself decides whether oneDNN multiplies numbers of a type on this processor."""
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", ATTENTION, f"{ATTENTION}_backward")
 """Operators of torch that all others that multiply matrices come down to."""
@@ -45,11 +43,14 @@ _widened = False
 
 
 def lacking() -> frozenset[torch.dtype]:
-    """Types whose products this processor lacks; none where this torch (before 2.9) cannot be told to widen them."""
-    if not hasattr(torch.library, "get_kernel"):
+    """Types whose products this processor lacks, as torch itself decides whether oneDNN makes them; none where this
+    torch (before 2.9, or without oneDNN) cannot be told to widen them.
+    """
+    if not (known() and hasattr(torch.library, "get_kernel")):
         return frozenset()
-    there = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in SUPPORT.items()}
-    return frozenset(dtype for dtype, supported in there.items() if supported is not None and not supported())
+    ask = torch.ops.mkldnn
+    there = {torch.bfloat16: ask._is_mkldnn_bf16_supported(), torch.float16: ask._is_mkldnn_fp16_supported()}
+    return frozenset(dtype for dtype, supported in there.items() if not supported)
 
 
 @contextlib.contextmanager

@@ -202,12 +202,14 @@ def test_a_processor_that_has_them_keeps_them(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
+@WIDENING
 def test_what_is_lacking_is_told_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {dtype: getattr(torch.ops.mkldnn, name)() for dtype, name in products.SUPPORT.items()}
-    assert products.lacking() == {
-        dtype for dtype, has in there.items() if not has and hasattr(torch.library, "get_kernel")
-    }
-    monkeypatch.delattr(torch.library, "get_kernel", raising=False)
+    for supported in ((True, True), (True, False), (False, False)):
+        for name, answer in zip(("bf16", "fp16"), supported, strict=True):
+            monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda answer=answer: answer)
+        types = (torch.bfloat16, torch.float16)
+        assert products.lacking() == {dtype for dtype, has in zip(types, supported, strict=True) if not has}
+    monkeypatch.delattr(torch.library, "get_kernel")
     assert products.lacking() == frozenset()
 
 
