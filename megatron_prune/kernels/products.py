@@ -68,8 +68,11 @@ def wide_products() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     try:
         for name in PRODUCTS:
-            product = _widening(torch.library.get_kernel(f"aten::{name}", "CPU"), dtypes, name == ATTENTION)
-            library.impl(name, product, "CPU", with_keyset=True, allow_override=True)
+            try:
+                kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
+            except RuntimeError:  # another torch has another name for it, and keeps its own loops
+                continue
+            library.impl(name, _widening(kernel, dtypes, name), "CPU", with_keyset=True, allow_override=True)
         _widened = True
         yield
     finally:
@@ -77,12 +80,14 @@ def wide_products() -> Iterator[None]:
         library._destroy()
 
 
-def _widening(kernel: Any, dtypes: frozenset[torch.dtype], first_only: bool) -> Callable[..., Any]:
-    """`kernel` with operands of `dtypes` given in float32, and its results (or the first of them) in their type."""
+def _widening(kernel: Any, dtypes: frozenset[torch.dtype], name: str) -> Callable[..., Any]:
+    """`kernel` with operands of `dtypes` given in float32, and its results in their type, but attention's sums."""
+    first_only, mixed = name == ATTENTION, name.startswith(ATTENTION)
 
     def product(keys: Any, *args: Any, **kwargs: Any) -> Any:
         narrow = args[0].dtype
-        if narrow not in dtypes:
+        alike = mixed or all(x.dtype == narrow for x in args if isinstance(x, Tensor))
+        if narrow not in dtypes or not alike:  # what differs is refused as it is elsewhere
             return kernel.call_boxed(keys, *args, **kwargs)
         found = kernel.call_boxed(keys, *map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
         if isinstance(found, Tensor):

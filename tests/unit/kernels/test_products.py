@@ -165,8 +165,8 @@ def test_other_types_are_torchs_own_and_afterwards_all_are(monkeypatch: pytest.M
     made: list[torch.dtype] = []
     widening = products._widening
 
-    def counted(kernel: Any, *how: Any) -> Any:
-        inner = widening(kernel, *how)
+    def counted(*how: Any) -> Any:
+        inner = widening(*how)
 
         def call(keys: Any, *args: Any, **kwargs: Any) -> Any:
             made.append(args[0].dtype)
@@ -193,6 +193,22 @@ def test_other_types_are_torchs_own_and_afterwards_all_are(monkeypatch: pytest.M
     with products.wide_products():
         x @ x.t()
     assert len(made) == 6
+
+
+@WIDENING
+@pytest.mark.usefixtures("lacking")
+def test_operands_of_two_types_are_refused_as_ever() -> None:
+    with products.wide_products(), pytest.raises(RuntimeError, match="same dtype"):
+        torch.mm(torch.randn(3, 4).bfloat16(), torch.randn(4, 5))
+
+
+@WIDENING
+@pytest.mark.usefixtures("lacking")
+def test_an_operator_that_this_torch_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "PRODUCTS", ("mm", "of_another_torch"))
+    x = torch.randn(4, 6).bfloat16()
+    with products.wide_products():
+        torch.testing.assert_close((x @ x.t()).double(), x.double() @ x.double().t(), atol=0.05, rtol=0.01)
 
 
 def test_a_processor_that_has_them_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
