@@ -11,8 +11,9 @@ memory (`peer_driver.py`), and its clock stops there; what it saves after that i
 cannot multiply bfloat16, the others prune in it, and what they made is rounded. A long comparison can be made in parts,
 with --only; without it the result file is written, with --partial of what is there.
 
-With --recovered another table: what each tool's SparseGPT, and the paper's recipe for learned masks in a short run,
-come to after the same recovery, `train` from the dense model's logits; text and judges are those of road.py.
+With --recovered another table, with --partial of those whose pruning has been measured: what each tool's SparseGPT,
+and the paper's recipe for learned masks in a short run, come to after the same recovery, `train` from the dense model's
+logits; text and judges are those of road.py.
 """
 
 from __future__ import annotations
@@ -181,7 +182,8 @@ def main() -> None:
     )
     comparison = Comparison(given)
     if given.recovered:
-        entries = [entry for entry in [*BY_SPARSEGPT, LEARNED] if entry in comparison.entries() or entry is LEARNED]
+        there = [*comparison.entries(given.partial), LEARNED]
+        entries = [entry for entry in [*BY_SPARSEGPT, LEARNED] if entry in there]
         protocol = (
             f"2:4 by each tool, calibration C1, then {RECOVERY} steps of {SMALL_LENGTH} tokens, KL from the dense "
             f"model's logits, zeros kept. Perplexity P1; held-out C4: the documents after the first {C4_TRAINING}."
