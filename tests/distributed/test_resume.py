@@ -222,17 +222,18 @@ def test_resumed_in_another_layout_continues(root: Path, told: str) -> None:
     assert same_masks(*[Masks.load(root / name / "decision") for name in ("whole", "other")]) > 0.99
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("whole", 1e-5), ("bf16", 1e-3)])
-def test_the_optimizer_may_be_sharded_and_whole_again(root: Path, told: str, name: str, tolerance: float) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("whole", 5), ("bf16", 3)])
+def test_the_optimizer_may_be_sharded_and_whole_again(root: Path, told: str, name: str, steps: int) -> None:
     """One process, then two that share the optimizer's state, then one again: moments, masters and step go along.
 
-    Each is held to the run whose checkpoint it took: in bfloat16 layouts drift apart within ten steps.
+    Each is held to the run whose checkpoint it took: in bfloat16 the last bit of the gradients' norm, summed in parts,
+    rounds some weight another way within ten steps, on some processors within five, and the losses part by 1e-3.
     """
     runs = ((f"{name}_sharded", name, SAVED), (f"{name}_back", f"{name}_sharded", 2 * SAVED))
     for resumed, origin, first in runs:
-        for step in range(first + 1, first + 6):
+        for step in range(first + 1, first + 1 + steps):
             expected = records(root, origin)[step]["loss"]
-            assert records(root, resumed)[step]["loss"] == pytest.approx(expected, abs=tolerance), (resumed, step)
+            assert records(root, resumed)[step]["loss"] == pytest.approx(expected, abs=1e-5), (resumed, step)
 
 
 def test_mask_logits_are_loaded_in_another_layout_exactly(root: Path, told: str) -> None:
