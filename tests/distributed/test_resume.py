@@ -222,8 +222,10 @@ def test_resumed_in_another_layout_continues(root: Path, told: str) -> None:
     assert same_masks(*[Masks.load(root / name / "decision") for name in ("whole", "other")]) > 0.99
 
 
-@pytest.mark.parametrize(("name", "steps"), [("whole", 5), ("bf16", 3)])
-def test_the_optimizer_may_be_sharded_and_whole_again(root: Path, told: str, name: str, steps: int) -> None:
+@pytest.mark.parametrize(("name", "tolerance", "steps"), [("whole", 1e-5, 5), ("bf16", 1e-3, 3)])
+def test_the_optimizer_may_be_sharded_and_whole_again(
+    root: Path, told: str, name: str, tolerance: float, steps: int
+) -> None:
     """One process, then two that share the optimizer's state, then one again: moments, masters and step go along.
 
     Each is held to the run whose checkpoint it took: in bfloat16 the last bit of the gradients' norm, summed in parts,
@@ -233,7 +235,7 @@ def test_the_optimizer_may_be_sharded_and_whole_again(root: Path, told: str, nam
     for resumed, origin, first in runs:
         for step in range(first + 1, first + 1 + steps):
             expected = records(root, origin)[step]["loss"]
-            assert records(root, resumed)[step]["loss"] == pytest.approx(expected, abs=1e-5), (resumed, step)
+            assert records(root, resumed)[step]["loss"] == pytest.approx(expected, abs=tolerance), (resumed, step)
 
 
 def test_mask_logits_are_loaded_in_another_layout_exactly(root: Path, told: str) -> None:
