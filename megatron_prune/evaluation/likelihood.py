@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_prune.data.requests import Batch, Request, Scores, collect, plan
 from megatron_prune.errors import UserError
-from megatron_prune.kernels.products import fast_products
+from megatron_prune.kernels.products import fast_products, wide_products
 from megatron_prune.log import progress
 from megatron_prune.model.attention import SDPACoreAttention
 from megatron_prune.model.forward import sequence_parts
@@ -164,7 +164,7 @@ class TransformersScorer:
     def score(self, requests: Sequence[Request]) -> Scores:
         """See `Scorer`."""
         batches = plan(requests, self.longest, self.tokens_per_batch, share=self.share)
-        with fast_products(), progress("evaluate", len(batches), "batches") as advance:
+        with fast_products(), wide_products(), progress("evaluate", len(batches), "batches") as advance:
             return collect(len(requests), batches, (self._answer(batch, advance) for batch in batches))
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from megatron_prune.decision.run_folder import is_run
 from megatron_prune.errors import UserError
 from megatron_prune.evaluation import hugging_face
 from megatron_prune.evaluation.maxtext import MaxTextScorer, refuse_options
+from megatron_prune.kernels.products import wide_products
 from megatron_prune.maxtext.folder import is_folder
 from megatron_prune.model.description import is_checkpoint
 from megatron_prune.model.forward import window_losses
@@ -141,10 +142,11 @@ def _hugging_face(config: EvaluateConfig) -> dict[str, Any]:
     dtype = config.dtype or reader.model_config.dtype
     model = hugging_face.load(reader, dtype)
     loss, tokens = 0.0, 0
-    for batch in text.tokens.split(config.micro_batch_size):
-        losses = _next_token_losses(model, batch.to(backend.device()))
-        loss += float(losses.double().sum())
-        tokens += losses.numel()
+    with wide_products():
+        for batch in text.tokens.split(config.micro_batch_size):
+            losses = _next_token_losses(model, batch.to(backend.device()))
+            loss += float(losses.double().sum())
+            tokens += losses.numel()
     return _result(config, text, loss, tokens, hugging_face.about(reader, dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
 
 from megatron_prune import backend
+from megatron_prune.__main__ import main
+from megatron_prune.data.requests import Request
+from megatron_prune.evaluation.likelihood import TransformersScorer
 from megatron_prune.kernels import products
+from tests.models import byte_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.skipif(not products.known(), reason="this torch has no product by oneDNN")
 OURS = "mkldnn::_linear_pointwise"
@@ -235,3 +241,26 @@ def test_verbs_have_them() -> None:
     with backend.running(backend.Layout()):
         assert products._widened
     assert not products._widened
+
+
+@WIDENING
+@pytest.mark.usefixtures("lacking")
+def test_transformers_models_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In perplexities and in the answers to tasks, where there are no process groups."""
+    made: list[str] = []
+    widening = products._widening
+
+    def named(kernel: Any, dtypes: Any, name: str) -> Any:
+        inner = widening(kernel, dtypes, name)
+        return lambda keys, *args, **kwargs: (made.append(name), inner(keys, *args, **kwargs))[1]
+
+    monkeypatch.setattr(products, "_widening", named)
+    model = byte_tokenizer(tiny_llama(tmp_path / "hf", vocab_size=257, dtype=torch.bfloat16))
+    (tmp_path / "text.txt").write_text("words of a text that is long enough for two windows of sixteen bytes")
+    asked = ["--text", str(tmp_path / "text.txt"), "--window", "16", "--windows", "2"]
+    assert main(["evaluate", "--input", str(model), *asked, "--output", str(tmp_path / "out.json")]) == 0
+    assert {"mm", products.ATTENTION} <= set(made) and not products._widened
+    made.clear()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    TransformersScorer(loaded, 64, 64).score([Request([1, 2, 3], [4, 5])])
+    assert "mm" in made and not products._widened
