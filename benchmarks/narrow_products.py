@@ -1,5 +1,5 @@
-"""Products of bfloat16 on a CPU: torch's own, those that every verb makes in float32 where the processor has none, and
-the same in float32 throughout. Shapes of SmolLM2-135M, 512 tokens.
+"""Products of bfloat16 on a CPU: torch's own, those that verbs make in float32 where the processor has none, and the
+same in float32 throughout. Shapes of SmolLM2-135M, 512 tokens.
 
     python benchmarks/narrow_products.py [--rounds 5]
 
@@ -31,13 +31,13 @@ OWN, WIDE, FLOAT32 = COLUMNS[1:4]
 
 
 def linear(inputs: int, outputs: int, dtype: torch.dtype, gradients: bool) -> Callable[[], Any]:
-    """Of TOKENS rows, seconds of one."""
+    """What multiplies TOKENS rows."""
     x, weight = (torch.randn(rows, inputs, dtype=dtype, requires_grad=gradients) for rows in (TOKENS, outputs))
     return lambda: _backward(F.linear(x, weight), gradients)
 
 
 def attention(dtype: torch.dtype, gradients: bool) -> Callable[[], Any]:
-    """Causal, nine heads of 64 channels."""
+    """What attends, causally, with nine heads of 64 channels."""
     x = torch.randn(1, 9, TOKENS, 64, dtype=dtype, requires_grad=gradients)
     return lambda: _backward(F.scaled_dot_product_attention(x, x, x, is_causal=True), gradients)
 

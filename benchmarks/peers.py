@@ -128,15 +128,14 @@ class Comparison(Study):
 
     def recovered(self, entry: Entry) -> list[Any]:
         """One line of the table of recovery."""
-        spent, run = self.cost(entry)["cpu_s"], self.work / entry.folder
-        if entry.method == "maskllm":
-            spent += self.cost(MASK_ONLY)["cpu_s"]
-        pruned, run = run if entry.tool == OURS else run / "model", self.work / f"{entry.folder}_recovered"
+        costs = [self.cost(each) for each in ([MASK_ONLY, entry] if entry is LEARNED else [entry])]
+        pruned = self.work / entry.folder / ("" if entry.tool == OURS else "model")
+        run = self.work / f"{entry.folder}_recovered"
         options = {**SMALL_STEPS, "teacher": self.model, "train_iters": RECOVERY}
-        more = self.verb("train", input=pruned, output=run, data=self.training_text(), **options)
+        costs.append(self.verb("train", input=pruned, output=run, data=self.training_text(), **options))
         model = self.trimmed(run, "_sparse")
-        after = [self.perplexity(model), self.on_held_out(model)]
-        return [entry.name, entry.tool, self.p1(entry), *after, round((spent + more["cpu_s"]) / 60, 1)]
+        minutes = round(sum(cost["cpu_s"] for cost in costs) / 60, 1)
+        return [entry.name, entry.tool, self.p1(entry), self.perplexity(model), self.on_held_out(model), minutes]
 
     def tokens(self) -> Path:
         """The calibration windows as token ids, for the other tools."""
@@ -182,8 +181,7 @@ def main() -> None:
     )
     comparison = Comparison(given)
     if given.recovered:
-        there = [*comparison.entries(given.partial), LEARNED]
-        entries = [entry for entry in [*BY_SPARSEGPT, LEARNED] if entry in there]
+        entries = [entry for entry in comparison.entries(given.partial) if entry in BY_SPARSEGPT] + [LEARNED]
         protocol = (
             f"2:4 by each tool, calibration C1, then {RECOVERY} steps of {SMALL_LENGTH} tokens, KL from the dense "
             f"model's logits, zeros kept. Perplexity P1; held-out C4: the documents after the first {C4_TRAINING}."

@@ -143,10 +143,18 @@ def masked(x: Tensor, w: Tensor) -> Tensor:
 
 @WIDENING
 @NARROW
-@pytest.mark.parametrize("function", [linear, linear_with_bias, batches, added_batches, causal, masked])
+@pytest.mark.parametrize(
+    ("function", "bound"),
+    [(linear, 0.5), (linear_with_bias, 0.5), (batches, 0.5), (added_batches, 0.5), (causal, 1.5), (masked, 1.5)],
+)
 @pytest.mark.usefixtures("lacking")
-def test_narrow_products_and_gradients_are_sums_in_float32(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
-    """As those in float64, but for the rounding of each result to its type."""
+def test_narrow_products_and_gradients_are_sums_in_float32(
+    function: Callable[..., Tensor], bound: float, dtype: torch.dtype
+) -> None:
+    """As those in float64, but for the rounding of each result to its type; `bound` in its epsilons.
+
+    Attention's gradients begin with its rounded output. With its sums rounded, too, they are off by 1.8 or more.
+    """
     torch.manual_seed(0)
     x, w = torch.randn(3, 40, 64).to(dtype), torch.randn(48, 64).to(dtype)
 
@@ -162,7 +170,7 @@ def test_narrow_products_and_gradients_are_sums_in_float32(function: Callable[..
     assert all(value.dtype == dtype for value in narrow)
     for one, other in zip(narrow, wide, strict=True):
         error = (one.double() - other).norm() / other.norm()
-        assert error < 4 * torch.finfo(dtype).eps, error
+        assert error < bound * torch.finfo(dtype).eps, error
 
 
 @WIDENING
