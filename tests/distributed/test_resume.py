@@ -29,7 +29,11 @@ SAVED = 10
 
 
 def learn(root: Path, name: str, layout: Layout = ONE, *more: str) -> list[str]:
-    """A run of STEPS steps with a checkpoint every SAVED of them; weights are trained too."""
+    """A run of STEPS steps with a checkpoint every SAVED of them; weights are trained too.
+
+    In bfloat16 gradients are not clipped: their norm has another last bit where it is summed in parts, and a weight
+    that is rounded another way for it takes the losses apart by 1e-3.
+    """
     options = {
         "--input": str(root / ("bf16_model" if "bf16" in name else "model")),
         "--output": str(root / name),
@@ -42,6 +46,7 @@ def learn(root: Path, name: str, layout: Layout = ONE, *more: str) -> list[str]:
         "--keep-checkpoints": "9",
         "--eval-interval": "1000",
     }
+    options |= {"--clip-grad": "0"} if "bf16" in name else {}
     pairs = [word for pair in options.items() for word in pair]
     return ["prune", "--method", "maskllm", "--target", "2:4", "--train-weights", *pairs, *layout.flags(), *more]
 
@@ -222,20 +227,17 @@ def test_resumed_in_another_layout_continues(root: Path, told: str) -> None:
     assert same_masks(*[Masks.load(root / name / "decision") for name in ("whole", "other")]) > 0.99
 
 
-@pytest.mark.parametrize(("name", "tolerance", "steps"), [("whole", 1e-5, 5), ("bf16", 1e-3, 3)])
-def test_the_optimizer_may_be_sharded_and_whole_again(
-    root: Path, told: str, name: str, tolerance: float, steps: int
-) -> None:
+@pytest.mark.parametrize("name", ["whole", "bf16"])
+def test_the_optimizer_may_be_sharded_and_whole_again(root: Path, told: str, name: str) -> None:
     """One process, then two that share the optimizer's state, then one again: moments, masters and step go along.
 
-    Each is held to the run whose checkpoint it took: in bfloat16 the last bit of the gradients' norm, summed in parts,
-    rounds some weight another way within ten steps, on some processors within five, and the losses part by 1e-3.
+    Each is held to the run whose checkpoint it took.
     """
     runs = ((f"{name}_sharded", name, SAVED), (f"{name}_back", f"{name}_sharded", 2 * SAVED))
     for resumed, origin, first in runs:
-        for step in range(first + 1, first + 1 + steps):
+        for step in range(first + 1, first + 6):
             expected = records(root, origin)[step]["loss"]
-            assert records(root, resumed)[step]["loss"] == pytest.approx(expected, abs=tolerance), (resumed, step)
+            assert records(root, resumed)[step]["loss"] == pytest.approx(expected, abs=1e-5), (resumed, step)
 
 
 def test_mask_logits_are_loaded_in_another_layout_exactly(root: Path, told: str) -> None:
