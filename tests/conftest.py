@@ -16,6 +16,20 @@ settings.register_profile("patient", deadline=None)  # how long an example takes
 settings.load_profile("patient")
 if not has_cuda():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# MaxText keeps what XLA has compiled in ~/jax_cache; here the programs are small and made many times.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--nightly`: also what is marked so."""
+    parser.addoption("--nightly", action="store_true", help="run what is marked `nightly`, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `nightly` unless it is asked for; before fixtures see what runs."""
+    left = [] if config.getoption("--nightly") else [item for item in items if item.get_closest_marker("nightly")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
 
 
 @pytest.fixture(scope="module", autouse=True)

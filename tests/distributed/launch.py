@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT_S = 600
+SECONDS_A_VERB = 60
+"""Of a launch of many; a machine that is busy with other things takes ten times as long as one that is not."""
 MOST_PROCESSES = 4
 """Of any layout below."""
 
@@ -64,6 +68,18 @@ EP4 = Layout("ep4", 4, expert=4)
 PP2_VPP2_CP2 = Layout("pp2vpp2cp2", 4, pipeline=2, context=2, virtual=2)
 
 
+def with_nightly(values: Iterable[Any], usual: Callable[[Any], bool]) -> list[Any]:
+    """Parameters of a test, each a tuple where it has several; those that are not usual are marked `nightly`."""
+    marks = pytest.mark.nightly
+    several = (value if isinstance(value, tuple) else (value,) for value in values)
+    return [pytest.param(*each, marks=() if usual(each if len(each) > 1 else each[0]) else marks) for each in several]
+
+
+def picked(request: pytest.FixtureRequest, values: Iterable[Any], usual: Callable[[Any], bool]) -> list[Any]:
+    """What a fixture makes of these: all with --nightly, else the usual ones."""
+    return [value for value in values if request.config.getoption("--nightly") or usual(value)]
+
+
 def environment(gpus: int | None = None) -> dict[str, str]:
     """What a started process finds: one thread, and the CPU where `gpus` (those there are) do not do for every layout.
 
@@ -75,12 +91,13 @@ def environment(gpus: int | None = None) -> dict[str, str]:
 
 
 def launch(
-    processes: int, commands: Sequence[Sequence[str]], folder: Path, timeout: float = TIMEOUT_S
+    processes: int, commands: Sequence[Sequence[str]], folder: Path, timeout: float | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the verbs on `processes` processes, one start-up for all of them; stdout and stderr are captured.
 
-    `timeout`: seconds for all of it.
+    `timeout`: seconds for all of it; None: as many as so many verbs may take.
     """
+    timeout = timeout or max(TIMEOUT_S, SECONDS_A_VERB * len(commands))
     folder.mkdir(parents=True, exist_ok=True)
     task = folder / f"commands-{processes}-{len(list(folder.iterdir()))}.json"
     task.write_text(json.dumps([[str(word) for word in command] for command in commands]))

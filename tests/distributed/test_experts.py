@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from tests.distributed.launch import (
     folder_name,
     launch,
     must_pass,
+    picked,
+    with_nightly,
 )
 from tests.models import byte_tokenizer, tiny_model, words
 from tests.runs import curve, reopened
@@ -44,6 +47,13 @@ PAIRS = [("mixed", layout) for layout in (TP2_SP, EP2, EP2_TP2_SP, EP2_ETP2_SP, 
 PAIRS += [("shared", layout) for layout in (EP2, EP2_TP2_SP)] + [("sinks", EP2_TP2_SP)]
 PAIRS += [("latent", layout) for layout in (EP2_TP2_SP, EP2_PP2)]
 STEPS = 5
+
+
+def usual(pair: tuple[str, Layout]) -> bool:
+    """A model or a run that trains, and a layout, which are tested with every change."""
+    name, layout = pair
+    own = {"mixed": (TP2_SP, EP2_PP2), "masks_and_weights": (EP2,), "beside_dense": (EP2, EP2_PP2)}
+    return layout == EP2_TP2_SP or layout in own.get(name, ())
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,11 @@ RESUMED = [
 """What is gone on with in another layout than it was saved in."""
 
 
+def usually_resumed(each: tuple[str, Layout, Layout]) -> bool:
+    """Of `RESUMED`, with every change."""
+    return each[0] != "recovered"
+
+
 def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[str]:
     """The `prune` verb of a one-shot case."""
     text = ["--calibration", str(root / "words.jsonl"), "--calibration-samples", "7", "--calibration-seq-length", "32"]
@@ -139,9 +154,11 @@ def train_command(root: Path, name: str, layout: Layout) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Every case run in every layout, one start-up for each number of processes."""
     root = tmp_path_factory.mktemp("experts")
+    pairs, training = picked(request, PAIRS, usual), picked(request, TRAINING, usual)
+    resumed = picked(request, RESUMED, usually_resumed)
     words(root / "words.jsonl")
     one: list[list[str]] = []
     for model, (family, sizes) in MODELS.items():
@@ -151,20 +168,21 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model in ("mixed", "latent"):
         pruned = root / "runs" / model / ONE.name / CASES[1].name
         one.append(["trim", "--input", str(pruned), "--output", str(root / f"{model}_pruned")])
-    one += [train_command(root, name, ONE) for name in TRAINED]
+    trained = {name for name, _ in training}
+    one += [train_command(root, name, ONE) for name in TRAINED if name in trained]
     must_pass(launch(1, one, root / "commands"))
     for processes in (2, 4):
         commands: list[list[str]] = []
-        for model, layout in PAIRS:
+        for model, layout in pairs:
             if layout.processes == processes:
                 commands += [prune_command(root, model, case, layout) for case in ALL if fits(model, case, layout)]
-        commands += [train_command(root, name, layout) for name, layout in TRAINING if layout.processes == processes]
+        commands += [train_command(root, name, layout) for name, layout in training if layout.processes == processes]
         must_pass(launch(processes, commands, root / "commands"))
     for processes in (1, 2):
         commands = [evaluate_command(root, layout) for layout in (ONE, EP2) if layout.processes == processes]
         must_pass(launch(processes, commands, root / "commands"))
     for processes in (1, 2, 4):
-        commands = [resume_command(root, *case) for case in RESUMED if case[2].processes == processes]
+        commands = [resume_command(root, *case) for case in resumed if case[2].processes == processes]
         must_pass(launch(processes, commands, root / "commands"))
     return root
 
@@ -213,17 +231,23 @@ def differing(root: Path, model: str, case: Case, layout: Layout) -> float:
     return sum(int((x != y).sum()) for x, y in pairs) / sum(x.numel() for x, _ in pairs)
 
 
-def tried(*cases: Case) -> list[tuple[str, Layout, Case]]:
+def named(each: Any) -> str:
+    """Of a parameter of a test."""
+    return each if isinstance(each, str) else each.name
+
+
+def tried(*cases: Case) -> list[Any]:
     """Each in all layouts in which it is run."""
-    return [(*pair, case) for case in cases for pair in PAIRS if fits(pair[0], case, pair[1])]
+    found = [(*pair, case) for case in cases for pair in PAIRS if fits(pair[0], case, pair[1])]
+    return with_nightly(found, lambda each: usual(each[:2]))
 
 
-@pytest.mark.parametrize(("model", "layout", "case"), tried(*CASES), ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize(("model", "layout", "case"), tried(*CASES), ids=named)
 def test_one_shot_decision_is_the_same(root: Path, model: str, case: Case, layout: Layout) -> None:
     assert differing(root, model, case, layout) == 0.0
 
 
-@pytest.mark.parametrize(("model", "layout"), PAIRS, ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize(("model", "layout"), with_nightly(PAIRS, usual), ids=named)
 def test_the_comparison_can_fail(root: Path, model: str, layout: Layout) -> None:
     assert differing(root, model, CONTROL, layout) > 0.1
 
@@ -231,7 +255,7 @@ def test_the_comparison_can_fail(root: Path, model: str, layout: Layout) -> None
 @pytest.mark.parametrize(
     ("model", "layout", "case"),
     tried(REMOVED, MERGED, NARROWED, SHARED, LATENT, GROUPED, DEPTH),
-    ids=lambda x: x if isinstance(x, str) else x.name[:16],
+    ids=lambda each: named(each)[:16],
 )
 def test_the_same_units_stay(root: Path, model: str, layout: Layout, case: Case) -> None:
     found, expected = (Trim.load(root / "runs" / model / x.name / case.name / "decision").units for x in (layout, ONE))
@@ -244,7 +268,7 @@ def test_the_same_units_stay(root: Path, model: str, layout: Layout, case: Case)
         assert len(set(found.blocks[0].expert_ffn)) > 1
 
 
-@pytest.mark.parametrize(("model", "layout", "case"), tried(MERGED), ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize(("model", "layout", "case"), tried(MERGED), ids=named)
 def test_merged_experts_are_the_same(root: Path, model: str, layout: Layout, case: Case) -> None:
     folders = [root / "runs" / model / x.name / case.name / "weights" for x in (ONE, layout)]
     with backend.running(backend.Layout()):
@@ -255,7 +279,7 @@ def test_merged_experts_are_the_same(root: Path, model: str, layout: Layout, cas
         torch.testing.assert_close(found[1][name], weight, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("name", "layout"), TRAINING, ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize(("name", "layout"), with_nightly(TRAINING, usual), ids=named)
 def test_training_follows_one_process(root: Path, name: str, layout: Layout) -> None:
     here, there = (root / "runs" / x.name / name for x in (layout, ONE))
     keys = {"loss": 1e-5, "grad_norm": 1e-4}
@@ -272,7 +296,11 @@ def test_training_follows_one_process(root: Path, name: str, layout: Layout) -> 
         assert found == pytest.approx(expected, abs=tolerance, rel=tolerance), key
 
 
-@pytest.mark.parametrize(("name", "saved", "goes_on"), RESUMED, ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize(
+    ("name", "saved", "goes_on"),
+    with_nightly(RESUMED, usually_resumed),
+    ids=named,
+)
 def test_a_run_goes_on_in_another_layout(root: Path, name: str, saved: Layout, goes_on: Layout) -> None:
     """With the moments of Adam of every expert: they decide the steps that follow."""
     found = curve(root / "resumed" / f"{name}_{saved.name}_{goes_on.name}")

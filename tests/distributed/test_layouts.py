@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,8 @@ from tests.distributed.launch import (
     folder_name,
     launch,
     must_pass,
+    picked,
+    with_nightly,
 )
 from tests.models import byte_tokenizer, tiny_llama, tiny_model, words
 from tests.runs import curve
@@ -81,6 +85,20 @@ STRUCTURED = [
 STRUCTURED_CONTROL = Case("layout_dependent_units", "ffn_hidden_size=64")
 ALL_CASES = [*CASES, CONTROL, *STRUCTURED, STRUCTURED_CONTROL]
 LAYOUTS = [TP2_SP, PP2, DP2, TP3, TP2_PP2_SP, PP2_VPP2_CP2]
+FEW = [*(CASES[number] for number in (3, 6, 12, 15)), CONTROL, *STRUCTURED[:5:2], STRUCTURED_CONTROL]
+"""With every change on four processes too: these take long on few cores."""
+
+
+def usual(pair: tuple[Case, Layout]) -> bool:
+    """What is tested with every change."""
+    return pair[1].processes < 4 or pair[0] in FEW
+
+
+def tried(cases: Sequence[Case], layouts: Sequence[Layout] = LAYOUTS) -> list[Any]:
+    """Each case in each layout."""
+    return with_nightly([(case, layout) for layout in layouts for case in cases], usual)
+
+
 MODELS = {
     # 4 heads in 2 groups, untied: everything but TP=3
     "even": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=257),
@@ -140,7 +158,7 @@ def family_commands(root: Path, family: str, layout: Layout) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder with both models imported and every case run in every layout: one start-up per number of processes."""
     root = tmp_path_factory.mktemp("layouts")
     words(root / "words.jsonl")
@@ -159,7 +177,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         commands: list[list[str]] = []
         layouts = [layout for layout in LAYOUTS if layout.processes == processes]
         for layout in layouts:
-            commands += [prune_command(root, model_of(layout), case, layout) for case in ALL_CASES]
+            pairs = picked(request, [(case, layout) for case in ALL_CASES], usual)
+            commands += [prune_command(root, model_of(layout), case, layout) for case, _ in pairs]
             commands.append(learn_command(root, model_of(layout), layout))
         for family, layout in FAMILIES.items():
             if layout.processes == processes:
@@ -187,8 +206,7 @@ def losses(root: Path, layout: Layout, model: str, name: str = "learned") -> lis
     return curve(root / "runs" / model / layout.name / name)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "layout"), tried(CASES), ids=lambda each: each.name)
 def test_one_shot_decision_is_the_same(root: Path, case: Case, layout: Layout) -> None:
     model = model_of(layout)
     assert differing(masks(root, ONE, model, case.name), masks(root, layout, model, case.name)) == 0.0
@@ -224,8 +242,7 @@ def units_of_one(root: Path, model: str, case: Case) -> Units:
     return Trim.load(root / "runs" / model / ONE.name / case.name / "decision").units
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-@pytest.mark.parametrize("case", STRUCTURED, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "layout"), tried(STRUCTURED), ids=lambda each: each.name)
 def test_structured_decision_is_the_same(root: Path, case: Case, layout: Layout) -> None:
     assert units(root, layout, case) == units_of_one(root, model_of(layout), case)
 

@@ -17,7 +17,9 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
-    ("family", "layouts"), [("llama", (TP2_SP, PP2, DP2)), ("qwen2_moe", (EP2_TP2_SP,))], ids=["llama", "experts"]
+    ("family", "layouts"),
+    [("llama", (TP2_SP, PP2)), ("qwen2_moe", (EP2_TP2_SP,)), pytest.param("llama", (DP2,), marks=pytest.mark.nightly)],
+    ids=["llama", "experts", "replicas"],
 )
 def test_the_order_is_the_same_in_every_layout(tmp_path: Path, family: str, layouts: tuple[Layout, ...]) -> None:
     """And depends on the text: the same is not said of everything."""

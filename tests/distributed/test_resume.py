@@ -194,6 +194,7 @@ def test_a_lost_process_is_started_again(root: Path, told: str, restarted: Outco
     assert_bit_identical(root, "whole_on_two", "restarted")
 
 
+@pytest.mark.nightly
 def test_a_process_that_hangs_ends_the_job(root: Path) -> None:
     """The others wait for it no longer than they were told to, and the launcher ends it too."""
     command = learn(root, "hanging", TP2_SP, "--distributed-timeout-minutes", "0.2", "--train-iters", "4000")

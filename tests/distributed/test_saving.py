@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import DP2, ONE, Layout, launch, must_pass
+from tests.distributed.launch import DP2, ONE, Layout, launch, must_pass, with_nightly
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.runs import curve, reopened
 
@@ -29,7 +29,7 @@ def written(folder: Path) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", with_nightly([False, True], bool))
 def test_replicas_share_the_writing(tmp_path: Path, shared: bool) -> None:
     """A distributed optimizer's state is in one place alone and written from there; all else is shared out.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_prune.decision.masks import Masks
-from tests.distributed.launch import ONE, Layout, launch, must_pass
+from tests.distributed.launch import ONE, Layout, launch, must_pass, picked, with_nightly
 from tests.models import byte_tokenizer, tiny_llama, words
 from tests.runs import curve, reopened
 
@@ -53,49 +54,63 @@ class Case:
         return Case(ONE, tuple(option for option in self.options if option in KINDS))
 
 
-CASES = [
-    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (RECOMPUTE,)),
-    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (WEIGHTS, RECOMPUTE)),
-    Case(Layout("pp2", 2, pipeline=2), (RECOMPUTE,)),
-    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2)),
-    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2), (WEIGHTS, RECOMPUTE)),
-    Case(Layout("cp2", 2, context=2)),
-    Case(Layout("cp2", 2, context=2), (WEIGHTS, DISTRIBUTED)),
-    Case(Layout("dp2", 2), (DISTRIBUTED,)),
-    Case(Layout("dp2", 2), (WEIGHTS, DISTRIBUTED, RECOMPUTE)),
-    Case(Layout("dp2", 2), (ONE_DRAW, RECOMPUTE)),
-    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (TAUGHT,)),
-    Case(Layout("pp2", 2, pipeline=2), (TAUGHT,)),
-    Case(Layout("cp2", 2, context=2), (TAUGHT, ONE_DRAW)),
-    Case(Layout("dp2", 2), (TAUGHT, OVERLAPPED)),
-    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (JOINT,)),
-    Case(Layout("pp2", 2, pipeline=2), (JOINT,)),
-    Case(Layout("dp2", 2), (JOINT, DISTRIBUTED)),
-    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (TILES, RECOMPUTE)),
-    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2), (TILES,)),
-    Case(Layout("cp2", 2, context=2), (TILES,)),
-    Case(Layout("dp2", 2), (TILES, DISTRIBUTED)),
-    Case(Layout("dp2", 2), (TILES, ONE_DRAW, OVERLAPPED)),
-    Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (DENSE, WEIGHTS)),
-    Case(Layout("pp2", 2, pipeline=2), (DENSE,)),
-    Case(Layout("pp2vpp2", 2, pipeline=2, virtual=2), (DENSE, RECOMPUTE)),
-    Case(Layout("dp2", 2), (DENSE, DISTRIBUTED)),
-    Case(Layout("dp2", 2), (DENSE, ONE_DRAW, OVERLAPPED)),
-    Case(Layout("pp2dp2", 4, pipeline=2), (DENSE, DISTRIBUTED)),
-    Case(Layout("tp2dp2sp", 4, tensor=2, sequence_parallel=True), (JOINT, DISTRIBUTED)),
+TP2_SP = Layout("tp2sp", 2, tensor=2, sequence_parallel=True)
+PP2, CP2, DP2 = Layout("pp2", 2, pipeline=2), Layout("cp2", 2, context=2), Layout("dp2", 2)
+PP2_VPP2 = Layout("pp2vpp2", 2, pipeline=2, virtual=2)
+PP2_DP2, TP2_DP2_SP = Layout("pp2dp2", 4, pipeline=2), Layout("tp2dp2sp", 4, tensor=2, sequence_parallel=True)
+USUAL = [
+    Case(TP2_SP, (WEIGHTS, RECOMPUTE)),
+    Case(PP2_VPP2, (WEIGHTS, RECOMPUTE)),
+    Case(CP2, (WEIGHTS, DISTRIBUTED)),
+    Case(DP2, (WEIGHTS, DISTRIBUTED, RECOMPUTE)),
+    Case(DP2, (ONE_DRAW, RECOMPUTE)),
+    Case(TP2_SP, (TAUGHT,)),
+    Case(PP2, (TAUGHT,)),
+    Case(CP2, (TAUGHT, ONE_DRAW)),
+    Case(DP2, (TAUGHT, OVERLAPPED)),
+    Case(TP2_SP, (JOINT,)),
+    Case(DP2, (JOINT, DISTRIBUTED)),
+    Case(TP2_SP, (TILES, RECOMPUTE)),
+    Case(PP2_VPP2, (TILES,)),
+    Case(DP2, (TILES, ONE_DRAW, OVERLAPPED)),
+    Case(TP2_SP, (DENSE, WEIGHTS)),
+    Case(PP2_VPP2, (DENSE, RECOMPUTE)),
+    Case(DP2, (DENSE, ONE_DRAW, OVERLAPPED)),
+    Case(PP2_DP2, (DENSE, DISTRIBUTED)),
     Case(Layout("tp2pp2", 4, tensor=2, pipeline=2), (TILES, WEIGHTS)),
+    Case(Layout("tp2cp2sp", 4, tensor=2, context=2, sequence_parallel=True), (RECOMPUTE,)),
+]
+"""With every change."""
+CASES = [
+    *USUAL,
+    Case(TP2_SP, (RECOMPUTE,)),
+    Case(PP2, (RECOMPUTE,)),
+    Case(PP2_VPP2),
+    Case(CP2),
+    Case(DP2, (DISTRIBUTED,)),
+    Case(PP2, (JOINT,)),
+    Case(CP2, (TILES,)),
+    Case(DP2, (TILES, DISTRIBUTED)),
+    Case(PP2, (DENSE,)),
+    Case(DP2, (DENSE, DISTRIBUTED)),
+    Case(TP2_DP2_SP, (JOINT, DISTRIBUTED)),
     Case(Layout("pp4", 4, pipeline=4)),
     Case(Layout("tp2pp2vpp2sp", 4, tensor=2, pipeline=2, sequence_parallel=True, virtual=2), (WEIGHTS,)),
-    Case(Layout("tp2cp2sp", 4, tensor=2, context=2, sequence_parallel=True), (RECOMPUTE,)),
     Case(Layout("pp2cp2", 4, pipeline=2, context=2), (WEIGHTS,)),
-    Case(Layout("pp2dp2", 4, pipeline=2), (DISTRIBUTED, RECOMPUTE)),
-    Case(Layout("tp2dp2sp", 4, tensor=2, sequence_parallel=True), (WEIGHTS, DISTRIBUTED)),
+    Case(PP2_DP2, (DISTRIBUTED, RECOMPUTE)),
+    Case(TP2_DP2_SP, (WEIGHTS, DISTRIBUTED)),
 ]
 
 
+def tried(*kinds: str) -> list[Any]:
+    """Cases with one of these options, or all."""
+    found = [case for case in CASES if not kinds or {*kinds} & {*case.options}]
+    return with_nightly(found, USUAL.__contains__)
+
+
 RESUMED = [
-    (Case(Layout("pp2dp2", 4, pipeline=2), (DENSE, DISTRIBUTED)), Layout("tp2sp", 2, tensor=2, sequence_parallel=True)),
-    (Case(Layout("tp2sp", 2, tensor=2, sequence_parallel=True), (DENSE, WEIGHTS)), Layout("pp2", 2, pipeline=2)),
+    (Case(PP2_DP2, (DENSE, DISTRIBUTED)), TP2_SP),
+    (Case(TP2_SP, (DENSE, WEIGHTS)), PP2),
 ]
 """Runs in which layers have not all the same parameters, and the layout in which they go on."""
 
@@ -123,9 +138,10 @@ def command(root: Path, case: Case) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """Every case run, one start-up for each number of processes."""
     root = tmp_path_factory.mktemp("training_layouts")
+    run = picked(request, CASES, USUAL.__contains__)
     words(root / "words.jsonl")
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, vocab_size=257)
     byte_tokenizer(tiny_llama(root / "hf", tie_word_embeddings=True, **sizes))
@@ -133,7 +149,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     references = sorted({case.reference for case in CASES}, key=lambda case: case.name)
     must_pass(launch(1, [first, *(command(root, case) for case in references)], root / "commands"))
     for processes in (2, 4):
-        cases = [case for case in CASES if case.layout.processes == processes]
+        cases = [case for case in run if case.layout.processes == processes]
         must_pass(launch(processes, [command(root, case) for case in cases], root / "commands"))
     must_pass(launch(2, [resume_command(root, *each) for each in RESUMED], root / "commands"))
     return root
@@ -157,7 +173,7 @@ def test_layers_that_differ_go_on_in_another_layout(root: Path, case: Case, layo
         assert len(found) == STEPS and found == pytest.approx(expected, abs=1e-4, rel=1e-4), key
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", tried(), ids=lambda case: case.name)
 def test_training_follows_one_process(root: Path, case: Case) -> None:
     for key, tolerance, count in (
         ("loss", 1e-5, STEPS),
@@ -172,7 +188,7 @@ def test_training_follows_one_process(root: Path, case: Case) -> None:
     assert min(curve(root / case.name, "learning_rate")) > 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if {TAUGHT, JOINT} & {*case.options}], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", tried(TAUGHT, JOINT), ids=lambda case: case.name)
 def test_each_loss_and_what_fades_follow_one_process(root: Path, case: Case) -> None:
     own = ["lm_loss", "hidden_loss"] if TAUGHT in case.options else ["removed_squares_fraction", "masked_decay"]
     for key in ("distillation_loss", *own):
@@ -180,14 +196,14 @@ def test_each_loss_and_what_fades_follow_one_process(root: Path, case: Case) -> 
         assert len(found) == STEPS and found == pytest.approx(expected, abs=1e-5, rel=1e-5), key
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", tried(), ids=lambda case: case.name)
 def test_masks_are_those_of_one_process(root: Path, case: Case) -> None:
     found, expected = (Masks.load(root / each.name / "decision") for each in (case, case.reference))
     differing = sum(int((found.get(name) != expected.get(name)).sum()) for name in expected.names())
     assert differing <= 1e-3 * sum(expected.get(name).numel() for name in expected.names())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if TILES in case.options], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", tried(TILES), ids=lambda case: case.name)
 def test_dense_tiles_are_those_of_one_process(root: Path, case: Case) -> None:
     for key in ("tile_probability", "tiles_moved_fraction"):
         found, expected = curve(root / case.name, key), curve(root / case.reference.name, key)

@@ -58,6 +58,7 @@ def test_perplexities_are_equal(root: Path) -> None:
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_trees_on_two_devices_and_rows_of_one_request(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel without trees gets each request by itself; branches, repeated places and empty rows change no answer."""
     question = list(range(20, 50))
@@ -80,6 +81,7 @@ def test_trees_on_two_devices_and_rows_of_one_request(root: Path, monkeypatch: p
             assert found["greedy"].tolist() == greedy.tolist()
 
 
+@pytest.mark.nightly
 def test_lengths_are_those_that_a_tpus_attention_takes(root: Path) -> None:
     """Compiled for TPUs, as MaxText chooses there; controls are lengths that were asked for before."""
     byte_tokenizer(tiny_llama(root / "long_hf", vocab_size=257, max_position_embeddings=2048, num_hidden_layers=1))

@@ -15,7 +15,7 @@ from tests.maxtext import environment
 from tests.maxtext.test_maxtext import verb
 from tests.models import byte_tokenizer, tiny_llama, words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 PLAIN = ["dtype=float32", "grain_worker_count=0"]
 LAYOUTS = {"one": (1, 1), "hosts": (2, 1), "devices": (1, 4)}
 """Hosts, and devices of each."""

@@ -69,6 +69,7 @@ def finish(root: Path, output: Path, **variables: object) -> None:
     assert HFReader(Path(f"{output}_hf")).model_config.num_layers == 3
 
 
+@pytest.mark.nightly
 def test_a_model_that_learns_its_masks(root: Path) -> None:
     run(root, "convert")
     run(root, "learn", "--steps", 2, "--global-batch-size", 4, "--data-cache", root / "order")

@@ -17,7 +17,7 @@ from tests.maxtext import environment
 from tests.maxtext.test_maxtext import difference, reference, verb
 from tests.models import byte_tokenizer, tiny_llama, words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 CALIBRATED = ["--calibration", "TEXT", "--calibration-samples", "8", "--calibration-seq-length", "32"]
 TRAINED = ["--data", "TEXT", "--seq-length", "32", "--global-batch-size", "1"]
 METHODS: dict[str, list[str]] = {

@@ -133,6 +133,7 @@ def test_pipeline_across_nodes(nodes: tuple[Node, Node], root: Path) -> None:
     assert losses(root, "pipeline") == pytest.approx(losses(root, "one"), abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_replicas_across_nodes_and_a_dead_node(nodes: tuple[Node, Node], root: Path) -> None:
     run = root / "replicas"
     job = Job(root, nodes, learn(root, "replicas", "--tensor-model-parallel-size", "2", "--restartable"))

@@ -24,6 +24,7 @@ OLDER = ROOT / ".venv-3.11" / "bin" / "python"
 PYTHON = {"older": OLDER, "newer": Path(sys.executable)}
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(not OLDER.exists(), reason="no .venv-3.11: run tools/setup_env.sh 3.11"),
     pytest.mark.skipif(core_version() < (0, 17), reason="this environment has the older megatron-core itself"),
 ]
