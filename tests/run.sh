@@ -11,10 +11,11 @@
 # choose.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-OLDER=(tests/unit/test_backend.py tests/unit/test_gpu_path.py tests/unit/model tests/unit/training tests/parity
-    tests/road/test_road.py tests/distributed/test_recovery.py)
-OLDER_NIGHTLY=(tests/unit/test_damage.py tests/unit/kernels tests/unit/statistics tests/road
-    tests/distributed/test_resume.py tests/distributed/test_training_layouts.py tests/distributed/test_overlap.py)
+OLDER=(tests/unit/test_backend.py tests/unit/model tests/unit/training/test_checkpoints.py
+    tests/unit/training/test_recovery.py tests/parity/test_logits.py tests/road/test_road.py)
+OLDER_NIGHTLY=(tests/unit/test_gpu_path.py tests/unit/test_damage.py tests/unit/kernels tests/unit/training
+    tests/unit/statistics tests/parity tests/road tests/distributed/test_recovery.py tests/distributed/test_resume.py
+    tests/distributed/test_training_layouts.py tests/distributed/test_overlap.py)
 
 nightly=()
 if [ "${1:-}" = --nightly ]; then

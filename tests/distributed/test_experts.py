@@ -52,8 +52,8 @@ STEPS = 5
 def usual(pair: tuple[str, Layout]) -> bool:
     """A model or a run that trains, and a layout, which are tested with every change."""
     name, layout = pair
-    own = {"mixed": (TP2_SP, EP2_PP2), "masks_and_weights": (EP2,), "beside_dense": (EP2, EP2_PP2)}
-    return layout == EP2_TP2_SP or layout in own.get(name, ())
+    own = {"mixed": (EP2_TP2_SP, EP2_PP2), "masks_and_weights": (EP2,), "beside_dense": (EP2,)}
+    return layout in own.get(name, (EP2_TP2_SP,)) and name not in ("taught", "latent_recovered", "latent_adapted")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ RESUMED = [
 
 def usually_resumed(each: tuple[str, Layout, Layout]) -> bool:
     """Of `RESUMED`, with every change."""
-    return each[0] != "recovered"
+    return each[0] != "recovered" and each[1] == EP2
 
 
 def prune_command(root: Path, model: str, case: Case, layout: Layout) -> list[str]:

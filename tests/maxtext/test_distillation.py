@@ -15,7 +15,7 @@ from tests.maxtext import environment
 from tests.maxtext.test_maxtext import verb
 from tests.models import byte_tokenizer, tiny_blocks, tiny_model, words
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 STEPS = 10
 WEIGHTS = ["--lm-weight", "0.5", "--distillation-weight", "2", "--distillation-temperature", "2"]
 WEIGHTS += ["--hidden-weight", "3", "--hidden-loss"]

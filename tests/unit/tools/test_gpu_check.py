@@ -48,8 +48,9 @@ def test_all_that_a_cpu_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_layouts(processes: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*launcher, str(PROGRAM), "--device", "cpu", "--layouts"]
