@@ -32,7 +32,13 @@ import torch.distributed as dist
 
 from megatron_prune import device as environment
 from megatron_prune.errors import UserError
-from megatron_prune.imports import hollow_triton, keep_temporary_folder_clean, without_gpu_kernels, without_triton
+from megatron_prune.imports import (
+    hollow_triton,
+    keep_temporary_folder_clean,
+    without_compiler,
+    without_gpu_kernels,
+    without_triton,
+)
 from megatron_prune.kernels.memory import keep_freed_memory
 from megatron_prune.kernels.products import wide_products
 from megatron_prune.kernels.selection import torch_deterministic
@@ -198,6 +204,10 @@ TRITON_DEMANDED = ".moe.ops.paged_stash"
 """A module of megatron-core 0.19 that imports Triton without asking whether it is there; its kernels are for GPUs."""
 
 
+COMPILED = ".moe.router"
+"""A module of megatron-core 0.19 that asks for PyTorch's compiler while it is imported."""
+
+
 class _AdaptingLoader(importlib.abc.Loader):
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -207,7 +217,8 @@ class _AdaptingLoader(importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         hollow = module.__name__.endswith(TRITON_DEMANDED)
-        with without_gpu_kernels(), hollow_triton() if hollow else without_triton():
+        as_it_is = without_compiler() if module.__name__.endswith(COMPILED) else contextlib.nullcontext()
+        with without_gpu_kernels(), as_it_is, hollow_triton() if hollow else without_triton():
             self.loader.exec_module(module)
         _adapt(module)
 

@@ -93,6 +93,25 @@ def hollow_triton() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """While active, where no GPU is used, `torch.compile` leaves functions as they are.
+
+    megatron-core decorates with it what only its inference on GPUs calls, and loading the compiler takes a second.
+    """
+    if has_cuda():
+        yield
+        return
+    import torch
+
+    compiler = torch.compile
+    setattr(torch, "compile", lambda function=None, **_: function if function else lambda decorated: decorated)
+    try:
+        yield
+    finally:
+        setattr(torch, "compile", compiler)
+
+
+@contextlib.contextmanager
 def _instead(**modules: types.ModuleType | None) -> Iterator[None]:
     """While active these stand for modules of their names; None: there is none."""
     before = {name: sys.modules[name] for name in modules if name in sys.modules}

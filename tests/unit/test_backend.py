@@ -88,6 +88,20 @@ def test_triton_is_not_loaded_by_megatron_but_stays_importable() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@no_gpu
+def test_the_compiler_is_not_loaded_by_megatron_but_stays_usable() -> None:
+    """It takes a second; models with experts are those that ask for it."""
+    program = (
+        "import sys, torch\n"
+        "compiler = torch.compile\n"
+        "import megatron_prune.backend, megatron.core.transformer.moe.router as router\n"
+        "assert 'torch._inductor' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
+        "assert torch.compile is compiler and router.torch.compile is compiler\n"
+        "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item() == 2\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_import_is_silent_about_missing_gpu_libraries_but_not_about_others() -> None:
     program = "import warnings; warnings.simplefilter('default')\nimport megatron_prune.backend\n"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
