@@ -70,9 +70,11 @@ PP2_VPP2_CP2 = Layout("pp2vpp2cp2", 4, pipeline=2, context=2, virtual=2)
 
 def with_nightly(values: Iterable[Any], usual: Callable[[Any], bool]) -> list[Any]:
     """Parameters of a test, each a tuple where it has several; those that are not usual are marked `nightly`."""
-    marks = pytest.mark.nightly
-    several = (value if isinstance(value, tuple) else (value,) for value in values)
-    return [pytest.param(*each, marks=() if usual(each if len(each) > 1 else each[0]) else marks) for each in several]
+    found = []
+    for value in values:
+        several = value if isinstance(value, tuple) else (value,)
+        found.append(pytest.param(*several, marks=() if usual(value) else pytest.mark.nightly))
+    return found
 
 
 def picked(request: pytest.FixtureRequest, values: Iterable[Any], usual: Callable[[Any], bool]) -> list[Any]:

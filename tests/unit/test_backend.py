@@ -94,7 +94,7 @@ def test_the_compiler_is_not_loaded_by_megatron_but_stays_usable() -> None:
     program = (
         "import sys, torch\n"
         "compiler = torch.compile\n"
-        "import megatron_prune.backend, megatron.core.transformer.moe.router as router\n"
+        "import megatron_prune.backend, megatron.core.models.gpt, megatron.core.transformer.moe.router as router\n"
         "assert 'torch._inductor' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
         "assert torch.compile is compiler and router.torch.compile is compiler\n"
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item() == 2\n"
